@@ -1,0 +1,129 @@
+"""From a config to things that train: views, networks, optimisers, methods, compiled once each."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from qmx import models, optim
+from qmx.augment import make_view, plain_view
+from qmx.contract import Batch, Encoder, Method, Network, View, chain
+from qmx.data import Dataset, epoch_steps
+from qmx.methods import distill, moco, rotation, simsiam
+from qmx.train import TrainState, init_state, make_step
+
+
+class Trainer(NamedTuple):
+    """A method and its optimiser, compiled once for all runs that share them."""
+
+    method: Method
+    init: Callable[[jax.Array], TrainState]  # rng -> the state before the first step
+    step: Callable
+
+
+class Look(NamedTuple):
+    """What networks are told of a data set; hashable, so that compilations can be shared."""
+
+    shape: tuple[int, int, int]  # H, W, C
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classes: int  # N
+
+
+def look(data: Dataset) -> Look:
+    """The `Look` of a data set."""
+    return Look(data.shape, data.mean, data.std, data.classes)
+
+
+def view(keys: Any, seen: Look) -> View:
+    """The view that a config's `strong_view` or `weak_view` describes."""
+    keywords = {**keys, "size": keys["size"] or seen.shape[0]}
+    return make_view(**keywords, mean=seen.mean, std=seen.std)
+
+
+def optimiser(keys: Any, steps: int, **rates: tuple[float, str]) -> optax.GradientTransformation:
+    """SGD by a config's training keys; `rates` gives each part its (learning rate, schedule)."""
+    schedules = {
+        part: optim.schedule(name, rate, epochs=keys.epochs, steps=steps, warmup_epochs=keys.warmup_epochs,
+                             milestones=keys.milestones, factor=keys.factor)
+        for part, (rate, name) in rates.items()
+    }
+    return optim.sgd(schedules, momentum=keys.momentum, nesterov=keys.nesterov, weight_decay=keys.weight_decay,
+                     weight_decay_on=keys.weight_decay_on)
+
+
+def pretrain_steps(keys: Any, pool: int) -> int:
+    """Steps of a pretraining: whole epochs, each without its last, smaller batch."""
+    return int(keys.epochs) * int(epoch_steps(pool, keys.batch_size, drop_last=True))
+
+
+def distill_steps(keys: Any, size: int) -> int:
+    """Steps over a transfer set of `size` images: `epochs` seamless ones, but at least `min_steps`."""
+    return max(-int(-keys.epochs * epoch_steps(size, keys.batch_size, drop_last=False) // 1), keys.get("min_steps", 0))
+
+
+@cache
+def backbone(arch: str, seen: Look) -> Network:
+    """The student's backbone as every stage but MoCo's and SimSiam's trains and runs it."""
+    del seen  # one object for each data set, on which the compilations hang
+    return models.backbone(arch)
+
+
+@cache
+def classifier(arch: str, seen: Look) -> Network:
+    """f32[B, S, S, C] -> f32[B, N]: the target's network, and the student's."""
+    return chain(backbone=backbone(arch, seen), head=models.classifier(seen.classes))
+
+
+def variables(network: Network, seen: Look) -> Encoder:
+    """The shapes of a network's variables, for reading weights; nothing is computed."""
+    image = jnp.zeros((1, *seen.shape))
+    return Encoder(*jax.eval_shape(lambda: network.init(jax.random.key(0), image)))
+
+
+@cache
+def evaluation_view(seen: Look) -> View:
+    """What a network is shown when it is evaluated or asked: the image, normalised."""
+    return plain_view(seen.mean, seen.std)
+
+
+@cache
+def pretrainer(name: str, keys: Any, arch: str, view_keys: Any, seen: Look, steps: int) -> Trainer:
+    """The `Trainer` of `moco`, `simsiam` or `rotation`, by its keys of the config."""
+    cut = view(view_keys, seen)
+    follow = (keys.learning_rate, keys.schedule)
+    rates = {"backbone": follow, "head": follow}
+    if name == "moco":
+        net = models.backbone(arch, stats_groups=keys.batch_size // keys.group_size)
+        method = moco.make(net, models.moco_head(keys.features), cut, queue_size=keys.queue_size,
+                           temperature=keys.temperature, decay=keys.decay)
+    elif name == "simsiam":
+        net = models.backbone(arch, zero_init=True)
+        method = simsiam.make(net, models.simsiam_projector(keys.features, keys.layers),
+                              models.simsiam_predictor(keys.hidden), cut)
+        rates["predictor"] = (keys.learning_rate, "constant") if keys.fix_predictor_rate else follow
+    else:
+        method = rotation.make(backbone(arch, seen), models.classifier(4), cut)
+    return _trainer(method, optimiser(keys, steps, **rates), seen, keys.batch_size, scores=False)
+
+
+@cache
+def distiller(keys: Any, arch: str, view_keys: Any, seen: Look, steps: int) -> Trainer:
+    """The `Trainer` of a student, or of a target trained on labels (whose keys say less)."""
+    temperatures = {k: keys[k] for k in ("target_temperature", "student_temperature") if k in keys}
+    method = distill.make(backbone(arch, seen), models.classifier(seen.classes), view(view_keys, seen), **temperatures)
+    tx = optimiser(keys, steps, backbone=(keys.learning_rate, keys.schedule),
+                   head=(keys.get("head_learning_rate", keys.learning_rate), keys.schedule))
+    return _trainer(method, tx, seen, keys.batch_size, scores=True)
+
+
+def _trainer(method: Method, tx: optax.GradientTransformation, seen: Look, batch_size: int, scores: bool) -> Trainer:
+    batch: Batch = {"image": jnp.zeros((batch_size, *seen.shape), jnp.uint8)}
+    if scores:
+        batch["scores"] = jnp.zeros((batch_size, seen.classes))
+    return Trainer(method, jax.jit(lambda rng: init_state(method, tx, rng, batch)), make_step(method, tx))
+
+

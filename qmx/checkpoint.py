@@ -1,0 +1,119 @@
+"""Saving and restoring: a run's whole state while it trains (orbax), weights when it is done.
+
+Orbax writes a step beside the others and renames it, so a kill leaves the older ones whole; it has
+no checksums, casts silently and counts any directory with a number for a name as a step. Hence
+the digests of all leaves beside the state, and a restore that goes from the newest to the first good.
+"""
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from qmx.contract import PyTree, by_path, check_shapes
+from qmx.train import TrainState
+
+log = logging.getLogger(__name__)
+
+
+def leaf_digests(tree: PyTree) -> dict[str, str]:
+    """dtype, shape and SHA-256 of the bytes of every leaf, by its path."""
+    return {
+        path: f"{leaf.dtype} {leaf.shape} {hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest()}"
+        for path, leaf in by_path(tree).items()
+    }
+
+
+class Checkpoints:
+    """The last few states of one run, in a directory of their own.
+
+    Args:
+      directory: made at the first save.
+      keep: how many to keep.
+    """
+
+    def __init__(self, directory: Path, keep: int = 2):
+        self.directory, self.keep = directory.absolute(), keep
+        self._manager: Any = None
+
+    def save(self, ts: TrainState) -> None:
+        """Write a state under its step; returns when it is on the disk."""
+        import orbax.checkpoint as ocp  # 2.4 s
+
+        step = int(ts.step)
+        saved = self._open().save(step, args=ocp.args.Composite(
+            state=ocp.args.StandardSave(ts), meta=ocp.args.JsonSave({"digests": leaf_digests(ts)})))
+        self._open().wait_until_finished()
+        if not saved and step not in self._open().all_steps():
+            raise OSError(f"{self.directory}: step {step} was not saved")
+
+    def restore(self, like: TrainState) -> TrainState | None:
+        """The newest good state, in the shapes and shardings of `like`; None if there is none.
+
+        A checkpoint that cannot be read, or whose bytes are not those that were written, is named
+        in a warning and the one before it taken.
+        """
+        if not self.directory.is_dir():
+            return None
+        import orbax.checkpoint as ocp
+
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        for step in sorted(self._open().all_steps(), reverse=True):
+            try:
+                found = self._open().restore(step, args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore()))
+                if leaf_digests(found["state"]) == found["meta"]["digests"]:
+                    return found["state"]
+                reason = "its bytes are not those that were saved"
+            except Exception as error:  # orbax raises bare Exceptions for damaged files
+                reason = str(error).splitlines()[0][:200]
+            log.warning("checkpoint %s is damaged and passed over: %s", self.directory / str(step), reason)
+        return None
+
+    def close(self) -> None:
+        """Finish what is under way."""
+        if self._manager is not None:
+            self._manager.close()
+            self._manager = None
+
+    def _open(self) -> Any:
+        if self._manager is None:
+            import orbax.checkpoint as ocp
+
+            logging.getLogger("absl").setLevel(logging.ERROR)  # a page of notes for each save
+            self._manager = ocp.CheckpointManager(
+                self.directory, options=ocp.CheckpointManagerOptions(max_to_keep=self.keep, cleanup_tmp_directories=True))
+        return self._manager
+
+
+def save_weights(path: Path, tree: PyTree) -> str:
+    """Write a tree as safetensors, whole or not at all; returns its `weights_digest`."""
+    from safetensors.numpy import save_file
+
+    # safetensors 0.8 writes strided arrays scrambled, so copies in C order.
+    arrays = {name: np.ascontiguousarray(leaf) for name, leaf in by_path(tree).items()}
+    part = path.with_suffix(".part")
+    save_file(arrays, part)
+    part.replace(path)
+    return weights_digest(tree)
+
+
+def load_weights(path: Path, like: PyTree) -> PyTree:
+    """The tree that `save_weights` wrote, as numpy arrays in the structure of `like`.
+
+    Raises:
+      ValueError: a leaf is missing, left over, or of another shape; all of them are listed.
+    """
+    from safetensors.numpy import load_file
+
+    arrays = load_file(path)
+    check_shapes(arrays, by_path(like), str(path))
+    return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in by_path(like)])
+
+
+def weights_digest(tree: PyTree) -> str:
+    """One SHA-256 over all names, shapes, dtypes and bytes of a tree."""
+    return hashlib.sha256(repr(sorted(leaf_digests(tree).items())).encode()).hexdigest()

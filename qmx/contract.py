@@ -1,0 +1,98 @@
+"""The two shapes that everything in qmx is built around: a network, and a training method.
+
+Both are plain tuples of pure functions, so that a network written with any library, and a method
+written by anybody, fit the same step, the same loop, the same sharding and the same checkpoint.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+PyTree = Any
+Batch = dict[str, jax.Array]  # "image": uint8[B, H, W, C]; a method says what else it reads
+
+
+class Network(NamedTuple):
+    """A network as two pure functions; `params` are trained, `stats` are running statistics.
+
+    init:  (rng, x) -> (params, stats)
+    apply: (params, stats, x, train) -> (y, stats); with `train=False` the statistics are only read.
+    """
+
+    init: Callable[[jax.Array, jax.Array], tuple[PyTree, PyTree]]
+    apply: Callable[[PyTree, PyTree, jax.Array, bool], tuple[jax.Array, PyTree]]
+
+
+class Encoder(NamedTuple):
+    """The variables of a backbone: what one stage hands to the next."""
+
+    params: PyTree
+    stats: PyTree
+
+
+class Method(NamedTuple):
+    """A way to train, as three pure functions.
+
+    init:    (rng, batch) -> (params, state); only the shapes of the batch are read.
+    loss:    (params, state, batch, rng) -> (loss f32[], (state, metrics)); differentiable in params,
+             `metrics` is a flat dict of f32[] that never feeds the next step.
+    encoder: (params, state) -> Encoder, what the next stage starts from.
+
+    `params` is a dict with one entry for each part ("backbone", "head", ...), the names by which
+    `qmx.optim` gives them rates of their own.
+    """
+
+    init: Callable[[jax.Array, Batch], tuple[PyTree, PyTree]]
+    loss: Callable[[PyTree, PyTree, Batch, jax.Array], tuple[jax.Array, tuple[PyTree, dict]]]
+    encoder: Callable[[PyTree, PyTree], Encoder]
+
+
+View = Callable[[jax.Array, Batch], jax.Array]  # (rng, batch) -> f32[B, H, W, C]
+
+
+def chain(**parts: Network) -> Network:
+    """One network out of several, applied in the order given.
+
+    Its params and stats are dicts with one entry for each part, by the parts' names.
+    """
+
+    def init(rng: jax.Array, x: jax.Array) -> tuple[PyTree, PyTree]:
+        params, stats = {}, {}
+        for (name, part), key in zip(parts.items(), jax.random.split(rng, len(parts)), strict=True):
+            params[name], stats[name] = part.init(key, x)
+            # Only the shape is needed to build the next part.
+            y = jax.eval_shape(lambda p, s, x, f=part.apply: f(p, s, x, True)[0],
+                               params[name], stats[name], x)
+            x = jax.numpy.zeros(y.shape, y.dtype)
+        return params, stats
+
+    def apply(params: PyTree, stats: PyTree, x: jax.Array, train: bool) -> tuple[jax.Array, PyTree]:
+        new_stats = {}
+        for name, part in parts.items():
+            x, new_stats[name] = part.apply(params[name], stats[name], x, train)
+        return x, new_stats
+
+    return Network(init, apply)
+
+
+def view_shape(view: View, batch: Batch) -> jax.Array:
+    """Zeros of the shape and dtype that `view` makes of `batch`; nothing is computed."""
+    out = jax.eval_shape(view, jax.random.key(0), batch)
+    return jax.numpy.zeros(out.shape, out.dtype)
+
+
+def by_path(tree: PyTree) -> dict[str, Any]:
+    """Every leaf by its path, "/" between the names."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def check_shapes(given: PyTree, wanted: PyTree, what: str) -> None:
+    """Raise ValueError, with every leaf that is missing, left over or of another shape, unless there is none."""
+    have = {name: leaf.shape for name, leaf in by_path(given).items()}
+    want = {name: leaf.shape for name, leaf in by_path(wanted).items()}
+    wrong = [f"{name} is {have.get(name, 'missing')} and should be {want.get(name, 'absent')}"
+             for name in sorted(have.keys() | want.keys()) if have.get(name) != want.get(name)]
+    if wrong:
+        raise ValueError(f"{what} is of another network: {'; '.join(wrong)}")

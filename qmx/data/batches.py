@@ -1,0 +1,86 @@
+"""The order in which images reach the device: batch k is a pure function of (seed, k).
+
+No iterator state is ever saved. A run that starts at step k, on any number of processes and
+threads, sees the batches that an undisturbed run sees from step k on.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import jax
+import numpy as np
+
+from qmx.data.sources import Source
+from qmx.sharding import put_batch
+
+
+def epoch_steps(size: int, batch_size: int, drop_last: bool) -> float:
+    """Steps in one epoch: whole ones when the last, smaller batch is dropped, else size / batch."""
+    return size // batch_size if drop_last else size / batch_size
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(size)
+
+
+def batch_ids(size: int, batch_size: int, seed: int, k: int, drop_last: bool) -> np.ndarray:
+    """The examples of batch k, i64[batch_size].
+
+    Each epoch is a fresh shuffle. With `drop_last` an epoch's remainder is left out; without it
+    the epochs follow each other without a seam, a batch may reach into the next, and a set
+    smaller than a batch is gone through several times in each.
+    """
+    length = size - size % batch_size if drop_last else size
+    position = k * batch_size
+    ids = []
+    missing = batch_size
+    while missing:
+        epoch, offset = divmod(position, length)
+        part = _epoch_order(size, seed, epoch)[offset : min(offset + missing, length)]
+        ids.append(part)
+        position += len(part)
+        missing -= len(part)
+    return np.concatenate(ids)
+
+
+class _Batches:
+    """Whole batches by number, this process's rows of them, as grain's random-access source."""
+
+    def __init__(self, source: Source, batch_size: int, steps: int, seed: int, drop_last: bool):
+        self.source, self.batch_size, self.steps, self.seed, self.drop_last = source, batch_size, steps, seed, drop_last
+        # Rows in blocks and not in strides, so that the global order does not depend on how many
+        # processes there are: groups of statistics and the queue go by position.
+        self.local = batch_size // jax.process_count()
+        self.first = self.local * jax.process_index()
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, k: int) -> dict[str, np.ndarray]:
+        ids = batch_ids(self.source.size, self.batch_size, self.seed, k, self.drop_last)
+        return self.source.read(ids[self.first : self.first + self.local])
+
+
+def batches(source: Source, batch_size: int, *, steps: int, seed: int, start: int = 0, drop_last: bool = False,
+            threads: int = 2) -> Iterator[dict[str, jax.Array]]:
+    """Batches `start` .. `steps` - 1, read ahead in threads and put on the devices.
+
+    Args:
+      source: what is read, one call for each batch.
+      batch_size: global.
+      steps: number of the last batch plus one.
+      seed: of the order.
+      drop_last: see `batch_ids`; needs a batch no larger than the source.
+
+    Raises:
+      ValueError: `drop_last` with a batch larger than the source.
+    """
+    if drop_last and batch_size > source.size:
+        raise ValueError(f"batch_size {batch_size} is larger than the {source.size} images to train on")
+    import grain  # 1.4 s, and not on every machine that only trains on arrays of its own
+
+    examples = grain.MapDataset.source(_Batches(source, batch_size, steps, seed, drop_last))[start:]
+    # Whole batches go by, so a short buffer hides the reading; the default holds 500.
+    ahead = examples.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4))
+    return map(put_batch, ahead)

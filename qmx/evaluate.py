@@ -1,0 +1,89 @@
+"""How good a student is: accuracy, fidelity, divergence; and how good features are."""
+
+from functools import cache
+
+import jax
+import numpy as np
+from scipy.special import log_softmax
+
+from qmx.contract import Network, PyTree, View
+from qmx.sharding import put_batch
+
+
+@cache
+def _forward(network: Network, view: View):  # one compilation for each network and view
+    return jax.jit(lambda params, stats, batch: network.apply(params, stats, view(jax.random.key(0), batch), False)[0])
+
+
+def predict(network: Network, params: PyTree, stats: PyTree, view: View, images: np.ndarray,
+            batch_size: int = 256) -> np.ndarray:
+    """What a network says of each image, exactly once; uint8[n, H, W, C] -> f32[n, D].
+
+    The last batch is padded to `batch_size` and the padding thrown away, so that there is one
+    shape to compile and no image is left out.
+    """
+    rows = []
+    for start in range(0, len(images), batch_size):
+        chunk = images[start : start + batch_size]
+        pad = np.repeat(chunk[-1:], batch_size - len(chunk), 0)
+        y = _forward(network, view)(params, stats, put_batch({"image": np.concatenate([chunk, pad])}))
+        rows.append(np.asarray(y)[: len(chunk)])
+    return np.concatenate(rows)
+
+
+def top_k(scores: np.ndarray, classes: np.ndarray, k: int) -> float:
+    """Per cent of rows whose class is among the k highest scores; f32[n, N] and i32[n].
+
+    A class ranks behind all that score higher or as high, so a constant score wins nothing.
+    """
+    own = np.take_along_axis(scores, classes[:, None], 1)
+    rank = (scores >= own).sum(1)  # counts itself
+    return 100.0 * float((rank <= k).mean())
+
+
+def compare(student: np.ndarray, target: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Accuracy of a student and its fidelity to the target, on the same images.
+
+    Args:
+      student: f32[n, N], logits.
+      target: f32[n, N], unnormalised log-probabilities.
+      labels: i32[n], true classes.
+
+    Returns:
+      top1, top5: accuracy, in per cent. fidelity_top1: how often both name the same class (also
+      called agreement), in per cent. fidelity_top5: how often the target's first class is among
+      the student's first five. kl_target_student: mean KL(target || student) in nats, both at
+      temperature 1; infinite where the target's access hides all classes but one only if the
+      student gives that class no probability.
+    """
+    first = target.argmax(1)
+    log_p, log_q = log_softmax(target, axis=1), log_softmax(student, axis=1)
+    p = np.exp(log_p)
+    kl = np.where(p > 0, p * (np.where(p > 0, log_p, 0) - log_q), 0).sum(1)
+    return {
+        "top1": top_k(student, labels, 1),
+        "top5": top_k(student, labels, 5),
+        "fidelity_top1": top_k(student, first, 1),
+        "fidelity_top5": top_k(student, first, 5),
+        "kl_target_student": float(kl.mean()),
+    }
+
+
+def knn(bank: np.ndarray, bank_labels: np.ndarray, queries: np.ndarray, k: int = 5,
+        temperature: float = 0.1) -> np.ndarray:
+    """The class of each query by its k nearest features, weighted; f32[n, D], i32[n], f32[m, D] -> i32[m].
+
+    Neighbours by cosine similarity s, each voting with exp(s / temperature). Wu et al. 2018
+    (*Instance Discrimination*), section 3.4; the MoCo CIFAR notebook takes k 200.
+    """
+    unit = [x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (queries, bank)]
+    classes = int(bank_labels.max()) + 1
+    found = []
+    for start in range(0, len(queries), 1024):  # bounds the memory for a large bank
+        similarity = unit[0][start : start + 1024] @ unit[1].T
+        nearest = np.argpartition(-similarity, min(k, len(bank)) - 1, axis=1)[:, :k]
+        weight = np.exp(np.take_along_axis(similarity, nearest, 1) / temperature)
+        votes = np.zeros((len(nearest), classes))
+        np.add.at(votes, (np.arange(len(nearest))[:, None], bank_labels[nearest]), weight)
+        found.append(votes.argmax(1))
+    return np.concatenate(found).astype(np.int32)

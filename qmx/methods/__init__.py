@@ -1,0 +1,1 @@
+"""Training methods under one contract, `qmx.contract.Method`: one file each."""

@@ -1,0 +1,59 @@
+"""Networks as pairs of pure functions. The only folder that knows flax."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from qmx.contract import Network, PyTree
+from qmx.models.heads import Classifier, MocoHead, SimsiamPredictor, SimsiamProjector
+from qmx.models.resnet import ARCHS, ResNet
+
+
+def from_linen(module: nn.Module) -> Network:
+    """A `Network` out of a linen module called as `module(x, train)` with "batch_stats" or none."""
+
+    def init(rng: jax.Array, x: jax.Array) -> tuple[PyTree, PyTree]:
+        variables = module.init(rng, x, True)
+        return variables["params"], variables.get("batch_stats", {})
+
+    def apply(params: PyTree, stats: PyTree, x: jax.Array, train: bool) -> tuple[jax.Array, PyTree]:
+        variables = {"params": params, "batch_stats": stats}
+        if not train:
+            return module.apply(variables, x, False), stats  # type: ignore[return-value]
+        y, new = module.apply(variables, x, True, mutable=["batch_stats"])
+        return y, new.get("batch_stats", stats)
+
+    return Network(init, apply)
+
+
+def backbone(arch: str, *, stats_groups: int = 1, zero_init: bool = False, dtype: Any = jnp.float32) -> Network:
+    """A ResNet or ResNeXt by name, up to its pooled features; see `qmx.models.resnet.ResNet`.
+
+    Raises:
+      ValueError: an unknown name, with the known ones.
+    """
+    if arch not in ARCHS:
+        raise ValueError(f"network {arch!r} is unknown; choose one of {', '.join(ARCHS)}")
+    return from_linen(ResNet(ARCHS[arch], stats_groups, zero_init, dtype))
+
+
+def classifier(classes: int) -> Network:
+    """A linear layer onto `classes` scores (or onto an embedding, as MoCo v1 uses it)."""
+    return from_linen(Classifier(classes))
+
+
+def moco_head(features: int = 128, hidden: int | None = None) -> Network:
+    """MoCo v2's two-layer head; see `qmx.models.heads.MocoHead`."""
+    return from_linen(MocoHead(features, hidden))
+
+
+def simsiam_projector(features: int = 2048, layers: int = 3, stats_groups: int = 1) -> Network:
+    """SimSiam's projector; see `qmx.models.heads.SimsiamProjector`."""
+    return from_linen(SimsiamProjector(features, layers, stats_groups))
+
+
+def simsiam_predictor(hidden: int = 512, stats_groups: int = 1) -> Network:
+    """SimSiam's predictor; see `qmx.models.heads.SimsiamPredictor`."""
+    return from_linen(SimsiamPredictor(hidden, stats_groups))

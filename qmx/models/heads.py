@@ -1,0 +1,100 @@
+"""What stands on the pooled features: f32[B, D] -> f32[B, D']. Layers carry torch's indices."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from qmx.models.norm import BatchNorm
+
+# torch's default for Linear: uniform in +-1/sqrt(fan_in), for the weight and for the bias.
+linear_kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+class Linear(nn.Module):
+    """y = x W + b with torch's initialisation.
+
+    Attributes:
+      bias: True, False, or "frozen": there, at its initial value, and never trained.
+    """
+
+    features: int
+    bias: bool | str = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        fan_in = x.shape[-1]
+        y = x @ self.param("kernel", linear_kernel, (fan_in, self.features), jnp.float32)
+        if not self.bias:
+            return y
+
+        def init(rng: jax.Array) -> jax.Array:
+            return jax.random.uniform(rng, (self.features,), jnp.float32, -1, 1) / fan_in**0.5
+
+        if self.bias == "frozen":
+            # Among the statistics, where no gradient and no weight decay reaches it.
+            return y + self.variable("batch_stats", "bias", lambda: init(self.make_rng("params"))).value
+        return y + self.param("bias", init)
+
+
+class Classifier(nn.Module):
+    """One linear layer ("fc")."""
+
+    classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        return Linear(self.classes, name="fc")(x)
+
+
+class MocoHead(nn.Module):
+    """MoCo v2: Linear - ReLU - Linear, biases, no batch norm. MoCo v1's is `Classifier(128)`.
+
+    Chen et al. 2020 (MoCo v2), section 3; `moco/builder.py` of the reference.
+    """
+
+    features: int = 128
+    hidden: int | None = None  # the features' own width
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        x = nn.relu(Linear(self.hidden or x.shape[-1], name="fc_0")(x))
+        return Linear(self.features, name="fc_2")(x)
+
+
+class SimsiamProjector(nn.Module):
+    """SimSiam's three-layer projector; `layers=2` is its CIFAR form.
+
+    Each Linear is followed by batch norm, ReLU between them; the last norm has no scale and no
+    bias, and the last Linear a frozen bias. Chen & He 2021, section 3; `simsiam/builder.py`.
+    """
+
+    features: int = 2048
+    layers: int = 3
+    stats_groups: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        width = x.shape[-1]  # the hidden layers keep the features' width
+        norm: Any = BatchNorm
+        for layer in range(self.layers - 1):
+            x = Linear(width, bias=False, name=f"fc_{3 * layer}")(x)
+            x = nn.relu(norm(self.stats_groups, name=f"fc_{3 * layer + 1}")(x, train))
+        last = 3 * (self.layers - 1)
+        x = Linear(self.features, bias="frozen", name=f"fc_{last}")(x)
+        return norm(self.stats_groups, affine=False, name=f"fc_{last + 1}")(x, train)
+
+
+class SimsiamPredictor(nn.Module):
+    """SimSiam's bottleneck: Linear - batch norm - ReLU - Linear with a bias, nothing after it."""
+
+    hidden: int = 512
+    stats_groups: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        features = x.shape[-1]
+        x = Linear(self.hidden, bias=False, name="fc_0")(x)
+        x = nn.relu(BatchNorm(self.stats_groups, name="fc_1")(x, train))
+        return Linear(features, name="fc_3")(x)

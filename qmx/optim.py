@@ -1,0 +1,137 @@
+"""Optimisers and schedules by name, rates by part of the network, decay masks, and the EMA.
+
+Everything here is optax; this file spells the recipes of the papers in its terms. The one unit of
+every schedule is the epoch; it becomes steps here and nowhere else.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from qmx.contract import PyTree
+
+SCHEDULES = ("constant", "cosine", "cosine_by_epoch", "step")
+DECAYS = ("all", "kernels")
+
+
+def schedule(
+    name: str,
+    learning_rate: float,
+    *,
+    epochs: float,
+    steps: int,
+    warmup_epochs: float = 0,
+    milestones: tuple[float, ...] = (),
+    factor: float = 0.1,
+) -> optax.Schedule:
+    """A learning rate as a function of the step.
+
+    Args:
+      name: "constant"; "cosine" (to 0 over all steps); "cosine_by_epoch" (the same curve, held
+        during each epoch, as the MoCo and SimSiam code does: lr (1 + cos(pi epoch / epochs)) / 2
+        with whole epochs); "step" (times `factor` at each of `milestones`).
+      learning_rate: the rate after the warm-up.
+      epochs: length of the run, in epochs; `warmup_epochs` and `milestones` count the same way.
+      steps: length of the run, in steps; one epoch is steps / epochs.
+      warmup_epochs: the rate climbs linearly from 0 over these, then follows the curve as if
+        there had been no warm-up.
+      factor: for "step".
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"schedule {name!r} is unknown; choose one of {', '.join(SCHEDULES)}")
+
+    def rate(step: jax.Array) -> jax.Array:
+        # In whole epochs first, exactly: step * epochs / steps rounds below an integer in float32.
+        epoch = jnp.asarray(step, jnp.float32) * epochs / steps
+        if name == "constant":
+            value = jnp.float32(learning_rate)
+        elif name == "cosine":
+            value = learning_rate * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(epoch / epochs, 1)))
+        elif name == "cosine_by_epoch":
+            whole = jnp.floor(epoch + 1e-4)
+            value = learning_rate * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(whole / epochs, 1)))
+        else:
+            passed = sum(jnp.float32(epoch + 1e-4 >= m) for m in milestones)
+            value = learning_rate * factor**passed
+        if warmup_epochs:
+            value = value * jnp.minimum(1.0, epoch / warmup_epochs)
+        return value
+
+    return rate
+
+
+def kernels_only(params: PyTree) -> PyTree:
+    """True for the leaves of rank 2 and more: kernels, not biases nor batch-norm scales."""
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+def sgd(
+    rates: optax.Schedule | Mapping[str, optax.Schedule],
+    *,
+    momentum: float = 0.9,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    weight_decay_on: str = "all",
+) -> optax.GradientTransformation:
+    """SGD as PyTorch writes it: the decay joins the gradient, then momentum, then the rate.
+
+    Args:
+      rates: one schedule for all parameters, or one for each top-level part of `params`
+        ("backbone", "head", ...).
+      weight_decay_on: "all" parameters, batch-norm scales and biases too (MoCo, SimSiam, torchvision), or
+        "kernels" only (S4L).
+
+    Raises:
+      ValueError: an unknown `weight_decay_on`; at the first call, a part of params that has no rate.
+    """
+    if weight_decay_on not in DECAYS:
+        raise ValueError(f"weight_decay_on {weight_decay_on!r} is unknown; choose one of {', '.join(DECAYS)}")
+    mask = kernels_only if weight_decay_on == "kernels" else None
+
+    def one(rate: optax.Schedule) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.add_decayed_weights(weight_decay, mask=mask),
+            optax.sgd(rate, momentum=momentum or None, nesterov=nesterov),
+        )
+
+    if not isinstance(rates, Mapping):
+        return one(rates)
+
+    def part_names(params: dict) -> dict:
+        missing = sorted(set(params) - set(rates))
+        if missing:
+            raise ValueError(f"no learning rate for {missing}; rates are given for {sorted(rates)}")
+        return {name: jax.tree.map(lambda _, n=name: n, part) for name, part in params.items()}
+
+    return optax.partition({name: one(rate) for name, rate in rates.items()}, part_names)
+
+
+class EmaState(NamedTuple):
+    """State of `ema`."""
+
+    average: PyTree  # as the parameters, f32
+
+
+def ema(decay: float) -> optax.GradientTransformation:
+    """Exponential moving average of parameters: average <- decay * average + (1 - decay) * params.
+
+    A `GradientTransformation` pair whose "updates" are the current parameters:
+    `average, state = ema(0.999).update(params, state)`. It starts as an exact copy, so it needs no
+    bias correction; decay 0 copies, 1 freezes. `optax.ema` starts from zero and is meant for
+    gradients. Source: He et al. 2020 (MoCo), equation 2, where `decay` is m.
+    """
+
+    def init(params: PyTree) -> EmaState:
+        return EmaState(jax.tree.map(jnp.copy, params))
+
+    def update(params: PyTree, state: EmaState, _: PyTree | None = None) -> tuple[PyTree, EmaState]:
+        average = optax.incremental_update(params, state.average, 1 - decay)
+        return average, EmaState(average)
+
+    return optax.GradientTransformation(init, update)

@@ -1,0 +1,232 @@
+"""The ledger: every answer is paid for once, kept for good, and never asked for again.
+
+One SQLite file. An answer's key is the SHA-256 of the exact pixels sent, the target's digest and the
+name of the preprocessing, so answers pair with images by content and never by position. A request
+is written down before it is sent, and its answers are committed before anybody sees them: what a
+killed run had been answered is there for the next one, which asks only for what is missing.
+"""
+
+import hashlib
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from qmx.oracle import access as levels
+
+PURPOSES = ("train", "select", "report")
+
+# WAL with synchronous=FULL: a committed answer survives the process and the power.
+SCHEMA = """
+PRAGMA journal_mode = WAL;
+PRAGMA synchronous = FULL;
+CREATE TABLE IF NOT EXISTS requests (
+  id INTEGER PRIMARY KEY,
+  target TEXT NOT NULL,
+  purpose TEXT NOT NULL,
+  views INTEGER NOT NULL,               -- sent
+  answered INTEGER NOT NULL DEFAULT 0   -- 0 while in flight, and for ever if it was lost
+);
+CREATE TABLE IF NOT EXISTS answers (
+  key BLOB PRIMARY KEY,                 -- of the pixels sent, the target and the preprocessing
+  image BLOB NOT NULL,                  -- SHA-256 of the image that the pixels are a view of
+  request INTEGER NOT NULL REFERENCES requests (id),
+  access TEXT NOT NULL,
+  scores BLOB NOT NULL                  -- float32, little-endian
+);
+"""
+
+
+class BudgetSpent(Exception):
+    """The next request would exceed the budget. Nothing of it was sent."""
+
+
+class Account(NamedTuple):
+    """What one target was asked, so far."""
+
+    calls: int  # images sent in requests that were answered, each time that they were sent
+    images: int  # distinct images with an answer
+    views: int  # distinct pixel arrays with an answer; several views may show one image
+    unanswered: int  # images sent in requests that never came back: in flight, failed, or killed
+    purposes: dict[str, int]  # distinct images first answered for each purpose
+
+
+class Ledger:
+    """The answers of one target, in a file that may hold those of others too.
+
+    Args:
+      path: the SQLite file; made if missing.
+      target: the target's digest or name. Another target's answers are never returned.
+      preprocessing: name of what happens between the pixels sent and the target's own input.
+      budget: how many distinct images may be asked for "train" and "select"; None is no limit.
+        Images asked for "report" alone, to measure fidelity, are counted apart.
+
+    Raises:
+      ValueError: the file is not a ledger.
+    """
+
+    def __init__(self, path: str | Path, *, target: str, preprocessing: str = "as-is", budget: int | None = None):
+        self.path, self.target, self.preprocessing, self.budget = Path(path), target, preprocessing, budget
+        try:
+            # A writer elsewhere is waited for; half a minute is longer than any of our commits.
+            self._db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
+            self._db.executescript(SCHEMA)
+        except sqlite3.DatabaseError as error:
+            raise ValueError(f"{path} cannot be used as a ledger: {error}") from None
+
+    def __enter__(self) -> "Ledger":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._db.close()
+
+    def keys(self, images: np.ndarray) -> list[bytes]:
+        """The key of each image; uint8[n, H, W, C] -> n times 32 bytes."""
+        suffix = f"\0{self.target}\0{self.preprocessing}".encode()
+        return [hashlib.sha256(digest + suffix).digest() for digest in pixel_digests(images)]
+
+    def read(self, images: np.ndarray, access: str = "logits") -> np.ndarray:
+        """The answers to images, as an interface of level `access` would have given them.
+
+        uint8[n, H, W, C] -> f32[n, N], rows in the order of the images. Asks nothing.
+
+        Raises:
+          LookupError: some images have no answer yet; says how many.
+          ValueError: the answers bought are poorer than `access`.
+        """
+        keys = self.keys(images)
+        found = self._lookup(keys)
+        missing = sum(key not in found for key in keys)
+        if missing:
+            raise LookupError(f"{missing} of {len(keys)} images have no answer in {self.path}; ask for them first")
+        return np.stack([levels.derive(scores, have, access) for have, scores in map(found.__getitem__, keys)])
+
+    def ask(
+        self,
+        query: Callable[[np.ndarray], np.ndarray],
+        images: np.ndarray,
+        *,
+        purpose: str = "train",
+        access: str = "logits",
+        of: np.ndarray | None = None,
+        batch_size: int = 256,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> np.ndarray:
+        """Answers to images: those that the ledger has, and the target's for the rest, paid for once.
+
+        Args:
+          query: uint8[b, H, W, C] -> f32[b, N], one call for each batch of images without an answer.
+          images: uint8[n, H, W, C], the exact pixels to send; repeated ones are sent once.
+          purpose: "train", "select" or "report".
+          access: the level of what `query` returns. An answer of a poorer level is bought anew.
+          of: uint8[n, ...], the images that `images` are views of, which are what the budget
+            counts; by default each view is an image.
+          on_progress: called with (answered, to ask) after each batch.
+
+        Returns:
+          f32[n, N], rows in the order of `images`, at level `access`.
+
+        Raises:
+          BudgetSpent: the missing images are more than the budget has left; nothing was sent.
+          ValueError: unknown purpose or level, or the query's answer has a wrong shape or is not
+            finite. That batch is not kept; what was answered before it is.
+        """
+        if purpose not in PURPOSES:
+            raise ValueError(f"purpose {purpose!r} is unknown; choose one of {', '.join(PURPOSES)}")
+        levels.check(access)
+        keys, sources = self.keys(images), pixel_digests(images if of is None else of)
+        found = self._lookup(keys)
+        rank = levels.ACCESS.index(access)
+        missing = {key: row for row, key in reversed(list(enumerate(keys)))
+                   if key not in found or levels.ACCESS.index(found[key][0]) > rank}
+        rows = sorted(missing.values())
+        if purpose != "report":
+            self._check_budget({sources[row] for row in rows})
+
+        classes = {len(scores) for _, scores in found.values()}
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            request = self._db.execute("INSERT INTO requests (target, purpose, views) VALUES (?, ?, ?)",
+                                       (self.target, purpose, len(batch))).lastrowid
+            scores = np.asarray(query(images[batch]), np.float32)
+            classes = {*classes, scores.shape[-1]} if scores.ndim else classes
+            if scores.ndim != 2 or len(scores) != len(batch) or len(classes) > 1:
+                raise ValueError(f"the query answered {len(batch)} images with shape {scores.shape}; it must be "
+                                 f"[{len(batch)}, N] with the same N each time{f', so far {sorted(classes)}' if classes else ''}")
+            if not np.isfinite(scores).all():
+                raise ValueError(f"the query's scores are not finite for {int((~np.isfinite(scores)).any(1).sum())} "
+                                 f"of {len(batch)} images; nothing of this batch was kept")
+            with self._transaction():
+                self._db.executemany(
+                    "INSERT OR REPLACE INTO answers (key, image, request, access, scores) VALUES (?, ?, ?, ?, ?)",
+                    [(keys[row], sources[row], request, access, s.astype("<f4").tobytes())
+                     for row, s in zip(batch, scores, strict=True)])
+                self._db.execute("UPDATE requests SET answered = 1 WHERE id = ?", (request,))
+            if on_progress:
+                on_progress(min(start + batch_size, len(rows)), len(rows))
+        return self.read(images, access)
+
+    def count_missing(self, images: np.ndarray) -> int:
+        """How many distinct images of uint8[n, H, W, C] have no answer yet."""
+        keys = set(self.keys(images))
+        return len(keys) - len(self._lookup(list(keys)))
+
+    def spent(self) -> int:
+        """Distinct images answered for "train" and "select", which the budget is about."""
+        return self._db.execute(
+            "SELECT COUNT(DISTINCT image) FROM answers JOIN requests ON request = id "
+            "WHERE target = ? AND purpose != 'report'", (self.target,)).fetchone()[0]
+
+    def account(self) -> Account:
+        """What this target was asked, so far, by everybody who used this file."""
+        calls, unanswered = self._db.execute(
+            "SELECT COALESCE(SUM(views * answered), 0), COALESCE(SUM(views * (1 - answered)), 0) "
+            "FROM requests WHERE target = ?", (self.target,)).fetchone()
+        images, views = self._db.execute(
+            "SELECT COUNT(DISTINCT image), COUNT(*) FROM answers JOIN requests ON request = id WHERE target = ?",
+            (self.target,)).fetchone()
+        purposes = dict(self._db.execute(
+            "SELECT purpose, COUNT(DISTINCT image) FROM answers JOIN requests ON request = id "
+            "WHERE target = ? GROUP BY purpose", (self.target,)).fetchall())
+        return Account(calls, images, views, unanswered, {name: purposes.get(name, 0) for name in PURPOSES})
+
+    def _check_budget(self, images: set[bytes]) -> None:
+        if self.budget is None:
+            return
+        known = {row[0] for row in self._db.execute(
+            "SELECT DISTINCT image FROM answers JOIN requests ON request = id "
+            "WHERE target = ? AND purpose != 'report'", (self.target,))}
+        new = len(images - known)
+        if len(known) + new > self.budget:
+            raise BudgetSpent(f"{len(known)} of {self.budget} queries are spent and {new} more are asked for; "
+                              "nothing was sent. Raise the budget or ask for fewer images")
+
+    def _lookup(self, keys: list[bytes]) -> dict[bytes, tuple[str, np.ndarray]]:
+        found = {}
+        for chunk in _chunks(sorted(set(keys)), 500):  # below SQLite's oldest limit on parameters
+            rows = self._db.execute(
+                f"SELECT key, access, scores FROM answers WHERE key IN ({','.join('?' * len(chunk))})", chunk)
+            found.update({key: (access, np.frombuffer(scores, "<f4")) for key, access, scores in rows})
+        return found
+
+    def _transaction(self) -> sqlite3.Connection:
+        self._db.execute("BEGIN IMMEDIATE")
+        return self._db  # as a context it commits, or rolls back on an error
+
+
+def pixel_digests(images: np.ndarray) -> list[bytes]:
+    """SHA-256 of the shape and pixels of each image; uint8[n, ...] -> n times 32 bytes.
+
+    Raises:
+      ValueError: the images are not uint8.
+    """
+    if images.dtype != np.uint8:
+        raise ValueError(f"images are {images.dtype}; the ledger keys the exact uint8 pixels that are sent")
+    shape = str(images.shape[1:]).encode()
+    return [hashlib.sha256(shape + image.tobytes()).digest() for image in images]
+
+
+def _chunks(items: list[bytes], size: int) -> Iterator[list[bytes]]:
+    return (items[i : i + size] for i in range(0, len(items), size))

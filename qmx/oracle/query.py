@@ -1,0 +1,21 @@
+"""Query functions: `images uint8[b, H, W, C] -> scores f32[b, N]`."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from qmx.contract import Network, PyTree, View
+from qmx.evaluate import predict
+
+Query = Callable[[np.ndarray], np.ndarray]
+
+
+def network_query(network: Network, params: PyTree, stats: PyTree, view: View, batch_size: int = 256) -> Query:
+    """A query function around a network of our own; it answers with logits.
+
+    Args:
+      network: f32[B, S, S, C] -> f32[B, N].
+      view: makes the network's input of {"image": uint8[B, H, W, C]}; its key is fixed.
+      batch_size: shape that the network is compiled for; smaller batches are padded.
+    """
+    return lambda images: predict(network, params, stats, view, images, batch_size)

@@ -1,0 +1,72 @@
+"""What a person sees while it runs: a bar in a terminal, lines in a file. All on standard error."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+LINE_SECONDS = 10  # between the lines of one stage where there is no terminal
+
+
+def say(message: str) -> None:
+    """One line for the user."""
+    print(message, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """Progress of one stage. `update(done, text)`; the rate is in `unit`s, `per_step` a step."""
+
+    def __init__(self, name: str, total: int, per_step: int, unit: str, bar: Any = None):
+        self.name, self.total, self.per_step, self.unit, self.bar = name, total, per_step, unit, bar
+        self.task = bar.add_task(name, total=total, text="") if bar else None
+        self.started = self.said = time.monotonic()
+        self.first: int | None = None
+        self.text = ""
+
+    def update(self, done: int, text: str = "") -> None:
+        """Say that `done` steps of the total are done."""
+        now = time.monotonic()
+        if self.first is None:  # the first step holds the compilation; the rate starts after it
+            self.first, self.started = done, now
+        self.text = text
+        if self.bar:
+            self.bar.update(self.task, completed=done, text=f"{self._rate(done, now)} {text}")
+        elif now - self.said > LINE_SECONDS and done < self.total:
+            self.said = now
+            say(f"{self.name}: {done}/{self.total} {self._rate(done, now)} {text}, "
+                f"{self._left(done, now):.0f} s left")
+
+    def _rate(self, done: int, now: float) -> str:
+        steps = done - (self.first or 0)
+        return f"{steps * self.per_step / max(now - self.started, 1e-9):.0f} {self.unit}/s" if steps else ""
+
+    def _left(self, done: int, now: float) -> float:
+        steps = done - (self.first or 0)
+        return (self.total - done) * (now - self.started) / max(steps, 1)
+
+
+@contextmanager
+def progress(name: str, total: int, per_step: int = 1, unit: str = "images") -> Iterator[Progress]:
+    """Show the progress of a stage; afterwards one line says what it took.
+
+    Args:
+      name: of the stage.
+      total: steps.
+      per_step: how many `unit`s one step is, for the rate.
+    """
+    began = time.monotonic()
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+                   TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+        with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+            shown = Progress(name, total, per_step, unit, bar)
+            yield shown
+    else:
+        shown = Progress(name, total, per_step, unit)
+        yield shown
+    say(f"{name}: {total} steps in {time.monotonic() - began:.1f} s {shown.text}".rstrip())

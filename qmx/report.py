@@ -1,0 +1,193 @@
+"""From rows to what people read: a table, a page, a curve; and `results.json` for machines.
+
+Everything here is a function of what the stages wrote down; nothing is computed anew.
+"""
+
+import base64
+import html
+import io
+from pathlib import Path
+from statistics import mean, stdev
+from typing import NamedTuple
+
+from qmx.settings import percent
+from qmx.workdir import write_json, write_text
+
+
+class Table(NamedTuple):
+    """A titled table of strings."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+def write(directory: Path, results: dict) -> str:
+    """Write results.json, report.md, report.html and curve.png; returns the text for standard out.
+
+    Args:
+      results: as `results.json` holds them; rows that were not run are absent from "rows".
+    """
+    tables, notes = result_tables(results), account_notes(results)
+    picture = curve(results)
+    write_json(directory / "results.json", results)
+    part = directory / "curve.png.part"
+    part.write_bytes(picture)
+    part.replace(directory / "curve.png")
+    write_text(directory / "report.md", markdown(tables, notes))
+    write_text(directory / "report.html", page(tables, notes, picture))
+    return "\n\n".join(["\n".join(notes), *(f"{t.title}\n\n{aligned(t)}" for t in reversed(tables))])
+
+
+def columns(results: dict) -> list[tuple[str, str, str]]:
+    """The (init, select, access) of the table's columns, in the config's order."""
+    config = results["config"]
+    return [(init, select, access) for init in config["inits"] for select in config["selects"]
+            for access in config["accesses"]]
+
+
+def label(column: tuple[str, str, str], results: dict) -> str:
+    """A column's name: the init, and the other axes where there is a choice."""
+    init, select, access = column
+    config = results["config"]
+    more = [select] * (len(config["selects"]) > 1) + [access] * (len(config["accesses"]) > 1)
+    return " + ".join([init, *more])
+
+
+def values(results: dict, column: tuple[str, str, str], fraction: float, metric: str) -> list[float]:
+    """A metric of one cell of the table, for each seed that was run."""
+    return [row[metric] for row in results["rows"]
+            if (row["init"], row["select"], row["access"]) == column and row["fraction"] == fraction]
+
+
+def spread(numbers: list[float], digits: int = 1) -> str:
+    """Mean and, over several seeds, the sample standard deviation."""
+    if not numbers:
+        return "not run"
+    if len(numbers) == 1:
+        return f"{numbers[0]:.{digits}f}"
+    return f"{mean(numbers):.{digits}f} ± {stdev(numbers):.{digits}f}"
+
+
+def result_tables(results: dict) -> list[Table]:
+    """Accuracy, fidelity, divergence and the encoders' monitor."""
+    seeds = len(results["config"]["seeds"])
+    over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    shown = [
+        (f"Accuracy, top-1 / top-5, in per cent ({over})", ("top1", "top5"), 1),
+        (f"Fidelity to the target, top-1 / top-5, in per cent ({over})", ("fidelity_top1", "fidelity_top5"), 1),
+        (f"KL(target || student), in nats ({over})", ("kl_target_student",), 3),
+    ]
+    names = [label(column, results) for column in columns(results)]
+    tables = []
+    for title, metrics, digits in shown:
+        rows = []
+        for fraction in results["config"]["fractions"]:
+            cells = []
+            for column in columns(results):
+                each = [spread(values(results, column, fraction, metric), digits) for metric in metrics]
+                cells.append(each[0] if each[0] == "not run" else " / ".join(each))
+            rows.append([f"{queries(results, fraction)} ({percent(fraction)})", *cells])
+        tables.append(Table(title, ["queries", *names], rows))
+    if results["monitors"]:
+        first = results["monitors"][0]
+        tables.append(Table(
+            f"Features: accuracy of {first['k']} weighted nearest neighbours (temperature {first['temperature']:g}) "
+            f"within the pool, in per cent ({over})",
+            ["encoder", "pretrained", "the same network, random"],
+            [[init, *(spread([m[key] for m in results["monitors"] if m["init"] == init])
+                      for key in ("knn_top1", "knn_top1_random"))]
+             for init in dict.fromkeys(m["init"] for m in results["monitors"])]))
+    return tables
+
+
+def queries(results: dict, fraction: float) -> int:
+    """How many images a fraction is."""
+    return results["pool"]["queries"][str(fraction)]
+
+
+def account_notes(results: dict) -> list[str]:
+    """The target, the images and the account of the queries, a line each."""
+    target, pool, account = results["target"], results["pool"], results["account"]
+    measured = "accuracy not measured yet" if target["top1"] is None else (
+        f"top-1 / top-5 {target['top1']:.1f} / {target['top5']:.1f} on the evaluation images")
+    used = ", ".join(f"{count} for {purpose}" for purpose, count in account["purposes"].items())
+    return [
+        f"Target: {target['name']}, {measured}, sha256 {target['sha256'][:16]}.",
+        f"Pool: {pool['size']} images of {pool['name']}; evaluated on {pool['evaluation']} others.",
+        f"Asked: {account['images']} distinct images ({used}), {account['views']} views, {account['calls']} calls, "
+        f"{account['unanswered']} sent without an answer.",
+        "All columns of one row share recipe, seeds and images; they differ in what the student starts from. "
+        "Figures are those of the last step.",
+    ]
+
+
+def aligned(table: Table) -> str:
+    """A Markdown table whose columns line up."""
+    lines = [table.header, *table.rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(table.header))]
+    text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+            for line in lines]
+    text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(text)
+
+
+def markdown(tables: list[Table], notes: list[str]) -> str:
+    """report.md."""
+    parts = ["# How many queries copy this model?", "\n".join(f"- {note}" for note in notes),
+             "![Accuracy and fidelity against queries](curve.png)"]
+    parts += [f"## {table.title}\n\n{aligned(table)}" for table in tables]
+    return "\n\n".join(parts) + "\n"
+
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; } img { max-width: 100%; }
+div { overflow-x: auto; }
+"""
+
+
+def page(tables: list[Table], notes: list[str], picture: bytes) -> str:
+    """report.html, in one file."""
+    def row(cells: list[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    body = ["<h1>How many queries copy this model?</h1>",
+            "<ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in notes) + "</ul>",
+            '<img alt="Accuracy and fidelity against queries" '
+            f'src="data:image/png;base64,{base64.b64encode(picture).decode()}">']
+    for table in tables:
+        body.append(f"<h2>{html.escape(table.title)}</h2><div><table>{row(table.header, 'th')}"
+                    + "".join(row(cells, "td") for cells in table.rows) + "</table></div>")
+    return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><title>qmx report</title>'
+            f"<style>{STYLE}</style></head><body>{''.join(body)}</body></html>\n")
+
+
+def curve(results: dict) -> bytes:
+    """Accuracy and fidelity against queries, a PNG; bars are one standard deviation over the seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    panels = figure.subplots(1, 2)
+    fractions = sorted(results["config"]["fractions"])
+    for panel, metric, title in zip(panels, ("top1", "fidelity_top1"), ("accuracy", "fidelity"), strict=True):
+        for place, column in enumerate(columns(results)):
+            aside = 1.03 ** (place - len(columns(results)) / 2)  # so that the bars do not hide each other
+            points = [(queries(results, f) * aside, values(results, column, f, metric)) for f in fractions]
+            points = [(x, ys) for x, ys in points if ys]
+            panel.errorbar([x for x, _ in points], [mean(ys) for _, ys in points],
+                           [stdev(ys) if len(ys) > 1 else 0 for _, ys in points],
+                           marker="o", capsize=3, label=label(column, results))
+        if metric == "top1" and results["target"]["top1"] is not None:
+            panel.axhline(results["target"]["top1"], color="grey", linestyle="--", label="the target")
+        panel.set(xscale="log", xlabel="queries", ylabel=f"{title}, top-1 (%)", title=f"{title} against queries")
+        ticks = [queries(results, f) for f in fractions]
+        panel.set_xticks(ticks, [str(tick) for tick in ticks])
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    panels[0].legend()
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=120)
+    return stream.getvalue()

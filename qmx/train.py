@@ -1,0 +1,105 @@
+"""The one step and the one loop that every method runs in."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from qmx.contract import Batch, Method, PyTree
+
+
+class TrainState(NamedTuple):
+    """All that a run carries from step to step, and all that a checkpoint holds."""
+
+    step: jax.Array  # i32[], steps done
+    params: PyTree
+    state: PyTree  # the method's own: running statistics, queue, momentum encoder
+    opt_state: PyTree
+
+
+def init_state(method: Method, tx: optax.GradientTransformation, rng: jax.Array, batch: Batch) -> TrainState:
+    """The state before the first step; of `batch` only the shapes are read."""
+    params, state = method.init(rng, batch)
+    return TrainState(jnp.int32(0), params, state, tx.init(params))
+
+
+def make_step(method: Method, tx: optax.GradientTransformation) -> Callable:
+    """The jitted step of any method: (train_state, batch, rng) -> (train_state, metrics).
+
+    `rng` is the run's one root key; each step folds its number in, so no randomness is stored.
+    The state is donated. The metrics are f32[] on the device, "loss" among them.
+    """
+
+    def step(ts: TrainState, batch: Batch, rng: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        rng = jax.random.fold_in(rng, ts.step)
+        grad = jax.value_and_grad(method.loss, has_aux=True)
+        (loss, (state, metrics)), grads = grad(ts.params, ts.state, batch, rng)
+        updates, opt_state = tx.update(grads, ts.opt_state, ts.params)
+        params = optax.apply_updates(ts.params, updates)
+        return TrainState(ts.step + 1, params, state, opt_state), {"loss": loss, **metrics}
+
+    return jax.jit(step, donate_argnums=0)
+
+
+class Stopped(Exception):
+    """The run was asked to stop; its state is saved."""
+
+
+def fit(
+    step: Callable,
+    ts: TrainState,
+    batches: Callable[[int], Any],
+    rng: jax.Array,
+    *,
+    steps: int,
+    on_metrics: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
+    save: Callable[[TrainState], None] | None = None,
+    save_seconds: float = 600,
+    stopped: Callable[[], bool] = lambda: False,
+) -> TrainState:
+    """Train until `steps` steps are done, from wherever `ts` stands.
+
+    Args:
+      step: from `make_step`.
+      batches: start -> an iterator over batches `start`, `start` + 1, ...
+      rng: the run's root key.
+      on_metrics: called with (steps done, metrics) for every step, one step late, so that the
+        device never waits for the host.
+      save: writes a checkpoint; called every `save_seconds` and when the run is stopped.
+      stopped: asked after each step.
+
+    Raises:
+      FloatingPointError: the loss is not finite; says at which step.
+      Stopped: `stopped` said so; the state was saved first, if there is a `save`.
+    """
+
+    def report(done: int, metrics: dict[str, jax.Array]) -> None:
+        values = {name: float(value) for name, value in metrics.items()}
+        if not math.isfinite(values["loss"]):
+            raise FloatingPointError(f"the loss is {values['loss']} at step {done} of {steps}; "
+                                     "a lower learning rate or a warm-up may cure it")
+        on_metrics(done, values)
+
+    pending = None
+    saved = time.monotonic()
+    start = int(ts.step)
+    for done, batch in zip(range(start + 1, steps + 1), batches(start), strict=False):
+        ts, metrics = step(ts, batch, rng)
+        if pending is not None:
+            report(*pending)
+        pending = (done, metrics)
+        stop = stopped() and done < steps
+        if save is not None and (stop or time.monotonic() - saved > save_seconds):
+            report(*pending)  # never save a state that already went wrong
+            pending = None
+            save(ts)
+            saved = time.monotonic()
+        if stop:
+            raise Stopped(f"stopped after step {done} of {steps}")
+    if pending is not None:
+        report(*pending)
+    return ts

@@ -1,0 +1,83 @@
+"""What a run leaves on the disk: stages that are done once, and files that are whole or absent."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import qmx
+
+
+class Mismatch(ValueError):
+    """A workdir that another config made."""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a kill, meets the old one or the new one."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of JSON; keys in the order given, floats exactly."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Where two JSON values differ, as "key: old value here, new value there"."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [line for key in sorted(old.keys() | new.keys())
+                for line in differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)]
+    return [] if old == new else [f"{prefix}: {json.dumps(old)} there, {json.dumps(new)} now"]
+
+
+def stage(directory: Path, inputs: dict, run: Callable[[], dict], say: Callable[[str], None]) -> dict:
+    """The result of a stage: the one on the disk if the same inputs made it, else a new one.
+
+    Args:
+      directory: the stage's own; `run` writes its artefacts there.
+      inputs: JSON, everything that the result depends on: the config's part, digests of what is
+        read. qmx's version joins it.
+      run: does the work and returns JSON.
+      say: told when an old result is thrown away, and why.
+
+    Returns:
+      What `run` returned. It is written down last, so that a stage which was killed counts as
+      never done.
+    """
+    inputs = json.loads(json.dumps({"qmx": qmx.__version__, **inputs}))
+    path = directory / "result.json"
+    if path.exists():
+        done = json.loads(path.read_text())
+        changed = differences(done["inputs"], inputs)
+        if not changed:
+            return done["result"]
+        say(f"{directory.name} is done again, because {changed[0]}")
+        path.unlink()
+    result = run()
+    write_json(path, {"inputs": inputs, "result": result})
+    return result
+
+
+def claim(workdir: Path, config: dict, update: bool) -> None:
+    """Make the workdir this config's own, or refuse one that another config made.
+
+    Raises:
+      Mismatch: the config differs from the one in the workdir and `update` is false; names the
+        first key and how to go on.
+    """
+    config = json.loads(json.dumps(config))
+    path = workdir / "config.json"
+    if path.exists() and not update:
+        changed = differences(json.loads(path.read_text()), config)
+        if changed:
+            more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+            raise Mismatch(f"{workdir} was made with another config: {changed[0]}{more}; take another --workdir, "
+                           "or give --update to keep the stages that still fit and do the others again")
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(path, config)
