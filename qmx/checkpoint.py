@@ -84,8 +84,8 @@ class Checkpoints:
             import orbax.checkpoint as ocp
 
             logging.getLogger("absl").setLevel(logging.ERROR)  # a page of notes for each save
-            self._manager = ocp.CheckpointManager(
-                self.directory, options=ocp.CheckpointManagerOptions(max_to_keep=self.keep, cleanup_tmp_directories=True))
+            options = ocp.CheckpointManagerOptions(max_to_keep=self.keep, cleanup_tmp_directories=True)
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
         return self._manager
 
 

@@ -36,6 +36,8 @@ def top_k(scores: np.ndarray, classes: np.ndarray, k: int) -> float:
 
     A class ranks behind all that score higher or as high, so a constant score wins nothing.
     """
+    if np.isnan(scores).any():
+        raise ValueError("some scores are NaN, which would rank as anything")
     own = np.take_along_axis(scores, classes[:, None], 1)
     rank = (scores >= own).sum(1)  # counts itself
     return 100.0 * float((rank <= k).mean())
@@ -55,7 +57,12 @@ def compare(student: np.ndarray, target: np.ndarray, labels: np.ndarray) -> dict
       the student's first five. kl_target_student: mean KL(target || student) in nats, both at
       temperature 1; infinite where the target's access hides all classes but one only if the
       student gives that class no probability.
+
+    Raises:
+      ValueError: the student's scores are not all finite.
     """
+    if not np.isfinite(student).all():
+        raise ValueError(f"the student's scores are not finite for {int((~np.isfinite(student)).any(1).sum())} images")
     first = target.argmax(1)
     log_p, log_q = log_softmax(target, axis=1), log_softmax(student, axis=1)
     p = np.exp(log_p)

@@ -1,19 +1,30 @@
-"""The command: flags, devices, one call into the pipeline.
+"""qmx: how few queries does it take to copy an image classifier?
 
-python -m qmx.main --config=configs/digits.py --workdir=runs/digits
+  python -m qmx.main --config=configs/digits.py --workdir=runs/digits
+
+  --config=FILE.py[:ARGUMENT]  what to run; the keys are explained in qmx/settings.py
+  --config.KEY=VALUE           another value for one key, as in --config.pretrain.moco.epochs=80
+  --workdir=DIRECTORY          where everything is written, and found again by a second call
+  --stage=STAGE                one of target pretrain select query distill evaluate report; default all
+  --update                     accept a workdir of another config: keep what fits, redo the rest
+
+Exit status: 0 done; 2 a mistake, told in one line; 3 the budget is spent; 75 stopped by a signal
+after saving, the same command goes on.
 """
 
 import difflib
 import json
 import os
+import runpy
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
+
+from qmx.settings import leaves
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "the config, a Python file", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "where everything is written and found again")
@@ -36,6 +47,9 @@ def set_xla_flags() -> None:
 
 def main(argv: list[str]) -> int:
     """Run what the command line says; returns the exit status. Mistakes are one line, no traceback."""
+    if {"--help", "-h"} & set(argv):
+        print(__doc__)
+        return DONE
     try:
         config, workdir = parse(argv)
     except Exception as error:  # absl, ml_collections and the config file raise what they like
@@ -58,10 +72,10 @@ def main(argv: list[str]) -> int:
 
 def parse(argv: list[str]) -> tuple[FrozenConfigDict, Path]:
     """The config with its overrides, and the workdir; raises ValueError and whatever absl raises."""
-    try:
-        rest = flags.FLAGS(argv)
-    except AttributeError:
-        raise ValueError(unknown_key(argv)) from None
+    for word in argv[1:]:
+        if word.startswith("--config="):
+            check_overrides(load_file(word.partition("=")[2]), argv)
+    rest = flags.FLAGS(argv)
     if len(rest) > 1:
         raise ValueError(f"{rest[1]!r} is no flag; write --config.key=value")
     if CONFIG.value is None or not WORKDIR.value:
@@ -70,20 +84,26 @@ def parse(argv: list[str]) -> tuple[FrozenConfigDict, Path]:
     return FrozenConfigDict(CONFIG.value), Path(WORKDIR.value).absolute()
 
 
-def unknown_key(argv: list[str]) -> str:
-    """Which --config.key=value names no key, and which key may have been meant."""
-    known = dict(_keys(flags.FLAGS["config"].value))
-    given = [word.lstrip("-").partition("=")[0].partition(".")[2] for word in argv if word.startswith("--config.")]
-    wrong = next((key for key in given if key not in known), "?")
-    close = difflib.get_close_matches(wrong, known, 1, cutoff=0.5)
-    return f"unknown config key {wrong!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+def load_file(name: str) -> ConfigDict:
+    """The config that FILE.py or FILE.py:ARGUMENT makes; an error in it is named with the file."""
+    path, _, argument = name.partition(":")
+    if not Path(path).is_file():
+        raise ValueError(f"--config={name}: no such file")
+    try:
+        return runpy.run_path(path)["get_config"](*[argument] if argument else [])
+    except Exception as error:
+        reason = str(error).partition(" Other fields present")[0]  # ml_collections goes on with the whole config
+        raise ValueError(f"--config={name} does not load: {type(error).__name__}: {reason}") from None
 
 
-def _keys(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        yield prefix + key, value
-        if isinstance(value, ConfigDict):
-            yield from _keys(value, f"{prefix}{key}.")
+def check_overrides(config: ConfigDict, argv: list[str]) -> None:
+    """Raise ValueError for a --config.key=value whose key the config does not have."""
+    known = dict(leaves(config))
+    for word in argv:
+        key = word.partition("=")[0].partition(".")[2]
+        if word.startswith("--config.") and key not in known:
+            close = difflib.get_close_matches(key, known, 1, cutoff=0.5)
+            raise ValueError(f"unknown config key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
 
 
 def start(config: FrozenConfigDict, workdir: Path) -> str:
@@ -100,8 +120,12 @@ def start(config: FrozenConfigDict, workdir: Path) -> str:
         raise ValueError(f"--stage={STAGE.value} is unknown; choose one of all, {', '.join(pipeline.STAGES)}")
     images = data.load(config.data.source, config.data.path, config.data.eval_path)
     validate(config, images)
+    if STAGE.value not in ("all", "target", "pretrain", "select") and not workdir.exists():
+        raise ValueError(f"--stage={STAGE.value} needs what earlier stages leave in {workdir}, and it does not exist")
     pipeline.check_budget(config, workdir, images)
     claim(workdir, json.loads(config.to_json()), UPDATE.value)
+    if jax.config.jax_compilation_cache_dir is None:  # so that a second call, or one after a kill, compiles nothing
+        jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
     say(f"{jax.device_count()} {jax.devices()[0].platform} device(s), jax {jax.__version__}; writing to {workdir}")
     return pipeline.run(config, workdir, images, STAGE.value, stop_on_signals())
 

@@ -12,10 +12,9 @@ Each stage leaves an artefact in the workdir and is skipped when the same inputs
 """
 
 import json
-import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,11 +23,12 @@ import jax
 import numpy as np
 
 from qmx import build, report, workdir
-from qmx.checkpoint import Checkpoints, load_weights, save_weights
+from qmx.checkpoint import load_weights, save_weights
 from qmx.contract import Encoder, Network
-from qmx.data import Dataset, Source, batches, subset_size
+from qmx.data import Dataset, subset_size
 from qmx.data.sources import take
 from qmx.evaluate import compare, knn, predict, top_k
+from qmx.job import train
 from qmx.methods.distill import start_from
 from qmx.oracle import BudgetSpent, Ledger, network_query
 from qmx.oracle.access import as_logits, one_hot_logits
@@ -37,7 +37,6 @@ from qmx.oracle.select import select
 from qmx.progress import progress, say
 from qmx.settings import Cell, cells, percent
 from qmx.sharding import put_state
-from qmx.train import TrainState, fit
 
 STAGES = ("target", "pretrain", "select", "query", "distill", "evaluate", "report")
 
@@ -50,6 +49,7 @@ class Run(NamedTuple):
     data: Dataset
     only: str  # a stage, or "all"
     stopped: Callable[[], bool]
+    made: list[str]  # what this call did and did not find done
 
     def stage(self, kind: str, name: str, inputs: dict, work: Callable[[Path], dict]) -> dict:
         """The result of a stage, done now if it is this call's to do; see `qmx.workdir.stage`."""
@@ -58,6 +58,7 @@ class Run(NamedTuple):
         def run() -> dict:
             if self.only not in ("all", kind):
                 raise ValueError(f"--stage={self.only} needs {directory}, which --stage={kind} makes")
+            self.made.append(f"{kind}/{name}")
             directory.mkdir(parents=True, exist_ok=True)
             return work(directory)
 
@@ -77,7 +78,7 @@ def run(config: Any, directory: Path, data: Dataset, only: str, stopped: Callabl
       Stopped, FloatingPointError: see `qmx.train.fit`.
       ValueError: one stage was asked for whose inputs are missing.
     """
-    this = Run(config, directory, data, only, stopped)
+    this = Run(config, directory, data, only, stopped, [])
     wanted = {stage: only in ("all", stage) for stage in STAGES}
     todo = cells(config)
     if wanted["target"]:
@@ -95,6 +96,8 @@ def run(config: Any, directory: Path, data: Dataset, only: str, stopped: Callabl
             distill(this, cell)
         if wanted["evaluate"]:
             evaluate(this, cell)
+    if not this.made:
+        say(f"all of it was done before, in {directory}; nothing was trained or asked")
     if not wanted["report"]:
         return f"stage {only} is done; --stage=report shows where things stand"
     return write_report(this, todo)
@@ -111,7 +114,9 @@ def target(this: Run) -> dict:
         source = take(pool, np.arange(pool.size), scores=one_hot_logits(labels, this.data.classes))
         steps = build.distill_steps(keys, pool.size)
         trainer = build.distiller(keys, keys.arch, this.config.weak_view, seen, steps)
-        ts = train(this, directory, "target", trainer, source, keys.batch_size, steps, keys.seed, drop_last=False)
+        rng = root_key(keys.seed, "target")
+        ts = train(directory, "target", trainer.step, trainer.init(rng), rng, source, batch_size=keys.batch_size,
+                   steps=steps, seed=keys.seed, drop_last=False, stopped=this.stopped)
         digest = save_weights(directory / "target.safetensors", Encoder(ts.params, ts.state))
         return {"name": f"{keys.arch} trained on {this.data.name}", "sha256": digest}
 
@@ -147,15 +152,16 @@ def pretrain(this: Run, init: str, seed: int) -> dict:
         pool = this.data.pool
         steps = build.pretrain_steps(keys, pool.size)
         trainer = build.pretrainer(init, keys, arch, this.config[view], seen, steps)
-        name = f"pretrain {init} seed {seed}"
+        rng = root_key(seed, init)
+        ts = trainer.init(rng)
+        random = neighbours(this, trainer.method.encoder(ts.params, ts.state))
         began = time.monotonic()
-        ts = train(this, directory, name, trainer, pool, keys.batch_size, steps, seed, drop_last=True)
+        ts = train(directory, f"pretrain {init} seed {seed}", trainer.step, ts, rng, pool, batch_size=keys.batch_size,
+                   steps=steps, seed=seed, drop_last=True, stopped=this.stopped)
+        seconds = time.monotonic() - began
         encoder = trainer.method.encoder(ts.params, ts.state)
-        digest = save_weights(directory / "encoder.safetensors", encoder)
-        fresh = trainer.init(root_key(seed, init))
-        before = trainer.method.encoder(fresh.params, fresh.state)
-        return {"sha256": digest, "seconds": time.monotonic() - began,
-                "knn_top1": neighbours(this, encoder), "knn_top1_random": neighbours(this, before)}
+        return {"sha256": save_weights(directory / "encoder.safetensors", encoder), "seconds": seconds,
+                "knn_top1": neighbours(this, encoder), "knn_top1_random": random}
 
     inputs = {"seed": seed, "pretrain": {init: plain(keys)}, view: plain(this.config[view]),
               "student": plain(this.config.student), "monitor": plain(monitor)}
@@ -206,6 +212,7 @@ def query(this: Run, todo: list[Cell]) -> None:
         for purpose, images in asked:
             with progress(f"query for {purpose}", ledger.count_missing(images), unit="answers") as shown:
                 ledger.ask(ask, images, purpose=purpose, on_progress=lambda done, _: shown.update(done))
+        this.made.append("query")
 
 
 def check_budget(config: Any, directory: Path, data: Dataset) -> None:
@@ -246,15 +253,17 @@ def distill(this: Run, cell: Cell) -> dict:
                 scores = as_logits(ledger.read(images["image"], cell.access), cell.access)
         steps = build.distill_steps(keys, len(ids))
         trainer = build.distiller(keys, arch, view, seen, steps)
-        encoder = None
+        rng = root_key(cell.seed, "student")  # one key whatever it starts from: the same head, the same views
+        ts = trainer.init(rng)
         if cell.init != "none":
             path = f"pretrain/{cell.init}-seed{cell.seed}/encoder.safetensors"
-            encoder = read_weights(this, build.backbone(arch, seen), path)
+            params, state = start_from(ts.params, ts.state, read_weights(this, build.backbone(arch, seen), path))
+            ts = ts._replace(params=params, state=state)
         name = f"distill {cell.init} {percent(cell.fraction)} {cell.select} {cell.access} seed {cell.seed}"
         began = time.monotonic()
         source = take(this.data.pool, ids, scores=scores)
-        ts = train(this, directory, name, trainer, source, keys.batch_size, steps, cell.seed, drop_last=False,
-                   encoder=encoder)
+        ts = train(directory, name, trainer.step, ts, rng, source, batch_size=keys.batch_size, steps=steps,
+                   seed=cell.seed, drop_last=False, stopped=this.stopped)
         digest = save_weights(directory / "student.safetensors", Encoder(ts.params, ts.state))
         return {"sha256": digest, "seconds": time.monotonic() - began, "queries": len(ids)}
 
@@ -281,40 +290,6 @@ def evaluate(this: Run, cell: Cell) -> dict:
                 **compare(scores, answers, test["label"]), "seconds": made["seconds"]}
 
     return this.stage("evaluate", cell.name, {"student": made["sha256"], "target": target(this)["sha256"]}, work)
-
-
-def train(this: Run, directory: Path, name: str, trainer: build.Trainer, source: Source, batch_size: int, steps: int,
-          seed: int, drop_last: bool, encoder: Encoder | None = None) -> TrainState:
-    """Train to the end, from the newest checkpoint if an earlier call left one."""
-    rng = root_key(seed, name.split()[1] if name.startswith("pretrain") else "student")
-    ts = trainer.init(rng)
-    if encoder is not None:
-        params, state = start_from(ts.params, ts.state, encoder)
-        ts = ts._replace(params=params, state=state)
-    ts = put_state(ts)
-    checkpoints = Checkpoints(directory / "checkpoints")
-    restored = checkpoints.restore(ts)
-    if restored is not None:
-        ts = restored
-        say(f"{name}: goes on from step {int(ts.step)}")
-    start = int(ts.step)
-    path = directory / "metrics.jsonl"
-    kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start] if start else []
-    with open(path, "w") as file, progress(name, steps, batch_size) as shown:
-        file.writelines(line + "\n" for line in kept)
-
-        def on_metrics(done: int, metrics: dict[str, float]) -> None:
-            file.write(json.dumps({"step": done, **metrics}) + "\n")
-            shown.update(done, f"loss {metrics['loss']:.3f}")
-
-        def feed(start: int) -> Iterator[dict[str, jax.Array]]:
-            return batches(source, batch_size, steps=steps, seed=seed, start=start, drop_last=drop_last)
-
-        ts = fit(trainer.step, ts, feed, rng, steps=steps, on_metrics=on_metrics, save=checkpoints.save,
-                 stopped=this.stopped)
-    checkpoints.close()
-    shutil.rmtree(directory / "checkpoints", ignore_errors=True)
-    return ts
 
 
 def write_report(this: Run, todo: list[Cell]) -> str:
@@ -345,7 +320,7 @@ def write_report(this: Run, todo: list[Cell]) -> str:
 
 
 def root_key(seed: int, purpose: str) -> jax.Array:
-    """The root key of a run; one for each purpose, so that a student's head is the same whatever it starts from."""
+    """The root key of a run, one for each purpose."""
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
 
 

@@ -105,7 +105,16 @@ def base() -> ConfigDict:
 
     # Weighted k-nearest-neighbour accuracy of each encoder, on a held-out fifth of the pool.
     config.monitor = ConfigDict(dict(knn_k=200, knn_temperature=0.1))
-    return config
+    return config.lock()  # so that a misspelt key in a config file is an error
+
+
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of a config with its value, as `--config.KEY` spells it."""
+    for key, value in config.items():
+        if hasattr(value, "items"):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 class Cell(NamedTuple):
@@ -143,6 +152,9 @@ def choice(key: str, value: str, known: Any) -> Iterator[str]:
 
 
 def _problems(config: Any, data: Dataset) -> Iterator[str]:
+    for key, default in leaves(base()):
+        if isinstance(default, tuple) and "." in key:
+            yield from _tuple_problems(key, default, dict(leaves(config))[key])
     known = {"inits": INITS, "selects": SELECTS, "accesses": ACCESS}
     for axis in ("seeds", "fractions", *known):
         values = config[axis]
@@ -190,6 +202,13 @@ def _problems(config: Any, data: Dataset) -> Iterator[str]:
                    "into groups of two images and more")
         if not 0 <= moco.decay <= 1 or not moco.temperature > 0:
             yield f"pretrain.moco needs 0 <= decay <= 1 and temperature > 0, not {moco.decay} and {moco.temperature}"
+
+
+def _tuple_problems(key: str, default: tuple, value: tuple) -> Iterator[str]:
+    if not all(isinstance(number, int | float) for number in value):
+        yield f"{key} {value} must hold numbers"
+    if len(value) != len(default) and not key.endswith("milestones"):
+        yield f"{key} {value} must hold {len(default)} numbers, as {default} does"
 
 
 def _training_problems(name: str, keys: Any, data: Dataset, whole_epochs: bool) -> Iterator[str]:

@@ -122,7 +122,8 @@ def from_arrays(name: str, images: np.ndarray, labels: np.ndarray, eval_images: 
     seen = {image.tobytes() for image in images}
     both = sum(image.tobytes() in seen for image in eval_images)
     if both:
-        raise ValueError(f"{both} of {len(eval_images)} evaluation images are in the pool too; remove them from one side")
+        raise ValueError(f"{both} of {len(eval_images)} evaluation images are in the pool too; "
+                         "remove them from one side")
     digest = hashlib.sha256()
     for array in (images, labels, eval_images, eval_labels):
         digest.update(str((array.dtype, array.shape)).encode())

@@ -145,19 +145,13 @@ class Ledger:
         if purpose != "report":
             self._check_budget({sources[row] for row in rows})
 
-        classes = {len(scores) for _, scores in found.values()}
+        classes = self._classes()
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
             request = self._db.execute("INSERT INTO requests (target, purpose, views) VALUES (?, ?, ?)",
                                        (self.target, purpose, len(batch))).lastrowid
-            scores = np.asarray(query(images[batch]), np.float32)
-            classes = {*classes, scores.shape[-1]} if scores.ndim else classes
-            if scores.ndim != 2 or len(scores) != len(batch) or len(classes) > 1:
-                raise ValueError(f"the query answered {len(batch)} images with shape {scores.shape}; it must be "
-                                 f"[{len(batch)}, N] with the same N each time{f', so far {sorted(classes)}' if classes else ''}")
-            if not np.isfinite(scores).all():
-                raise ValueError(f"the query's scores are not finite for {int((~np.isfinite(scores)).any(1).sum())} "
-                                 f"of {len(batch)} images; nothing of this batch was kept")
+            scores = _checked(query(images[batch]), len(batch), classes)
+            classes = scores.shape[1]
             with self._transaction():
                 self._db.executemany(
                     "INSERT OR REPLACE INTO answers (key, image, request, access, scores) VALUES (?, ?, ?, ?, ?)",
@@ -211,6 +205,12 @@ class Ledger:
             found.update({key: (access, np.frombuffer(scores, "<f4")) for key, access, scores in rows})
         return found
 
+    def _classes(self) -> int | None:
+        """N of this target's answers so far."""
+        row = self._db.execute("SELECT LENGTH(scores) / 4 FROM answers JOIN requests ON request = id "
+                               "WHERE target = ? LIMIT 1", (self.target,)).fetchone()
+        return row[0] if row else None
+
     def _transaction(self) -> sqlite3.Connection:
         self._db.execute("BEGIN IMMEDIATE")
         return self._db  # as a context it commits, or rolls back on an error
@@ -226,6 +226,19 @@ def pixel_digests(images: np.ndarray) -> list[bytes]:
         raise ValueError(f"images are {images.dtype}; the ledger keys the exact uint8 pixels that are sent")
     shape = str(images.shape[1:]).encode()
     return [hashlib.sha256(shape + image.tobytes()).digest() for image in images]
+
+
+def _checked(answer: np.ndarray, rows: int, classes: int | None) -> np.ndarray:
+    """The query's answer as f32[rows, classes], or ValueError with what is wrong with it."""
+    scores = np.asarray(answer, np.float32)
+    if scores.ndim != 2 or len(scores) != rows or scores.shape[1] != (classes or scores.shape[1]):
+        raise ValueError(f"the query answered {rows} images with shape {scores.shape}; it must be "
+                         f"[{rows}, {classes or 'N'}]. Nothing of this batch was kept")
+    bad = int((~np.isfinite(scores)).any(1).sum())
+    if bad:
+        raise ValueError(f"the query's scores are not finite for {bad} of {rows} images; "
+                         "nothing of this batch was kept")
+    return scores
 
 
 def _chunks(items: list[bytes], size: int) -> Iterator[list[bytes]]:

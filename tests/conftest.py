@@ -1,0 +1,65 @@
+"""Everything runs on two CPU devices, so that what depends on their number shows."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+
+import pytest  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+
+# Every part of the pipeline, for a few steps each.
+TINY = ["--config=configs/digits.py", "--config.seeds=(0,)", "--config.fractions=(0.05,1.0)",
+        "--config.target.epochs=2", "--config.pretrain.moco.epochs=1", "--config.pretrain.simsiam.epochs=1",
+        "--config.pretrain.rotation.epochs=1", "--config.distill.epochs=0.5", "--config.distill.min_steps=12"]
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """For commands: one compilation cache, so that only the first of them compiles."""
+    return {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+
+
+@pytest.fixture(scope="session")
+def start(environment):
+    """start(*arguments) -> the running command, its standard out and error as text pipes."""
+
+    def popen(*arguments):
+        return subprocess.Popen([sys.executable, "-m", "qmx.main", *map(str, arguments)], cwd=ROOT, env=environment,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    return popen
+
+
+@pytest.fixture(scope="session")
+def command(start):
+    """command(*arguments) -> (exit status, standard out, standard error)."""
+
+    def run(*arguments):
+        process = start(*arguments)
+        out, err = process.communicate(timeout=300)
+        return process.returncode, out, err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished(command, tmp_path_factory):
+    """The workdir of an undisturbed tiny run."""
+    workdir = tmp_path_factory.mktemp("runs") / "tiny"
+    status, _, err = command(*TINY, f"--workdir={workdir}")
+    assert status == 0, err
+    return workdir
+
+
+def table(workdir):
+    """results.json without what differs from run to run."""
+    results = json.loads((workdir / "results.json").read_text())
+    for row in results["rows"] + results["monitors"]:
+        del row["seconds"]
+    return results

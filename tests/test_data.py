@@ -1,0 +1,460 @@
+"""Subsets, the order of images, batches on the device, and the sources with all that can be wrong in a file."""
+
+import io
+import re
+import zipfile
+from itertools import islice
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from qmx.data import SOURCES, batches, epoch_steps, load, random_order, subset_size
+from qmx.data.batches import batch_ids
+from qmx.data.sources import in_memory, take
+
+# Subsets
+
+
+@pytest.mark.parametrize("fraction, size, count", [
+    (0.29, 100, 29), (0.58, 100, 58), (0.07, 100, 7), (0.57, 100, 57), (1.1e-3, 10000, 11),
+    (0.01, 1437, 14), (0.1, 1437, 143), (1.0, 1437, 1437), (1, 7, 7), (0.999, 7, 6), (1e-3, 1000, 1),
+    (0.01, 1281167, 12811), (0.1, 1281167, 128116), (np.float64(0.29), 100, 29),
+])
+def test_a_share_is_taken_in_decimal(fraction, size, count):
+    """int(fraction * size) of the number as it is written: 12,811 and 128,116 of ImageNet, and 29 of 100."""
+    assert subset_size(fraction, size) == count
+
+
+@pytest.mark.parametrize("fraction", [0, -0.1, 1.5, 1.0000001, float("nan"), float("inf"), -float("inf")])
+def test_a_share_outside_0_to_1_is_refused(fraction):
+    with pytest.raises(ValueError, match=re.escape(f"fraction {fraction} ")):
+        subset_size(fraction, 100)
+
+
+@pytest.mark.parametrize("size", [3, 60, 99, 101, 1437, 1797, 50000])
+def test_a_share_that_leaves_no_image_is_refused_with_one_that_does(size):
+    with pytest.raises(ValueError, match=rf"of {size} images is none") as error:
+        subset_size(0.5 / size, size)
+    cure = float(re.search(r"at least ([0-9.e-]+)$", str(error.value)).group(1))
+    assert subset_size(cure, size) >= 1
+
+
+@pytest.mark.parametrize("size", [1, 2, 1437])
+def test_the_order_is_a_permutation_and_shares_are_nested(size):
+    """P2: what the 1 % holds does not depend on whether the 10 % was ever asked about."""
+    order = random_order(size, 3)
+    np.testing.assert_array_equal(np.sort(order), np.arange(size))
+    np.testing.assert_array_equal(order, random_order(size, 3))
+    subsets = [set(random_order(size, 3)[: subset_size(share, size)]) for share in (0.01, 0.1, 0.5, 1.0)
+               if share * size >= 1]
+    assert all(small <= large for small, large in zip(subsets, subsets[1:], strict=False))
+
+
+def test_seeds_give_other_orders():
+    assert len({tuple(random_order(50, seed)) for seed in range(20)}) == 20
+
+
+# The order of the batches
+
+
+@pytest.mark.parametrize("size, batch_size", [(12, 4), (13, 4), (10, 10), (11, 10), (7, 1), (1, 1)])
+def test_each_epoch_without_its_remainder_is_a_shuffle(size, batch_size):
+    """D6: with drop_last every epoch shows floor(size / batch) batches of images that are all different."""
+    steps = int(epoch_steps(size, batch_size, drop_last=True))
+    assert steps == size // batch_size
+    for epoch in range(5):
+        ids = [batch_ids(size, batch_size, 0, epoch * steps + k, True) for k in range(steps)]
+        assert all(len(b) == batch_size for b in ids)
+        seen = np.concatenate(ids)
+        assert len(set(seen)) == steps * batch_size and set(seen) <= set(range(size))
+
+
+@pytest.mark.parametrize("size, batch_size", [(12, 4), (13, 4), (10, 10), (11, 10), (7, 1), (5, 8), (3, 10), (1, 4)])
+def test_epochs_follow_each_other_without_a_seam(size, batch_size):
+    """D6: `size` batches show every image exactly `batch_size` times, each epoch's stretch is a permutation.
+
+    Also where the set is smaller than the batch.
+    """
+    assert epoch_steps(size, batch_size, drop_last=False) == size / batch_size
+    ids = np.concatenate([batch_ids(size, batch_size, 0, k, False) for k in range(size)])
+    np.testing.assert_array_equal(np.bincount(ids, minlength=size), batch_size)
+    for epoch in range(batch_size):
+        np.testing.assert_array_equal(np.sort(ids[epoch * size : (epoch + 1) * size]), np.arange(size))
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_a_batch_is_a_pure_function_of_seed_and_number(drop_last):
+    """R2: asked for in any order, any number of times, and not touched by what a caller does to it."""
+    first = [batch_ids(11, 4, 5, k, drop_last).copy() for k in range(12)]
+    for k in (7, 0, 11, 3, 7):
+        ids = batch_ids(11, 4, 5, k, drop_last)
+        np.testing.assert_array_equal(ids, first[k])
+        ids[:] = -1
+    np.testing.assert_array_equal([batch_ids(11, 4, 5, k, drop_last) for k in range(12)], first)
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_epochs_and_seeds_differ(drop_last):
+    """D2: no two epochs and no two seeds have one order."""
+    orders = {tuple(batch_ids(40, 40, seed, epoch, drop_last)) for seed in range(5) for epoch in range(5)}
+    assert len(orders) == 25
+
+
+# Batches through grain, on the device
+
+
+def source(size):
+    images = np.arange(size * 4, dtype=np.uint8).reshape(size, 2, 2, 1)
+    return in_memory(image=images, label=np.arange(size, dtype=np.int32))
+
+
+B = 8  # divides over as many devices as a test machine simulates
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("start", [0, 1, 5, 9])
+@pytest.mark.parametrize("size, drop_last", [(20, True), (20, False), (16, True), (5, False)])
+def test_batches_arrive_in_order_from_any_start(size, drop_last, start, threads):
+    """R2, D2: those of an undisturbed run from `start` on, with any number of threads."""
+    data = source(size)
+    got = list(batches(data, B, steps=9, seed=3, start=start, drop_last=drop_last, threads=threads))
+    assert len(got) == 9 - start
+    for k, batch in enumerate(got, start):
+        ids = batch_ids(size, B, 3, k, drop_last)
+        np.testing.assert_array_equal(batch["label"], ids)
+        np.testing.assert_array_equal(batch["image"], data.all()["image"][ids])
+
+
+def test_batches_are_arrays_split_over_the_devices():
+    for batch in batches(source(20), B, steps=2, seed=0):
+        assert batch["image"].shape == (B, 2, 2, 1) and batch["image"].dtype == np.uint8
+        assert batch["label"].shape == (B,) and batch["label"].dtype == np.int32
+        for array in batch.values():
+            assert isinstance(array, jax.Array) and isinstance(array.sharding, NamedSharding)
+            assert array.sharding.spec == PartitionSpec("data")
+            assert array.sharding.device_set == set(jax.devices())
+
+
+def test_a_long_run_can_be_left_at_any_time():
+    """A million steps are not read ahead."""
+    read = []
+    data = source(64)
+    counted = data._replace(read=lambda ids: read.append(len(ids)) or data.read(ids))
+    for k, batch in enumerate(islice(batches(counted, B, steps=1_000_800, seed=0, start=500_000), 3), 500_000):
+        np.testing.assert_array_equal(batch["label"], batch_ids(64, B, 0, k, False))
+    assert len(read) < 50
+
+
+def test_a_batch_larger_than_the_source_is_refused_where_the_rest_is_dropped():
+    with pytest.raises(ValueError, match="batch_size 24 is larger than the 20 images"):
+        batches(source(20), 24, steps=1, seed=0, drop_last=True)
+    assert len(list(batches(source(20), 20 // B * B, steps=3, seed=0, drop_last=True))) == 3
+    assert len(list(batches(source(20), 24, steps=3, seed=0))) == 3
+
+
+def test_a_failing_source_is_not_an_end_of_the_data():
+    """An error in a reading thread reaches the loop."""
+    def read(ids):
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(batches(source(20)._replace(read=read), B, steps=3, seed=0))
+
+
+def test_arrays_beside_a_subset_stay_with_their_images():
+    """P12: scores go with the images through the subset and the shuffle."""
+    ids = np.array([9, 3, 17, 4, 0, 11, 12, 13])
+    subset = take(source(20), ids, scores=ids[:, None] * np.array([[1.0, 10.0]]))
+    assert subset.size == 8
+    np.testing.assert_array_equal(subset.all()["label"], ids)
+    for batch in batches(subset, B, steps=4, seed=0):
+        np.testing.assert_array_equal(batch["scores"], np.asarray(batch["label"])[:, None] * [[1, 10]])
+        np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], np.asarray(batch["label"]) * 4)
+
+
+def test_arrays_of_different_lengths_are_no_source():
+    with pytest.raises(ValueError, match="'image': 3, 'label': 2"):
+        in_memory(image=np.zeros((3, 1)), label=np.zeros(2))
+
+
+# digits
+
+
+def test_digits():
+    """1,437 in the pool and 360 outside, all of scikit-learn's, none in both."""
+    from sklearn.datasets import load_digits
+
+    data = load("digits")
+    pool, evaluation = data.pool.all(), data.evaluation.all()
+    assert (data.name, data.classes, data.shape) == ("digits", 10, (8, 8, 1))
+    assert pool["image"].shape == (1437, 8, 8, 1) and evaluation["image"].shape == (360, 8, 8, 1)
+    assert data.pool.size == 1437 and data.evaluation.size == 360
+    for part in (pool, evaluation):
+        assert part["image"].dtype == np.uint8 and part["label"].dtype == np.int32
+        assert set(part["label"]) == set(range(10))
+
+    given, labels = load_digits(return_X_y=True)
+    both = [(i.tobytes(), int(n)) for part in (pool, evaluation) for i, n in zip(*part.values(), strict=True)]
+    whole = [(np.round(i * 255 / 16).astype(np.uint8).tobytes(), int(n)) for i, n in zip(given, labels, strict=True)]
+    assert sorted(both) == sorted(whole)
+    assert not {i.tobytes() for i in pool["image"]} & {i.tobytes() for i in evaluation["image"]}
+
+
+def test_digits_are_the_same_every_time():
+    one, two = load("digits"), load("digits")
+    assert one.digest == two.digest and len(one.digest) == 64
+    np.testing.assert_array_equal(one.pool.all()["image"], two.pool.all()["image"])
+
+
+def test_digits_take_no_files(tmp_path):
+    for paths in (("x.npz", ""), ("", "x.npz")):
+        with pytest.raises(ValueError, match="data.source=arrays"):
+            load("digits", *paths)
+
+
+def test_an_unknown_source_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="'mnist' is unknown; choose one of digits, arrays"):
+        load("mnist")
+    assert set(SOURCES) == {"digits", "arrays"}
+
+
+# arrays
+
+RNG = np.random.default_rng(0)
+GOOD = {"image": RNG.integers(0, 256, (6, 5, 4, 3), np.uint8), "label": np.array([0, 3, 1, 1, 0, 2])}
+OTHER = {"image": RNG.integers(0, 256, (3, 5, 4, 3), np.uint8), "label": np.array([4, 0, 2])}
+
+
+def save(path, **arrays):
+    np.savez(path, **arrays)
+    return str(path)
+
+
+@pytest.fixture
+def good(tmp_path):
+    return save(tmp_path / "good.npz", **GOOD)
+
+
+@pytest.fixture
+def other(tmp_path):
+    return save(tmp_path / "other.npz", **OTHER)
+
+
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("label", [np.int64, np.int32, np.uint8, np.uint16, ">i4"])
+def test_arrays(tmp_path, write, label):
+    """Images, labels, number of classes over both files, and the pool's statistics as numpy has them."""
+    write(tmp_path / "pool.npz", image=GOOD["image"], label=GOOD["label"].astype(label))
+    write(tmp_path / "test.npz", image=OTHER["image"], label=OTHER["label"].astype(label))
+    data = load("arrays", str(tmp_path / "pool.npz"), str(tmp_path / "test.npz"))
+    assert (data.name, data.classes, data.shape) == ("pool", 5, (5, 4, 3))
+    for part, given in ((data.pool, GOOD), (data.evaluation, OTHER)):
+        assert part.size == len(given["image"])
+        for name in ("image", "label"):
+            np.testing.assert_array_equal(part.all()[name], given[name])
+        assert part.all()["image"].dtype == np.uint8 and part.all()["label"].dtype == np.int32
+    np.testing.assert_allclose(data.mean, (GOOD["image"] / 255.0).mean((0, 1, 2)), rtol=1e-10)
+    np.testing.assert_allclose(data.std, (GOOD["image"] / 255.0).std((0, 1, 2)), rtol=1e-10)
+
+
+def test_statistics_of_the_digits_are_numpys():
+    data = load("digits")
+    pixels = data.pool.all()["image"] / 255.0
+    np.testing.assert_allclose([*data.mean, *data.std], [pixels.mean(), pixels.std()], rtol=1e-10)
+
+
+def test_a_constant_channel_can_be_divided_by(tmp_path, other):
+    images = GOOD["image"].copy()
+    images[..., 1] = 77
+    data = load("arrays", save(tmp_path / "flat.npz", image=images, label=GOOD["label"]), other)
+    assert all(s > 0 for s in data.std)
+    np.testing.assert_allclose(data.mean[1], 77 / 255)
+
+
+@pytest.mark.parametrize("shape", [(6, 5, 4), (6, 5, 4, 1)])
+def test_grey_images_have_one_channel(tmp_path, shape):
+    grey = save(tmp_path / "grey.npz", image=GOOD["image"][..., 0].reshape(shape), label=GOOD["label"])
+    test = save(tmp_path / "test.npz", image=OTHER["image"][..., 0], label=OTHER["label"])
+    data = load("arrays", grey, test)
+    assert data.shape == (5, 4, 1) and len(data.mean) == len(data.std) == 1
+    np.testing.assert_array_equal(data.pool.all()["image"][..., 0], GOOD["image"][..., 0])
+
+
+def test_the_digest_is_of_all_images_and_labels(tmp_path, good, other):
+    """Not of the files' names, nor of what else is in them."""
+    digest = load("arrays", good, other).digest
+    assert load("arrays", save(tmp_path / "again.npz", **GOOD, note=np.zeros(3)), other).digest == digest
+    images, labels = GOOD["image"].copy(), GOOD["label"].copy()
+    images[2, 1, 1, 1] ^= 1
+    labels[3] = 2
+    assert load("arrays", save(tmp_path / "a.npz", image=images, label=GOOD["label"]), other).digest != digest
+    assert load("arrays", save(tmp_path / "b.npz", image=GOOD["image"], label=labels), other).digest != digest
+    assert load("arrays", other, good).digest != digest
+
+
+def with_nan(images):
+    images = images.astype(np.float32)
+    images[[1, 4], 0, 0, 0] = np.nan
+    return images
+
+
+IMAGE, LABEL = GOOD["image"], GOOD["label"]
+BAD = {
+    "no label": (dict(image=IMAGE), "'label'"),
+    "no image": (dict(label=LABEL), "'image'"),
+    "other names": (dict(x=IMAGE, y=LABEL), r"'image'.*\['x', 'y'\]"),
+    "nothing": (dict(), "'image'"),
+    "rank 1": (dict(image=IMAGE[:, 0, 0, 0], label=LABEL), r"shape \(6,\)"),
+    "rank 2": (dict(image=IMAGE.reshape(6, -1), label=LABEL), r"shape \(6, 60\)"),
+    "rank 5": (dict(image=IMAGE[None], label=LABEL), r"shape \(1, 6, 5, 4, 3\)"),
+    "a scalar": (dict(image=np.uint8(3), label=LABEL), r"shape \(\)"),
+    "two channels": (dict(image=IMAGE[..., :2], label=LABEL), r"shape \(6, 5, 4, 2\)"),
+    "channels first": (dict(image=np.moveaxis(IMAGE, -1, 1), label=LABEL), r"shape \(6, 3, 5, 4\)"),
+    "NaN": (dict(image=with_nan(IMAGE), label=LABEL), "NaN in 2 of 6"),
+    "float": (dict(image=IMAGE / 255, label=LABEL), "float64"),
+    "int64": (dict(image=IMAGE.astype(int), label=LABEL), "int64"),
+    "bool": (dict(image=IMAGE > 9, label=LABEL), "bool"),
+    "complex": (dict(image=IMAGE * 1j, label=LABEL), "complex128"),
+    "text": (dict(image=IMAGE.astype(str), label=LABEL), "<U3"),
+    "no images": (dict(image=IMAGE[:0], label=LABEL[:0]), "no image"),
+    "no pixels": (dict(image=IMAGE[:, :0], label=LABEL), r"0, 4, 3\)"),
+    "negative label": (dict(image=IMAGE, label=LABEL - 1), "-1 is negative"),
+    "float label": (dict(image=IMAGE, label=LABEL / 2), "float64"),
+    "bool label": (dict(image=IMAGE, label=LABEL > 1), "bool"),
+    "text label": (dict(image=IMAGE, label=LABEL.astype(str)), "<U"),
+    "a label too few": (dict(image=IMAGE, label=LABEL[:-1]), r"\(5,\).*\[6\]"),
+    "one-hot label": (dict(image=IMAGE, label=np.eye(4)[LABEL].astype(int)), r"\(6, 4\).*\[6\]"),
+    "one label": (dict(image=IMAGE, label=np.int64(3)), r"\(\).*\[6\]"),
+    "a label that int32 cannot hold": (dict(image=IMAGE, label=LABEL + 2**32), "429496729"),
+}
+
+
+def refused(path, message, *paths):
+    """The one line that `load` refuses a file with; it has the path and names the problem."""
+    with pytest.raises(ValueError) as error:
+        load("arrays", *paths)
+    text = str(error.value)
+    assert len(text.splitlines()) == 1 and str(path) in text and len(text) > len(str(path)) + 5
+    assert re.search(message, text.replace(str(path), ""))
+
+
+@pytest.mark.parametrize("arrays, message", BAD.values(), ids=BAD)
+def test_a_bad_file_is_refused_by_name(tmp_path, other, arrays, message):
+    """As the pool and as the evaluation images."""
+    bad = save(tmp_path / "bad file.npz", **arrays)
+    refused(bad, message, bad, other)
+    refused(bad, message, other, bad)
+
+
+def npy(array):
+    file = io.BytesIO()
+    np.lib.format.write_array(file, array)
+    return file.getvalue()
+
+
+def zipped(compression=zipfile.ZIP_STORED, **members):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(f"{name}.npy", content)
+    return file.getvalue()
+
+
+WHOLE = zipped(image=npy(IMAGE), label=npy(LABEL))
+BROKEN = {
+    "empty": (b"", "[Nn]o data"),
+    "text": (b"image,label\n1,2\n", "npz"),
+    "one array": (npy(IMAGE), "npz"),
+    "half": (WHOLE[: len(WHOLE) // 2], "zip"),
+    "all but a byte": (WHOLE[:-1], "zip"),
+    "a short array": (zipped(image=npy(IMAGE)[:-7], label=npy(LABEL)), "360 bytes"),
+    "a short header": (zipped(image=npy(IMAGE)[:40], label=npy(LABEL)), "header"),
+    "no header": (zipped(image=b"", label=npy(LABEL)), "image"),
+    "no array": (zipped(image=b"\xff\xd8\xff\xe0 a photograph", label=npy(LABEL)), "image"),
+    "no array of labels": (zipped(image=npy(IMAGE), label=b"0,1,2,3,0,1"), "label"),
+    "a bad header": (zipped(image=npy(IMAGE).replace(b"{'descr'", b"['descr'"), label=npy(LABEL)), "header"),
+    "an unknown type": (zipped(image=npy(IMAGE).replace(b"'|u1'", b"'|?9'"), label=npy(LABEL)), "type"),
+}
+
+
+@pytest.mark.parametrize("content, message", BROKEN.values(), ids=BROKEN)
+def test_a_broken_file_is_refused_by_name(tmp_path, other, content, message):
+    bad = tmp_path / "broken.npz"
+    bad.write_bytes(content)
+    refused(bad, message, str(bad), other)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_damage_anywhere_is_refused_or_harmless(tmp_path, other, compression):
+    """Each byte of a file turned over, and the file cut off at each: the same data, or one line with the path."""
+    small = dict(image=GOOD["image"][:1], label=GOOD["label"][:1])
+    whole = zipped(compression, **{name: npy(array) for name, array in small.items()})
+    bad = tmp_path / "damaged.npz"
+    wrong = []
+    for at in range(len(whole)):
+        for damage, content in (("cut off", whole[:at]), ("turned over", whole[:at] + bytes([whole[at] ^ 0xFF])
+                                                         + whole[at + 1 :])):
+            bad.write_bytes(content)
+            try:
+                data = load("arrays", str(bad), other)
+                if not all(np.array_equal(data.pool.all()[name], small[name]) for name in small):
+                    wrong.append(f"{damage} at {at}: other data")
+            except ValueError as error:
+                if str(bad) not in str(error) or len(str(error).splitlines()) != 1:
+                    wrong.append(f"{damage} at {at}: {error!r}")
+            except Exception as error:
+                wrong.append(f"{damage} at {at}: {error!r}")
+    assert not wrong, f"{len(wrong)} of {2 * len(whole)}: " + "; ".join(wrong[:6])
+
+
+def test_a_missing_file_is_refused(tmp_path, good):
+    for missing in (tmp_path / "none.npz", tmp_path):
+        refused(missing, "no such file", str(missing), good)
+        refused(missing, "no such file", good, str(missing))
+
+
+def test_both_files_must_be_named(good):
+    for paths in (("", ""), (good, ""), ("", good)):
+        with pytest.raises(ValueError, match="data.path=.*data.eval_path="):
+            load("arrays", *paths)
+
+
+class Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("name", ["image", "label"])
+def test_pickled_objects_are_refused_and_not_executed(tmp_path, other, name):
+    mark = tmp_path / "executed"
+    arrays = {**GOOD, name: np.array([Payload(mark)] * 6, object)}
+    bad = save(tmp_path / "evil.npz", **arrays)
+    refused(bad, "(?i)object|pickle", bad, other)
+    refused(bad, "(?i)object|pickle", other, bad)
+    assert not mark.exists()
+    with np.load(bad, allow_pickle=True) as file:  # that the payload works
+        file[name]
+    assert mark.exists()
+
+
+def test_the_two_files_must_have_images_of_one_shape(tmp_path, good):
+    small = save(tmp_path / "small.npz", image=OTHER["image"][:, :4], label=OTHER["label"])
+    refused(small, r"\(5, 4, 3\).*\(4, 4, 3\)", good, small)
+    refused(good, r"\(5, 4, 3\).*\(4, 4, 3\)", good, small)
+
+
+def test_evaluation_images_that_are_in_the_pool_are_counted_and_refused(tmp_path, good):
+    """P9: with another label too, and each of several equal ones."""
+    images = np.concatenate([OTHER["image"], GOOD["image"][[2]], GOOD["image"][[5]], GOOD["image"][[5]]])
+    mixed = save(tmp_path / "mixed.npz", image=images, label=np.zeros(6, int))
+    with pytest.raises(ValueError, match="^3 of 6 evaluation images are in the pool"):
+        load("arrays", good, mixed)
+    with pytest.raises(ValueError, match="^6 of 6 evaluation images"):
+        load("arrays", good, good)

@@ -1,0 +1,361 @@
+"""The contract that all methods obey, and the known ways to get MoCo and SimSiam wrong."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qmx import augment, distill, models, moco, optim, rotation, simsiam
+from qmx.contract import by_path
+from qmx.train import init_state, make_step
+
+B = 8
+NAMES = ("moco", "simsiam", "rotation", "distill")
+STRONG = augment.make_view(8, jitter=(0.4, 0.4, 0, 0), grey_p=0, mean=(0.3,), std=(0.4,))
+WEAK = augment.weak_view(8, mean=(0.3,), std=(0.4,))
+
+
+def make(name, view=None, **changes):
+    """A small one of each method."""
+    if name == "moco":
+        net = models.backbone("resnet8", stats_groups=changes.pop("groups", 2))
+        return moco.make(net, models.moco_head(16), view or STRONG, **{"queue_size": 4 * B, "decay": 0.9, **changes})
+    if name == "simsiam":
+        net = models.backbone("resnet8", zero_init=True)
+        return simsiam.make(net, models.simsiam_projector(16, 2), models.simsiam_predictor(8), view or STRONG)
+    if name == "rotation":
+        return rotation.make(models.backbone("resnet8"), models.classifier(4), view or WEAK)
+    return distill.make(models.backbone("resnet8"), models.classifier(10), view or WEAK)
+
+
+def batch(seed=0):
+    rng = np.random.default_rng(seed)
+    return {"image": jnp.array(rng.integers(0, 256, (B, 8, 8, 1), np.uint8)),
+            "scores": jnp.array(rng.normal(size=(B, 10)), jnp.float32)}
+
+
+@cache
+def trained(name, steps=3):
+    """A method, how often it was traced, and its states and metrics over a few steps."""
+    traces = []
+
+    def view(rng, data):
+        traces.append(1)
+        return (WEAK if name in ("rotation", "distill") else STRONG)(rng, data)
+
+    method = make(name, view)
+    tx = optim.sgd(lambda step: 0.03, weight_decay=1e-4)
+    states = [jax.jit(lambda rng: init_state(method, tx, rng, batch()))(jax.random.key(0))]
+    traces.clear()
+    step, metrics = make_step(method, tx), []
+    for k in range(steps):
+        ts, values = step(jax.tree.map(jnp.copy, states[-1]), batch(k), jax.random.key(1))
+        states.append(ts)
+        metrics.append(values)
+    return method, len(traces), states, metrics, step
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_contract(name):
+    """Init and three steps: finite, structure and dtypes unchanged, metrics flat f32 scalars, traced once."""
+    method, traces, states, metrics, step = trained(name)
+    for before, after in zip(states, states[1:], strict=False):
+        assert jax.tree.structure(before) == jax.tree.structure(after)
+        for (path, a), (_, b) in zip(by_path(before).items(), by_path(after).items(), strict=True):
+            assert (a.shape, a.dtype) == (b.shape, b.dtype), path
+            assert np.isfinite(b).all(), path
+    for values in metrics:
+        assert "loss" in values
+        for key, value in values.items():
+            assert value.shape == () and value.dtype == jnp.float32 and np.isfinite(value), key
+    views = {"moco": 2, "simsiam": 2, "rotation": 1, "distill": 1}[name]
+    assert traces == views, "the step was traced more than once"
+    assert int(states[-1].step) == 3
+    encoder = method.encoder(states[-1].params, states[-1].state)
+    features, _ = models.backbone("resnet8").apply(encoder.params, encoder.stats, jnp.zeros((2, 8, 8, 1)), False)
+    assert features.shape == (2, 64)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_key_same_result(name):
+    """A step is a pure function of state, batch and key; another key or step number draws otherwise."""
+    _, _, states, metrics, step = trained(name)
+    again, values = step(jax.tree.map(jnp.copy, states[0]), batch(0), jax.random.key(1))
+    for (path, a), (_, b) in zip(by_path(states[1]).items(), by_path(again).items(), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=path)
+    other = step(jax.tree.map(jnp.copy, states[0]), batch(0), jax.random.key(2))[1]
+    assert float(other["loss"]) != float(values["loss"]) == float(metrics[0]["loss"])
+    later = jax.tree.map(jnp.copy, states[0])._replace(step=jnp.int32(7))
+    assert float(step(later, batch(0), jax.random.key(1))[1]["loss"]) != float(values["loss"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_parameter_learns(name):
+    """S5: each part has a gradient in some step, and running statistics move."""
+    _, _, states, _, _ = trained(name)
+    first, last = states[0], states[-1]
+    for kind, before, after in (("params", first.params, last.params), ("state", first.state, last.state)):
+        still = [path for path, a in by_path(before).items() if np.array_equal(a, by_path(after)[path])]
+        frozen = [path for path in still if not path.endswith("fc_3/bias")]  # SimSiam's, by design
+        assert not frozen, (kind, frozen)
+
+
+# --- MoCo ---------------------------------------------------------------------------------------
+
+
+def test_moco_key_encoder_starts_as_a_copy():
+    """M1, M6: each key leaf, the head's too, equals its query leaf; the queue's rows have norm 1."""
+    state = trained("moco")[2][0]
+    for (path, q), (_, k) in zip(by_path(state.params).items(), by_path(state.state.key.average).items(), strict=True):
+        np.testing.assert_array_equal(q, k, err_msg=path)
+    for queue in (state.state.queue, trained("moco")[2][-1].state.queue):
+        np.testing.assert_allclose(np.linalg.norm(queue, axis=1), 1, atol=1e-5)
+
+
+def test_moco_gradient_never_reaches_the_keys():
+    """M3, R1: no gradient into the momentum encoder or the queue; the optimiser holds no key leaf."""
+    method, _, states, _, _ = trained("moco")
+    ts = states[-1]
+
+    def loss(average, queue):
+        state = ts.state._replace(key=ts.state.key._replace(average=average), queue=queue)
+        return method.loss(ts.params, state, batch(), jax.random.key(0))[0]
+
+    into_keys, into_queue = jax.jit(jax.grad(loss, argnums=(0, 1)))(ts.state.key.average, ts.state.queue)
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(into_keys))
+    assert np.any(into_queue), "the negatives are constants to the step, but they do matter to the loss"
+    momenta = [leaf for leaf in jax.tree.leaves(ts.opt_state) if leaf.ndim]
+    assert sorted(leaf.shape for leaf in momenta) == sorted(leaf.shape for leaf in jax.tree.leaves(ts.params))
+
+
+def test_moco_key_statistics_are_their_own():
+    """M4: the key branch's running statistics come from its own batches; nothing averages them."""
+    _, _, states, _, _ = trained("moco")
+    before, after = states[-2].state, states[-1].state
+    for path, q in by_path(after.stats).items():
+        k, k_before = by_path(after.key_stats)[path], by_path(before.key_stats)[path]
+        q_before = by_path(before.stats)[path]
+        assert not np.array_equal(k, k_before) and not np.array_equal(k, q), path
+        assert not np.allclose(k, 0.9 * k_before + 0.1 * q_before, rtol=1e-6), path
+
+
+def test_moco_queue_order():
+    """M5, M7: keys replace the oldest rows in batch order, after the logits; the pointer wraps."""
+    method = make("moco", view=lambda rng, data: data["image"] / 255.0)
+    params, state = jax.jit(lambda rng: method.init(rng, batch()))(jax.random.key(0))
+    loss = jax.jit(method.loss)
+    encode = models.backbone("resnet8", stats_groups=2), models.moco_head(16)
+    for k in range(5):
+        value, (new, _) = loss(params, state, batch(k), jax.random.key(k))
+        at = int(state.pointer)
+        assert int(new.pointer) == (k + 1) * B % (4 * B)
+        untouched = [row for row in range(4 * B) if not at <= row < at + B]
+        np.testing.assert_array_equal(new.queue[jnp.array(untouched)], state.queue[jnp.array(untouched)])
+        assert not np.isclose(np.asarray(new.queue[at : at + B]), np.asarray(state.queue[at : at + B])).all()
+
+        # The same loss, put together by hand against the queue as it was; the key encoder is a copy.
+        x = batch(k)["image"] / 255.0
+        q = _embed(encode, params, state.stats, x)
+        rows = q @ np.asarray(state.queue).T
+        positive = (q * np.asarray(new.queue[at : at + B])).sum(1, keepdims=True)
+        logits = np.concatenate([positive, rows], 1) / 0.2
+        by_hand = np.log(np.exp(logits).sum(1)) - logits[:, 0]
+        np.testing.assert_allclose(value, by_hand.mean(), rtol=1e-4)
+        state = new
+
+
+def _embed(encode, params, stats, x):
+    net, head = encode
+    features, _ = net.apply(params["backbone"], stats["backbone"], x, True)
+    q, _ = head.apply(params["head"], stats["head"], features, True)
+    return np.asarray(q / np.linalg.norm(q, axis=1, keepdims=True))
+
+
+def test_moco_queue_must_fit():
+    """M7, M17: a queue that is no multiple of the batch is refused with the one that is."""
+    with pytest.raises(ValueError, match="queue_size 20 is not a multiple of batch_size 8; 16 is"):
+        make("moco", queue_size=20).init(jax.random.key(0), batch())
+
+
+def test_moco_stuck_at_chance():
+    """M12: features that say nothing give exactly ln(K + 1); a toy run leaves it."""
+    constant = models.Network(lambda rng, x: ({"w": jnp.ones(4)}, {}),
+                              lambda p, s, x, train: (jnp.tile(p["w"], (len(x), 1)), s))
+    method = moco.make(constant, models.Network(lambda rng, x: ({}, {}), lambda p, s, x, t: (x, s)), WEAK, queue_size=B)
+    params, state = method.init(jax.random.key(0), batch())
+    state = state._replace(queue=jnp.full((B, 4), 0.5))
+    np.testing.assert_allclose(method.loss(params, state, batch(), jax.random.key(0))[0], np.log(B + 1), rtol=1e-6)
+
+    method = make("moco", queue_size=8 * B)
+    tx = optim.sgd(lambda step: 0.06)
+    ts = jax.jit(lambda rng: init_state(method, tx, rng, batch()))(jax.random.key(0))
+    step = make_step(method, tx)
+    losses = []
+    for _ in range(40):
+        ts, metrics = step(ts, batch(0), jax.random.key(1))
+        losses.append(float(metrics["loss"]))
+    assert np.mean(losses[-5:]) < np.log(8 * B + 1) - 0.3
+
+
+def test_moco_groups_of_statistics():
+    """M14, M15: G groups in one batch are what G devices with a part each would compute; keys are shuffled
+    over the whole batch, so that a key's group is not its query's; one group is another network."""
+    x = jax.random.normal(jax.random.key(0), (B, 8, 8, 1))
+    split, whole = models.backbone("resnet8", stats_groups=2), models.backbone("resnet8")
+    params, stats = jax.jit(split.init)(jax.random.key(1), x)
+    parts = [whole.apply(params, stats, half, True) for half in (x[: B // 2], x[B // 2 :])]
+    y, new = split.apply(params, stats, x, True)
+    np.testing.assert_allclose(y, np.concatenate([part[0] for part in parts]), rtol=1e-5, atol=1e-5)
+    average = jax.tree.map(lambda a, b: (a + b) / 2, *(part[1] for part in parts))
+    for path, leaf in by_path(new).items():
+        np.testing.assert_allclose(leaf, by_path(average)[path], rtol=1e-5, atol=1e-6, err_msg=path)
+    assert not np.allclose(y, whole.apply(params, stats, x, True)[0], atol=1e-3)
+
+    # With the same pixels for both views and no shuffle, the first step's keys would be the queries.
+    method = make("moco", view=lambda rng, data: data["image"] / 255.0)
+    params, state = jax.jit(lambda rng: method.init(rng, batch()))(jax.random.key(0))
+    _, (new, _) = method.loss(params, state, batch(), jax.random.key(3))
+    q = _embed((split, models.moco_head(16)), params, state.stats, batch()["image"] / 255.0)
+    assert not np.allclose(new.queue[:B], q, atol=1e-3)
+    one = make("moco", view=lambda rng, data: data["image"] / 255.0, groups=1)
+    _, (new, _) = one.loss(params, state, batch(), jax.random.key(3))
+    q = _embed((whole, models.moco_head(16)), params, state.stats, batch()["image"] / 255.0)
+    np.testing.assert_allclose(new.queue[:B], q, atol=1e-5)  # shuffled there and back in order
+
+
+# --- SimSiam ------------------------------------------------------------------------------------
+
+
+def test_simsiam_layers():
+    """S4, S6: the golden tree of the three-layer heads, and zero-initialised residual branches."""
+    projector, predictor = models.simsiam_projector(2048), models.simsiam_predictor(512)
+    params, stats = jax.eval_shape(lambda: projector.init(jax.random.key(0), jnp.zeros((2, 2048))))
+    assert {path: leaf.shape for path, leaf in by_path(params).items()} == {
+        "fc_0/kernel": (2048, 2048), "fc_1/scale": (2048,), "fc_1/bias": (2048,),
+        "fc_3/kernel": (2048, 2048), "fc_4/scale": (2048,), "fc_4/bias": (2048,),
+        "fc_6/kernel": (2048, 2048)}
+    assert set(by_path(stats)) == {"fc_6/bias", *(f"fc_{i}/{name}" for i in (1, 4, 7) for name in ("mean", "var"))}
+    params, stats = jax.eval_shape(lambda: predictor.init(jax.random.key(0), jnp.zeros((2, 2048))))
+    assert {path: leaf.shape for path, leaf in by_path(params).items()} == {
+        "fc_0/kernel": (2048, 512), "fc_1/scale": (512,), "fc_1/bias": (512,),
+        "fc_3/kernel": (512, 2048), "fc_3/bias": (2048,)}
+    assert set(by_path(stats)) == {"fc_1/mean", "fc_1/var"}
+
+    first = by_path(trained("simsiam")[2][0].params["backbone"])
+    for path, leaf in first.items():
+        if path.endswith("scale"):
+            assert np.all(leaf == (0 if path.endswith("bn2/scale") else 1)), path
+
+
+def test_simsiam_stops_the_gradient():
+    """S2, S9: the gradient is that of the loss with the projections as constants."""
+    method, _, states, _, _ = trained("simsiam")
+    ts, key, data = states[-1], jax.random.key(5), batch(9)
+    net, projector, predictor = (models.backbone("resnet8", zero_init=True), models.simsiam_projector(16, 2),
+                                 models.simsiam_predictor(8))
+
+    def forward(params):
+        zs, ps = [], []
+        for view_key in jax.random.split(key):
+            x = STRONG(view_key, data)
+            features, _ = net.apply(params["backbone"], ts.state["backbone"], x, True)
+            z, _ = projector.apply(params["head"], ts.state["head"], features, True)
+            zs.append(z)
+            ps.append(predictor.apply(params["predictor"], ts.state["predictor"], z, True)[0])
+        return zs, ps
+
+    constants, _ = forward(ts.params)
+
+    def by_hand(params):
+        _, (p1, p2) = forward(params)
+        z1, z2 = constants
+
+        def cosine(a, b):
+            return ((a * b).sum(1) / jnp.linalg.norm(a, axis=1) / jnp.linalg.norm(b, axis=1)).mean()
+
+        return -(cosine(p1, z2) + cosine(p2, z1)) / 2
+
+    want, want_grad = jax.jit(jax.value_and_grad(by_hand))(ts.params)
+    got, got_grad = jax.jit(jax.value_and_grad(lambda p: method.loss(p, ts.state, data, key)[0]))(ts.params)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    for path, leaf in by_path(want_grad).items():
+        np.testing.assert_allclose(by_path(got_grad)[path], leaf, rtol=1e-3, atol=1e-5, err_msg=path)
+
+
+def test_simsiam_collapses_without_the_stop(monkeypatch):
+    """S1: in the same toy run the unit projections keep their spread, and lose it once nothing is stopped."""
+
+    def spread(rate=0.1, steps=300):
+        # Linear maps without batch norm after them, so that nothing but the stopped gradient holds the spread.
+        linear = models.classifier(16)
+        net = models.Network(lambda rng, x: linear.init(rng, x.reshape(len(x), -1)),
+                             lambda p, s, x, train: linear.apply(p, s, x.reshape(len(x), -1), train))
+        method = simsiam.make(net, models.classifier(16), models.simsiam_predictor(8), noisy)
+        tx = optim.sgd(lambda step: rate)
+        ts = jax.jit(lambda rng: init_state(method, tx, rng, data))(jax.random.key(0))
+        step = make_step(method, tx)
+        for _ in range(steps):
+            ts, metrics = step(ts, data, jax.random.key(1))
+        return float(metrics["z_std"]), float(metrics["loss"])
+
+    data = {"image": jnp.array(np.random.default_rng(0).integers(0, 256, (32, 8, 8, 1), np.uint8))}
+
+    def noisy(rng, batch):
+        x = batch["image"] / 255.0
+        return x + 0.3 * jax.random.normal(rng, x.shape)
+
+    kept, _ = spread()
+    monkeypatch.setattr(jax.lax, "stop_gradient", lambda x: x)
+    lost, loss = spread()
+    assert kept > 0.5 / np.sqrt(16), (kept, lost, loss)
+    assert lost < 0.1 / np.sqrt(16) and loss < -0.99, (kept, lost, loss)
+
+
+# --- rotation, distillation -----------------------------------------------------------------------
+
+
+def test_rotations_are_quarter_turns():
+    """Four copies of each image, turned as numpy turns them; turning back gives the image."""
+    x = jax.random.normal(jax.random.key(0), (3, 6, 6, 2))
+    turned, turns = rotation.rotations(x)
+    assert turned.shape == (12, 6, 6, 2)
+    for image, turn, source in zip(turned, turns, np.tile(np.arange(3), 4), strict=True):
+        np.testing.assert_array_equal(image, np.rot90(x[source], int(turn)))
+        np.testing.assert_array_equal(np.rot90(image, -int(turn)), x[source])
+
+
+def test_start_from_is_strict():
+    """E1, P10: an encoder of another network is refused with every variable that does not fit; one that
+    fits replaces the backbone, leaves the head alone and is copied."""
+    method, _, states, _, _ = trained("distill")
+    params, state = states[0].params, states[0].state
+    encoder = trained("moco")[0].encoder(trained("moco")[2][-1].params, trained("moco")[2][-1].state)
+    new_params, new_state = distill.start_from(params, state, encoder)
+    for path, leaf in by_path(new_params["backbone"]).items():
+        np.testing.assert_array_equal(leaf, by_path(encoder.params)[path])
+        assert leaf is not by_path(encoder.params)[path]
+    np.testing.assert_array_equal(new_params["head"]["fc"]["kernel"], params["head"]["fc"]["kernel"])
+    assert new_state["backbone"].keys() == state["backbone"].keys()
+
+    wrong = {**encoder.params, "conv9": encoder.params["conv1"], "conv1": {"kernel": jnp.zeros((3, 3, 1, 5))}}
+    del wrong["bn1"]
+    with pytest.raises(ValueError, match="(?s)bn1/bias.*bn1/scale.*conv1/kernel.*conv9/kernel"):
+        distill.start_from(params, state, encoder._replace(params=wrong))
+
+
+def test_labels_are_scores():
+    """Supervised training is distillation of log one-hot rows: the loss is the cross-entropy, at any temperature."""
+    method, _, states, _, _ = trained("distill")
+    labels = np.arange(B) % 10
+    data = {**batch(), "scores": jnp.log(jnp.eye(10)[labels])}
+    view = WEAK(jax.random.key(4), data)
+    net, head = models.backbone("resnet8"), models.classifier(10)
+    features, _ = net.apply(states[1].params["backbone"], states[1].state["backbone"], view, True)
+    logits, _ = head.apply(states[1].params["head"], states[1].state["head"], features, True)
+    want = -jax.nn.log_softmax(logits)[jnp.arange(B), labels].mean()
+    got, _ = method.loss(states[1].params, states[1].state, data, jax.random.key(4))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    grads = jax.grad(lambda p: method.loss(p, states[1].state, data, jax.random.key(4))[0])(states[1].params)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))

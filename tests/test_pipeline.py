@@ -1,0 +1,167 @@
+"""The real command, end to end and stage by stage, on a few steps of everything."""
+
+import json
+import shutil
+import sqlite3
+import time
+
+import matplotlib.image
+import pytest
+from conftest import TINY, table
+
+from qmx import __version__
+
+
+def test_results(finished):
+    """results.json has the keys that scripts rely on, one row for each run, and figures in their ranges."""
+    results = json.loads((finished / "results.json").read_text())
+    assert results["schema"] == 1
+    assert len(results["target"]["sha256"]) == 64 and 0 < results["target"]["top1"] <= results["target"]["top5"] <= 100
+    assert results["pool"]["size"] == 1437 and results["pool"]["evaluation"] == 360
+    assert results["versions"]["qmx"] == __version__
+    assert results["config"]["pretrain"]["moco"]["epochs"] == 1
+    cells = {(row["init"], row["select"], row["access"], row["fraction"], row["seed"]) for row in results["rows"]}
+    assert cells == {(init, "random", "logits", fraction, 0)
+                     for init in ("none", "rotation", "moco", "simsiam") for fraction in (0.05, 1.0)}
+    assert len(results["rows"]) == 8
+    target = results["target"]["top1"]
+    for row in results["rows"]:
+        train = {0.05: 71, 1.0: 1437}[row["fraction"]]
+        assert row["queries"] == {"train": train, "select": 0, "report": 360}
+        assert row["calls"] == train + 360
+        assert 0 <= row["top1"] <= row["top5"] <= 100 and 0 <= row["fidelity_top1"] <= row["fidelity_top5"] <= 100
+        assert row["kl_target_student"] > 0 and row["seconds"] > 0
+        # What label agreement can be, given both accuracies (in per cent of the same images).
+        assert row["top1"] + target - 100 - 1e-9 <= row["fidelity_top1"] <= 100 - abs(target - row["top1"]) + 1e-9
+    assert {(m["init"], m["k"]) for m in results["monitors"]} == {("rotation", 5), ("moco", 5), ("simsiam", 5)}
+
+
+def test_artefacts(finished):
+    """Each stage left what the design names; the curve is a picture; nothing half-written is about."""
+    for path in ("config.json", "target/target.safetensors", "pretrain/moco-seed0/encoder.safetensors",
+                 "select/random-seed0/ids.npy", "ledger.sqlite", "distill/moco-random-logits-0.05-seed0/metrics.jsonl",
+                 "evaluate/none-random-logits-1-seed0/result.json", "report.md", "report.html"):
+        assert (finished / path).stat().st_size > 0, path
+    assert matplotlib.image.imread(finished / "curve.png").shape[:2] == (504, 1200)
+    assert not list(finished.rglob("*.part")) and not list(finished.rglob("checkpoints"))
+    lines = [json.loads(line) for line in (finished / "pretrain/moco-seed0/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 12))
+    assert {"loss", "contrast_acc1", "contrast_acc5", "z_std"} <= lines[0].keys()
+    page = (finished / "report.html").read_text()
+    assert page.count("<table>") == 4 and "data:image/png;base64," in page
+
+
+def test_second_call_finds_it_done(finished, command):
+    """A second call trains nothing, asks nothing, says so, prints the same table, and takes seconds."""
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("result.json")}
+    began = time.monotonic()
+    status, out, err = command(*TINY, f"--workdir={finished}")
+    assert status == 0 and "all of it was done before" in err
+    assert time.monotonic() - began < 30
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("result.json")}
+    assert out.rstrip().splitlines()[-1].startswith("| 1437 (100 %)")
+    assert out.rstrip().endswith((finished / "report.md").read_text().split("## ")[1].split("\n\n")[1].rstrip())
+
+
+def test_stage_by_stage_without_the_target(finished, command, tmp_path):
+    """P1, P6: each stage in a process of its own gives the same table; from the query on the target is gone."""
+    for stage in ("target", "pretrain", "select", "query"):
+        assert command(*TINY, f"--workdir={tmp_path}/w", f"--stage={stage}")[0] == 0, stage
+    (tmp_path / "w/target/target.safetensors").unlink()
+    for stage in ("distill", "evaluate", "report"):
+        status, _, err = command(*TINY, f"--workdir={tmp_path}/w", f"--stage={stage}")
+        assert status == 0, (stage, err)
+    assert table(tmp_path / "w") == table(finished)
+
+
+def test_stages_out_of_order(finished, command, tmp_path):
+    """A stage whose inputs are missing names them and the stage that makes them."""
+    status, _, err = command(*TINY, f"--workdir={tmp_path}/w", "--stage=distill")
+    assert status == 2 and len(err.splitlines()) == 1 and not (tmp_path / "w").exists()
+    shutil.copytree(finished, tmp_path / "w")
+    shutil.rmtree(tmp_path / "w/pretrain/moco-seed0")
+    status, _, err = command(*TINY, f"--workdir={tmp_path}/w", "--stage=distill")
+    assert status == 2 and "moco-seed0, which --stage=pretrain makes" in err.splitlines()[-1]
+
+
+def test_partial_report(finished, command, tmp_path):
+    """What was not run is shown as not run."""
+    shutil.copytree(finished, tmp_path / "w")
+    shutil.rmtree(tmp_path / "w/evaluate/moco-random-logits-1-seed0")
+    status, out, _ = command(*TINY, f"--workdir={tmp_path}/w", "--stage=report")
+    assert status == 0
+    last = [cell.strip() for cell in out.rstrip().splitlines()[-1].strip("|").split("|")]
+    assert last[3] == "not run" and "not run" not in (last[1], last[2], last[4])
+
+
+def test_another_config(finished, command, tmp_path):
+    """A workdir of another config is refused with the key; --update redoes what depends on it, and no more."""
+    shutil.copytree(finished, tmp_path / "w")
+    change = "--config.distill.learning_rate=0.05"
+    status, _, err = command(*TINY, change, f"--workdir={tmp_path}/w")
+    assert status == 2 and len(err.splitlines()) == 1
+    assert "distill.learning_rate: 0.03 there, 0.05 now" in err and "--update" in err
+    assert table(tmp_path / "w") == table(finished)
+
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "w").glob("[pst]*/**/result.json")}
+    status, _, err = command(*TINY, change, f"--workdir={tmp_path}/w", "--update")
+    assert status == 0 and "is done again, because distill.learning_rate: 0.03 there, 0.05 now" in err
+    assert kept == {path: path.stat().st_mtime_ns for path in (tmp_path / "w").glob("[pst]*/**/result.json")}
+    new, old = table(tmp_path / "w"), table(finished)
+    assert new["account"] == old["account"], "another recipe asks nothing new"
+    assert all(a["kl_target_student"] != b["kl_target_student"] for a, b in zip(new["rows"], old["rows"], strict=True))
+
+
+def test_budgets_do_not_meet(finished, command, tmp_path):
+    """P2, P3: a student is the same whether or not smaller budgets ran before it in the same call."""
+    # Tuples given twice would be joined.
+    tiny = [word for word in TINY if "fractions" not in word]
+    status, _, err = command(*tiny, f"--workdir={tmp_path}/w", "--config.fractions=(1.0,)",
+                             "--config.inits=('none','moco')")
+    assert status == 0, err
+    alone = table(tmp_path / "w")["rows"]
+    together = [row for row in table(finished)["rows"] if row["fraction"] == 1 and row["init"] in ("none", "moco")]
+    assert alone == together
+
+
+@pytest.mark.parametrize("access", ["probs", "label"])
+def test_weaker_access_asks_nothing_new(finished, command, tmp_path, access):
+    """Weaker access levels are derived from the answers that were paid for."""
+    shutil.copytree(finished, tmp_path / "w")
+    status, _, err = command(*TINY, f"--workdir={tmp_path}/w", f"--config.accesses=('{access}',)",
+                             "--config.inits=('none',)", "--update")
+    assert status == 0 and "query" not in err, err
+    new = table(tmp_path / "w")
+    assert new["account"] == table(finished)["account"]
+    assert {row["access"] for row in new["rows"]} == {access}
+
+
+def test_labels_instead_of_scores(finished, command, tmp_path):
+    """By one key the students learn the true labels of the same images."""
+    shutil.copytree(finished, tmp_path / "w")
+    status, _, err = command(*TINY, f"--workdir={tmp_path}/w", "--config.distill.learn_from=labels",
+                             "--config.inits=('none',)", "--update")
+    assert status == 0, err
+    new = table(tmp_path / "w")["rows"]
+    old = [row for row in table(finished)["rows"] if row["init"] == "none"]
+    assert all(a["kl_target_student"] != b["kl_target_student"] for a, b in zip(new, old, strict=True))
+
+
+def test_budget(finished, command, tmp_path):
+    """Exit status 3 before the target is asked, with what was spent; a budget that suffices is no hindrance."""
+    status, out, err = command(*TINY, f"--workdir={tmp_path}/w", "--config.budget=1436")
+    assert status == 3 and not out and len(err.splitlines()) == 1 and not (tmp_path / "w").exists()
+    assert "1437 distinct images" in err and "1436" in err and "0 spent" in err
+    shutil.copytree(finished, tmp_path / "w")
+    status, _, err = command(*TINY, f"--workdir={tmp_path}/w", "--config.budget=1000", "--update")
+    assert status == 3 and "1437 spent" in err
+    assert command(*TINY, f"--workdir={tmp_path}/w", "--config.budget=1437", "--update")[0] == 0
+
+
+def test_nothing_was_asked_twice(finished):
+    """The ledger's account: every call answered a distinct image, none is in flight."""
+    account = table(finished)["account"]
+    assert account == {"calls": 1797, "images": 1797, "views": 1797, "unanswered": 0,
+                       "purposes": {"train": 1437, "select": 0, "report": 360}}
+    with sqlite3.connect(finished / "ledger.sqlite") as db:
+        assert db.execute("SELECT COUNT(*), COUNT(DISTINCT image) FROM answers").fetchone() == (1797, 1797)

@@ -1,0 +1,261 @@
+"""Networks and training steps in plain PyTorch, written from the papers' protocols, for the parity tests.
+
+Nothing here is shared with qmx: NCHW, torch's own layers, torchvision's and the reference codes' names. Only
+`variables` knows both sides; it renames and transposes.
+"""
+
+import math
+import re
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+nn, F = torch.nn, torch.nn.functional
+
+
+def tensor(x):
+    """A copy as a tensor; images [B, H, W, C] become [B, C, H, W]."""
+    x = np.array(x)
+    return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)) if x.ndim == 4 else x)
+
+
+def variables(params, stats):
+    """The state dict of the network whose variables, nested dicts of arrays, are `params` and `stats`."""
+    kinds = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+    found = {}
+
+    def walk(tree, path):
+        for name, value in tree.items():
+            if isinstance(value, dict):
+                walk(value, [*path, name])
+                continue
+            value = np.array(value)
+            if name == "kernel":
+                value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T  # HWIO -> OIHW, IO -> OI
+            # layer1_0/conv1 -> layer1.0.conv1
+            key = re.sub(r"_(\d+)", r".\1", ".".join([*path, kinds[name]]))
+            assert key not in found
+            found[key] = torch.from_numpy(np.ascontiguousarray(value))
+
+    walk(params, [])
+    walk(stats, [])
+    return found
+
+
+# Networks
+
+
+class ReLU(nn.ReLU):
+    """ReLU that remembers how close an input came to its kink, where rounding decides the gradient.
+
+    Closeness is in `unit`s, the size of what was summed up to the input. Inputs of exactly zero do
+    not count: they are the same zero in every program, with gradient zero.
+    """
+
+    closest = math.inf
+
+    def forward(self, x, unit=1.0):
+        if torch.is_grad_enabled():
+            distance = x.detach().abs() / unit
+            self.closest = min(self.closest, float(distance[x != 0].min()))
+        return super().forward(x)
+
+
+def margin(net):
+    """How close any ReLU of the network came to its kink while gradients were taken."""
+    return min(module.closest for module in net.modules() if isinstance(module, ReLU))
+
+
+class SplitBatchNorm(nn.Module):
+    """Batch norm of consecutive, equal groups, each by torch's own batch norm on its own.
+
+    Every group updates a copy of the running statistics; what is kept is the mean of the copies.
+    """
+
+    def __init__(self, channels, groups=1, affine=True):
+        super().__init__()
+        self.groups = groups
+        self.weight = nn.Parameter(torch.ones(channels)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x):
+        if not self.training:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.1, 1e-5)
+        copies = [(self.running_mean.clone(), self.running_var.clone()) for _ in range(self.groups)]
+        parts = x.reshape(self.groups, -1, *x.shape[1:])
+        y = [F.batch_norm(part, mean, var, self.weight, self.bias, True, 0.1, 1e-5)
+             for part, (mean, var) in zip(parts, copies, strict=True)]
+        self.running_mean = torch.stack([mean for mean, _ in copies]).mean(0)
+        self.running_var = torch.stack([var for _, var in copies]).mean(0)
+        return torch.cat(y)
+
+
+class Block(nn.Module):
+    """torchvision's BasicBlock, or its Bottleneck with the stride on the 3x3."""
+
+    def __init__(self, entering, planes, stride, bottleneck, groups, width_per_group, splits):
+        super().__init__()
+        if bottleneck:
+            inner, out = int(planes * width_per_group / 64) * groups, 4 * planes
+            sizes = [(entering, inner, 1, 1, 1), (inner, inner, 3, stride, groups), (inner, out, 1, 1, 1)]
+        else:
+            out = planes
+            sizes = [(entering, out, 3, stride, 1), (out, out, 3, 1, 1)]
+        self.depth = len(sizes)
+        self.relu = nn.ModuleList(ReLU() for _ in sizes)
+        for i, (a, b, kernel, step, parts) in enumerate(sizes, 1):
+            setattr(self, f"conv{i}", nn.Conv2d(a, b, kernel, step, kernel // 2, groups=parts, bias=False))
+            setattr(self, f"bn{i}", SplitBatchNorm(b, splits))
+        self.downsample = None
+        if stride != 1 or entering != out:
+            self.downsample = nn.Sequential(nn.Conv2d(entering, out, 1, stride, bias=False),
+                                            SplitBatchNorm(out, splits))
+
+    def forward(self, x):
+        y = x
+        for i in range(1, self.depth + 1):
+            y = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(y))
+            y = self.relu[i - 1](y) if i < self.depth else y
+        shortcut = x if self.downsample is None else self.downsample(x)
+        # Where the shortcut passes nothing on, the branch is alone; it may start at zero and be small.
+        unit = torch.where(shortcut == 0, y.detach().std(), 1.0)
+        return self.relu[-1](y + shortcut, unit)
+
+
+class ResNet(nn.Module):
+    """torchvision's ResNet up to the pooled features, with the usual small stem for small images."""
+
+    def __init__(self, blocks, bottleneck=False, width=64, groups=1, width_per_group=64, stem="large", channels=3,
+                 splits=1):
+        super().__init__()
+        self.stages, self.large = len(blocks), stem == "large"
+        self.conv1 = (nn.Conv2d(channels, width, 7, 2, 3, bias=False) if self.large
+                      else nn.Conv2d(channels, width, 3, 1, 1, bias=False))
+        self.bn1 = SplitBatchNorm(width, splits)
+        self.relu, self.maxpool = ReLU(), nn.MaxPool2d(3, 2, 1)
+        entering = width
+        for stage, count in enumerate(blocks):
+            planes, layer = width * 2**stage, []
+            for index in range(count):
+                stride = 2 if stage > 0 and index == 0 else 1
+                layer.append(Block(entering, planes, stride, bottleneck, groups, width_per_group, splits))
+                entering = planes * 4 if bottleneck else planes
+            setattr(self, f"layer{stage + 1}", nn.Sequential(*layer))
+        self.features = entering
+
+    def forward(self, x):
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.maxpool(x) if self.large else x
+        for stage in range(self.stages):
+            x = getattr(self, f"layer{stage + 1}")(x)
+        return x.mean((2, 3))
+
+
+class Fc(nn.Module):
+    """Layers under the name "fc", as the reference codes hang them onto the backbone."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.fc = nn.Sequential(*layers) if len(layers) > 1 else layers[0]
+
+    def forward(self, x):
+        return self.fc(x)
+
+
+def classifier(features, classes):
+    return Fc(nn.Linear(features, classes))
+
+
+def moco_head(features, out):
+    return Fc(nn.Linear(features, features), ReLU(), nn.Linear(features, out))
+
+
+def simsiam_projector(features, out, splits=1):
+    head = Fc(nn.Linear(features, features, bias=False), SplitBatchNorm(features, splits), ReLU(),
+              nn.Linear(features, features, bias=False), SplitBatchNorm(features, splits), ReLU(),
+              nn.Linear(features, out), SplitBatchNorm(out, splits, affine=False))
+    head.fc[6].bias.requires_grad = False
+    return head
+
+
+def simsiam_predictor(features, hidden, splits=1):
+    return Fc(nn.Linear(features, hidden, bias=False), SplitBatchNorm(hidden, splits), ReLU(),
+              nn.Linear(hidden, features))
+
+
+def network(**parts):
+    """The parts one after the other, under their names."""
+    return nn.Sequential(OrderedDict(parts))
+
+
+# Methods: each gives the loss of one step
+
+
+class MoCo:
+    """He et al. 2020 and Chen et al. 2020, in the order of the reference's `forward`."""
+
+    def __init__(self, query, key, queue, temperature, decay):
+        self.query, self.key, self.queue, self.pointer = query.train(), key.train(), queue, 0
+        self.temperature, self.decay = temperature, decay
+
+    def loss(self, x_query, x_key, shuffle):
+        q = F.normalize(self.query(x_query), dim=1)
+        with torch.no_grad():
+            for ours, theirs in zip(self.key.parameters(), self.query.parameters(), strict=True):
+                ours.mul_(self.decay).add_(theirs, alpha=1 - self.decay)
+            k = F.normalize(self.key(x_key[shuffle]), dim=1)[torch.argsort(shuffle)]
+        negatives = self.queue.clone()
+        logits = torch.cat([torch.einsum("nc,nc->n", q, k)[:, None], q @ negatives.T], 1) / self.temperature
+        self.queue[self.pointer:self.pointer + len(k)] = k
+        self.pointer = (self.pointer + len(k)) % len(self.queue)
+        return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long))
+
+
+def simsiam_loss(net, x1, x2):
+    """Chen & He 2021; the encoder sees the views one after the other."""
+    similarity = nn.CosineSimilarity(dim=1)
+    z1, z2 = (net.head(net.backbone(x)) for x in (x1, x2))
+    p1, p2 = net.predictor(z1), net.predictor(z2)
+    return -0.5 * (similarity(p1, z2.detach()).mean() + similarity(p2, z1.detach()).mean())
+
+
+def rotation_loss(net, x):
+    """Gidaris et al. 2018: all four rotations of every image in one batch, four classes."""
+    turned = torch.cat([torch.rot90(x, turns, (2, 3)) for turns in range(4)])
+    return F.cross_entropy(net(turned), torch.arange(4).repeat_interleave(len(x)))
+
+
+def distillation_loss(net, x, scores, target_temperature, student_temperature):
+    """Hinton et al. 2015 with a temperature for each side; T^2 is the student's."""
+    student = F.log_softmax(net(x) / student_temperature, 1)
+    target = F.softmax(scores / target_temperature, 1)
+    return F.kl_div(student, target, reduction="batchmean") * student_temperature**2
+
+
+# Optimiser
+
+
+def cosine_by_epoch(rate, epochs, steps):
+    """The reference codes' rate: half a cosine, updated once for each epoch."""
+    return lambda step: rate * 0.5 * (1 + math.cos(math.pi * (step * epochs // steps) / epochs))
+
+
+def optimiser(net, rates, **keywords):
+    """torch's SGD with a schedule, step -> rate, for each part of `net`; frozen parameters are left out."""
+    groups = [{"params": [p for p in getattr(net, part).parameters() if p.requires_grad], "schedule": schedule}
+              for part, schedule in rates.items()]
+    return torch.optim.SGD(groups, lr=0.0, **keywords)
+
+
+def update(sgd, step, loss):
+    """One step of the optimiser, number `step`, from 0."""
+    for group in sgd.param_groups:
+        group["lr"] = group["schedule"](step)
+    sgd.zero_grad()
+    loss.backward()
+    sgd.step()
+    return float(loss.detach())
