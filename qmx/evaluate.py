@@ -89,8 +89,20 @@ def knn(bank: np.ndarray, bank_labels: np.ndarray, queries: np.ndarray, k: int =
     for start in range(0, len(queries), 1024):  # bounds the memory for a large bank
         similarity = unit[0][start : start + 1024] @ unit[1].T
         nearest = np.argpartition(-similarity, min(k, len(bank)) - 1, axis=1)[:, :k]
-        weight = np.exp(np.take_along_axis(similarity, nearest, 1) / temperature)
+        near = np.take_along_axis(similarity, nearest, 1)
+        weight = np.exp((near - near.max(1, keepdims=True)) / temperature)  # the nearest weighs 1: no overflow
         votes = np.zeros((len(nearest), classes))
         np.add.at(votes, (np.arange(len(nearest))[:, None], bank_labels[nearest]), weight)
         found.append(votes.argmax(1))
     return np.concatenate(found).astype(np.int32)
+
+
+def held_out_knn(features: np.ndarray, labels: np.ndarray, k: int, temperature: float) -> float:
+    """Accuracy of `knn` in per cent, when every fifth example asks the others; f32[n, D], i32[n].
+
+    A researcher's monitor: it reads true labels, no student learns from it, and it stays within
+    one set of images, so that what is reported on another set is not looked at.
+    """
+    held_out = np.arange(len(features)) % 5 == 0
+    found = knn(features[~held_out], labels[~held_out], features[held_out], k, temperature)
+    return 100.0 * float((found == labels[held_out]).mean())

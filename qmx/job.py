@@ -26,6 +26,7 @@ def train(
     steps: int,
     seed: int,
     drop_last: bool,
+    watch: Callable[[int, dict[str, float]], str | None] = lambda done, metrics: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> TrainState:
     """Train to the end, from the newest good checkpoint if an earlier call left one.
@@ -35,6 +36,7 @@ def train(
       name: for the progress.
       step, rng: see `qmx.train.make_step`.
       ts: the state before the first step.
+      watch: returns a warning about the metrics, see `qmx.health.watch`.
       source: what is trained on; its order follows `seed`, see `qmx.data.batches`.
 
     Raises:
@@ -58,6 +60,8 @@ def train(
         def on_metrics(done: int, metrics: dict[str, float]) -> None:
             file.write(json.dumps({"step": done, **metrics}) + "\n")
             shown.update(done, f"loss {metrics['loss']:.3f}")
+            if warning := watch(done, metrics):
+                say(f"warning: {name}: {warning}")
 
         ts = fit(step, ts, feed, rng, steps=steps, on_metrics=on_metrics, save=checkpoints.save, stopped=stopped)
     checkpoints.close()

@@ -113,7 +113,7 @@ def start(config: FrozenConfigDict, workdir: Path) -> str:
 
     from qmx import data, pipeline
     from qmx.progress import say
-    from qmx.settings import validate
+    from qmx.settings import validate, warnings
     from qmx.workdir import claim
 
     if STAGE.value not in ("all", *pipeline.STAGES):
@@ -124,9 +124,11 @@ def start(config: FrozenConfigDict, workdir: Path) -> str:
         raise ValueError(f"--stage={STAGE.value} needs what earlier stages leave in {workdir}, and it does not exist")
     pipeline.check_budget(config, workdir, images)
     claim(workdir, json.loads(config.to_json()), UPDATE.value)
-    if jax.config.jax_compilation_cache_dir is None:  # so that a second call, or one after a kill, compiles nothing
+    if jax.config.values["jax_compilation_cache_dir"] is None:  # so that a call after a kill compiles nothing anew
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
     say(f"{jax.device_count()} {jax.devices()[0].platform} device(s), jax {jax.__version__}; writing to {workdir}")
+    for warning in warnings(config, images):
+        say(f"warning: {warning}")
     return pipeline.run(config, workdir, images, STAGE.value, stop_on_signals())
 
 

@@ -4,11 +4,13 @@ Everything here is optax; this file spells the recipes of the papers in its term
 every schedule is the epoch; it becomes steps here and nowhere else.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from qmx.contract import PyTree
@@ -46,21 +48,29 @@ def schedule(
     if name not in SCHEDULES:
         raise ValueError(f"schedule {name!r} is unknown; choose one of {', '.join(SCHEDULES)}")
 
+    def first_steps(whole_epochs: Iterable[float]) -> np.ndarray:
+        # Whole steps, found here in float64: on the device, float32 would miss the boundary by some steps.
+        return np.ceil(np.round(np.array(list(whole_epochs)) * steps / epochs, 6)).astype(np.int32)
+
+    if name == "cosine_by_epoch":
+        boundaries = first_steps(range(1, math.ceil(epochs)))
+    elif name == "step":
+        boundaries = first_steps(milestones)
+
     def rate(step: jax.Array) -> jax.Array:
-        # In whole epochs first, exactly: step * epochs / steps rounds below an integer in float32.
-        epoch = jnp.asarray(step, jnp.float32) * epochs / steps
+        done = jnp.asarray(step, jnp.float32) / steps
         if name == "constant":
             value = jnp.float32(learning_rate)
         elif name == "cosine":
-            value = learning_rate * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(epoch / epochs, 1)))
-        elif name == "cosine_by_epoch":
-            whole = jnp.floor(epoch + 1e-4)
-            value = learning_rate * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(whole / epochs, 1)))
+            value = learning_rate * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(done, 1)))
         else:
-            passed = sum(jnp.float32(epoch + 1e-4 >= m) for m in milestones)
-            value = learning_rate * factor**passed
+            passed = jnp.sum(jnp.asarray(step)[..., None] >= boundaries, -1)
+            if name == "cosine_by_epoch":
+                value = learning_rate * 0.5 * (1 + jnp.cos(jnp.pi * passed / epochs))
+            else:
+                value = learning_rate * jnp.float32(factor) ** passed
         if warmup_epochs:
-            value = value * jnp.minimum(1.0, epoch / warmup_epochs)
+            value = value * jnp.minimum(1.0, done * (epochs / warmup_epochs))
         return value
 
     return rate

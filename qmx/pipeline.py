@@ -27,7 +27,8 @@ from qmx.checkpoint import load_weights, save_weights
 from qmx.contract import Encoder, Network
 from qmx.data import Dataset, subset_size
 from qmx.data.sources import take
-from qmx.evaluate import compare, knn, predict, top_k
+from qmx.evaluate import compare, held_out_knn, predict, top_k
+from qmx.health import watch
 from qmx.job import train
 from qmx.methods.distill import start_from
 from qmx.oracle import BudgetSpent, Ledger, network_query
@@ -157,7 +158,8 @@ def pretrain(this: Run, init: str, seed: int) -> dict:
         random = neighbours(this, trainer.method.encoder(ts.params, ts.state))
         began = time.monotonic()
         ts = train(directory, f"pretrain {init} seed {seed}", trainer.step, ts, rng, pool, batch_size=keys.batch_size,
-                   steps=steps, seed=seed, drop_last=True, stopped=this.stopped)
+                   steps=steps, seed=seed, drop_last=True, watch=watch(steps // int(keys.epochs), keys.get("features")),
+                   stopped=this.stopped)
         seconds = time.monotonic() - began
         encoder = trainer.method.encoder(ts.params, ts.state)
         return {"sha256": save_weights(directory / "encoder.safetensors", encoder), "seconds": seconds,
@@ -169,18 +171,11 @@ def pretrain(this: Run, init: str, seed: int) -> dict:
 
 
 def neighbours(this: Run, encoder: Encoder) -> float:
-    """k-nearest-neighbour accuracy of an encoder's features, in per cent.
-
-    A fixed fifth of the pool asks the other four fifths, with true labels: a researcher's monitor,
-    which no student learns from and which never looks at the evaluation images.
-    """
+    """The monitor of an encoder: `qmx.evaluate.held_out_knn` within the pool, in per cent."""
     pool, seen, monitor = this.data.pool.all(), build.look(this.data), this.config.monitor
     features = predict(build.backbone(this.config.student.arch, seen), encoder.params, encoder.stats,
                        build.evaluation_view(seen), pool["image"])
-    held_out = np.arange(len(features)) % 5 == 0
-    found = knn(features[~held_out], pool["label"][~held_out], features[held_out], monitor.knn_k,
-                monitor.knn_temperature)
-    return 100.0 * float((found == pool["label"][held_out]).mean())
+    return held_out_knn(features, pool["label"], monitor.knn_k, monitor.knn_temperature)
 
 
 def selection(this: Run, way: str, seed: int) -> np.ndarray:

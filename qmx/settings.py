@@ -143,6 +143,20 @@ def validate(config: Any, data: Dataset) -> None:
         raise ValueError(problem)
 
 
+def warnings(config: Any, data: Dataset) -> list[str]:
+    """What can be run and is likely to disappoint, a line each."""
+    found = []
+    if "moco" in config.inits:
+        keys = config.pretrain.moco
+        if keys.queue_size > data.pool.size:
+            found.append(f"pretrain.moco.queue_size {keys.queue_size} is larger than the pool of {data.pool.size} "
+                         "images, so that an image's own former keys are among its negatives")
+        if keys.group_size == keys.batch_size:
+            found.append("pretrain.moco.group_size is the whole batch: its batch statistics tell which key belongs to "
+                         "which query, and no shuffling hides it; 32 images a group is the reference's")
+    return found
+
+
 def choice(key: str, value: str, known: Any) -> Iterator[str]:
     """A problem unless `value` is among the known ones."""
     if value not in known:

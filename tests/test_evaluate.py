@@ -13,7 +13,7 @@ from qmx import models
 from qmx.augment import plain_view
 from qmx.contract import Network, chain
 from qmx.data import load
-from qmx.evaluate import compare, knn, predict, top_k
+from qmx.evaluate import compare, held_out_knn, knn, predict, top_k
 from qmx.oracle import Ledger, network_query
 from qmx.oracle.access import one_hot_logits
 
@@ -321,3 +321,15 @@ def test_a_feature_of_zeros_breaks_nothing():
     found = knn(bank, labels, queries, 5)
     assert found[3] in range(5)
     np.testing.assert_array_equal(np.delete(found, 3), np.delete(brute_knn(bank, labels, queries, 5, 0.1), 3))
+
+
+def test_the_monitor_asks_every_fifth_example_about_the_others():
+    """E3: no example is its own neighbour; against scikit-learn."""
+    x, labels, _ = features(5, n=203)
+    held_out = np.arange(203) % 5 == 0
+    theirs = KNeighborsClassifier(7, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.1))
+    theirs.fit(x[~held_out], labels[~held_out])
+    np.testing.assert_allclose(held_out_knn(x, labels, 7, 0.1), 100 * theirs.score(x[held_out], labels[held_out]))
+
+    noise = np.random.default_rng(0).standard_normal((1000, 16)).astype(np.float32)
+    assert held_out_knn(noise, np.arange(1000) % 10, 1, 0.1) < 25  # 100, were it its own

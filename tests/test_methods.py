@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qmx import augment, distill, models, moco, optim, rotation, simsiam
+from qmx import augment, distill, moco, models, optim, rotation, simsiam
 from qmx.contract import by_path
 from qmx.train import init_state, make_step
 

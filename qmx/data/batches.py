@@ -21,7 +21,7 @@ def epoch_steps(size: int, batch_size: int, drop_last: bool) -> float:
 
 @lru_cache(maxsize=4)
 def _epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(size)
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(epoch,))).permutation(size)
 
 
 def batch_ids(size: int, batch_size: int, seed: int, k: int, drop_last: bool) -> np.ndarray:

@@ -80,6 +80,10 @@ def read_npz(path: str) -> tuple[np.ndarray, np.ndarray]:
     """(images uint8[n, H, W, C], labels i32[n]) of a file, checked; ValueError names what is wrong."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
+    if not Path(path).stat().st_size:
+        raise ValueError(f"{path}: no data, the file is empty")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path}: it is not an npz file, which is a zip of arrays, or it is cut off")
     try:
         with np.load(path, allow_pickle=False) as file:
             missing = [name for name in ("image", "label") if name not in file]
@@ -87,8 +91,10 @@ def read_npz(path: str) -> tuple[np.ndarray, np.ndarray]:
                 raise ValueError(f"no array {missing[0]!r} in it, only {sorted(file)}; save "
                                  "image=uint8[n, H, W, C] and label=int[n]")
             images, labels = file["image"], file["label"]
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
-        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
+            if not isinstance(images, np.ndarray) or not isinstance(labels, np.ndarray):
+                raise ValueError("image and label must be arrays saved by numpy")
+    except Exception as error:  # numpy, zipfile and zlib raise a dozen kinds for damaged files
+        raise ValueError(f"{path}: {(str(error) or repr(error)).splitlines()[0]}") from None
 
     if images.ndim == 3:
         images = images[..., None]
@@ -107,6 +113,8 @@ def read_npz(path: str) -> tuple[np.ndarray, np.ndarray]:
         problem = f"label is {labels.dtype}; it must be an integer, 0..N-1"
     elif labels.min() < 0:
         problem = f"label {labels.min()} is negative; classes are 0..N-1"
+    elif labels.max() >= 2**31:
+        problem = f"label {labels.max()} is too large; classes are 0..N-1"
     if problem:
         raise ValueError(f"{path}: {problem}")
     return images, labels.astype(np.int32)

@@ -1,5 +1,6 @@
 """Which images of the pool: nested subsets of a given share."""
 
+import math
 from decimal import Decimal
 
 import numpy as np
@@ -15,7 +16,9 @@ def subset_size(fraction: float, size: int) -> int:
         raise ValueError(f"fraction {fraction} is outside (0, 1]; 0.01 is one image in a hundred")
     count = int(Decimal(repr(float(fraction))) * size)
     if count == 0:
-        raise ValueError(f"fraction {fraction} of {size} images is none; use at least {1 / size:.2g}")
+        digits = 10 ** (1 - math.floor(math.log10(1 / size)))
+        least = math.ceil(digits / size) / digits  # rounded up, to two digits
+        raise ValueError(f"fraction {fraction} of {size} images is none; use at least {least:g}")
     return count
 
 

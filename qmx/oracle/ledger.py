@@ -8,7 +8,8 @@ killed run had been answered is there for the next one, which asks only for what
 
 import hashlib
 import sqlite3
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,7 +51,7 @@ class Account(NamedTuple):
     images: int  # distinct images with an answer
     views: int  # distinct pixel arrays with an answer; several views may show one image
     unanswered: int  # images sent in requests that never came back: in flight, failed, or killed
-    purposes: dict[str, int]  # distinct images first answered for each purpose
+    purposes: dict[str, int]  # distinct images answered for each purpose; training's if used for both
 
 
 class Ledger:
@@ -61,7 +62,8 @@ class Ledger:
       target: the target's digest or name. Another target's answers are never returned.
       preprocessing: name of what happens between the pixels sent and the target's own input.
       budget: how many distinct images may be asked for "train" and "select"; None is no limit.
-        Images asked for "report" alone, to measure fidelity, are counted apart.
+        Images asked for "report" alone, to measure fidelity, are counted apart. It is checked once
+        for each call of `ask`: two processes that ask at the same time could exceed it together.
 
     Raises:
       ValueError: the file is not a ledger.
@@ -72,7 +74,10 @@ class Ledger:
         try:
             # A writer elsewhere is waited for; half a minute is longer than any of our commits.
             self._db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
-            self._db.executescript(SCHEMA)
+            self._db.create_function("poverty", 1, levels.ACCESS.index, deterministic=True)
+            _patiently(lambda: self._db.executescript(SCHEMA))
+            self._db.execute("SELECT key, image, request, access, scores FROM answers LIMIT 0")
+            self._db.execute("SELECT id, target, purpose, views, answered FROM requests LIMIT 0")
         except sqlite3.DatabaseError as error:
             raise ValueError(f"{path} cannot be used as a ledger: {error}") from None
 
@@ -96,7 +101,10 @@ class Ledger:
           LookupError: some images have no answer yet; says how many.
           ValueError: the answers bought are poorer than `access`.
         """
+        levels.check(access)
         keys = self.keys(images)
+        if not keys:
+            return np.zeros((0, self._classes() or 0), np.float32)
         found = self._lookup(keys)
         missing = sum(key not in found for key in keys)
         if missing:
@@ -143,7 +151,8 @@ class Ledger:
                    if key not in found or levels.ACCESS.index(found[key][0]) > rank}
         rows = sorted(missing.values())
         if purpose != "report":
-            self._check_budget({sources[row] for row in rows})
+            self._check_budget(set(sources))
+            self._repurpose(found.keys(), purpose)
 
         classes = self._classes()
         for start in range(0, len(rows), batch_size):
@@ -153,8 +162,11 @@ class Ledger:
             scores = _checked(query(images[batch]), len(batch), classes)
             classes = scores.shape[1]
             with self._transaction():
+                # A richer answer replaces a poorer one, even if another process was quicker.
                 self._db.executemany(
-                    "INSERT OR REPLACE INTO answers (key, image, request, access, scores) VALUES (?, ?, ?, ?, ?)",
+                    "INSERT INTO answers (key, image, request, access, scores) VALUES (?, ?, ?, ?, ?) "
+                    "ON CONFLICT (key) DO UPDATE SET access = excluded.access, scores = excluded.scores "
+                    "WHERE poverty(excluded.access) < poverty(answers.access)",
                     [(keys[row], sources[row], request, access, s.astype("<f4").tobytes())
                      for row, s in zip(batch, scores, strict=True)])
                 self._db.execute("UPDATE requests SET answered = 1 WHERE id = ?", (request,))
@@ -197,6 +209,18 @@ class Ledger:
             raise BudgetSpent(f"{len(known)} of {self.budget} queries are spent and {new} more are asked for; "
                               "nothing was sent. Raise the budget or ask for fewer images")
 
+    def _repurpose(self, keys: Collection[bytes], purpose: str) -> None:
+        """Answers bought for "report" that training now uses count as training's."""
+        for chunk in _chunks(sorted(keys), 500):
+            asked = (f"key IN ({','.join('?' * len(chunk))}) AND "
+                     "request IN (SELECT id FROM requests WHERE purpose = 'report')")
+            if self._db.execute(f"SELECT 1 FROM answers WHERE {asked} LIMIT 1", chunk).fetchone():
+                with self._transaction():
+                    request = self._db.execute(
+                        "INSERT INTO requests (target, purpose, views, answered) VALUES (?, ?, 0, 1)",
+                        (self.target, purpose)).lastrowid
+                    self._db.execute(f"UPDATE answers SET request = ? WHERE {asked}", [request, *chunk])
+
     def _lookup(self, keys: list[bytes]) -> dict[bytes, tuple[str, np.ndarray]]:
         found = {}
         for chunk in _chunks(sorted(set(keys)), 500):  # below SQLite's oldest limit on parameters
@@ -231,7 +255,7 @@ def pixel_digests(images: np.ndarray) -> list[bytes]:
 def _checked(answer: np.ndarray, rows: int, classes: int | None) -> np.ndarray:
     """The query's answer as f32[rows, classes], or ValueError with what is wrong with it."""
     scores = np.asarray(answer, np.float32)
-    if scores.ndim != 2 or len(scores) != rows or scores.shape[1] != (classes or scores.shape[1]):
+    if scores.ndim != 2 or len(scores) != rows or scores.shape[1] != (classes or max(scores.shape[1], 1)):
         raise ValueError(f"the query answered {rows} images with shape {scores.shape}; it must be "
                          f"[{rows}, {classes or 'N'}]. Nothing of this batch was kept")
     bad = int((~np.isfinite(scores)).any(1).sum())
@@ -239,6 +263,18 @@ def _checked(answer: np.ndarray, rows: int, classes: int | None) -> np.ndarray:
         raise ValueError(f"the query's scores are not finite for {bad} of {rows} images; "
                          "nothing of this batch was kept")
     return scores
+
+
+def _patiently(work: Callable[[], object]) -> None:
+    """Try again for some seconds where SQLite does not wait by itself, as at the switch to WAL."""
+    for wait in (0.01, 0.1, 1, 5, None):
+        try:
+            work()
+            return
+        except sqlite3.OperationalError as error:
+            if wait is None or "locked" not in str(error):
+                raise
+            time.sleep(wait)
 
 
 def _chunks(items: list[bytes], size: int) -> Iterator[list[bytes]]:

@@ -1,0 +1,17 @@
+"""The benchmarks run, in a form that takes seconds."""
+
+import json
+import subprocess
+import sys
+
+from conftest import ROOT
+
+
+def test_step_time(environment):
+    """A row for each method, with a positive time."""
+    out = subprocess.run(
+        [sys.executable, "benchmarks/step_time.py", "--batch=8", "--queue=16", "--blocks=2", "--steps=1"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    rows = json.loads(out.splitlines()[-1])["rows"]
+    assert [row["method"] for row in rows] == ["distill", "moco", "simsiam", "rotation"]
+    assert all(row["ms"] > 0 and row["compile_seconds"] > 0 for row in rows)

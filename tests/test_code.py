@@ -1,0 +1,72 @@
+"""What holds of the code itself: its lints, its types, and which way its imports run."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+
+from conftest import ROOT
+
+# A module may import those of its own level's right side, and nothing to its left.
+BELOW = {
+    "contract": set(), "losses": set(), "augment": {"contract"}, "optim": {"contract"},
+    "methods": {"contract", "losses", "optim", "methods"}, "models": {"contract", "models"},
+    "sharding": {"contract"}, "data": {"sharding", "data"}, "evaluate": {"contract", "sharding"},
+    "oracle": {"contract", "evaluate", "data", "oracle"}, "train": {"contract"},
+}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            inner = node.module == "qmx"
+            yield from [f"qmx.{alias.name}" for alias in node.names] if inner else [node.module]
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def test_imports_run_one_way():
+    """The layers of the design; and flax is known in qmx/models alone."""
+    for path in (ROOT / "qmx").rglob("*.py"):
+        layer = path.relative_to(ROOT / "qmx").parts[0].removesuffix(".py")
+        used = list(imports(path))
+        if layer != "models":
+            assert not [name for name in used if name.split(".")[0] == "flax"], path
+        if layer in BELOW:
+            ours = {name.split(".")[1] for name in used if name.startswith("qmx.")}
+            assert ours <= BELOW[layer], (path, ours - BELOW[layer])
+
+
+def test_light_import():
+    """`import qmx` brings neither the data stack nor the command line with it."""
+    code = "import sys, json, qmx; print(json.dumps(sorted(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    heavy = {"grain", "orbax", "tensorflow_datasets", "sklearn", "matplotlib", "ml_collections", "torch"}
+    assert not heavy & set(json.loads(out))
+
+
+def test_flags_are_the_programs_own():
+    """XLA's flags are set where the program starts: importing changes nothing, the user's word stands."""
+    code = ("import os, qmx; before = os.environ.get('XLA_FLAGS'); from qmx import main;"
+            "assert os.environ.get('XLA_FLAGS') == before == {given!r};"
+            "main.set_xla_flags(); print(os.environ['XLA_FLAGS'])")
+    ours = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+    theirs = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INVALID"
+    other = "--xla_force_host_platform_device_count=3"
+    for given, want in ((None, ours), (theirs, theirs), (other, f"{other} {ours}")):
+        environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+        environment |= {"XLA_FLAGS": given} if given else {}
+        out = subprocess.run([sys.executable, "-c", code.format(given=given)], capture_output=True, text=True,
+                             check=True, cwd=ROOT, env=environment).stdout
+        assert out.strip() == want
+
+
+def test_ruff():
+    """No lint is left."""
+    subprocess.run([sys.executable, "-m", "ruff", "check", "."], check=True, cwd=ROOT)
+
+
+def test_mypy():
+    """The types hold."""
+    subprocess.run([sys.executable, "-m", "mypy"], check=True, cwd=ROOT)

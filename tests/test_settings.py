@@ -1,0 +1,130 @@
+"""Configs: the shipped recipes' values, and what is refused before any compute is spent."""
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT
+from ml_collections import FrozenConfigDict
+
+from qmx import build
+from qmx.data import load
+from qmx.main import load_file
+from qmx.settings import base, cells, percent, validate, warnings
+
+DIGITS = load("digits")
+
+
+def digits(**changes):
+    """configs/digits.py with some keys changed, dots written as double underscores."""
+    config = load_file(str(ROOT / "configs/digits.py"))
+    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+    return FrozenConfigDict(config)
+
+
+def test_recipes():
+    """M16: the golden values of the papers' recipes, and the rates that they lead to at chosen steps."""
+    methods = base().pretrain
+    moco, simsiam, rotation, distill = methods.moco, methods.simsiam, methods.rotation, base().distill
+    assert (moco.epochs, moco.batch_size, moco.learning_rate) == (200, 256, 0.03)
+    assert (moco.momentum, moco.nesterov) == (0.9, False)
+    assert (moco.weight_decay, moco.weight_decay_on, moco.warmup_epochs) == (1e-4, "all", 0)
+    assert (moco.queue_size, moco.temperature, moco.decay) == (65536, 0.2, 0.999)
+    assert (moco.features, moco.group_size) == (128, 32)
+    assert (simsiam.epochs, simsiam.batch_size, simsiam.learning_rate) == (100, 512, 0.05 * 512 / 256)
+    assert (simsiam.features, simsiam.layers, simsiam.hidden, simsiam.fix_predictor_rate) == (2048, 3, 512, True)
+    assert (rotation.epochs, rotation.batch_size, rotation.learning_rate) == (70, 128, 0.2)
+    assert (rotation.warmup_epochs, tuple(rotation.milestones), rotation.factor) == (5, (30, 50), 0.1)
+    assert (distill.epochs, distill.batch_size) == (20, 256)
+    assert (distill.learning_rate, distill.head_learning_rate) == (0.01, 1.0)
+    assert (tuple(distill.milestones), distill.factor, distill.weight_decay) == ((12, 16), 0.2, 5e-4)
+    assert (distill.target_temperature, distill.student_temperature) == (1.5, 1.0)
+
+    # M17, P15: whole epochs without the last, smaller batch; the transfer set's without a seam.
+    assert build.pretrain_steps(moco, 1_281_167) == 1_000_800
+    assert build.pretrain_steps(simsiam, 1_281_167) == 250_200
+    assert build.distill_steps(distill, 12_811) == int(np.ceil(20 * 12_811 / 256))
+    assert build.distill_steps(digits().distill, 14) == build.distill_steps(digits().distill, 1437)
+
+
+def test_simsiam_predictor_rate():
+    """S7: with the flag the predictor keeps its rate to the last step while the backbone's falls; else both fall."""
+    for fixed in (True, False):
+        keys = digits(pretrain__simsiam__fix_predictor_rate=fixed).pretrain.simsiam
+        trainer = build.pretrainer("simsiam", keys, "resnet8", digits().strong_view, build.look(DIGITS), 440)
+        ts = trainer.init(jax.random.key(0))
+        last = ts._replace(step=jax.numpy.int32(439), opt_state=jax.tree.map(
+            lambda x: jax.numpy.int32(439) if x.dtype == jax.numpy.int32 else x, ts.opt_state))
+        batch = {"image": DIGITS.pool.read(np.arange(128))["image"]}
+        first, last = (trainer.step(jax.tree.map(jax.numpy.copy, s), batch, jax.random.key(0))[0] for s in (ts, last))
+
+        def moved(after, part, before=ts):
+            return sum(float(abs(a - b).sum()) for a, b in zip(
+                jax.tree.leaves(after.params[part]), jax.tree.leaves(before.params[part]), strict=True))
+
+        assert moved(last, "backbone") < 0.01 * moved(first, "backbone")
+        assert (moved(last, "predictor") > 0.5 * moved(first, "predictor")) is fixed
+
+
+def test_sets_differ_in_their_recipes():
+    """M18: a small set has a smaller queue and a quicker momentum encoder than ImageNet."""
+    ours, theirs = digits().pretrain.moco, base().pretrain.moco
+    assert ours.queue_size < DIGITS.pool.size < theirs.queue_size and ours.decay < theirs.decay
+    for view in (digits().strong_view, digits().weak_view):
+        assert view.flip_p == 0, "a mirrored digit is another sign"
+
+
+def test_grid():
+    """The product of the axes, one name each."""
+    names = [cell.name for cell in cells(digits())]
+    assert len(names) == len(set(names)) == 4 * 3 * 3
+    assert percent(0.01) == "1 %" and percent(0.005) == "0.5 %" and percent(1.0) == "100 %"
+
+
+def test_shipped_config_is_valid():
+    """Nothing is wrong with it, and nothing to warn of."""
+    validate(digits(), DIGITS)
+    assert not warnings(digits(), DIGITS)
+
+
+def test_warnings():
+    """M8: a queue larger than the pool; M15: one group of batch statistics."""
+    assert "larger than the pool" in warnings(digits(pretrain__moco__queue_size=2048), DIGITS)[0]
+    assert "batch statistics" in warnings(digits(pretrain__moco__group_size=128), DIGITS)[0]
+
+
+@pytest.mark.parametrize(("key", "value", "message"), [
+    ("fractions", (0.0,), "fraction 0.0 is outside"),
+    ("fractions", (1.5,), "fraction 1.5 is outside"),
+    ("fractions", ("a",), "'a', which is not a number"),
+    ("fractions", (0.0001,), "of 1437 images is none; use at least 0.0007"),
+    ("fractions", (0.1, 0.1), "twice"),
+    ("inits", ("mocov2",), "unknown value 'mocov2'; did you mean 'moco'"),
+    ("inits", (), "empty"),
+    ("seeds", (-1,), "seed -1"),
+    ("selects", ("kcenter",), "selects has the unknown value 'kcenter'"),
+    ("accesses", ("logit",), "did you mean 'logits'"),
+    ("budget", 0, "budget 0"),
+    ("target__kind", "served", "target.kind"),
+    ("student__arch", "resnet9", "student.arch"),
+    ("pretrain__moco__batch_size", 1536, "larger than the pool of 1437"),
+    ("pretrain__moco__batch_size", 97, "does not divide over 2 devices"),
+    ("pretrain__moco__queue_size", 1000, "queue_size 1000 is not a multiple of batch_size 128; 896 is"),
+    ("pretrain__moco__group_size", 48, "group_size 48 does not divide batch_size 128"),
+    ("pretrain__moco__decay", 1.5, "decay"),
+    ("pretrain__simsiam__schedule", "cos", "did you mean 'cosine'"),
+    ("pretrain__rotation__epochs", 1.5, "whole number"),
+    ("distill__epochs", 0.0, "distill.epochs 0.0 must be above 0"),
+    ("distill__learning_rate", float("nan"), "distill.learning_rate nan"),
+    ("distill__learn_from", "teacher", "distill.learn_from"),
+    ("distill__weight_decay_on", "kernel", "did you mean 'kernels'"),
+    ("distill__target_temperature", 0.0, "target_temperature 0.0 must be above 0"),
+    ("strong_view__crop_scale", (0.5, 0.2), "crop_scale"),
+    ("strong_view__jitter", (0.5,), "must hold 4 numbers"),
+    ("weak_view__flip_p", 1.5, "flip_p 1.5 is not a probability"),
+    ("monitor__knn_k", 0, "knn_k"),
+])
+def test_refused(key, value, message):
+    """One line that names the value and the cure."""
+    with pytest.raises(ValueError, match=message) as caught:
+        validate(digits(**{key: value}), DIGITS)
+    assert len(str(caught.value).splitlines()) == 1
