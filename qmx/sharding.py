@@ -8,6 +8,7 @@ there are.
 from functools import cache
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -29,7 +30,9 @@ def put_batch(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
 
 def put_state(tree: PyTree) -> PyTree:
     """A tree onto every device, in buffers of its own: the step donates them."""
-    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh(), PartitionSpec()), may_alias=False), tree)
+    everywhere = NamedSharding(mesh(), PartitionSpec())
+    # A copy first: with several devices, device_put keeps the caller's buffer even if told not to.
+    return jax.tree.map(lambda x: jax.device_put(jnp.array(x, copy=True), everywhere), tree)
 
 
 def check_batch(batch_size: int, name: str) -> None:

@@ -1,0 +1,160 @@
+"""What is saved comes back to the bit, or not at all; and stages are done once."""
+
+import logging
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from qmx import optim
+from qmx.checkpoint import Checkpoints, load_weights, save_weights
+from qmx.contract import by_path
+from qmx.sharding import put_state
+from qmx.train import TrainState
+from qmx.workdir import Mismatch, claim, differences, stage, write_text
+
+
+def state(step):
+    """A train state with every kind of leaf: optax's tuples, empty states, bfloat16, integers, a queue."""
+    noise = jax.random.normal(jax.random.key(step), (200, 100))  # no compressor shrinks it, so its bytes can be hit
+    params = {"backbone": {"kernel": noise, "half": jnp.ones(5, jnp.bfloat16)},
+              "head": {"bias": jnp.arange(2.0) * step}}
+    rate = optim.schedule("cosine", 0.1, epochs=1, steps=10)
+    tx = optim.sgd({"backbone": rate, "head": rate})
+    own = {"queue": jnp.arange(6.0).reshape(3, 2) + step, "pointer": jnp.int32(step), "nothing": {}}
+    return put_state(TrainState(jnp.int32(step), params, own, tx.init(params)))
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, x), y in zip(by_path(a).items(), by_path(b).values(), strict=True):
+        assert x.dtype == y.dtype and x.sharding == y.sharding, path
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=path)
+
+
+def saved(directory, *steps):
+    checkpoints = Checkpoints(directory)
+    for step in steps:
+        checkpoints.save(state(step))
+    checkpoints.close()
+
+
+def test_round_trip(tmp_path):
+    """R1, R4: queue, pointer, optimiser and step come back, in their dtypes and shardings, by a new object."""
+    assert Checkpoints(tmp_path / "none").restore(state(0)) is None and not (tmp_path / "none").exists()
+    saved(tmp_path / "c", 3, 5)
+    assert_same(Checkpoints(tmp_path / "c").restore(state(0)), state(5))
+    saved(tmp_path / "c", 7, 9)
+    assert sorted(int(path.name) for path in (tmp_path / "c").iterdir()) == [7, 9], "only the last two are kept"
+
+
+def flip_bytes(directory):
+    """Overwrite some bytes in the middle of the largest data file."""
+    path = max((p for p in directory.rglob("*") if p.is_file() and "/d/" in str(p)), key=lambda p: p.stat().st_size)
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 16] = bytes(b ^ 0xFF for b in data[middle : middle + 16])
+    path.write_bytes(data)
+
+
+def truncate(directory):
+    for path in directory.rglob("*"):
+        if path.is_file() and "/d/" in str(path):
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def remove_item(directory):
+    for path in sorted((directory / "meta").rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    (directory / "meta").rmdir()
+
+
+@pytest.mark.parametrize("damage", [flip_bytes, truncate, remove_item])
+def test_damaged_checkpoint(tmp_path, caplog, damage):
+    """R6: the newest one is damaged: it is named, and the one before it is taken."""
+    saved(tmp_path / "c", 3, 5)
+    damage(tmp_path / "c/5")
+    with caplog.at_level(logging.WARNING):
+        assert_same(Checkpoints(tmp_path / "c").restore(state(0)), state(3))
+    assert re.search(r"c/5 is damaged and passed over", caplog.text)
+    damage(tmp_path / "c/3")
+    assert Checkpoints(tmp_path / "c").restore(state(0)) is None
+
+
+def test_another_networks_checkpoint(tmp_path):
+    """A state of other shapes is not forced into this one."""
+    saved(tmp_path / "c", 3)
+    other = state(0)._replace(params={**state(0).params, "head": {"bias": jnp.zeros(7)}})
+    assert Checkpoints(tmp_path / "c").restore(put_state(other)) is None
+
+
+def test_weights(tmp_path):
+    """Safetensors of nested dicts, strided arrays too, in the structure asked for; the digest is of the content."""
+    tree = {"conv": {"kernel": np.arange(24.0, dtype=np.float32).reshape(2, 3, 4).transpose(2, 0, 1)}, "empty": {},
+            "bias": jnp.ones(3, jnp.bfloat16)}
+    digest = save_weights(tmp_path / "w.safetensors", tree)
+    back = load_weights(tmp_path / "w.safetensors", tree)
+    assert jax.tree.structure(back) == jax.tree.structure(tree)
+    np.testing.assert_array_equal(back["conv"]["kernel"], tree["conv"]["kernel"])
+    assert save_weights(tmp_path / "again.safetensors", back) == digest
+    changed = {**tree, "bias": jnp.ones(3, jnp.bfloat16).at[1].set(2)}
+    assert save_weights(tmp_path / "other.safetensors", changed) != digest
+
+
+def test_weights_are_strict(tmp_path):
+    """E1: a tensor missing, one left over, one of another shape: refused, all three named."""
+    tree = {"a": np.zeros(3, np.float32), "b": np.zeros((2, 2), np.float32), "c": np.zeros(1, np.float32)}
+    save_file({"a": tree["a"], "b": np.zeros((2, 3), np.float32), "d": tree["c"]}, tmp_path / "w.safetensors")
+    message = r"b is \(2, 3\) and should be \(2, 2\); c is missing.*; d is \(1,\) and .*absent"
+    with pytest.raises(ValueError, match=message):
+        load_weights(tmp_path / "w.safetensors", tree)
+    assert set(load_file(tmp_path / "w.safetensors")) == {"a", "b", "d"}
+
+
+def test_stage_is_done_once(tmp_path):
+    """The same inputs: the old result. Others: done again, and told why. Killed before its end: never done."""
+    said, runs = [], []
+
+    def work():
+        runs.append(1)
+        (tmp_path / "s").mkdir(exist_ok=True)
+        return {"answer": len(runs)}
+
+    inputs = {"config": {"epochs": 3, "view": (0.5, 1.0)}, "digest": "abc"}
+    assert stage(tmp_path / "s", inputs, work, said.append) == {"answer": 1}
+    assert stage(tmp_path / "s", inputs, work, said.append) == {"answer": 1} and not said
+    inputs["config"]["epochs"] = 4
+    assert stage(tmp_path / "s", inputs, work, said.append) == {"answer": 2}
+    assert said == ["s is done again, because config.epochs: 3 there, 4 now"]
+
+    def killed():
+        raise KeyboardInterrupt
+
+    inputs["digest"] = "abd"
+    with pytest.raises(KeyboardInterrupt):
+        stage(tmp_path / "s", inputs, killed, said.append)
+    assert not (tmp_path / "s/result.json").exists()
+    assert stage(tmp_path / "s", inputs, work, said.append) == {"answer": 3}
+
+
+def test_claim(tmp_path):
+    """A workdir belongs to one config, unless told otherwise; refusing one changes nothing."""
+    claim(tmp_path / "w", {"a": {"b": 1}, "c": (1, 2)}, update=False)
+    claim(tmp_path / "w", {"a": {"b": 1}, "c": (1, 2)}, update=False)
+    before = (tmp_path / "w/config.json").read_text()
+    with pytest.raises(Mismatch, match=r"a.b: 1 there, 2 now \(and 1 more\)"):
+        claim(tmp_path / "w", {"a": {"b": 2}, "c": (1,)}, update=False)
+    assert (tmp_path / "w/config.json").read_text() == before
+    claim(tmp_path / "w", {"a": {"b": 2}, "c": (1,)}, update=True)
+    claim(tmp_path / "w", {"a": {"b": 2}, "c": (1,)}, update=False)
+    assert differences({"x": 1}, {"y": 1}) == ["x: 1 there, null now", "y: null there, 1 now"]
+
+
+def test_files_are_whole(tmp_path):
+    """A reader sees the old text or the new one, and no other file is left."""
+    write_text(tmp_path / "f", "old")
+    write_text(tmp_path / "f", "new")
+    assert (tmp_path / "f").read_text() == "new" and [path.name for path in tmp_path.iterdir()] == ["f"]
