@@ -1,0 +1,111 @@
+"""The command line: mistakes end with status 2, one line on standard error, and no workdir."""
+
+import os
+import pty
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, TINY
+
+from qmx.main import main
+
+DIGITS = "--config=configs/digits.py"
+TYPO = "from qmx.settings import base\n\n\ndef get_config():\n    c = base()\n    c.epochs = 3\n    return c\n"
+
+
+def npz(path, n=40, **changes):
+    rng = np.random.default_rng(len(str(path)))
+    arrays = {"image": rng.integers(0, 256, (n, 8, 8, 1), np.uint8), "label": np.arange(n) % 4, **changes}
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+    return path
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ([DIGITS, "--config.pretrain.moco.epoch=1"], "unknown config key 'pretrain.moco.epoch'; did you mean "
+                                                 "'pretrain.moco.epochs'"),
+    ([DIGITS, "--config.distill.min_steps=2.5"], "config.distill.min_steps=2.5"),
+    ([DIGITS, "--config.fractions=(0,)"], "fraction 0 is outside"),
+    ([DIGITS, "--config.fractions=(1.5,)"], "fraction 1.5 is outside"),
+    ([DIGITS, "--config.inits=('mocoo',)"], "unknown value 'mocoo'; did you mean 'moco'"),
+    ([DIGITS, "--config.pretrain.moco.batch_size=2048"], "batch_size 2048 is larger than the pool of 1437"),
+    ([DIGITS, "--config.pretrain.moco.queue_size=1000"], "queue_size 1000 is not a multiple of batch_size 128"),
+    ([DIGITS, "--cnfig.x=1"], "cnfig"),
+    ([DIGITS, "word"], "'word' is no flag"),
+    ([DIGITS, "--stage=pretain"], "--stage=pretain is unknown"),
+    (["--config=nowhere.py"], "nowhere.py: no such file"),
+    (["--config={tmp}/typo.py"], "does not load: AttributeError.*epochs"),
+    ([], "--config=FILE.py and --workdir=DIRECTORY are needed"),
+    ([DIGITS, "--config.data.source=arrays"], "needs two files"),
+    ([DIGITS, "--config.data.source=arrays", "--config.data.path={tmp}/nolabel.npz",
+      "--config.data.eval_path={tmp}/good.npz"], "nolabel.npz: no array 'label'"),
+    ([DIGITS, "--config.data.source=arrays", "--config.data.path={tmp}/good.npz",
+      "--config.data.eval_path={tmp}/rank.npz"], r"rank.npz: image has shape \(40, 64\)"),
+    ([DIGITS, "--config.data.source=arrays", "--config.data.path={tmp}/nan.npz",
+      "--config.data.eval_path={tmp}/good.npz"], "nan.npz: image holds NaN in 1 of 40"),
+])
+def test_mistakes(tmp_path, command, arguments, message):
+    """Each with the value and the cure."""
+    npz(tmp_path / "good.npz")
+    npz(tmp_path / "nolabel.npz", label=None)
+    npz(tmp_path / "rank.npz", image=np.zeros((40, 64), np.uint8))
+    broken = np.zeros((40, 8, 8, 1))
+    broken[3, 2, 1] = np.nan
+    npz(tmp_path / "nan.npz", image=broken)
+    (tmp_path / "typo.py").write_text(TYPO)
+    workdir = tmp_path / "w"
+    status, out, err = command(*(word.format(tmp=tmp_path) for word in arguments), f"--workdir={workdir}")
+    assert (status, out) == (2, "")
+    assert len(err.splitlines()) == 1 and err.startswith("qmx: ") and re.search(message, err), err
+    assert not workdir.exists()
+
+
+def test_unwritable_workdir(command, tmp_path):
+    """A file where the workdir should be: one line."""
+    (tmp_path / "file").write_text("")
+    status, _, err = command(*TINY, f"--workdir={tmp_path}/file/w")
+    assert status == 2 and len(err.splitlines()) == 1 and "file" in err
+
+
+def test_images_of_ones_own(command, tmp_path):
+    """Two npz files run from pixels to the table; colour images, and a target of the user's size."""
+    rng = np.random.default_rng(0)
+    for name in ("pool", "test"):
+        label = rng.integers(0, 3, 64)
+        image = rng.integers(0, 60, (64, 12, 12, 3), np.uint8)
+        image[np.arange(64), :, :, label] += 120
+        npz(tmp_path / f"{name}.npz", image=image, label=label)
+    status, out, err = command(
+        DIGITS, f"--workdir={tmp_path}/w", "--config.data.source=arrays", f"--config.data.path={tmp_path}/pool.npz",
+        f"--config.data.eval_path={tmp_path}/test.npz", "--config.inits=('none',)", "--config.seeds=(0,)",
+        "--config.fractions=(0.5,)", "--config.target.epochs=8", "--config.target.batch_size=16",
+        "--config.distill.min_steps=32", "--config.distill.batch_size=16")
+    assert status == 0, err
+    assert "64 images of pool; evaluated on 64 others" in out and "32 (50 %)" in out
+
+
+def test_help(capsys):
+    """The flags and the exit statuses, at once."""
+    assert main(["qmx", "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert "--workdir=DIRECTORY" in printed and "Exit status" in printed
+
+
+def test_terminal(environment, finished, tmp_path):
+    """In a terminal the progress is drawn as bars that go when they are done; the table is plain."""
+    reader, writer = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qmx.main", *TINY, "--stage=target", f"--workdir={tmp_path}/w"], cwd=ROOT,
+        env={**environment, "TERM": "xterm-256color", "COLUMNS": "120"}, stdout=subprocess.PIPE, stderr=writer)
+    os.close(writer)
+    drawn = b""
+    try:
+        while chunk := os.read(reader, 4096):
+            drawn += chunk
+    except OSError:  # how a pty says that it was closed
+        pass
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and b"stage target is done" in out and b"\x1b" not in out
+    assert b"images/s loss" in drawn and "━".encode() in drawn
