@@ -62,7 +62,8 @@ def resize_weights(start: jax.Array, length: jax.Array, pixels: int, out: int) -
     centre = start + (jnp.arange(out) + 0.5) * scale - 0.5
     pixel = jnp.arange(pixels)
     weight = jnp.maximum(0, 1 - jnp.abs(pixel - centre[:, None]) / jnp.maximum(scale, 1))
-    inside = (pixel > start - 1) & (pixel < start + length)
+    slack = 1e-3  # a start of 127.99999 is 128; still wide enough to hold one pixel always
+    inside = (pixel > start - 1 + slack) & (pixel < start + length - slack)
     weight = jnp.where(inside, weight, 0)
     return weight / weight.sum(1, keepdims=True)
 
@@ -71,7 +72,7 @@ def crop_and_resize(image: jax.Array, box: jax.Array, size: int) -> jax.Array:
     """`box` = (top, left, height, width) of f32[H, W, C], resized to f32[size, size, C]."""
     rows = resize_weights(box[0], box[2], image.shape[0], size)
     columns = resize_weights(box[1], box[3], image.shape[1], size)
-    return jnp.einsum("yh,hwc,xw->yxc", rows, image, columns)
+    return _resample(rows, image, columns)
 
 
 def grey(image: jax.Array) -> jax.Array:
@@ -128,7 +129,7 @@ def colour_jitter(image: jax.Array, factors: jax.Array, hue_shift: jax.Array, or
 def blur_weights(sigma: jax.Array, pixels: int, radius: int) -> jax.Array:
     """A Gaussian as a matrix f32[pixels, pixels]; beyond the edge the edge pixel is repeated."""
     offsets = jnp.arange(-radius, radius + 1)
-    taps = jnp.exp(-0.5 * jnp.square(offsets / sigma))
+    taps = jnp.exp(-0.5 * jnp.square(offsets / jnp.maximum(sigma, 1e-3)))  # 0 is no blur
     source = jnp.clip(jnp.arange(pixels)[:, None] + offsets, 0, pixels - 1)
     return jnp.einsum("t,itj->ij", taps / taps.sum(), jax.nn.one_hot(source, pixels))
 
@@ -137,7 +138,12 @@ def gaussian_blur(image: jax.Array, sigma: jax.Array, radius: int) -> jax.Array:
     """A separable Gaussian blur as two matrix products; taps beyond `radius` pixels are cut off."""
     rows = blur_weights(sigma, image.shape[0], radius)
     columns = blur_weights(sigma, image.shape[1], radius)
-    return jnp.einsum("yh,hwc,xw->yxc", rows, image, columns)
+    return _resample(rows, image, columns)
+
+
+def _resample(rows: jax.Array, image: jax.Array, columns: jax.Array) -> jax.Array:
+    # In full float32: a GPU would take TF32, whose 10 bits are fewer than a pixel's value needs.
+    return jnp.einsum("yh,hwc,xw->yxc", rows, image, columns, precision="highest")
 
 
 def make_view(
@@ -183,7 +189,7 @@ def make_view(
             jax.random.split(rng, 9), strict=True))
 
         def happens(name: str, p: float) -> jax.Array:
-            return jax.random.bernoulli(keys[name], p)
+            return jax.random.bernoulli(keys[name], float(p))
 
         canvas = jnp.array(image.shape[:2], jnp.float32)
         box = crop_box(keys["crop"], original, crop_scale, crop_ratio)
@@ -230,5 +236,11 @@ def plain_view(mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMA
 
 
 def normalize(x: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-    """(x - mean) / std for each channel; f32[..., C] in 0..1 in, the same shape out."""
+    """(x - mean) / std for each channel; f32[..., C] in 0..1 in, the same shape out.
+
+    Raises:
+      ValueError: mean or std is not of C channels.
+    """
+    if not len(mean) == len(std) == x.shape[-1]:
+        raise ValueError(f"images have {x.shape[-1]} channels, mean {len(mean)} and std {len(std)}; give one for each")
     return (x - jnp.array(mean, jnp.float32)) / jnp.array(std, jnp.float32)

@@ -25,7 +25,8 @@ def info_nce(q: jax.Array, k: jax.Array, queue: jax.Array, temperature: float) -
     """
     q, k, queue = (x.astype(jnp.float32) for x in (q, k, queue))
     positive = jnp.sum(q * k, axis=-1, keepdims=True)
-    logits = jnp.concatenate([positive, q @ queue.T], axis=-1) / temperature
+    negative = jnp.matmul(q, queue.T, precision="highest")  # not TF32: these are divided by T
+    logits = jnp.concatenate([positive, negative], axis=-1) / temperature
     return -jax.nn.log_softmax(logits)[:, 0], logits
 
 

@@ -94,7 +94,7 @@ def assert_uniform(values, low, high):
 
 
 def assert_same_distribution(values, wanted):
-    """Mean, standard deviation and quantiles. Ties, of whole pixels, make the test only stricter to fail."""
+    """The mean and the quantiles. Ties, as of whole pixels, only make the second more lenient."""
     error = 5 * math.hypot(np.std(values) / math.sqrt(len(values)), np.std(wanted) / math.sqrt(len(wanted)))
     assert abs(np.mean(values) - np.mean(wanted)) <= error
     assert scipy.stats.ks_2samp(values, wanted, method="asymp").pvalue > UNLIKELY
@@ -509,13 +509,10 @@ def test_each_operation_alone(name, index):
 
 @pytest.mark.parametrize("one", [1.0, 1])
 def test_probability_of_one_always_happens(one):
-    """The other end: each of the four in every view; 1 is as good as 1.0, as 0 is."""
-    ones = dict.fromkeys(STILL, one)
-    out = views(make_view(8, **WHOLE, **RAW, blur_sigma=(0.5, 2.0), **ones), repeat(affine_colours(), 500))
-    is_grey, is_blurred, is_mirrored, _ = read_operations(out)
-    assert is_grey.all() and is_blurred.all() and is_mirrored.all()
-    out = views(make_view(8, **WHOLE, **RAW, **(STILL | {"jitter_p": one})), repeat(affine_colours(), 500))
-    assert np.mean(np.abs(out - affine_colours() / 255).max((1, 2, 3)) > 1e-4) > 0.99
+    """The other end: jitter, grey and flip in every view; 1 is as good as 1.0, as 0 is."""
+    view = make_view(8, **WHOLE, **RAW, jitter_p=one, grey_p=one, blur_p=0, flip_p=one)
+    is_grey, is_blurred, is_mirrored, is_changed = read_operations(views(view, repeat(affine_colours(), 500)))
+    assert is_grey.all() and is_mirrored.all() and not is_blurred.any() and is_changed.mean() > 0.99
 
 
 # The whole view: how strong.
@@ -652,9 +649,10 @@ def test_view_of_an_example_depends_on_its_place_and_key_alone():
 
 def test_view_is_the_same_without_jit():
     """Compiled or op by op, up to rounding."""
-    images = np.stack([smooth(8, 8), noise(8, 8)])
-    out = make_view(8)(jax.random.key(3), {"image": jnp.asarray(images)})
-    np.testing.assert_allclose(views(make_view(8), images, 3), out, atol=1e-4)
+    images = np.stack([noise(16, 16, seed=i) for i in range(31)] + [smooth(16, 16)])
+    view = cached_view(16)
+    out = view(jax.random.key(3), {"image": jnp.asarray(images)})
+    np.testing.assert_allclose(views(view, images, 3), out, atol=1e-4)
 
 
 def test_size_of_the_canvas_is_the_default_size():
@@ -667,12 +665,11 @@ def test_size_of_the_canvas_is_the_default_size():
 # Shapes and extremes.
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_shape_and_range(channels):
-    """f32[B, S, S, C] of uint8[B, H, W, C], within 0..1 before the normalisation."""
-    images = np.stack([noise(20, 28, channels, seed=i) for i in range(16)])
-    out = views(make_view(12, mean=(0,) * channels, std=(1,) * channels), images)
-    assert out.shape == (16, 12, 12, channels) and out.dtype == np.float32
+def test_grey_images_stay_grey_images():
+    """f32[B, S, S, 1] of uint8[B, H, W, 1], within 0..1 before the normalisation."""
+    images = np.stack([noise(20, 28, 1, seed=i) for i in range(16)])
+    out = views(make_view(12, mean=(0,), std=(1,)), images)
+    assert out.shape == (16, 12, 12, 1) and out.dtype == np.float32
     assert out.min() >= -1e-5 and out.max() <= 1 + 1e-5 and np.ptp(out) > 0.2
 
 
@@ -691,7 +688,8 @@ def test_extreme_images_are_finite():
 def test_thin_images_are_finite():
     """Images of one pixel's height or width, on a canvas, and a view larger than the canvas."""
     sizes = np.float32([[1, 300], [300, 1], [1, 1], [2, 3]])
-    out = views(make_view(24, **RAW), repeat(noise(16, 16), 4), size=sizes)
+    out = views(make_view(24, **RAW), repeat(noise(16, 20), 4), size=sizes)
+    assert out.shape == (4, 24, 24, 3) and out.dtype == np.float32
     assert np.isfinite(out).all() and out.min() >= -1e-5 and out.max() <= 1 + 1e-5
 
 

@@ -16,7 +16,7 @@ def from_linen(module: nn.Module) -> Network:
 
     def init(rng: jax.Array, x: jax.Array) -> tuple[PyTree, PyTree]:
         variables = module.init(rng, x, True)
-        return variables["params"], variables.get("batch_stats", {})
+        return variables.get("params", {}), variables.get("batch_stats", {})
 
     def apply(params: PyTree, stats: PyTree, x: jax.Array, train: bool) -> tuple[jax.Array, PyTree]:
         variables = {"params": params, "batch_stats": stats}
