@@ -2,7 +2,7 @@
 
 Each stage leaves an artefact in the workdir and is skipped when the same inputs already made it:
 
-    target/                      the target's weights, its measured accuracy
+    target/                      the target's weights
     pretrain/<method>-seed<s>/   an encoder, its nearest-neighbour accuracy
     select/<way>-seed<s>/        the pool's images in the order in which they are asked about
     ledger.sqlite                every answer of the target
@@ -15,6 +15,7 @@ import json
 import time
 import zlib
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,18 +58,13 @@ class Run(NamedTuple):
         directory = self.workdir / kind / name
 
         def run() -> dict:
-            if self.only not in ("all", kind):
-                raise ValueError(f"--stage={self.only} needs {directory}, which --stage={kind} makes")
             self.made.append(f"{kind}/{name}")
-            directory.mkdir(parents=True, exist_ok=True)
             return work(directory)
 
-        return workdir.stage(directory, {"data": self.data.digest, **inputs}, run, say)
-
-    def done(self, kind: str, name: str) -> dict | None:
-        """What a stage left, None if it was not run."""
-        path = self.workdir / kind / name / "result.json"
-        return json.loads(path.read_text())["result"] if path.exists() else None
+        refuse = None
+        if self.only not in ("all", kind):
+            refuse = f"--stage={self.only} needs {directory}, which --stage={kind} makes"
+        return workdir.stage(directory, {"data": self.data.digest, **inputs}, run, say, refuse)
 
 
 def run(config: Any, directory: Path, data: Dataset, only: str, stopped: Callable[[], bool]) -> str:
@@ -77,7 +73,7 @@ def run(config: Any, directory: Path, data: Dataset, only: str, stopped: Callabl
     Raises:
       BudgetSpent: before the target is asked more than the budget allows.
       Stopped, FloatingPointError: see `qmx.train.fit`.
-      ValueError: one stage was asked for whose inputs are missing.
+      NotDone: one stage was asked for whose inputs are missing.
     """
     this = Run(config, directory, data, only, stopped, [])
     wanted = {stage: only in ("all", stage) for stage in STAGES}
@@ -224,7 +220,7 @@ def check_budget(config: Any, directory: Path, data: Dataset) -> None:
         spent = 0
         done = directory / "target" / "result.json"
         if done.exists() and (directory / "ledger.sqlite").exists():
-            sha256 = json.loads(done.read_text())["result"]["sha256"]
+            sha256 = json.loads(done.read_text())["sha256"]
             with Ledger(directory / "ledger.sqlite", target=sha256) as ledger:
                 spent = ledger.spent()
         raise BudgetSpent(f"the grid asks about {len(ids)} distinct images and the budget is {config.budget} "
@@ -297,8 +293,8 @@ def write_report(this: Run, todo: list[Cell]) -> str:
             answers = ledger.read(test["image"])
             accuracy = {f"top{k}": top_k(answers, test["label"], k) for k in (1, 5)}
     encoders = _unique((cell.init, cell.seed) for cell in todo if cell.init != "none")
-    monitors = [(init, seed, this.done("pretrain", f"{init}-seed{seed}")) for init, seed in encoders]
-    rows = [this.done("evaluate", cell.name) for cell in todo]
+    monitors = [(init, seed, _if_done(partial(pretrain, this, init, seed))) for init, seed in encoders]
+    rows = [_if_done(partial(evaluate, this, cell)) for cell in todo]
     return report.write(this.workdir, {
         "schema": 1,
         "target": {**made, **accuracy},
@@ -312,6 +308,14 @@ def write_report(this: Run, todo: list[Cell]) -> str:
         "versions": {name: version(name) for name in ("qmx", "jax", "jaxlib", "flax", "optax", "numpy")},
         "config": plain(this.config),
     })
+
+
+def _if_done(stage: Callable[[], dict]) -> dict | None:
+    """A stage's result, None where it was not run: the report shows that and does not run it."""
+    try:
+        return stage()
+    except workdir.NotDone:
+        return None
 
 
 def root_key(seed: int, purpose: str) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,12 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     return [] if old == new else [f"{prefix}: {json.dumps(old)} there, {json.dumps(new)} now"]
 
 
-def stage(directory: Path, inputs: dict, run: Callable[[], dict], say: Callable[[str], None]) -> dict:
+class NotDone(ValueError):
+    """A stage whose result is missing, or of other inputs, and which is not this call's to do."""
+
+
+def stage(directory: Path, inputs: dict, run: Callable[[], dict], say: Callable[[str], None],
+          refuse: str | None = None) -> dict:
     """The result of a stage: the one on the disk if the same inputs made it, else a new one.
 
     Args:
@@ -45,22 +51,30 @@ def stage(directory: Path, inputs: dict, run: Callable[[], dict], say: Callable[
         read. qmx's version joins it.
       run: does the work and returns JSON.
       say: told when an old result is thrown away, and why.
+      refuse: if given, why `run` is not to be called.
 
     Returns:
-      What `run` returned. It is written down last, so that a stage which was killed counts as
-      never done.
+      What `run` returned. It is written down last, so that a stage which was killed is not taken for
+      done; what it left is kept for going on, if the inputs are still the same.
+
+    Raises:
+      NotDone: there is no result of these inputs, and `refuse` says why none is made.
     """
     inputs = json.loads(json.dumps({"qmx": qmx.__version__, **inputs}))
-    path = directory / "result.json"
-    if path.exists():
-        done = json.loads(path.read_text())
-        changed = differences(done["inputs"], inputs)
-        if not changed:
-            return done["result"]
-        say(f"{directory.name} is done again, because {changed[0]}")
-        path.unlink()
+    begun, done = directory / "inputs.json", directory / "result.json"
+    changed = differences(json.loads(begun.read_text()), inputs) if begun.exists() else ["it was never begun"]
+    if not changed and done.exists():
+        return json.loads(done.read_text())
+    if refuse:
+        raise NotDone(refuse)
+    if changed:
+        if done.exists():
+            say(f"{directory.name} is done again, because {changed[0]}")
+        shutil.rmtree(directory, ignore_errors=True)  # also the checkpoints of a run that other inputs began
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(begun, inputs)
     result = run()
-    write_json(path, {"inputs": inputs, "result": result})
+    write_json(done, result)
     return result
 
 

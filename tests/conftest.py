@@ -1,4 +1,8 @@
-"""Everything runs on two CPU devices, so that what depends on their number shows."""
+"""Everything runs on two CPU devices, so that what depends on their number shows.
+
+In the tests' own process XLA compiles quickly rather than well; the commands that the tests start
+are compiled as users compile them.
+"""
 
 import json
 import os
@@ -6,7 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+GIVEN = os.environ.get("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+os.environ["XLA_FLAGS"] = f"{GIVEN} --xla_backend_optimization_level=0"
 
 import pytest  # noqa: E402
 
@@ -20,8 +25,10 @@ TINY = ["--config=configs/digits.py", "--config.seeds=(0,)", "--config.fractions
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory):
-    """For commands: one compilation cache, so that only the first of them compiles."""
-    return {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+    """For commands: one compilation cache, of all workers, so that only the first of them compiles."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    return {**os.environ, "XLA_FLAGS": GIVEN, "JAX_COMPILATION_CACHE_DIR": str(shared / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
 
 

@@ -14,7 +14,7 @@ from qmx.checkpoint import Checkpoints, load_weights, save_weights
 from qmx.contract import by_path
 from qmx.sharding import put_state
 from qmx.train import TrainState
-from qmx.workdir import Mismatch, claim, differences, stage, write_text
+from qmx.workdir import Mismatch, NotDone, claim, differences, stage, write_text
 
 
 def state(step):
@@ -138,6 +138,24 @@ def test_stage_is_done_once(tmp_path):
         stage(tmp_path / "s", inputs, killed, said.append)
     assert not (tmp_path / "s/result.json").exists()
     assert stage(tmp_path / "s", inputs, work, said.append) == {"answer": 3}
+
+
+def test_half_a_stage(tmp_path):
+    """R2: what a killed stage left is there for the same inputs to go on from, and gone for any others."""
+    found = []
+
+    def work():
+        found.append((tmp_path / "s/checkpoint").exists())
+        (tmp_path / "s/checkpoint").write_text("half")
+        raise KeyboardInterrupt
+
+    for inputs, kept in (({"lr": 1}, False), ({"lr": 1}, True), ({"lr": 2}, False), ({"lr": 2}, True)):
+        with pytest.raises(KeyboardInterrupt):
+            stage(tmp_path / "s", inputs, work, print)
+        assert found[-1] is kept
+    with pytest.raises(NotDone, match="not now"):
+        stage(tmp_path / "s", {"lr": 3}, work, print, refuse="not now")
+    assert (tmp_path / "s/checkpoint").exists(), "a refusal throws nothing away"
 
 
 def test_claim(tmp_path):

@@ -68,6 +68,6 @@ def test_stop_and_go_on(whole, start, command, tmp_path, number):
     status, _, err = command(*LONGER, f"--workdir={tmp_path}/w")
     assert status == 0 and "goes on from step" in err
 
-    digests = [json.loads((path / "result.json").read_text())["result"]["sha256"] for path in (whole, parts)]
+    digests = [json.loads((path / "result.json").read_text())["sha256"] for path in (whole, parts)]
     assert digests[0] == digests[1]
     assert (whole / "metrics.jsonl").read_text() == (parts / "metrics.jsonl").read_text()

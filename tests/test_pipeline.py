@@ -93,6 +93,14 @@ def test_partial_report(finished, command, tmp_path):
     last = [cell.strip() for cell in out.rstrip().splitlines()[-1].strip("|").split("|")]
     assert last[3] == "not run" and "not run" not in (last[1], last[2], last[4])
 
+    # What another config made is not shown as this one's, and it is not thrown away either.
+    results = sorted((tmp_path / "w").glob("*/*/result.json"))
+    status, out, _ = command(*TINY, f"--workdir={tmp_path}/w", "--stage=report", "--update",
+                             "--config.distill.learning_rate=0.05")
+    last = [cell.strip() for cell in out.rstrip().splitlines()[-1].strip("|").split("|")]
+    assert status == 0 and last[1:] == ["not run"] * 4
+    assert sorted((tmp_path / "w").glob("*/*/result.json")) == results
+
 
 def test_another_config(finished, command, tmp_path):
     """A workdir of another config is refused with the key; --update redoes what depends on it, and no more."""
