@@ -10,8 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-GIVEN = os.environ.get("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
-os.environ["XLA_FLAGS"] = f"{GIVEN} --xla_backend_optimization_level=0"
+QUICKLY = "--xla_backend_optimization_level=0"
+GIVEN = os.environ.get("XLA_FLAGS", "--xla_force_host_platform_device_count=2").replace(QUICKLY, "").strip()
+os.environ["XLA_FLAGS"] = f"{GIVEN} {QUICKLY}"  # a worker inherits it, so it was taken out first
 
 import pytest  # noqa: E402
 
@@ -21,6 +22,13 @@ ROOT = Path(__file__).parent.parent
 TINY = ["--config=configs/digits.py", "--config.seeds=(0,)", "--config.fractions=(0.05,1.0)",
         "--config.target.epochs=2", "--config.pretrain.moco.epochs=1", "--config.pretrain.simsiam.epochs=1",
         "--config.pretrain.rotation.epochs=1", "--config.distill.epochs=0.5", "--config.distill.min_steps=12"]
+
+
+def pytest_collection_modifyitems(items):
+    """With several workers: a file's tests stay together, and so do those that share the tiny run."""
+    for item in items:
+        together = "commands" if item.path.stem in ("test_pipeline", "test_kill", "test_main") else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(together))
 
 
 @pytest.fixture(scope="session")
