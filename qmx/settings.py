@@ -6,7 +6,6 @@ from decimal import Decimal
 from itertools import product
 from typing import Any, NamedTuple
 
-import jax
 from ml_collections import ConfigDict, config_dict
 
 from qmx.data import Dataset, subset_size
@@ -14,6 +13,7 @@ from qmx.models.resnet import ARCHS
 from qmx.optim import DECAYS, SCHEDULES
 from qmx.oracle import ACCESS
 from qmx.oracle.select import SELECTS
+from qmx.sharding import check_batch
 
 INITS = ("none", "rotation", "moco", "simsiam")
 TARGETS = ("train",)
@@ -226,10 +226,12 @@ def _tuple_problems(key: str, default: tuple, value: tuple) -> Iterator[str]:
 
 
 def _training_problems(name: str, keys: Any, data: Dataset, whole_epochs: bool) -> Iterator[str]:
-    devices = jax.device_count()
-    if keys.batch_size < 2 or keys.batch_size % devices:
-        yield (f"{name}.batch_size {keys.batch_size} does not divide over {devices} devices; "
-               f"use {max(round(keys.batch_size / devices), 2) * devices}")
+    if keys.batch_size < 2:
+        yield f"{name}.batch_size {keys.batch_size} must be two images or more, for their batch statistics"
+    try:
+        check_batch(keys.batch_size, f"{name}.batch_size")
+    except ValueError as error:
+        yield str(error)
     if keys.batch_size > data.pool.size:
         yield f"{name}.batch_size {keys.batch_size} is larger than the pool of {data.pool.size} images"
     if not keys.epochs > 0:
