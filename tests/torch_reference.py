@@ -7,6 +7,7 @@ Nothing here is shared with qmx: NCHW, torch's own layers, torchvision's and the
 import math
 import re
 from collections import OrderedDict
+from functools import partial
 
 import numpy as np
 import pytest
@@ -97,7 +98,7 @@ class SplitBatchNorm(nn.Module):
 class Block(nn.Module):
     """torchvision's BasicBlock, or its Bottleneck with the stride on the 3x3."""
 
-    def __init__(self, entering, planes, stride, bottleneck, groups, width_per_group, splits):
+    def __init__(self, entering, planes, stride, bottleneck, groups, width_per_group, norm):
         super().__init__()
         if bottleneck:
             inner, out = int(planes * width_per_group / 64) * groups, 4 * planes
@@ -109,11 +110,10 @@ class Block(nn.Module):
         self.relu = nn.ModuleList(ReLU() for _ in sizes)
         for i, (a, b, kernel, step, parts) in enumerate(sizes, 1):
             setattr(self, f"conv{i}", nn.Conv2d(a, b, kernel, step, kernel // 2, groups=parts, bias=False))
-            setattr(self, f"bn{i}", SplitBatchNorm(b, splits))
+            setattr(self, f"bn{i}", norm(b))
         self.downsample = None
         if stride != 1 or entering != out:
-            self.downsample = nn.Sequential(nn.Conv2d(entering, out, 1, stride, bias=False),
-                                            SplitBatchNorm(out, splits))
+            self.downsample = nn.Sequential(nn.Conv2d(entering, out, 1, stride, bias=False), norm(out))
 
     def forward(self, x):
         y = x
@@ -130,19 +130,20 @@ class ResNet(nn.Module):
     """torchvision's ResNet up to the pooled features, with the usual small stem for small images."""
 
     def __init__(self, blocks, bottleneck=False, width=64, groups=1, width_per_group=64, stem="large", channels=3,
-                 splits=1):
+                 splits=1, norm=None):
         super().__init__()
+        norm = norm or partial(SplitBatchNorm, groups=splits)
         self.stages, self.large = len(blocks), stem == "large"
         self.conv1 = (nn.Conv2d(channels, width, 7, 2, 3, bias=False) if self.large
                       else nn.Conv2d(channels, width, 3, 1, 1, bias=False))
-        self.bn1 = SplitBatchNorm(width, splits)
+        self.bn1 = norm(width)
         self.relu, self.maxpool = ReLU(), nn.MaxPool2d(3, 2, 1)
         entering = width
         for stage, count in enumerate(blocks):
             planes, layer = width * 2**stage, []
             for index in range(count):
                 stride = 2 if stage > 0 and index == 0 else 1
-                layer.append(Block(entering, planes, stride, bottleneck, groups, width_per_group, splits))
+                layer.append(Block(entering, planes, stride, bottleneck, groups, width_per_group, norm))
                 entering = planes * 4 if bottleneck else planes
             setattr(self, f"layer{stage + 1}", nn.Sequential(*layer))
         self.features = entering
@@ -153,6 +154,50 @@ class ResNet(nn.Module):
         for stage in range(self.stages):
             x = getattr(self, f"layer{stage + 1}")(x)
         return x.mean((2, 3))
+
+
+class Released(ResNet):
+    """torchvision's whole ResNet or ResNeXt: torch's own batch norm, and "fc" on top."""
+
+    def __init__(self, arch, classes=1000, channels=3):
+        super().__init__(arch.blocks, arch.bottleneck, arch.width, arch.groups, arch.width_per_group, arch.stem,
+                         channels, norm=nn.BatchNorm2d)
+        self.fc = nn.Linear(self.features, classes)
+
+    def forward(self, x):
+        return self.fc(super().forward(x))
+
+
+def pictures(n, side, channels=3, seed=0):
+    """[n, C, side, side]: noise, and large shapes and colours that differ from one to the next."""
+    random = torch.Generator().manual_seed(seed)
+    shapes = F.interpolate(torch.randn(n, channels, 4, 4, generator=random), side, mode="bilinear")
+    return (shapes + torch.randn(n, channels, 1, 1, generator=random)
+            + 0.3 * torch.randn(n, channels, side, side, generator=random))
+
+
+def released(arch, classes=1000, channels=3, seed=0, side=64):
+    """`Released` with random weights and running statistics near those of random images, as a trained one has."""
+    torch.manual_seed(seed)
+    net = Released(arch, classes, channels)
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.0)
+                module.bias.normal_(0, 0.1)
+                module.momentum = 1.0
+        for module in net.modules():
+            if isinstance(module, Block):  # as in a trained network, each block changes its input a little
+                getattr(module, f"bn{module.depth}").weight.mul_(0.4)
+        net.train()(pictures(16, side, channels, seed))
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.add_(0.1 * torch.randn_like(module.running_mean) * module.running_var.sqrt())
+                module.running_var.mul_(torch.empty_like(module.running_var).uniform_(0.8, 1.25))
+                module.momentum = 0.1
+    return net.eval()
 
 
 class Fc(nn.Module):

@@ -8,7 +8,11 @@ import jax.numpy as jnp
 
 from qmx.contract import Network, PyTree
 from qmx.models.heads import Classifier, MocoHead, SimsiamPredictor, SimsiamProjector
+from qmx.models.norm import fold
 from qmx.models.resnet import ARCHS, ResNet
+
+__all__ = ["ARCHS", "backbone", "classifier", "fold", "from_linen", "moco_head", "simsiam_predictor",
+           "simsiam_projector"]
 
 
 def from_linen(module: nn.Module) -> Network:
@@ -28,7 +32,8 @@ def from_linen(module: nn.Module) -> Network:
     return Network(init, apply)
 
 
-def backbone(arch: str, *, stats_groups: int = 1, zero_init: bool = False, dtype: Any = jnp.float32) -> Network:
+def backbone(arch: str, *, stats_groups: int = 1, zero_init: bool = False, dtype: Any = jnp.float32,
+             folded: bool = False) -> Network:
     """A ResNet or ResNeXt by name, up to its pooled features; see `qmx.models.resnet.ResNet`.
 
     Raises:
@@ -36,12 +41,13 @@ def backbone(arch: str, *, stats_groups: int = 1, zero_init: bool = False, dtype
     """
     if arch not in ARCHS:
         raise ValueError(f"network {arch!r} is unknown; choose one of {', '.join(ARCHS)}")
-    return from_linen(ResNet(ARCHS[arch], stats_groups, zero_init, dtype))
+    return from_linen(ResNet(ARCHS[arch], stats_groups, zero_init, dtype, folded))
 
 
-def classifier(classes: int) -> Network:
-    """A linear layer onto `classes` scores (or onto an embedding, as MoCo v1 uses it)."""
-    return from_linen(Classifier(classes))
+def classifier(classes: int, *, standardize: bool = False, kernel_std: float | None = None) -> Network:
+    """A linear layer onto `classes` scores (or onto an embedding, as MoCo v1 uses it); see
+    `qmx.models.heads.Classifier`."""
+    return from_linen(Classifier(classes, standardize, kernel_std))
 
 
 def moco_head(features: int = 128, hidden: int | None = None) -> Network:

@@ -17,19 +17,24 @@ class Linear(nn.Module):
 
     Attributes:
       bias: True, False, or "frozen": there, at its initial value, and never trained.
+      kernel_std: start from a kernel ~ N(0, kernel_std^2) and a bias of zero instead.
     """
 
     features: int
     bias: bool | str = True
+    kernel_std: float | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        fan_in = x.shape[-1]
-        y = x @ self.param("kernel", linear_kernel, (fan_in, self.features), jnp.float32)
+        fan_in, std = x.shape[-1], self.kernel_std
+        kernel_init = linear_kernel if std is None else nn.initializers.normal(std)
+        y = x @ self.param("kernel", kernel_init, (fan_in, self.features), jnp.float32)
         if not self.bias:
             return y
 
         def init(rng: jax.Array) -> jax.Array:
+            if std is not None:
+                return jnp.zeros((self.features,), jnp.float32)
             return jax.random.uniform(rng, (self.features,), jnp.float32, -1, 1) / fan_in**0.5
 
         if self.bias == "frozen":
@@ -39,13 +44,25 @@ class Linear(nn.Module):
 
 
 class Classifier(nn.Module):
-    """One linear layer ("fc")."""
+    """One linear layer ("fc").
+
+    Attributes:
+      standardize: bring every feature to mean 0 and variance 1 first, by a batch norm without scale
+        and bias. SimSiam's pooled features (Chen & He 2021) are tiny, since its loss ignores their
+        length: with an ordinary rate a linear layer on them hardly moves, and their authors' probe
+        needs a rate of about 100 (facebookresearch/simsiam, issue 23).
+      kernel_std: see `Linear`; MoCo's linear probe starts from 0.01 (`main_lincls.py`).
+    """
 
     classes: int
+    standardize: bool = False
+    kernel_std: float | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        return Linear(self.classes, name="fc")(x)
+        if self.standardize:
+            x = BatchNorm(affine=False, name="norm")(x, train)
+        return Linear(self.classes, kernel_std=self.kernel_std, name="fc")(x)
 
 
 class MocoHead(nn.Module):

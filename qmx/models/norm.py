@@ -1,10 +1,14 @@
-"""Batch normalisation over equal groups of the global batch, with PyTorch's conventions."""
+"""Batch normalisation over equal groups of the global batch, with PyTorch's conventions; and without, folded in."""
 
+import re
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from qmx.contract import Encoder, PyTree
 
 MOMENTUM = 0.9  # torch calls it 0.1
 EPSILON = 1e-5
@@ -66,3 +70,44 @@ class BatchNorm(nn.Module):
             y = y * self.param("scale", self.scale_init, (channels,), jnp.float32)
             y = y + self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
         return y.astype(self.dtype)
+
+
+def fold(params: PyTree, stats: PyTree) -> Encoder:
+    """The variables of `backbone(arch, folded=True)` that computes what these compute with `train=False`.
+
+    With s = scale / sqrt(var + eps): kernel * s, output channel by output channel, and bias - mean * s;
+    in float64, rounded once (Jacob et al. 2018, section 3.2).
+
+    Args:
+      params, stats: a backbone's variables, nested dicts of arrays.
+
+    Returns:
+      f32 parameters {convolution: {"kernel", "bias"}}, and no statistics.
+
+    Raises:
+      ValueError: a convolution without its batch norm, as in variables that are folded already.
+    """
+
+    def walk(params: dict[str, Any], stats: dict[str, Any], path: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in params.items():
+            if "kernel" in value:
+                norm = norm_of(name)
+                if norm not in stats or norm not in params or "bias" in value:
+                    raise ValueError(f"{path}{name} has no batch norm {norm} to fold; give the variables of a "
+                                     "backbone that is not folded yet")
+                wide = {key: np.asarray(x, np.float64) for key, x in (params[norm] | stats[norm]).items()}
+                factor = wide["scale"] / np.sqrt(wide["var"] + EPSILON)
+                kernel = np.asarray(value["kernel"]) * factor  # the output channels are the last axis of HWIO
+                found[name] = {"kernel": kernel.astype(np.float32),
+                               "bias": (wide["bias"] - wide["mean"] * factor).astype(np.float32)}
+            elif "scale" not in value:
+                found[name] = walk(value, stats.get(name, {}), f"{path}{name}/")
+        return found
+
+    return Encoder(walk(params, stats, ""), {})
+
+
+def norm_of(conv: str) -> str:
+    """The batch norm that follows a convolution, both by their names in a backbone."""
+    return "downsample_1" if conv == "downsample_0" else re.sub("^conv", "bn", conv)

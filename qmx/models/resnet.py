@@ -4,6 +4,7 @@ He et al. 2016 and Xie et al. 2017, laid out, padded and initialised as torchvis
 `models/resnet.py`; the layers carry its names ("layer1.0.conv1" is `layer1_0/conv1`).
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -33,16 +34,31 @@ ARCHS = {
     "resnet8": Arch((1, 1, 1), bottleneck=False, width=16, stem="small"),
     "resnet18": Arch((2, 2, 2, 2), bottleneck=False),
     "resnet18_small": Arch((2, 2, 2, 2), bottleneck=False, stem="small"),
+    "resnet34": Arch((3, 4, 6, 3), bottleneck=False),
+    "resnet34_small": Arch((3, 4, 6, 3), bottleneck=False, stem="small"),
     "resnet50": Arch((3, 4, 6, 3), bottleneck=True),
+    "resnet50_small": Arch((3, 4, 6, 3), bottleneck=True, stem="small"),
+    "resnet101": Arch((3, 4, 23, 3), bottleneck=True),
+    "resnext50_32x4d": Arch((3, 4, 6, 3), bottleneck=True, groups=32, width_per_group=4),
+    "resnext101_32x4d": Arch((3, 4, 23, 3), bottleneck=True, groups=32, width_per_group=4),
+    "resnext101_32x8d": Arch((3, 4, 23, 3), bottleneck=True, groups=32, width_per_group=8),
     "resnext101_32x16d": Arch((3, 4, 23, 3), bottleneck=True, groups=32, width_per_group=16),
+    "resnext101_32x32d": Arch((3, 4, 23, 3), bottleneck=True, groups=32, width_per_group=32),
+    "resnext101_32x48d": Arch((3, 4, 23, 3), bottleneck=True, groups=32, width_per_group=48),
 }
 
 
-def conv(features: int, kernel: int, stride: int = 1, groups: int = 1, *, dtype: Any, name: str) -> nn.Conv:
-    """A convolution without bias, padded by kernel // 2 on both sides as torch pads it."""
+def conv(features: int, kernel: int, stride: int = 1, groups: int = 1, *, dtype: Any, name: str,
+         bias: bool = False) -> nn.Conv:
+    """A convolution, padded by kernel // 2 on both sides as torch pads it; a bias only where norms are folded in."""
     pad = kernel // 2  # "SAME" would pad (0, 1) at stride 2 on even sizes
     return nn.Conv(features, (kernel, kernel), stride, [(pad, pad)] * 2, feature_group_count=groups,
-                   use_bias=False, kernel_init=kaiming_normal, dtype=dtype, name=name)
+                   use_bias=bias, kernel_init=kaiming_normal, dtype=dtype, name=name)
+
+
+def no_norm(**_: Any) -> Callable[[jax.Array, bool], jax.Array]:
+    """What stands in the place of batch norm where it is folded into the convolutions."""
+    return lambda x, train: x
 
 
 class Block(nn.Module):
@@ -54,28 +70,30 @@ class Block(nn.Module):
     norm: Any
     zero_init: bool
     dtype: Any
+    folded: bool
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        arch, dtype = self.arch, self.dtype
+        arch = self.arch
+        convolution = partial(conv, dtype=self.dtype, bias=self.folded)
         last_scale = nn.initializers.zeros if self.zero_init else nn.initializers.ones
         if arch.bottleneck:
             inner = int(self.planes * arch.width_per_group / 64) * arch.groups
             out = 4 * self.planes
-            y = conv(inner, 1, dtype=dtype, name="conv1")(x)
+            y = convolution(inner, 1, name="conv1")(x)
             y = nn.relu(self.norm(name="bn1")(y, train))
-            y = conv(inner, 3, self.stride, arch.groups, dtype=dtype, name="conv2")(y)
+            y = convolution(inner, 3, self.stride, arch.groups, name="conv2")(y)
             y = nn.relu(self.norm(name="bn2")(y, train))
-            y = conv(out, 1, dtype=dtype, name="conv3")(y)
+            y = convolution(out, 1, name="conv3")(y)
             y = self.norm(name="bn3", scale_init=last_scale)(y, train)
         else:
             out = self.planes
-            y = conv(out, 3, self.stride, dtype=dtype, name="conv1")(x)
+            y = convolution(out, 3, self.stride, name="conv1")(x)
             y = nn.relu(self.norm(name="bn1")(y, train))
-            y = conv(out, 3, dtype=dtype, name="conv2")(y)
+            y = convolution(out, 3, name="conv2")(y)
             y = self.norm(name="bn2", scale_init=last_scale)(y, train)
         if self.stride != 1 or x.shape[-1] != out:
-            x = conv(out, 1, self.stride, dtype=dtype, name="downsample_0")(x)
+            x = convolution(out, 1, self.stride, name="downsample_0")(x)
             x = self.norm(name="downsample_1")(x, train)
         return nn.relu(x + y)
 
@@ -88,21 +106,25 @@ class ResNet(nn.Module):
       stats_groups: G, groups of the global batch whose batch statistics are their own.
       zero_init: start each residual branch at zero (SimSiam does, MoCo does not).
       dtype: of the convolutions; parameters, statistics and features stay float32.
+      folded: the network for inference that `qmx.models.fold` makes the variables of: every convolution
+        has a bias, and there is no batch norm.
     """
 
     arch: Arch
     stats_groups: int = 1
     zero_init: bool = False
     dtype: Any = jnp.float32
+    folded: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        norm = partial(BatchNorm, groups=self.stats_groups, dtype=self.dtype)
+        norm = no_norm if self.folded else partial(BatchNorm, groups=self.stats_groups, dtype=self.dtype)
+        convolution = partial(conv, dtype=self.dtype, bias=self.folded)
         x = x.astype(self.dtype)
         if self.arch.stem == "large":
-            x = conv(self.arch.width, 7, 2, dtype=self.dtype, name="conv1")(x)
+            x = convolution(self.arch.width, 7, 2, name="conv1")(x)
         else:
-            x = conv(self.arch.width, 3, dtype=self.dtype, name="conv1")(x)
+            x = convolution(self.arch.width, 3, name="conv1")(x)
         x = nn.relu(norm(name="bn1")(x, train))
         if self.arch.stem == "large":
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
@@ -110,5 +132,5 @@ class ResNet(nn.Module):
             for index in range(blocks):
                 stride = 2 if stage > 0 and index == 0 else 1
                 x = Block(self.arch, self.arch.width * 2**stage, stride, norm, self.zero_init, self.dtype,
-                          name=f"layer{stage + 1}_{index}")(x, train)
+                          self.folded, name=f"layer{stage + 1}_{index}")(x, train)
         return x.astype(jnp.float32).mean((1, 2))

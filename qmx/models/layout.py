@@ -1,0 +1,60 @@
+"""Names and shapes of torchvision's `models/resnet.py`, and ours beside them."""
+
+import re
+
+from qmx.models.resnet import Arch
+
+KINDS = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+
+
+def torch_name(path: str) -> str:
+    """ "layer1_0/conv1/kernel" -> "layer1.0.conv1.weight"; ValueError for what torch has no name for. """
+    *modules, kind = path.split("/")
+    if kind not in KINDS:
+        raise ValueError(f"{path} has no place in a torchvision network; its last part should be one of "
+                         f"{', '.join(KINDS)}")
+    return ".".join([re.sub(r"_(\d+)$", r".\1", module) for module in modules] + [KINDS[kind]])
+
+
+def our_path(name: str, ndim: int) -> tuple[str, ...]:
+    """ "layer1.0.conv1.weight", 4 -> ("layer1_0", "conv1", "kernel"); the rank tells a kernel from a scale. """
+    *modules, kind = re.sub(r"\.(\d+)", r"_\1", name).split(".")
+    kinds = {theirs: ours for ours, theirs in KINDS.items()} | {"weight": "scale" if ndim == 1 else "kernel"}
+    return *modules, kinds[kind]
+
+
+def shapes(arch: Arch, channels: int = 3) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a backbone by torchvision's name, with torch's shape (OIHW), without `num_batches_tracked`.
+
+    Written out, and not read off the network, because every one of `ARCHS` is compared with a file.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+
+    def conv(name: str, norm: str, out: int, entering: int, kernel: int) -> None:
+        found[f"{name}.weight"] = (out, entering, kernel, kernel)
+        for kind in ("weight", "bias", "running_mean", "running_var"):
+            found[f"{norm}.{kind}"] = (out,)
+
+    conv("conv1", "bn1", arch.width, channels, 7 if arch.stem == "large" else 3)
+    entering = arch.width
+    for stage, blocks in enumerate(arch.blocks):
+        planes = arch.width * 2**stage
+        for index in range(blocks):
+            at = f"layer{stage + 1}.{index}"
+            if arch.bottleneck:
+                inner, out = int(planes * arch.width_per_group / 64) * arch.groups, 4 * planes
+                layers = [(inner, entering, 1), (inner, inner // arch.groups, 3), (out, inner, 1)]
+            else:
+                out = planes
+                layers = [(out, entering, 3), (out, out, 3)]
+            for i, (into, of, kernel) in enumerate(layers, 1):
+                conv(f"{at}.conv{i}", f"{at}.bn{i}", into, of, kernel)
+            if (stage > 0 and index == 0) or entering != out:
+                conv(f"{at}.downsample.0", f"{at}.downsample.1", out, entering, 1)
+            entering = out
+    return found
+
+
+def features(arch: Arch) -> int:
+    """D, the width of the pooled features."""
+    return arch.width * 2 ** (len(arch.blocks) - 1) * (4 if arch.bottleneck else 1)
