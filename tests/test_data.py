@@ -1,18 +1,33 @@
 """Subsets, the order of images, batches on the device, and the sources with all that can be wrong in a file."""
 
+import hashlib
 import io
 import re
 import zipfile
 from itertools import islice
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from qmx.data import SOURCES, batches, epoch_steps, load, random_order, subset_size
-from qmx.data.batches import batch_ids
+from qmx import data as qmx_data
+from qmx.data import SOURCES, batches, epoch_steps, random_order, subset_size
+from qmx.data.batches import ahead, batch_ids
 from qmx.data.sources import in_memory, take
+from qmx.data.subsets import class_balanced_order, from_list, predecessor_order
+
+
+def keys(source, path="", eval_path="", **more):
+    """A config's `data`."""
+    return SimpleNamespace(**{"source": source, "path": str(path), "eval_path": str(eval_path), "canvas": 256,
+                              "resize": 256, "crop": 224, "cache": "", "mean": (), "std": (), "limit": 0, **more})
+
+
+def load(*words, **more):
+    return qmx_data.load(keys(*words, **more))
+
 
 # Subsets
 
@@ -54,6 +69,79 @@ def test_the_order_is_a_permutation_and_shares_are_nested(size):
 
 def test_seeds_give_other_orders():
     assert len({tuple(random_order(50, seed)) for seed in range(20)}) == 20
+
+
+@pytest.mark.parametrize("counts", [(5, 5, 5), (1, 9, 4), (30,), (0, 3, 7), (40, 40)])
+def test_a_balanced_order_holds_classes_equally_often_up_to_one(counts):
+    """In every prefix, for as long as a class lasts; all prefixes are of one order, so they are nested."""
+    labels = np.random.default_rng(1).permutation(np.repeat(np.arange(len(counts)), counts).astype(np.int32))
+    order = class_balanced_order(labels, 3)
+    np.testing.assert_array_equal(np.sort(order), np.arange(len(labels)))
+    np.testing.assert_array_equal(order, class_balanced_order(labels, 3))
+    for m in range(1, len(labels) + 1):
+        seen = np.bincount(labels[order[:m]], minlength=len(counts))
+        for c, count in enumerate(counts):
+            assert seen[c] == count or seen[c] >= seen.max() - 1
+
+
+def test_a_balanced_order_follows_its_seed_in_images_and_in_classes():
+    labels = np.tile(np.arange(10, dtype=np.int32), 4)
+    orders = [class_balanced_order(labels, seed) for seed in range(20)]
+    assert len({tuple(order) for order in orders}) == 20
+    assert len({tuple(labels[order[:3]]) for order in orders}) > 10  # a prefix within a round favours no class
+    assert len({tuple(labels[order[at : at + 10]]) for order in orders for at in (0, 10, 20, 30)}) > 60
+
+
+def test_the_order_of_the_predecessor():
+    """D8: numpy's seed 1234 over the list of all images. The hash is of this numpy's; its stream is frozen."""
+    images = [f"image {i}" for i in range(1000)]
+    np.random.seed(1234)
+    np.random.shuffle(images)
+    assert [f"image {i}" for i in predecessor_order(1000)] == images
+    digest = hashlib.sha256(predecessor_order(1000).astype("<i8").tobytes()).hexdigest()
+    assert digest == "f10f39ebc2b7c2c37c3b9cea9a72196aca6f2c751f8096d64e129d310cf35a64"
+    first = predecessor_order(1281167)[:12811].astype("<i8")
+    digest = hashlib.sha256(first.tobytes()).hexdigest()
+    assert digest == "b5d2db4599a3d22f8a3a628195ef48a7be5a938425e3cdd5f2ec441133edf78b"
+
+
+NAMES = ("n01/n01_5.JPEG", "n01/n01_7.JPEG", "n02/n02_1.JPEG", "n02/same.JPEG", "n03/same.JPEG")
+
+
+@pytest.mark.parametrize("text, ids", [
+    ("n02_1.JPEG\nn01_5.JPEG\n", [2, 0]), ("n01/n01_7.JPEG\n\n  n02_1.JPEG", [1, 2]),
+    ("n03/same.JPEG\r\nn02/same.JPEG", [4, 3]), ("train/n01/n01_5.JPEG", [0]),
+])
+def test_a_list_chooses_images_in_its_order(tmp_path, text, ids):
+    (tmp_path / "1percent.txt").write_text(text)
+    np.testing.assert_array_equal(from_list(str(tmp_path / "1percent.txt"), NAMES), ids)
+
+
+def test_a_list_with_folders_finds_bare_names(tmp_path):
+    (tmp_path / "list.txt").write_text("n02/n02_1.JPEG\n")
+    np.testing.assert_array_equal(from_list(str(tmp_path / "list.txt"), ("n01_5.JPEG", "n02_1.JPEG")), [1])
+
+
+@pytest.mark.parametrize("text, message", [
+    ("n01_5.JPEG\nnone.JPEG\n01_7.JPEG", "2 of 3 names are of no image: none.JPEG, 01_7.JPEG$"),
+    ("n02/n01_5.JPEG", "1 of 1 names are of no image"),
+    ("same.JPEG\nn01_5.JPEG", "1 of 2 names are of several images each: same.JPEG$"),
+    ("n01_5.JPEG\nn01/n01_5.JPEG", "1 of 2 names come more than once: n01/n01_5.JPEG$"), ("\n \n", "no names in it"),
+])
+def test_a_list_that_does_not_fit_is_refused(tmp_path, text, message):
+    path = tmp_path / "list.txt"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        from_list(str(path), NAMES)
+    assert str(path) in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_a_list_needs_names_and_a_file(tmp_path):
+    (tmp_path / "list.txt").write_text("n01_5.JPEG")
+    with pytest.raises(ValueError, match="no names to choose by"):
+        from_list(str(tmp_path / "list.txt"), ())
+    with pytest.raises(ValueError, match="none.txt: No such file"):
+        from_list(str(tmp_path / "none.txt"), NAMES)
 
 
 # The order of the batches
@@ -174,6 +262,30 @@ def test_arrays_beside_a_subset_stay_with_their_images():
         np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], np.asarray(batch["label"]) * 4)
 
 
+def test_a_subset_shows_and_names_its_images():
+    whole = source(20)._replace(names=tuple(f"{i}.png" for i in range(20)))
+    ids = np.array([9, 3, 17])
+    subset = take(take(whole, np.arange(1, 20)), ids - 1)
+    np.testing.assert_array_equal(subset.shown(np.array([2, 0])), whole.shown(np.array([17, 9])))
+    np.testing.assert_array_equal(subset.labels, ids)
+    assert subset.names == ("9.png", "3.png", "17.png") and take(source(20), ids).names == ()
+
+
+def test_arrays_without_labels_are_a_source():
+    plain = in_memory(x=np.arange(5))
+    assert len(plain.labels) == 0 and len(take(plain, np.array([1, 2])).labels) == 0
+    np.testing.assert_array_equal(take(plain, np.array([3, 1])).all()["x"], [3, 1])
+
+
+@pytest.mark.parametrize("size", [1, 4, 5, 20, 30])
+def test_chunks_come_in_order_with_what_is_done(size):
+    ids = np.arange(20)[::-1]
+    got = list(ahead(lambda some: some * 2, ids, size))
+    np.testing.assert_array_equal(np.concatenate([rows for _, rows in got]), ids * 2)
+    assert [done for done, _ in got] == [min(k * size, 20) for k in range(1, -(-20 // size) + 1)]
+    assert not list(ahead(lambda some: some, ids[:0], size))
+
+
 def test_arrays_of_different_lengths_are_no_source():
     with pytest.raises(ValueError, match="'image': 3, 'label': 2"):
         in_memory(image=np.zeros((3, 1)), label=np.zeros(2))
@@ -217,7 +329,48 @@ def test_digits_take_no_files(tmp_path):
 def test_an_unknown_source_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="'mnist' is unknown; choose one of digits, arrays"):
         load("mnist")
-    assert set(SOURCES) == {"digits", "arrays"}
+    assert set(SOURCES) == {"digits", "arrays", "folder", "tfds"}
+
+
+def test_what_is_shown_of_arrays_is_what_is_read():
+    data = load("digits")
+    for part in (data.pool, data.evaluation):
+        rows = part.all()
+        np.testing.assert_array_equal(part.shown(np.arange(part.size)), rows["image"])
+        np.testing.assert_array_equal(part.labels, rows["label"])
+        assert part.labels.dtype == np.int32 and part.names == () and data.class_names == ()
+
+
+def test_the_normalisation_can_be_given():
+    data = load("digits", mean=(0.25,), std=(0.5,))
+    assert (data.mean, data.std) == ((0.25,), (0.5,))
+    assert load("digits", mean=(0.25,)).std == load("digits").std
+    assert data.digest != load("digits").digest  # what a network is shown is another thing
+
+
+@pytest.mark.parametrize("limit", [1, 7, 100])
+def test_a_limit_keeps_images_spread_over_the_whole(limit):
+    whole, some = load("digits"), load("digits", limit=limit)
+    for all_of, part in ((whole.pool, some.pool), (whole.evaluation, some.evaluation)):
+        assert part.size == limit
+        ids = [k * all_of.size // limit for k in range(limit)]
+        np.testing.assert_array_equal(part.all()["image"], all_of.all()["image"][ids])
+        np.testing.assert_array_equal(part.labels, all_of.labels[ids])
+    assert some.digest != whole.digest and some.classes == 10
+    assert load("digits", limit=10_000).pool.size == 1437
+    with pytest.raises(ValueError, match="data.limit -1 "):
+        load("digits", limit=-1)
+
+
+@pytest.mark.parametrize("more, message", [
+    (dict(mean=(0.1, 0.2, 0.3)), "data.mean .* must be 1 numbers"), (dict(mean=(128.0,)), r"data.mean \(128.0,\)"),
+    (dict(std=(0.0,)), r"data.std \(0.0,\)"), (dict(std=(float("nan"),)), "data.std"),
+    (dict(mean=(-0.1,)), "data.mean"),
+    (dict(cache="there"), "data.cache is not read by data.source=digits"),
+])
+def test_keys_that_do_not_fit_arrays_are_refused(more, message):
+    with pytest.raises(ValueError, match=message):
+        load("digits", **more)
 
 
 # arrays

@@ -4,7 +4,8 @@ No iterator state is ever saved. A run that starts at step k, on any number of p
 threads, sees the batches that an undisturbed run sees from step k on.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import jax
@@ -84,3 +85,18 @@ def batches(source: Source, batch_size: int, *, steps: int, seed: int, start: in
     # Whole batches go by, so a short buffer hides the reading; the default holds 500.
     ahead = examples.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4))
     return map(put_batch, ahead)
+
+
+def ahead(read: Callable[[np.ndarray], np.ndarray], ids: np.ndarray, size: int) -> Iterator[tuple[int, np.ndarray]]:
+    """read(ids) in chunks of `size`, in order: (how many are done, chunk), the next being read meanwhile."""
+    chunks = [ids[start : start + size] for start in range(0, len(ids), size)]
+    with ThreadPoolExecutor(1) as reader:
+        waiting = reader.submit(read, chunks[0]) if chunks else None
+        done = 0
+        for place, chunk in enumerate(chunks):
+            assert waiting is not None
+            rows = waiting.result()
+            if place + 1 < len(chunks):
+                waiting = reader.submit(read, chunks[place + 1])
+            done += len(chunk)
+            yield done, rows

@@ -1,0 +1,117 @@
+"""Images that fit in memory: `digits` (inside scikit-learn, offline) and `arrays` (npz files)."""
+
+import hashlib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qmx.data.sources import Dataset, in_memory
+
+
+def digits(keys: Any) -> Dataset:
+    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, which it carries with it.
+
+    0..16 becomes 0..255. Every fifth image of a fixed shuffle is for evaluation: 1,437 in the
+    pool and 360 outside, the same for every seed. Alpaydin & Kaynak 1998 (UCI "optdigits").
+    """
+    if keys.path or keys.eval_path:
+        raise ValueError("data.path and data.eval_path are not read by data.source=digits; use "
+                         "data.source=arrays for images of your own")
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    images = np.round(images.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
+    order = np.random.default_rng(0).permutation(len(images))
+    held_out, pool = order[: len(order) // 5 + 1], order[len(order) // 5 + 1 :]
+    return from_arrays("digits", images[pool], labels[pool], images[held_out], labels[held_out])
+
+
+def arrays(keys: Any) -> Dataset:
+    """Two npz files, each with "image" uint8[n, H, W, C] (or [n, H, W]) and "label" int[n]."""
+    path, eval_path = keys.path, keys.eval_path
+    if not path or not eval_path:
+        raise ValueError("data.source=arrays needs two files: --config.data.path=POOL.npz and "
+                         "--config.data.eval_path=EVALUATION.npz")
+    pool, evaluation = read_npz(path), read_npz(eval_path)
+    if pool[0].shape[1:] != evaluation[0].shape[1:]:
+        raise ValueError(f"images are {pool[0].shape[1:]} in {path} and {evaluation[0].shape[1:]} in {eval_path}; "
+                         "they must have one shape")
+    return from_arrays(Path(path).stem, *pool, *evaluation)
+
+
+def read_npz(path: str) -> tuple[np.ndarray, np.ndarray]:
+    """(images uint8[n, H, W, C], labels i32[n]) of a file, checked; ValueError names what is wrong."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file")
+    if not Path(path).stat().st_size:
+        raise ValueError(f"{path}: no data, the file is empty")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path}: it is not an npz file, which is a zip of arrays, or it is cut off")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            missing = [name for name in ("image", "label") if name not in file]
+            if missing:
+                raise ValueError(f"no array {missing[0]!r} in it, only {sorted(file)}; save "
+                                 "image=uint8[n, H, W, C] and label=int[n]")
+            images, labels = file["image"], file["label"]
+            if not isinstance(images, np.ndarray) or not isinstance(labels, np.ndarray):
+                raise ValueError("image and label must be arrays saved by numpy")
+    except Exception as error:  # numpy, zipfile and zlib raise a dozen kinds for damaged files
+        raise ValueError(f"{path}: {(str(error) or repr(error)).splitlines()[0]}") from None
+
+    if images.ndim == 3:
+        images = images[..., None]
+    problem = None
+    if images.ndim != 4 or images.shape[-1] not in (1, 3):
+        problem = f"image has shape {images.shape}; it must be [n, H, W, C] with C = 1 or 3, or [n, H, W]"
+    elif np.issubdtype(images.dtype, np.floating) and np.isnan(images).any():
+        problem = f"image holds NaN in {int(np.isnan(images).any((1, 2, 3)).sum())} of {len(images)} images"
+    elif images.dtype != np.uint8:
+        problem = f"image is {images.dtype}; it must be uint8, 0..255"
+    elif not len(images):
+        problem = "it holds no image"
+    elif labels.shape != (len(images),):
+        problem = f"label has shape {labels.shape}; it must be [{len(images)}], one for each image"
+    elif not np.issubdtype(labels.dtype, np.integer):
+        problem = f"label is {labels.dtype}; it must be an integer, 0..N-1"
+    elif labels.min() < 0:
+        problem = f"label {labels.min()} is negative; classes are 0..N-1"
+    elif labels.max() >= 2**31:
+        problem = f"label {labels.max()} is too large; classes are 0..N-1"
+    if problem:
+        raise ValueError(f"{path}: {problem}")
+    return images, labels.astype(np.int32)
+
+
+def from_arrays(name: str, images: np.ndarray, labels: np.ndarray, eval_images: np.ndarray,
+                eval_labels: np.ndarray) -> Dataset:
+    """A data set in memory, with its statistics and digest.
+
+    Raises:
+      ValueError: an evaluation image that is also in the pool, which would flatter every figure.
+    """
+    seen = {image.tobytes() for image in images}
+    both = sum(image.tobytes() in seen for image in eval_images)
+    if both:
+        raise ValueError(f"{both} of {len(eval_images)} evaluation images are in the pool too; "
+                         "remove them from one side")
+    digest = hashlib.sha256()
+    for array in (images, labels, eval_images, eval_labels):
+        digest.update(str((array.dtype, array.shape)).encode())
+        digest.update(array.tobytes())
+    counts = np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])])
+    values = np.arange(256) / 255
+    mean = counts @ values / counts.sum(1)
+    std = np.sqrt(np.maximum(counts @ values**2 / counts.sum(1) - mean**2, 1e-12))
+    return Dataset(
+        name=name,
+        pool=in_memory(image=images, label=labels.astype(np.int32)),
+        evaluation=in_memory(image=eval_images, label=eval_labels.astype(np.int32)),
+        classes=int(max(labels.max(), eval_labels.max())) + 1,
+        shape=images.shape[1:],
+        mean=tuple(map(float, mean)),
+        std=tuple(map(float, std)),
+        digest=digest.hexdigest(),
+    )

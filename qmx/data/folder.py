@@ -1,0 +1,117 @@
+"""Photos in folders, one for each class, as ImageNet is kept and torchvision's ImageFolder reads it."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qmx.data.photos import Photos
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
+LISTING_THREADS = 16  # most of a listing is waiting, above all on network file systems
+
+
+def read_file(root: str, i: int, name: str) -> bytes:
+    """One file of a folder."""
+    try:
+        with open(os.path.join(root, name), "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise ValueError(f"{root}/{name}: {error.strerror or error}") from None
+
+
+def walk(path: str, prefix: str) -> Iterator[tuple[str, list[tuple[str, int]]]]:
+    """(folder, its photos as (name, bytes)) for a class folder and all below it; names start with `prefix`."""
+    found = []
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from walk(entry.path, f"{prefix}/{entry.name}")
+            elif entry.name.lower().endswith(EXTENSIONS):
+                try:
+                    found.append((f"{prefix}/{entry.name}", entry.stat().st_size))
+                except FileNotFoundError:
+                    raise ValueError(f"{entry.path}: a link to a file that is not there") from None
+    yield prefix, found
+
+
+def listing(path: str) -> tuple[Photos, np.ndarray]:
+    """The photos of a folder and their sizes in bytes, i64[n].
+
+    Classes are the subfolders in sorted order; files come class by class, folder by folder, sorted
+    by code point: the order of torchvision's ImageFolder (0.29). Other files are ignored. The
+    digest is over the relative names and the sizes in bytes; the contents are not read.
+
+    Raises:
+      ValueError: no such folder, no class folders, or one without photos.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise ValueError(f"{path}: {'not a folder' if root.exists() else 'no such folder'}")
+    try:
+        with os.scandir(root) as entries:
+            inside = sorted((entry.name, entry.is_dir()) for entry in entries)
+        classes = tuple(name for name, is_folder in inside if is_folder)
+        if not classes:
+            loose = sum(name.lower().endswith(EXTENSIONS) for name, _ in inside)
+            raise ValueError(f"{path}: no class folders in it{f', only {loose} loose images' if loose else ''}; photos "
+                             "are looked for as FOLDER/CLASS/NAME.JPEG")
+        with ThreadPoolExecutor(LISTING_THREADS) as threads:
+            found = list(threads.map(lambda name: sorted(walk(os.path.join(path, name), name)), classes))
+    except OSError as error:
+        raise ValueError(f"{error.filename or path}: {error.strerror or error}") from None
+    files = [[file for _, of_folder in of_class for file in sorted(of_folder)] for of_class in found]
+    empty = [name for name, of_class in zip(classes, files, strict=True) if not of_class]
+    if empty:
+        raise ValueError(f"{path}: no image in class folder {first_few(empty)}; remove it, or fill it")
+    names = tuple(name for of_class in files for name, _ in of_class)
+    sizes = np.array([size for of_class in files for _, size in of_class], np.int64)
+    labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(of_class) for of_class in files])
+    photos = Photos(path.rstrip("/") or path, partial(read_file, path), names, labels, classes, digest(names, sizes),
+                    path)
+    return photos, sizes
+
+
+def digest(names: tuple[str, ...], sizes: np.ndarray) -> str:
+    """SHA-256 over relative names and sizes in bytes."""
+    lines = "".join(f"{name}\0{size}\n" for name, size in zip(names, sizes.tolist(), strict=True))
+    return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def first_few(names: list[str], most: int = 3) -> str:
+    """Some of many names, for a message of one line."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def photos(keys: Any) -> tuple[str, Photos, Photos]:
+    """(name, pool, evaluation photos) of data.path and data.eval_path, checked against each other.
+
+    Raises:
+      ValueError: see `listing`; other classes in one than in the other; a folder within the other;
+        the same photo in both, which is seen by its relative name and size.
+    """
+    if not keys.path or not keys.eval_path:
+        raise ValueError("data.source=folder needs two folders of class folders: --config.data.path=POOL and "
+                         "--config.data.eval_path=EVALUATION")
+    here, there = Path(keys.path).resolve(), Path(keys.eval_path).resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise ValueError(f"data.path {keys.path} and data.eval_path {keys.eval_path} are one folder, or one is inside "
+                         "the other; evaluate on images outside the pool")
+    (pool, sizes), (evaluation, eval_sizes) = listing(keys.path), listing(keys.eval_path)
+    for (one, first), (other, second) in (((pool, keys.path), (evaluation, keys.eval_path)),
+                                          ((evaluation, keys.eval_path), (pool, keys.path))):
+        lacking = sorted(set(one.class_names) - set(other.class_names))
+        if lacking:
+            raise ValueError(f"{len(lacking)} class folders of {first} are not in {second}: {first_few(lacking)}; "
+                             "both must have the same classes")
+    seen = dict(zip(pool.names, sizes.tolist(), strict=True))
+    both = [name for name, size in zip(evaluation.names, eval_sizes.tolist(), strict=True) if seen.get(name) == size]
+    if both:
+        raise ValueError(f"{len(both)} of {evaluation.size} evaluation images are in the pool too, by name and size: "
+                         f"{first_few(both)}; remove them from one side")
+    return "/".join(here.parts[-2:]), pool, evaluation

@@ -1,0 +1,205 @@
+"""Photographs: decoding, and the two squares that are cut from one.
+
+Training cuts its views on the device from a `canvas`, the whole photo squashed onto a square. A
+target is asked about, and networks are evaluated on, what is `shown`: the short side resized and
+the centre cut out, bit for bit what torchvision makes of the file.
+"""
+
+import io
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from qmx.data.sources import Source
+
+EXIF_ORIENTATION = 0x0112
+CHUNK = 4  # photos that a thread takes at a time, against the cost of handing them out
+
+
+def title(where: str, i: int, name: str) -> str:
+    """A photo for messages: its file, or its number where it has none."""
+    return f"{where}/{name}" if name else f"{where}, image {i}"
+
+
+class Photos(NamedTuple):
+    """Photos by number, undecoded."""
+
+    where: str  # the folder or the split, for messages
+    read: Callable[[int, str], bytes]  # (number, name) -> the file; picklable, and raises ValueError by name
+    names: tuple[str, ...]  # of the files, () where there are none
+    labels: np.ndarray  # i32[n]
+    class_names: tuple[str, ...]
+    digest: str  # SHA-256 of the listing, see the source
+    remake: str  # the command line words that name them to qmx.data.cache
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return len(self.labels)
+
+    def title(self, i: int) -> str:
+        """Photo i, for messages."""
+        return title(self.where, i, self.names[i] if self.names else "")
+
+    def load(self, i: int) -> bytes:
+        """The file of photo i."""
+        return self.read(i, self.names[i] if self.names else "")
+
+
+def open_image(data: bytes, name: str) -> Image.Image:
+    """A file with its header read; ValueError by name if there is none."""
+    if not data:
+        raise ValueError(f"{name}: the file is empty")
+    try:
+        return Image.open(io.BytesIO(data))
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"{name}: not an image that Pillow can read") from None
+    except Exception as error:  # a header can be wrong in as many ways as there are formats
+        raise ValueError(f"{name}: {' '.join(str(error).split()) or repr(error)}") from None
+
+
+def decode(data: bytes, name: str) -> Image.Image:
+    """A file's pixels in RGB, as `PIL.Image.open(file).convert("RGB")` has them.
+
+    Grey, CMYK, palettes and 16 bits are converted, and formats go by content, not by the file's
+    name. EXIF orientation is *not* applied: torchvision's loader does not apply it either, so the
+    target was trained on, and must be asked about, the pixels as they are stored. Training sees
+    them the same way.
+
+    Args:
+      data: the file.
+      name: for the message.
+
+    Raises:
+      ValueError: the file is empty, cut off, damaged, too large to be honest, or no image.
+    """
+    image = open_image(data, name)
+    try:
+        return image.convert("RGB")
+    except Exception as error:  # OSError, SyntaxError, EOFError, struct.error, zlib.error ...
+        raise ValueError(f"{name}: {' '.join(str(error).split()) or repr(error)}") from None
+
+
+def oddities(data: bytes, name: str) -> tuple[str, ...]:
+    """What is unusual about a file that can be decoded, in words to be counted."""
+    image = open_image(data, name)
+    found = [{"L": "greyscale", "P": "palette", "I;16": "16-bit greyscale"}.get(image.mode, image.mode)]
+    if image.mode == "RGB":
+        found = []
+    if name.lower().endswith((".jpg", ".jpeg")) and image.format not in ("JPEG", "MPO"):
+        found.append(f"{image.format} named JPEG")
+    try:
+        if image.getexif().get(EXIF_ORIENTATION, 1) in range(2, 9):
+            found.append("EXIF-rotated, used as stored")
+    except Exception:  # EXIF that cannot be read turns nothing
+        pass
+    return tuple(found)
+
+
+def shown(image: Image.Image, resize: int, crop: int) -> np.ndarray:
+    """The centre of a photo, uint8[crop, crop, 3]: torchvision's Resize(resize) and CenterCrop(crop).
+
+    The short side becomes `resize`, the other int(resize * long / short), by Pillow's antialiased
+    bilinear filter; where the result is smaller than the crop, zeros surround it. Source:
+    torchvision 0.29, `transforms.functional` (`_compute_resized_output_size`, `center_crop`).
+    """
+    width, height = image.size
+    other = int(resize * max(width, height) / min(width, height))
+    size = (resize, other) if width <= height else (other, resize)
+    pixels = np.asarray(image if size == image.size else image.resize(size, Image.Resampling.BILINEAR))
+    missing = [max(crop - side, 0) for side in pixels.shape[:2]]
+    if any(missing):
+        pixels = np.pad(pixels, [*((m // 2, (m + 1) // 2) for m in missing), (0, 0)])
+    top, left = (round((side - crop) / 2) for side in pixels.shape[:2])  # halves to the even, as torchvision has it
+    return pixels[top : top + crop, left : left + crop]
+
+
+def canvas(image: Image.Image, side: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """(the whole photo squashed onto a square, uint8[side, side, 3]; its own height and width)."""
+    width, height = image.size
+    return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR)), (height, width)
+
+
+@cache
+def workers() -> ThreadPoolExecutor:
+    """One thread for each core, shared by everything in this process: Pillow decodes without the GIL."""
+    return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="photos")
+
+
+def in_threads(work: Callable[[int, int], None], ids: np.ndarray) -> None:
+    """work(row, id) for each of `ids`; the first error stops the rest and is raised."""
+
+    def some(first: int) -> None:
+        for row in range(first, min(first + CHUNK, len(ids))):
+            work(row, int(ids[row]))
+
+    waiting = [workers().submit(some, first) for first in range(0, len(ids), CHUNK)]
+    try:
+        for done in waiting:
+            done.result()
+    finally:
+        for left in waiting:
+            left.cancel()
+
+
+def canvases(photos: Photos, side: int) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """squashed(ids i64[b]) -> (uint8[b, side, side, 3], f32[b, 2] heights and widths), from the files themselves."""
+
+    def squashed(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        images, sizes = np.empty((len(ids), side, side, 3), np.uint8), np.empty((len(ids), 2), np.float32)
+
+        def one(row: int, i: int) -> None:
+            images[row], sizes[row] = canvas(usable(photos, i), side)
+
+        in_threads(one, ids)
+        return images, sizes
+
+    return squashed
+
+
+def usable(photos: Photos, i: int) -> Image.Image:
+    """Photo i decoded; ValueError names it and the cure."""
+    try:
+        return decode(photos.load(i), photos.title(i))
+    except ValueError as error:
+        raise ValueError(f"{error}; remove it, or leave out all that cannot be read with "
+                         f"python -m qmx.data.cache {photos.remake} CACHE and --config.data.cache=CACHE") from None
+
+
+def photo_source(photos: Photos, keys: Any, squashed: Callable | None = None, kept: np.ndarray | None = None) -> Source:
+    """A source of photos.
+
+    Args:
+      photos: the files.
+      keys: the config's `data`: canvas, resize, crop.
+      squashed: (ids i64[b]) -> canvases and sizes, see `canvases`, where a cache has them.
+      kept: i64[n], the photos to be used, all if not given; number k of the source is photo kept[k].
+    """
+    ids_of = np.arange(photos.size) if kept is None else kept
+    labels = photos.labels[ids_of]
+    if squashed is None:
+        from_files = canvases(photos, keys.canvas)
+
+        def squashed(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            return from_files(ids_of[ids])
+
+    def read(ids: np.ndarray) -> dict[str, np.ndarray]:
+        images, sizes = squashed(ids)
+        return {"image": images, "label": labels[ids], "size": sizes}
+
+    def show(ids: np.ndarray) -> np.ndarray:
+        images = np.empty((len(ids), keys.crop, keys.crop, 3), np.uint8)
+
+        def one(row: int, i: int) -> None:
+            images[row] = shown(usable(photos, i), keys.resize, keys.crop)
+
+        in_threads(one, ids_of[ids])
+        return images
+
+    names = tuple(photos.names[i] for i in ids_of) if photos.names and kept is not None else photos.names
+    return Source(len(ids_of), read, show, labels, names)

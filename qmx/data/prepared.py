@@ -1,0 +1,109 @@
+"""Photos of a set that tensorflow-datasets has prepared as array_record; read without TensorFlow."""
+
+import hashlib
+import json
+import logging
+import os
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+
+from qmx.data.photos import Photos
+
+PREPARE = "pip install tensorflow-datasets tensorflow && tfds build {} --file_format=array_record"
+
+
+@cache
+def builder(name: str) -> Any:
+    """TFDS's builder of a set that lies prepared on this machine; nothing is ever downloaded.
+
+    Raises:
+      ValueError: an unknown name; not prepared, or not as array_record; no image or no label.
+    """
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.file_adapters import FileFormat
+
+    absl, level = logging.getLogger("absl"), logging.getLogger("absl").level
+    absl.setLevel(logging.ERROR)  # its warning of a folder that is missing would come before our line
+    try:
+        made = tfds.builder(name, data_dir=os.environ.get("TFDS_DATA_DIR"))  # TFDS itself looks once, when imported
+        ready = made.is_prepared()
+    except Exception as error:  # of many kinds, with a list of every set there is
+        reason = " ".join((str(error).strip() or repr(error)).splitlines()[0].split())
+        raise ValueError(f"data.path {name!r} is no set of tensorflow-datasets that can be read: {reason}") from None
+    finally:
+        absl.setLevel(level)
+    cure = PREPARE.format(name)
+    if not ready:
+        raise ValueError(f"{name} is not prepared in {made.data_path}; run {cure}, or set TFDS_DATA_DIR to where it is")
+    formats = {made.info.file_format, *(made.info.alternative_file_formats or ())}
+    if FileFormat.ARRAY_RECORD not in formats:
+        raise ValueError(f"{name} in {made.data_path} is kept as {made.info.file_format.value}, which has no random "
+                         f"access; prepare it again in another TFDS_DATA_DIR with {cure}")
+    lacking = [key for key in ("image", "label") if key not in made.info.features]
+    if lacking:
+        raise ValueError(f"{name} has no {lacking[0]!r} among its features, only {', '.join(made.info.features)}")
+    return made
+
+
+@cache
+def records(name: str, split: str) -> Any:
+    """The examples of a split, images as the files' bytes."""
+    import tensorflow_datasets as tfds
+
+    return builder(name).as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+
+
+def example(name: str, split: str, i: int) -> dict[str, Any]:
+    """Example i of a split; ValueError says that it is damaged."""
+    try:
+        return records(name, split)[i]
+    except (RuntimeError, OSError) as error:  # array_record's word for bytes that do not match their hash
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name}, {split}, image {i}: {reason}; prepare {name} again") from None
+
+
+def read_record(name: str, split: str, i: int, _: str) -> bytes:
+    """The file of image i."""
+    return example(name, split, i)["image"]
+
+
+def split_photos(name: str, split: str) -> Photos:
+    """The photos of a split; their labels, and names where the set has them, are read once.
+
+    The digest is over the set's version and what is recorded of the split: number, bytes and
+    shards. Labels cost a pass over the records, undecoded: some 70 us each where they are in memory.
+    """
+    made, size = builder(name), len(records(name, split))
+    labels, names = np.empty(size, np.int32), []
+    for i in range(size):
+        one = example(name, split, i)
+        labels[i] = one["label"]
+        if "file_name" in one:
+            names.append(bytes(one["file_name"]).decode("utf-8", "replace"))
+    info, feature = made.info.splits[split], made.info.features["label"]
+    listing = [made.info.full_name, split, info.num_examples, info.num_bytes, list(info.shard_lengths)]
+    class_names = tuple(feature.names) if getattr(feature, "num_classes", None) else ()
+    return Photos(f"{name}/{split}", partial(read_record, name, split), tuple(names), labels, class_names,
+                  hashlib.sha256(json.dumps(listing).encode()).hexdigest(), f"--source=tfds {name}")
+
+
+def photos(keys: Any) -> tuple[str, Photos, Photos]:
+    """(name, pool, evaluation photos): the split "train", and data.eval_path or else validation or test.
+
+    Raises:
+      ValueError: see `builder`; no such split.
+    """
+    if not keys.path:
+        raise ValueError("data.source=tfds needs the name of a set, --config.data.path=imagenet2012")
+    made = builder(keys.path)
+    splits = sorted(made.info.splits)
+    split = keys.eval_path or ("validation" if "validation" in splits else "test")
+    for wanted in ("train", split):
+        if wanted not in splits:
+            raise ValueError(f"{keys.path} has no split {wanted!r}, only {', '.join(splits)}; name the one to evaluate "
+                             "on with --config.data.eval_path")
+    if split == "train":
+        raise ValueError("data.eval_path is 'train', which is the pool; evaluate on another split")
+    return made.info.name, split_photos(keys.path, "train"), split_photos(keys.path, split)
