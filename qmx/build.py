@@ -12,7 +12,7 @@ from qmx import models, optim
 from qmx.augment import make_view, plain_view
 from qmx.contract import Batch, Encoder, Method, Network, View, chain
 from qmx.data import Dataset, epoch_steps
-from qmx.methods import distill, moco, rotation, simsiam
+from qmx.methods import distill, linear, moco, rotation, simsiam
 from qmx.train import TrainState, init_state, make_step
 
 
@@ -45,14 +45,15 @@ def view(keys: Any, seen: Look) -> View:
 
 
 def optimiser(keys: Any, steps: int, **rates: tuple[float, str]) -> optax.GradientTransformation:
-    """SGD by a config's training keys; `rates` gives each part its (learning rate, schedule)."""
+    """The optimiser of a config's training keys; `rates` gives each part its (learning rate, schedule)."""
     schedules = {
         part: optim.schedule(name, rate, epochs=keys.epochs, steps=steps, warmup_epochs=keys.warmup_epochs,
-                             milestones=keys.milestones, factor=keys.factor)
+                             warmup_start=keys.warmup_start, milestones=keys.milestones, factor=keys.factor)
         for part, (rate, name) in rates.items()
     }
-    return optim.sgd(schedules, momentum=keys.momentum, nesterov=keys.nesterov, weight_decay=keys.weight_decay,
-                     weight_decay_on=keys.weight_decay_on)
+    make = optim.OPTIMIZERS[keys.optimizer]
+    return make(schedules, momentum=keys.momentum, nesterov=keys.nesterov, weight_decay=keys.weight_decay,
+                weight_decay_on=keys.weight_decay_on)
 
 
 def pretrain_steps(keys: Any, pool: int) -> int:
@@ -66,21 +67,39 @@ def distill_steps(keys: Any, size: int) -> int:
 
 
 @cache
-def backbone(arch: str, seen: Look) -> Network:
-    """The student's backbone as every stage but MoCo's and SimSiam's trains and runs it."""
+def backbone(arch: str, dtype: str, seen: Look) -> Network:
+    """A backbone as every stage but MoCo's and SimSiam's trains and runs it."""
     del seen  # one object for each data set, on which the compilations hang
-    return models.backbone(arch)
+    return models.backbone(arch, dtype=jnp.dtype(dtype))
 
 
 @cache
-def classifier(arch: str, seen: Look) -> Network:
+def classifier(arch: str, dtype: str, seen: Look, standardize: bool = False) -> Network:
     """f32[B, S, S, C] -> f32[B, N]: the target's network, and the student's."""
-    return chain(backbone=backbone(arch, seen), head=models.classifier(seen.classes))
+    head = models.classifier(seen.classes, standardize=standardize)
+    return chain(backbone=backbone(arch, dtype, seen), head=head)
+
+
+def for_inference(arch: str, precision: str, seen: Look, weights: Encoder) -> tuple[Network, Encoder]:
+    """A `classifier` and its weights with the batch norm folded into the convolutions."""
+    dtype = jnp.dtype("bfloat16" if precision == "bfloat16" else "float32")
+    network = chain(backbone=models.backbone(arch, dtype=dtype, folded=True), head=models.classifier(seen.classes))
+    params, stats = weights
+    folded = models.fold(params["backbone"], stats["backbone"])
+    return network, Encoder({**params, "backbone": folded.params}, {**stats, "backbone": folded.stats})
+
+
+@cache
+def random_backbone(arch: str, seen: Look) -> Callable[[jax.Array], tuple]:
+    """rng -> the variables of a backbone that was never trained."""
+    image = jnp.zeros((2, *seen.shape))
+    return jax.jit(lambda rng: backbone(arch, "float32", seen).init(rng, image),
+                   compiler_options={"xla_backend_optimization_level": 0})
 
 
 def variables(network: Network, seen: Look) -> Encoder:
     """The shapes of a network's variables, for reading weights; nothing is computed."""
-    image = jnp.zeros((1, *seen.shape))
+    image = jnp.zeros((2, *seen.shape))  # two, because one has no batch statistics
     return Encoder(*jax.eval_shape(lambda: network.init(jax.random.key(0), image)))
 
 
@@ -91,32 +110,45 @@ def evaluation_view(seen: Look) -> View:
 
 
 @cache
-def pretrainer(name: str, keys: Any, arch: str, view_keys: Any, seen: Look, steps: int) -> Trainer:
+def pretrainer(name: str, keys: Any, student: Any, view_keys: Any, seen: Look, steps: int) -> Trainer:
     """The `Trainer` of `moco`, `simsiam` or `rotation`, by its keys of the config."""
     cut = view(view_keys, seen)
+    arch, dtype = student.arch, jnp.dtype(student.dtype)
     follow = (keys.learning_rate, keys.schedule)
     rates = {"backbone": follow, "head": follow}
     if name == "moco":
-        net = models.backbone(arch, stats_groups=keys.batch_size // keys.group_size)
-        method = moco.make(net, models.moco_head(keys.features), cut, queue_size=keys.queue_size,
-                           temperature=keys.temperature, decay=keys.decay)
+        net = models.backbone(arch, stats_groups=keys.batch_size // keys.group_size, dtype=dtype)
+        head = (models.moco_head if keys.head == "mlp" else models.classifier)(keys.features)
+        method = moco.make(net, head, cut, queue_size=keys.queue_size, temperature=keys.temperature, decay=keys.decay)
     elif name == "simsiam":
-        net = models.backbone(arch, zero_init=True)
+        net = models.backbone(arch, zero_init=True, dtype=dtype)
         method = simsiam.make(net, models.simsiam_projector(keys.features, keys.layers),
                               models.simsiam_predictor(keys.hidden), cut)
         rates["predictor"] = (keys.learning_rate, "constant") if keys.fix_predictor_rate else follow
     else:
-        method = rotation.make(backbone(arch, seen), models.classifier(4), cut)
+        method = rotation.make(backbone(arch, student.dtype, seen), models.classifier(4), cut)
     return _trainer(method, optimiser(keys, steps, **rates), seen, keys.batch_size, scores=False)
 
 
 @cache
-def distiller(keys: Any, arch: str, view_keys: Any, seen: Look, steps: int) -> Trainer:
+def distiller(keys: Any, arch: str, dtype: str, view_keys: Any, seen: Look, steps: int) -> Trainer:
     """The `Trainer` of a student, or of a target trained on labels (whose keys say less)."""
     temperatures = {k: keys[k] for k in ("target_temperature", "student_temperature") if k in keys}
-    method = distill.make(backbone(arch, seen), models.classifier(seen.classes), view(view_keys, seen), **temperatures)
+    if any(keys.get("jitter", ())):
+        view_keys = {**view_keys, "jitter": keys.jitter, "jitter_p": 1.0}
+    head = models.classifier(seen.classes, standardize=keys.get("standardize", False))
+    method = distill.make(backbone(arch, dtype, seen), head, view(view_keys, seen), **temperatures)
     tx = optimiser(keys, steps, backbone=(keys.learning_rate, keys.schedule),
                    head=(keys.get("head_learning_rate", keys.learning_rate), keys.schedule))
+    return _trainer(method, tx, seen, keys.batch_size, scores=True)
+
+
+@cache
+def prober(keys: Any, arch: str, view_keys: Any, seen: Look, steps: int) -> Trainer:
+    """The `Trainer` of a linear probe."""
+    head = models.classifier(seen.classes, kernel_std=0.01)  # the reference's initialisation
+    method = linear.make(backbone(arch, "float32", seen), head, view(view_keys, seen))
+    tx = optimiser(keys, steps, head=(keys.learning_rate, keys.schedule))
     return _trainer(method, tx, seen, keys.batch_size, scores=True)
 
 

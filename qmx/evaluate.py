@@ -1,8 +1,10 @@
 """How good a student is: accuracy, fidelity, divergence; and how good features are."""
 
-from functools import cache
+from collections.abc import Iterable
+from functools import cache, partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from scipy.special import log_softmax
 
@@ -17,17 +19,28 @@ def _forward(network: Network, view: View):  # one compilation for each network 
 
 def predict(network: Network, params: PyTree, stats: PyTree, view: View, images: np.ndarray,
             batch_size: int = 256) -> np.ndarray:
-    """What a network says of each image, exactly once; uint8[n, H, W, C] -> f32[n, D].
+    """What a network says of each image, exactly once; uint8[n, H, W, C] -> f32[n, D]."""
+    chunks = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
+    return predict_chunks(network, params, stats, view, chunks, batch_size)
 
-    The last batch is padded to `batch_size` and the padding thrown away, so that there is one
+
+def predict_chunks(network: Network, params: PyTree, stats: PyTree, view: View, chunks: Iterable[np.ndarray],
+                   batch_size: int = 256) -> np.ndarray:
+    """`predict` of images that come in chunks of at most `batch_size`, while the next is being read.
+
+    A smaller chunk is padded to `batch_size` and the padding thrown away, so that there is one
     shape to compile and no image is left out.
     """
-    rows = []
-    for start in range(0, len(images), batch_size):
-        chunk = images[start : start + batch_size]
+    rows: list[np.ndarray] = []
+    ahead: tuple[jax.Array, int] | None = None
+    for chunk in chunks:
         pad = np.repeat(chunk[-1:], batch_size - len(chunk), 0)
         y = _forward(network, view)(params, stats, put_batch({"image": np.concatenate([chunk, pad])}))
-        rows.append(np.asarray(y)[: len(chunk)])
+        if ahead:  # fetched one late, so that the device works while the host reads
+            rows.append(np.asarray(ahead[0])[: ahead[1]])
+        ahead = y, len(chunk)
+    if ahead:
+        rows.append(np.asarray(ahead[0])[: ahead[1]])
     return np.concatenate(rows)
 
 
@@ -83,13 +96,19 @@ def knn(bank: np.ndarray, bank_labels: np.ndarray, queries: np.ndarray, k: int =
     Neighbours by cosine similarity s, each voting with exp(s / temperature). Wu et al. 2018
     (*Instance Discrimination*), section 3.4; the MoCo CIFAR notebook takes k 200.
     """
-    unit = [x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (queries, bank)]
-    classes = int(bank_labels.max()) + 1
+    queries, bank = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (queries, bank))
+    k, classes, devices = min(k, len(bank)), int(bank_labels.max()) + 1, jax.device_count()
+    # Each device searches its share of the bank; rows that fill it up are too far from everything.
+    filler = np.zeros((-len(bank) % devices, bank.shape[1]), bank.dtype)
+    shares = np.concatenate([bank, filler]).reshape(devices, -1, bank.shape[1])
+    real = (np.arange(shares.shape[0] * shares.shape[1]) < len(bank)).reshape(devices, -1)
+    on_device = put_batch({"bank": shares, "real": real})
+    step = 256  # bounds the memory for a large bank
     found = []
-    for start in range(0, len(queries), 1024):  # bounds the memory for a large bank
-        similarity = unit[0][start : start + 1024] @ unit[1].T
-        nearest = np.argpartition(-similarity, min(k, len(bank)) - 1, axis=1)[:, :k]
-        near = np.take_along_axis(similarity, nearest, 1)
+    for start in range(0, len(queries), step):
+        chunk = queries[start : start + step]
+        padded = np.concatenate([chunk, np.zeros((step - len(chunk), chunk.shape[1]), chunk.dtype)])
+        near, nearest = (np.asarray(x)[: len(chunk)] for x in _nearest(padded, on_device, k))
         weight = np.exp((near - near.max(1, keepdims=True)) / temperature)  # the nearest weighs 1: no overflow
         votes = np.zeros((len(nearest), classes))
         np.add.at(votes, (np.arange(len(nearest))[:, None], bank_labels[nearest]), weight)
@@ -97,12 +116,32 @@ def knn(bank: np.ndarray, bank_labels: np.ndarray, queries: np.ndarray, k: int =
     return np.concatenate(found).astype(np.int32)
 
 
-def held_out_knn(features: np.ndarray, labels: np.ndarray, k: int, temperature: float) -> float:
-    """Accuracy of `knn` in per cent, when every fifth example asks the others; f32[n, D], i32[n].
+@partial(jax.jit, static_argnums=2)
+def _nearest(queries: jax.Array, shares: dict[str, jax.Array], k: int) -> tuple[jax.Array, jax.Array]:
+    """The k most similar rows, best first: (similarity, number), each [q, k]; exact."""
+    bank, real = shares["bank"], shares["real"]  # f32[devices, n / devices, D], bool[devices, n / devices]
+    similarity = jnp.einsum("qd,snd->sqn", queries, bank, precision="highest")
+    similarity = jnp.where(real[:, None], similarity, -jnp.inf)
+    near, place = jax.lax.top_k(similarity, min(k, bank.shape[1]))  # of each share, then of all of them
+    place = place + jnp.arange(bank.shape[0])[:, None, None] * bank.shape[1]
+    near, place = (jnp.moveaxis(x, 0, 1).reshape(len(queries), -1) for x in (near, place))
+    near, best = jax.lax.top_k(near, k)
+    return near, jnp.take_along_axis(place, best, 1)
 
-    A researcher's monitor: it reads true labels, no student learns from it, and it stays within
-    one set of images, so that what is reported on another set is not looked at.
+
+def held_out(size: int) -> np.ndarray:
+    """bool[size]: the part of a pool on which encoders are looked at, every fifth image.
+
+    Of a large pool fewer, about as many as ImageNet has for validation.
+
+    A researcher's monitor reads true labels, no student learns from it, and it stays within the
+    pool, so that what is reported on the evaluation images is not looked at.
     """
-    held_out = np.arange(len(features)) % 5 == 0
-    found = knn(features[~held_out], labels[~held_out], features[held_out], k, temperature)
-    return 100.0 * float((found == labels[held_out]).mean())
+    return np.arange(size) % max(5, -(-size // 50_000)) == 0
+
+
+def held_out_knn(features: np.ndarray, labels: np.ndarray, k: int, temperature: float) -> float:
+    """Accuracy of `knn` in per cent, when the `held_out` part asks the others; f32[n, D], i32[n]."""
+    asking = held_out(len(features))
+    found = knn(features[~asking], labels[~asking], features[asking], k, temperature)
+    return 100.0 * float((found == labels[asking]).mean())

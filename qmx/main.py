@@ -5,7 +5,7 @@
   --config=FILE.py[:ARGUMENT]  what to run; the keys are explained in qmx/settings.py
   --config.KEY=VALUE           another value for one key, as in --config.pretrain.moco.epochs=80
   --workdir=DIRECTORY          where everything is written, and found again by a second call
-  --stage=STAGE                one of target pretrain select query distill evaluate report; default all
+  --stage=STAGE                one of target pretrain monitor select query distill evaluate report; default all
   --update                     accept a workdir of another config: keep what fits, redo the rest
 
 Exit status: 0 done; 2 a mistake, told in one line; 3 the budget is spent; 75 stopped by a signal
@@ -28,7 +28,7 @@ from qmx.settings import leaves
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "the config, a Python file", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "where everything is written and found again")
-STAGE = flags.DEFINE_string("stage", "all", "all, or one of: target pretrain select query distill evaluate report")
+STAGE = flags.DEFINE_string("stage", "all", "all, or one stage, see --help")
 UPDATE = flags.DEFINE_bool("update", False, "accept a workdir of another config: keep what fits, redo the rest")
 
 DONE, MISTAKE, SPENT, STOPPED = 0, 2, 3, 75  # exit statuses
@@ -112,17 +112,18 @@ def start(config: FrozenConfigDict, workdir: Path) -> str:
     import jax
 
     from qmx import data, pipeline
+    from qmx.checks import validate, warnings
     from qmx.progress import say
-    from qmx.settings import validate, warnings
+    from qmx.stages.asking import check_budget
     from qmx.workdir import claim
 
     if STAGE.value not in ("all", *pipeline.STAGES):
         raise ValueError(f"--stage={STAGE.value} is unknown; choose one of all, {', '.join(pipeline.STAGES)}")
-    images = data.load(config.data.source, config.data.path, config.data.eval_path)
+    images = data.load(config.data)
     validate(config, images)
-    if STAGE.value not in ("all", "target", "pretrain", "select") and not workdir.exists():
+    if STAGE.value not in ("all", "target", "pretrain", "monitor", "select") and not workdir.exists():
         raise ValueError(f"--stage={STAGE.value} needs what earlier stages leave in {workdir}, and it does not exist")
-    pipeline.check_budget(config, workdir, images)
+    check_budget(config, workdir, images)
     claim(workdir, json.loads(config.to_json()), UPDATE.value)
     if jax.config.values["jax_compilation_cache_dir"] is None:  # so that a call after a kill compiles nothing anew
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
@@ -148,7 +149,7 @@ def stop_on_signals() -> Callable[[], bool]:
 def explain(error: BaseException) -> str:
     """An error in one line."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) < 500 else text[:500] + " ..."
+    return text if len(text) < 2000 else text[:2000] + " ..."
 
 
 def fail(message: str, status: int) -> int:

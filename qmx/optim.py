@@ -5,7 +5,7 @@ every schedule is the epoch; it becomes steps here and nowhere else.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -26,6 +26,7 @@ def schedule(
     epochs: float,
     steps: int,
     warmup_epochs: float = 0,
+    warmup_start: float = 0,
     milestones: tuple[float, ...] = (),
     factor: float = 0.1,
 ) -> optax.Schedule:
@@ -38,8 +39,9 @@ def schedule(
       learning_rate: the rate after the warm-up.
       epochs: length of the run, in epochs; `warmup_epochs` and `milestones` count the same way.
       steps: length of the run, in steps; one epoch is steps / epochs.
-      warmup_epochs: the rate climbs linearly from 0 over these, then follows the curve as if
-        there had been no warm-up.
+      warmup_epochs: the rate climbs linearly over these, then follows the curve as if there had
+        been no warm-up.
+      warmup_start: the share of the rate that the climb starts from.
       factor: for "step".
 
     Raises:
@@ -70,7 +72,8 @@ def schedule(
             else:
                 value = learning_rate * jnp.float32(factor) ** passed
         if warmup_epochs:
-            value = value * jnp.minimum(1.0, done * (epochs / warmup_epochs))
+            climbed = jnp.minimum(1.0, done * (epochs / warmup_epochs))
+            value = value * (warmup_start + (1 - warmup_start) * climbed)
         return value
 
     return rate
@@ -100,9 +103,7 @@ def sgd(
     Raises:
       ValueError: an unknown `weight_decay_on`; at the first call, a part of params that has no rate.
     """
-    if weight_decay_on not in DECAYS:
-        raise ValueError(f"weight_decay_on {weight_decay_on!r} is unknown; choose one of {', '.join(DECAYS)}")
-    mask = kernels_only if weight_decay_on == "kernels" else None
+    mask = _decay_mask(weight_decay_on)
 
     def one(rate: optax.Schedule) -> optax.GradientTransformation:
         return optax.chain(
@@ -110,6 +111,45 @@ def sgd(
             optax.sgd(rate, momentum=momentum or None, nesterov=nesterov),
         )
 
+    return _by_part(rates, one)
+
+
+def lars(
+    rates: optax.Schedule | Mapping[str, optax.Schedule],
+    *,
+    momentum: float = 0.9,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    weight_decay_on: str = "all",
+) -> optax.GradientTransformation:
+    """SGD whose gradient is scaled by 0.001 |w| / |g| first, for each parameter; arguments as `sgd`.
+
+    Source: You et al. 2017, as apex's `LARC(trust_coefficient=0.001, clip=False)` in the SimSiam
+    reference's linear evaluation: biases too, and no scaling where |w| or |g| is 0.
+    """
+    mask = _decay_mask(weight_decay_on)
+
+    def one(rate: optax.Schedule) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.add_decayed_weights(weight_decay, mask=mask),
+            optax.scale_by_trust_ratio(trust_coefficient=0.001),
+            optax.sgd(rate, momentum=momentum or None, nesterov=nesterov),
+        )
+
+    return _by_part(rates, one)
+
+
+OPTIMIZERS = {"sgd": sgd, "lars": lars}
+
+
+def _decay_mask(weight_decay_on: str) -> Callable | None:
+    if weight_decay_on not in DECAYS:
+        raise ValueError(f"weight_decay_on {weight_decay_on!r} is unknown; choose one of {', '.join(DECAYS)}")
+    return kernels_only if weight_decay_on == "kernels" else None
+
+
+def _by_part(rates: optax.Schedule | Mapping[str, optax.Schedule], one: Callable) -> optax.GradientTransformation:
+    """`one(rate)` for all parameters, or for each top-level part of them with its own rate."""
     if not isinstance(rates, Mapping):
         return one(rates)
 

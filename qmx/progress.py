@@ -69,4 +69,6 @@ def progress(name: str, total: int, per_step: int = 1, unit: str = "images") -> 
     else:
         shown = Progress(name, total, per_step, unit)
         yield shown
-    say(f"{name}: {total} steps in {time.monotonic() - began:.1f} s {shown.text}".rstrip())
+    seconds = time.monotonic() - began
+    if per_step > 1 or seconds > 1:  # a training, or something that one waited for
+        say(f"{name}: {total} {'steps' if per_step > 1 else unit} in {seconds:.1f} s {shown.text}".rstrip())

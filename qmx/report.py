@@ -73,14 +73,14 @@ def result_tables(results: dict) -> list[Table]:
     """Accuracy, fidelity, divergence and the encoders' monitor."""
     seeds = len(results["config"]["seeds"])
     over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
-    shown = [
+    metrics_shown = [
         (f"Accuracy, top-1 / top-5, in per cent ({over})", ("top1", "top5"), 1),
         (f"Fidelity to the target, top-1 / top-5, in per cent ({over})", ("fidelity_top1", "fidelity_top5"), 1),
         (f"KL(target || student), in nats ({over})", ("kl_target_student",), 3),
     ]
     names = [label(column, results) for column in columns(results)]
     tables = []
-    for title, metrics, digits in shown:
+    for title, metrics, digits in metrics_shown:
         rows = []
         for fraction in results["config"]["fractions"]:
             cells = []
@@ -91,12 +91,16 @@ def result_tables(results: dict) -> list[Table]:
         tables.append(Table(title, ["queries", *names], rows))
     if results["monitors"]:
         first = results["monitors"][0]
+        shown = {"knn_top1": "pretrained", "knn_top1_random": "the same network, random"}
+        if any("linear_top1" in m for m in results["monitors"]):
+            shown["linear_top1"] = "linear probe"
         tables.append(Table(
-            f"Features: accuracy of {first['k']} weighted nearest neighbours (temperature {first['temperature']:g}) "
-            f"within the pool, in per cent ({over})",
-            ["encoder", "pretrained", "the same network, random"],
-            [[init, *(spread([m[key] for m in results["monitors"] if m["init"] == init])
-                      for key in ("knn_top1", "knn_top1_random"))]
+            f"Features: accuracy of {first['knn_k']} weighted nearest neighbours "
+            f"(temperature {first['knn_temperature']:g}) "
+            f"{'and of a linear probe ' if len(shown) > 2 else ''}within the pool, in per cent ({over})",
+            ["encoder", *shown.values()],
+            [[init, *(spread([m[key] for m in results["monitors"] if m["init"] == init and key in m])
+                      for key in shown)]
              for init in dict.fromkeys(m["init"] for m in results["monitors"])]))
     return tables
 
@@ -117,9 +121,19 @@ def account_notes(results: dict) -> list[str]:
         f"Pool: {pool['size']} images of {pool['name']}; evaluated on {pool['evaluation']} others.",
         f"Asked: {account['images']} distinct images ({used}), {account['views']} views, {account['calls']} calls, "
         f"{account['unanswered']} sent without an answer.",
-        "All columns of one row share recipe, seeds and images; they differ in what the student starts from. "
-        "Figures are those of the last step.",
-    ]
+        recipes_note(results) + " Figures are those of the last step.",
+    ] + ([f"Warning: {target['warning']}."] if target["warning"] else [])
+
+
+def recipes_note(results: dict) -> str:
+    """What the columns of one row have in common."""
+    used = {fraction: {row["recipe"] for row in results["rows"] if row["fraction"] == fraction}
+            for fraction in results["config"]["fractions"]}
+    if all(len(recipes) < 2 for recipes in used.values()):
+        return "All columns of one row share recipe, seeds and images; they differ in what the student starts from."
+    named = "; ".join(f"{percent(fraction)} {', '.join(sorted(recipes))}" for fraction, recipes in used.items())
+    return ("The columns of one row share seeds and images; students that start from nothing and those that start "
+            f"from an encoder train by recipes of their own: {named}.")
 
 
 def aligned(table: Table) -> str:

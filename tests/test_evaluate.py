@@ -16,6 +16,7 @@ from qmx.data import load
 from qmx.evaluate import compare, held_out_knn, knn, predict, top_k
 from qmx.oracle import Ledger, network_query
 from qmx.oracle.access import one_hot_logits
+from qmx.settings import base
 
 B = 8  # divides over as many devices as a test machine simulates
 
@@ -29,7 +30,7 @@ def classifier():
 
 
 VIEW = plain_view((0.3,), (0.4,))
-DIGITS = load("digits").evaluation.all()["image"]
+DIGITS = load(base().data).evaluation.all()["image"]
 
 
 def brightness_network():

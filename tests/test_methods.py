@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from qmx import augment, distill, moco, models, optim, rotation, simsiam
-from qmx.contract import by_path
+from qmx.contract import Encoder, by_path
+from qmx.methods import linear
 from qmx.train import init_state, make_step
 
 B = 8
-NAMES = ("moco", "simsiam", "rotation", "distill")
+NAMES = ("moco", "simsiam", "rotation", "distill", "linear")
 STRONG = augment.make_view(8, jitter=(0.4, 0.4, 0, 0), grey_p=0, mean=(0.3,), std=(0.4,))
 WEAK = augment.weak_view(8, mean=(0.3,), std=(0.4,))
 
@@ -27,6 +28,8 @@ def make(name, view=None, **changes):
         return simsiam.make(net, models.simsiam_projector(16, 2), models.simsiam_predictor(8), view or STRONG)
     if name == "rotation":
         return rotation.make(models.backbone("resnet8"), models.classifier(4), view or WEAK)
+    if name == "linear":
+        return linear.make(models.backbone("resnet8"), models.classifier(10, kernel_std=0.01), view or WEAK)
     return distill.make(models.backbone("resnet8"), models.classifier(10), view or WEAK)
 
 
@@ -43,7 +46,7 @@ def trained(name, steps=3):
 
     def view(rng, data):
         traces.append(1)
-        return (WEAK if name in ("rotation", "distill") else STRONG)(rng, data)
+        return (STRONG if name in ("moco", "simsiam") else WEAK)(rng, data)
 
     method = make(name, view)
     tx = optim.sgd(lambda step: 0.03, weight_decay=1e-4)
@@ -70,7 +73,7 @@ def test_contract(name):
         assert "loss" in values
         for key, value in values.items():
             assert value.shape == () and value.dtype == jnp.float32 and np.isfinite(value), key
-    views = {"moco": 2, "simsiam": 2, "rotation": 1, "distill": 1}[name]
+    views = {"moco": 2, "simsiam": 2, "rotation": 1, "distill": 1, "linear": 1}[name]
     assert traces == views, "the step was traced more than once"
     assert int(states[-1].step) == 3
     encoder = method.encoder(states[-1].params, states[-1].state)
@@ -98,7 +101,9 @@ def test_every_parameter_learns(name):
     first, last = states[0], states[-1]
     for kind, before, after in (("params", first.params, last.params), ("state", first.state, last.state)):
         still = [path for path, a in by_path(before).items() if np.array_equal(a, by_path(after)[path])]
-        frozen = [path for path in still if not path.endswith("fc_3/bias")]  # SimSiam's, by design
+        # By design: a bias of SimSiam's, and the backbone under a linear probe.
+        frozen = [path for path in still
+                  if not path.endswith("fc_3/bias") and not (name == "linear" and path.startswith("backbone"))]
         assert not frozen, (kind, frozen)
 
 
@@ -343,6 +348,32 @@ def test_start_from_is_strict():
     del wrong["bn1"]
     with pytest.raises(ValueError, match="(?s)bn1/bias.*bn1/scale.*conv1/kernel.*conv9/kernel"):
         distill.start_from(params, state, encoder._replace(params=wrong))
+
+
+def test_a_linear_probe_moves_its_head_alone():
+    """E2: after training the head the backbone's variables are equal to the bit, running statistics too; the head
+    starts at N(0, 0.01) with a bias of 0; its features are those of an evaluation."""
+    method, _, states, metrics, _ = trained("linear")
+    assert states[0].params.keys() == {"head"}
+    for path, leaf in by_path(states[0].state["backbone"]).items():
+        np.testing.assert_array_equal(leaf, by_path(states[-1].state["backbone"])[path], err_msg=path)
+    fc = states[0].params["head"]["fc"]
+    assert not fc["bias"].any() and 0.009 < float(fc["kernel"].std()) < 0.011
+
+    net = models.backbone("resnet8")
+    rng, data = jax.random.key(4), batch()
+    features, _ = net.apply(*states[-1].state["backbone"], WEAK(rng, data), False)
+    logits = features @ states[-1].params["head"]["fc"]["kernel"] + states[-1].params["head"]["fc"]["bias"]
+    want = -(jax.nn.softmax(data["scores"]) * jax.nn.log_softmax(logits)).sum(-1).mean()
+    np.testing.assert_allclose(method.loss(states[-1].params, states[-1].state, data, rng)[0], want, rtol=1e-5)
+
+    other = Encoder(*net.init(jax.random.key(9), jnp.zeros((1, 8, 8, 1))))
+    started = linear.start_from(states[0].state, other)
+    for path, leaf in by_path(other).items():
+        np.testing.assert_array_equal(by_path(started["backbone"])[path], leaf)
+    with pytest.raises(ValueError, match="conv1/kernel is missing"):
+        less = {name: part for name, part in other.params.items() if name != "conv1"}
+        linear.start_from(states[0].state, other._replace(params=less))
 
 
 def test_labels_are_scores():

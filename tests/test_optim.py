@@ -11,7 +11,7 @@ import torch
 from scipy.special import log_softmax, rel_entr, softmax
 
 from qmx.losses import info_nce, kl_target_student, negative_cosine, soft_cross_entropy
-from qmx.optim import SCHEDULES, ema, kernels_only, schedule, sgd
+from qmx.optim import SCHEDULES, ema, kernels_only, lars, schedule, sgd
 
 # Schedules
 
@@ -210,6 +210,34 @@ def test_sgd_is_torchs(momentum, nesterov, parts):
         falling.step()
         for name in theirs:
             np.testing.assert_allclose(params[name], theirs[name].detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_lars_is_apexs():
+    """Five steps against LARC (trust 0.001, no clipping) written out in numpy around SGD with momentum: decay joins the
+    gradient before its norm is taken, biases are scaled too, and a parameter of zeros takes the plain gradient."""
+    rng = np.random.default_rng(0)
+    params = {"kernel": rng.standard_normal((3, 2)).astype(np.float32), "bias": np.zeros(2, np.float32)}
+    theirs = {name: value.astype(np.float64) for name, value in params.items()}
+    trace = {name: np.zeros(value.shape) for name, value in params.items()}
+    tx = lars(constant(0.5), weight_decay=0.01)
+    state = tx.init(params)
+    for _ in range(5):
+        grads = {name: rng.standard_normal(p.shape).astype(np.float32) for name, p in params.items()}
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        for name, p in theirs.items():
+            g = grads[name] + 0.01 * p
+            if np.linalg.norm(p) > 0:
+                g = g * 0.001 * np.linalg.norm(p) / np.linalg.norm(g)
+            trace[name] = 0.9 * trace[name] + g
+            theirs[name] = p - 0.5 * trace[name]
+            np.testing.assert_allclose(params[name], theirs[name], rtol=1e-5)
+
+
+def test_a_warm_up_that_starts_above_zero():
+    """mmselfsup's rotation protocol: from a tenth of the rate, linearly to the whole of it after five epochs."""
+    rate = schedule("step", 0.2, epochs=70, steps=700, warmup_epochs=5, warmup_start=0.1, milestones=(30, 50))
+    np.testing.assert_allclose([rate(step) for step in (0, 25, 50, 299, 300)], [0.02, 0.11, 0.2, 0.2, 0.02], rtol=1e-5)
 
 
 def test_a_part_without_a_rate_is_refused_by_name():

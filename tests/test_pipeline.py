@@ -33,13 +33,14 @@ def test_results(finished):
         assert row["kl_target_student"] > 0 and row["seconds"] > 0
         # What label agreement can be, given both accuracies (in per cent of the same images).
         assert row["top1"] + target - 100 - 1e-9 <= row["fidelity_top1"] <= 100 - abs(target - row["top1"]) + 1e-9
-    assert {(m["init"], m["k"]) for m in results["monitors"]} == {("rotation", 5), ("moco", 5), ("simsiam", 5)}
+    assert {(m["init"], m["knn_k"]) for m in results["monitors"]} == {("rotation", 5), ("moco", 5), ("simsiam", 5)}
 
 
 def test_artefacts(finished):
     """Each stage left what the design names; the curve is a picture; nothing half-written is about."""
     for path in ("config.json", "target/target.safetensors", "pretrain/moco-seed0/encoder.safetensors",
-                 "select/random-seed0/ids.npy", "ledger.sqlite", "distill/moco-random-logits-0.05-seed0/metrics.jsonl",
+                 "monitor/moco-seed0/result.json", "select/random-1-seed0/ids.npy", "ledger.sqlite", "query/keys.npz",
+                 "distill/moco-random-logits-0.05-seed0/metrics.jsonl",
                  "evaluate/none-random-logits-1-seed0/result.json", "report.md", "report.html"):
         assert (finished / path).stat().st_size > 0, path
     assert matplotlib.image.imread(finished / "curve.png").shape[:2] == (504, 1200)
@@ -65,7 +66,7 @@ def test_second_call_finds_it_done(finished, command):
 
 def test_stage_by_stage_without_the_target(finished, command, tmp_path):
     """P1, P6: each stage in a process of its own gives the same table; from the query on the target is gone."""
-    for stage in ("target", "pretrain", "select", "query"):
+    for stage in ("target", "pretrain", "monitor", "select", "query"):
         assert command(*TINY, f"--workdir={tmp_path}/w", f"--stage={stage}")[0] == 0, stage
     (tmp_path / "w/target/target.safetensors").unlink()
     for stage in ("distill", "evaluate", "report"):

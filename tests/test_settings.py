@@ -7,11 +7,12 @@ from conftest import ROOT
 from ml_collections import FrozenConfigDict
 
 from qmx import build
+from qmx.checks import validate, warnings
 from qmx.data import load
 from qmx.main import load_file
-from qmx.settings import base, cells, percent, validate, warnings
+from qmx.settings import base, cells, percent
 
-DIGITS = load("digits")
+DIGITS = load(base().data)
 
 
 def digits(**changes):
@@ -50,7 +51,7 @@ def test_simsiam_predictor_rate():
     """S7: with the flag the predictor keeps its rate to the last step while the backbone's falls; else both fall."""
     for fixed in (True, False):
         keys = digits(pretrain__simsiam__fix_predictor_rate=fixed).pretrain.simsiam
-        trainer = build.pretrainer("simsiam", keys, "resnet8", digits().strong_view, build.look(DIGITS), 440)
+        trainer = build.pretrainer("simsiam", keys, digits().student, digits().strong_view, build.look(DIGITS), 440)
         ts = trainer.init(jax.random.key(0))
         last = ts._replace(step=jax.numpy.int32(439), opt_state=jax.tree.map(
             lambda x: jax.numpy.int32(439) if x.dtype == jax.numpy.int32 else x, ts.opt_state))

@@ -101,8 +101,11 @@ class Ledger:
           LookupError: some images have no answer yet; says how many.
           ValueError: the answers bought are poorer than `access`.
         """
+        return self.read_keys(self.keys(images), access)
+
+    def read_keys(self, keys: list[bytes], access: str = "logits") -> np.ndarray:
+        """`read` of images whose keys were kept, so that the pixels are not needed again."""
         levels.check(access)
-        keys = self.keys(images)
         if not keys:
             return np.zeros((0, self._classes() or 0), np.float32)
         found = self._lookup(keys)

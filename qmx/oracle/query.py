@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import jax
 import numpy as np
 
 from qmx.contract import Network, PyTree, View
@@ -9,13 +10,23 @@ from qmx.evaluate import predict
 
 Query = Callable[[np.ndarray], np.ndarray]
 
+# How a GPU multiplies: names of ours -> jax's. In bfloat16 the network's own dtype says it.
+PRECISIONS = {"float32": "highest", "tf32": "tensorfloat32", "bfloat16": "bfloat16"}
 
-def network_query(network: Network, params: PyTree, stats: PyTree, view: View, batch_size: int = 256) -> Query:
+
+def network_query(network: Network, params: PyTree, stats: PyTree, view: View, batch_size: int = 256,
+                  precision: str = "float32") -> Query:
     """A query function around a network of our own; it answers with logits.
 
     Args:
       network: f32[B, S, S, C] -> f32[B, N].
       view: makes the network's input of {"image": uint8[B, H, W, C]}; its key is fixed.
       batch_size: shape that the network is compiled for; smaller batches are padded.
+      precision: of products and convolutions, one of `PRECISIONS`.
     """
-    return lambda images: predict(network, params, stats, view, images, batch_size)
+
+    def query(images: np.ndarray) -> np.ndarray:
+        with jax.default_matmul_precision(PRECISIONS[precision]):
+            return predict(network, params, stats, view, images, batch_size)
+
+    return query

@@ -2,12 +2,38 @@
 
 import numpy as np
 
-from qmx.data.subsets import random_order
+from qmx.data import Source
+from qmx.data.subsets import class_balanced_order, from_list, predecessor_order, random_order
 
-# name -> (pool size, budget, seed) -> the ids to ask about, i64[budget]
-SELECTS = {"random": lambda size, budget, seed: random_order(size, seed)[:budget]}
+SELECTS = ("random", "class_balanced", "list", "predecessor")
 
 
-def select(name: str, size: int, budget: int, seed: int) -> np.ndarray:
-    """`budget` ids out of 0..size-1; for one seed a smaller budget's choice lies inside a larger one's."""
-    return SELECTS[name](size, budget, seed)
+def select(name: str, pool: Source, budget: int, seed: int, lists: tuple[str, ...] = ()) -> np.ndarray:
+    """`budget` ids of the pool, i64[budget].
+
+    Args:
+      name: "random"; "class_balanced", by the true labels, each class as often as the others up to
+        one; "predecessor", one shuffle with numpy's seed 1234 whatever the seed, as the code behind
+        the ImageNet table (alright-code/model-extraction-self-supervision, src/dataset.py) has it;
+        "list", the images that one of `lists` names. For one seed a smaller budget's choice lies
+        inside a larger one's, except for lists.
+      lists: text files of image names, one for each budget, which is what tells them apart.
+
+    Raises:
+      ValueError: an unknown name; no list, or several, of `budget` images.
+    """
+    if name == "random":
+        return random_order(pool.size, seed)[:budget]
+    if name == "class_balanced":
+        return class_balanced_order(pool.labels, seed)[:budget]
+    if name == "predecessor":
+        return predecessor_order(pool.size)[:budget]
+    if name == "list":
+        read = {path: from_list(path, pool.names) for path in lists}
+        fitting = [ids for ids in read.values() if len(ids) == budget]
+        if len(fitting) != 1:
+            lengths = ", ".join(f"{path} {len(ids)}" for path, ids in read.items())
+            raise ValueError(f"{len(fitting)} of the lists have {budget} images ({lengths}); there must be one for "
+                             "each of --config.fractions")
+        return fitting[0]
+    raise ValueError(f"selection {name!r} is unknown; choose one of {', '.join(SELECTS)}")

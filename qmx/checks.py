@@ -1,0 +1,192 @@
+"""What is refused before any compute is spent, and what is warned of."""
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qmx.data import Dataset, subset_size
+from qmx.models.resnet import ARCHS
+from qmx.optim import DECAYS, OPTIMIZERS, SCHEDULES
+from qmx.oracle import ACCESS
+from qmx.oracle.query import PRECISIONS
+from qmx.oracle.select import SELECTS
+from qmx.settings import base, cells, distilling, leaves, recipe_name, recipe_of
+from qmx.sharding import check_batch
+
+INITS = ("none", "rotation", "moco", "simsiam", "imported")
+TARGETS = ("train", "torch")
+LEARN_FROM = ("scores", "labels")
+HEADS = ("mlp", "linear")
+DTYPES = ("float32", "bfloat16")
+
+
+def validate(config: Any, data: Dataset) -> None:
+    """Raise ValueError, one line with the value and the cure, for what cannot be run."""
+    for problem in _problems(config, data):
+        raise ValueError(problem)
+
+
+def warnings(config: Any, data: Dataset) -> list[str]:
+    """What can be run and is likely to disappoint, a line each."""
+    found = []
+    if "moco" in config.inits and not config.pretrain.moco.path:
+        keys = config.pretrain.moco
+        if keys.queue_size > data.pool.size:
+            found.append(f"pretrain.moco.queue_size {keys.queue_size} is larger than the pool of {data.pool.size} "
+                         "images, so that an image's own former keys are among its negatives")
+        if keys.group_size == keys.batch_size:
+            found.append("pretrain.moco.group_size is the whole batch: its batch statistics tell which key belongs to "
+                         "which query, and no shuffling hides it; 32 images a group is the reference's")
+    return found
+
+
+def choice(key: str, value: str, known: Any) -> Iterator[str]:
+    """A problem unless `value` is among the known ones."""
+    if value not in known:
+        close = difflib.get_close_matches(str(value), known, 1)
+        hint = f"did you mean {close[0]!r}" if close else f"choose among {', '.join(known)}"
+        yield f"{key} has the unknown value {value!r}; {hint}"
+
+
+def _problems(config: Any, data: Dataset) -> Iterator[str]:
+    defaults, values = dict(leaves(base())), dict(leaves(config))
+    for name in config.recipes:
+        defaults.update(leaves(distilling(), f"recipes.{name}."))
+    for key, default in defaults.items():
+        if isinstance(default, tuple) and "." in key:
+            yield from _tuple_problems(key, default, values[key])
+    known = {"inits": INITS, "selects": SELECTS, "accesses": ACCESS}
+    for axis in ("seeds", "fractions", *known):
+        values = config[axis]
+        if not values:
+            yield f"{axis} is empty; name at least one"
+        if len(set(values)) < len(values):
+            yield f"{axis} names one value twice: {values}"
+        for value in values if axis in known else ():
+            yield from choice(axis, value, known[axis])
+    for seed in (*config.seeds, config.target.seed):
+        if not isinstance(seed, int) or seed < 0:
+            yield f"seed {seed!r} is not a whole number from 0 on"
+    for fraction in config.fractions:
+        if isinstance(fraction, str):
+            yield f"fractions has {fraction!r}, which is not a number"
+        try:
+            subset_size(fraction, data.pool.size)
+        except ValueError as error:
+            yield f"fractions: {error}"
+    for name, keys in config.recipes.items():
+        for init in keys.inits:
+            yield from choice(f"recipes.{name}.inits", init, INITS)
+    for cell in cells(config):
+        try:
+            recipe_name(config, cell)
+        except ValueError as error:
+            yield str(error)
+    if "list" in config.selects and not config.lists:
+        yield "the selection 'list' needs --config.lists, files of image names"
+    files = {"target.path": config.target.path,
+             **{f"pretrain.{init}.path": keys.path for init, keys in config.pretrain.items()},
+             **{f"lists[{place}]": path for place, path in enumerate(config.lists)}}
+    for key, path in files.items():
+        if path and not Path(path).is_file():
+            yield f"{key} {path}: no such file"
+    if config.budget is not None and config.budget < 1:
+        yield f"budget {config.budget} allows no query; leave it out for no limit"
+
+    yield from choice("target.kind", config.target.kind, TARGETS)
+    yield from _target_problems(config.target)
+    yield from choice("student.arch", config.student.arch, ARCHS)
+    yield from choice("student.dtype", config.student.dtype, DTYPES)
+    for name, keys in _recipes(config).items():
+        yield from choice(f"{name}.learn_from", keys.learn_from, LEARN_FROM)
+        for temperature in ("target_temperature", "student_temperature"):
+            if not keys[temperature] > 0:
+                yield f"{name}.{temperature} {keys[temperature]} must be above 0"
+    if config.monitor.knn_k < 1 or not config.monitor.knn_temperature > 0:
+        yield (f"monitor needs knn_k >= 1 and knn_temperature > 0, not {config.monitor.knn_k} and "
+               f"{config.monitor.knn_temperature}")
+    trained = {f"pretrain.{init}": config.pretrain[init] for init in config.inits
+               if init != "none" and not config.pretrain[init].path}
+    if trained.pop("pretrain.imported", None):
+        yield "the init 'imported' needs --config.pretrain.imported.path=WEIGHTS"
+    if config.target.kind == "train":
+        trained["target"] = config.target
+    if config.monitor.linear:
+        trained["monitor.probe"] = config.monitor.probe
+    for name, keys in {**trained, **_recipes(config)}.items():
+        yield from _training_problems(name, keys, data, whole_epochs=name.startswith("pretrain"))
+    for name in ("strong_view", "weak_view"):
+        yield from _view_problems(name, config[name], data)
+    if "pretrain.moco" in trained:
+        moco = config.pretrain.moco
+        yield from choice("pretrain.moco.head", moco.head, HEADS)
+        if moco.queue_size < 1 or moco.queue_size % moco.batch_size:
+            yield (f"pretrain.moco.queue_size {moco.queue_size} is not a multiple of batch_size {moco.batch_size}; "
+                   f"{max(moco.queue_size // moco.batch_size, 1) * moco.batch_size} is")
+        if moco.group_size < 2 or moco.batch_size % moco.group_size:
+            yield (f"pretrain.moco.group_size {moco.group_size} does not divide batch_size {moco.batch_size} "
+                   "into groups of two images and more")
+        if not 0 <= moco.decay <= 1 or not moco.temperature > 0:
+            yield f"pretrain.moco needs 0 <= decay <= 1 and temperature > 0, not {moco.decay} and {moco.temperature}"
+
+
+def _recipes(config: Any) -> dict[str, Any]:
+    """Every recipe that some cell is trained by, under the key that it stands at."""
+    return {f"recipes.{name}" if name else "distill": recipe_of(config, cell)
+            for cell in cells(config) for name in [recipe_name(config, cell)]}
+
+
+def _target_problems(keys: Any) -> Iterator[str]:
+    if keys.arch or keys.kind != "torch":
+        yield from choice("target.arch", keys.arch, ARCHS)
+    yield from choice("target.precision", keys.precision, PRECISIONS)
+    if keys.kind == "torch" and not keys.path:
+        yield "target.kind=torch needs the weights: --config.target.path=FILE.pth"
+    if keys.kind == "train" and keys.path:
+        yield f"target.path {keys.path} is read by target.kind=torch alone; set that, or leave the path out"
+    if len(keys.expect) not in (0, 2):
+        yield f"target.expect {keys.expect} must be a top-1 and a top-5 accuracy in per cent, or ()"
+
+
+def _tuple_problems(key: str, default: tuple, value: tuple) -> Iterator[str]:
+    if not all(isinstance(number, int | float) for number in value):
+        yield f"{key} {value} must hold numbers"
+    if len(value) != len(default) and not key.endswith(("milestones", "mean", "std", "expect")):
+        yield f"{key} {value} must hold {len(default)} numbers, as {default} does"
+
+
+def _training_problems(name: str, keys: Any, data: Dataset, whole_epochs: bool) -> Iterator[str]:
+    if keys.batch_size < 2:
+        yield f"{name}.batch_size {keys.batch_size} must be two images or more, for their batch statistics"
+    try:
+        check_batch(keys.batch_size, f"{name}.batch_size")
+    except ValueError as error:
+        yield str(error)
+    if keys.batch_size > data.pool.size:
+        yield f"{name}.batch_size {keys.batch_size} is larger than the pool of {data.pool.size} images"
+    if not keys.epochs > 0:
+        yield f"{name}.epochs {keys.epochs} must be above 0"
+    if whole_epochs and keys.epochs != int(keys.epochs):
+        yield f"{name}.epochs {keys.epochs} must be a whole number"
+    for rate in ("learning_rate", "head_learning_rate"):
+        if rate in keys and not 0 <= keys[rate] < float("inf"):
+            yield f"{name}.{rate} {keys[rate]} must be a number from 0 on"
+    if not 0 <= keys.momentum < 1 or not keys.weight_decay >= 0:
+        yield f"{name} needs 0 <= momentum < 1 and weight_decay >= 0, not {keys.momentum} and {keys.weight_decay}"
+    yield from choice(f"{name}.optimizer", keys.optimizer, OPTIMIZERS)
+    yield from choice(f"{name}.schedule", keys.schedule, SCHEDULES)
+    yield from choice(f"{name}.weight_decay_on", keys.weight_decay_on, DECAYS)
+
+
+def _view_problems(name: str, view: Any, data: Dataset) -> Iterator[str]:
+    low, high = view.crop_scale
+    if not 0 < low <= high <= 1:
+        yield f"{name}.crop_scale {view.crop_scale} must be two shares with 0 < smallest <= largest <= 1"
+    for key in ("flip_p", "jitter_p", "grey_p", "blur_p"):
+        if not 0 <= view[key] <= 1:
+            yield f"{name}.{key} {view[key]} is not a probability"
+    if view.size < 0:
+        yield f"{name}.size {view.size} must be pixels, or 0 for the image's own"
+    if not view.size and data.shape[0] != data.shape[1]:
+        yield f"{name}.size must be given, for the images are not square but {data.shape[0]} x {data.shape[1]}"

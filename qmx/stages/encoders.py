@@ -1,0 +1,114 @@
+"""Encoders: pretrained here without labels, or brought along; and what their features are good for."""
+
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from qmx import build
+from qmx.checkpoint import save_weights
+from qmx.contract import Encoder
+from qmx.data.sources import take
+from qmx.evaluate import held_out, held_out_knn, top_k
+from qmx.health import watch
+from qmx.job import train
+from qmx.methods import linear
+from qmx.models import from_torch
+from qmx.sharding import put_state
+from qmx.stages.run import Run, file_digest, outputs, plain, read_weights, root_key
+from qmx.stages.target import Labels
+
+
+def pretrain(this: Run, init: str, seed: int) -> dict:
+    """An encoder: trained without labels, or converted from the weights that the config names."""
+    keys, student = this.config.pretrain[init], this.config.student
+    if keys.path:
+        inputs = {"arch": student.arch, "file": file_digest(keys.path)}
+        return this.stage("pretrain", f"{init}-seed{seed}", inputs, lambda directory: _convert(this, init, directory))
+    view = view_of(init)
+    inputs = {"seed": seed, "pretrain": {init: plain(keys)}, view: plain(this.config[view]), "student": plain(student)}
+    return this.stage("pretrain", f"{init}-seed{seed}", inputs,
+                      lambda directory: _pretrain(this, init, seed, directory))
+
+
+def view_of(init: str) -> str:
+    """The config's view that a pretraining sees."""
+    return "weak_view" if init == "rotation" else "strong_view"
+
+
+def _pretrain(this: Run, init: str, seed: int, directory: Path) -> dict:
+    keys, pool, seen = this.config.pretrain[init], this.data.pool, build.look(this.data)
+    steps = build.pretrain_steps(keys, pool.size)
+    trainer = build.pretrainer(init, keys, this.config.student, this.config[view_of(init)], seen, steps)
+    rng = root_key(seed, init)
+    began = time.monotonic()
+    ts = train(directory, f"pretrain {init} seed {seed}", trainer.step, trainer.init(rng), rng, pool,
+               batch_size=keys.batch_size, steps=steps, seed=seed, drop_last=True,
+               watch=watch(steps // int(keys.epochs), keys.get("features")), stopped=this.stopped)
+    seconds = time.monotonic() - began
+    digest = save_weights(directory / "encoder.safetensors", trainer.method.encoder(ts.params, ts.state))
+    return {"sha256": digest, "seconds": seconds, "epochs": int(keys.epochs)}
+
+
+def _convert(this: Run, init: str, directory: Path) -> dict:
+    path, arch = this.config.pretrain[init].path, this.config.student.arch
+    began = time.monotonic()
+    encoder = from_torch.load(path, arch).backbone
+    digest = save_weights(directory / "encoder.safetensors", encoder)
+    # Read back in the student's structure, so that other channels are found now and not after the query.
+    read_weights(this, build.backbone(arch, "float32", build.look(this.data)),
+                 f"pretrain/{directory.name}/encoder.safetensors")
+    return {"sha256": digest, "seconds": time.monotonic() - began, "source": Path(path).name}
+
+
+def read_encoder(this: Run, init: str, seed: int) -> Encoder:
+    """The encoder that `pretrain` left."""
+    net = build.backbone(this.config.student.arch, "float32", build.look(this.data))
+    return read_weights(this, net, f"pretrain/{init}-seed{seed}/encoder.safetensors")
+
+
+def monitor(this: Run, init: str, seed: int) -> dict:
+    """How good an encoder's features are beside a random network's, on a held-out part of the pool."""
+    made = pretrain(this, init, seed)
+    keys, student, seen = this.config.monitor, this.config.student, build.look(this.data)
+    pool = this.data.pool
+    name = f"{init}-seed{seed}"
+
+    def work(directory: Path) -> dict:
+        net = build.backbone(student.arch, "float32", seen)
+        encoder = read_encoder(this, init, seed)
+        random = put_state(Encoder(*build.random_backbone(student.arch, seen)(root_key(seed, "random"))))
+        found = {}
+        for key, variables in (("knn_top1", encoder), ("knn_top1_random", random)):
+            features = outputs(this, f"features of {name if variables is encoder else 'a random network'}", net,
+                               variables, pool)
+            found[key] = held_out_knn(features, pool.labels, keys.knn_k, keys.knn_temperature)
+        if keys.linear:
+            found["linear_top1"] = linear_top1(this, encoder, directory, name, seed)
+        return {"knn_k": keys.knn_k, "knn_temperature": keys.knn_temperature, **found}
+
+    inputs = {"encoder": made["sha256"], "monitor": plain(keys) if keys.linear else
+              {key: keys[key] for key in ("knn_k", "knn_temperature")}, "weak_view": plain(this.config.weak_view)}
+    return this.stage("monitor", name, inputs, work)
+
+
+def linear_top1(this: Run, encoder: Encoder, directory: Path, name: str, seed: int) -> float:
+    """Accuracy in per cent of a linear classifier on frozen features, after its last step."""
+    keys, pool, seen = this.config.monitor.probe, this.data.pool, build.look(this.data)
+    asking = held_out(pool.size)
+    learn = np.flatnonzero(~asking)
+    steps = build.distill_steps(keys, len(learn))
+    trainer = build.prober(keys, this.config.student.arch, this.config.weak_view, seen, steps)
+    rng = root_key(seed, "probe")
+    ts = trainer.init(rng)
+    ts = ts._replace(state=linear.start_from(ts.state, encoder))
+    source = take(pool, learn, scores=Labels(pool.labels[learn], this.data.classes))
+    ts = train(directory, f"linear probe of {name}", trainer.step, ts, rng, source, batch_size=keys.batch_size,
+               steps=steps, seed=seed, drop_last=False, stopped=this.stopped)
+    classifier = build.classifier(this.config.student.arch, "float32", seen)
+    variables = Encoder({"backbone": encoder.params, "head": ts.params["head"]},
+                        {"backbone": encoder.stats, "head": ts.state["head"]})
+    held = take(pool, np.flatnonzero(asking))
+    scores = outputs(this, f"probing {name}", classifier, jax.tree.map(jax.numpy.asarray, variables), held)
+    return top_k(scores, held.labels, 1)

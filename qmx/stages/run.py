@@ -1,0 +1,80 @@
+"""What all stages share: the call of the program that they belong to, and reading what they left."""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from qmx import build, workdir
+from qmx.checkpoint import load_weights
+from qmx.contract import Encoder, Network
+from qmx.data import Dataset, Source
+from qmx.data.batches import ahead
+from qmx.evaluate import predict_chunks
+from qmx.progress import progress, say
+from qmx.sharding import put_state
+
+BATCH = 256  # images that are evaluated at a time
+
+
+class Run(NamedTuple):
+    """One call of the program."""
+
+    config: Any  # a frozen config, checked
+    workdir: Path
+    data: Dataset
+    only: str  # a stage, or "all"
+    stopped: Callable[[], bool]
+    made: list[str]  # what this call did and did not find done
+
+    def stage(self, kind: str, name: str, inputs: dict, work: Callable[[Path], dict]) -> dict:
+        """The result of a stage, done now if it is this call's to do; see `qmx.workdir.stage`."""
+        directory = self.workdir / kind / name
+
+        def run() -> dict:
+            self.made.append(f"{kind}/{name}")
+            return work(directory)
+
+        refuse = None
+        if self.only not in ("all", kind):
+            refuse = f"--stage={self.only} needs {directory}, which --stage={kind} makes"
+        return workdir.stage(directory, {"data": self.data.digest, **inputs}, run, say, refuse)
+
+
+def read_weights(this: Run, network: Network, path: str) -> Encoder:
+    """A network's weights from the workdir onto the devices."""
+    return put_state(load_weights(this.workdir / path, build.variables(network, build.look(this.data))))
+
+
+def outputs(this: Run, name: str, network: Network, variables: Encoder, source: Source) -> np.ndarray:
+    """What a network says of every image of a source, f32[n, D], with progress called `name`."""
+    view = build.evaluation_view(build.look(this.data))
+    with progress(name, source.size) as shown:
+
+        def chunks() -> Iterator[np.ndarray]:
+            for done, images in ahead(source.shown, np.arange(source.size), BATCH):
+                yield images
+                shown.update(done)
+
+        return predict_chunks(network, variables.params, variables.stats, view, chunks(), BATCH)
+
+
+def root_key(seed: int, purpose: str) -> jax.Array:
+    """The root key of a run, one for each purpose."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
+
+
+def plain(keys: Any) -> dict:
+    """A part of the config as JSON has it."""
+    return json.loads(keys.to_json())
+
+
+def file_digest(path: str) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,76 @@
+"""Students: trained on the ledger's answers, and compared with the target."""
+
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+from qmx import build
+from qmx.checkpoint import save_weights
+from qmx.contract import Encoder
+from qmx.data.sources import take
+from qmx.evaluate import compare
+from qmx.job import train
+from qmx.methods.distill import start_from
+from qmx.oracle.access import as_logits
+from qmx.settings import Cell, percent, recipe_name, recipe_of
+from qmx.stages.asking import evaluation_keys, pool_keys, query, selection
+from qmx.stages.encoders import pretrain, read_encoder
+from qmx.stages.run import Run, outputs, plain, read_weights, root_key
+from qmx.stages.target import Labels, open_ledger, preprocessing, target
+
+
+def distill(this: Run, cell: Cell, todo: list[Cell]) -> dict:
+    """Train a fresh student on the answers in the ledger. The target is not here."""
+    keys, view, student = recipe_of(this.config, cell), this.config.weak_view, this.config.student
+    seen, pool = build.look(this.data), this.data.pool
+    start = pretrain(this, cell.init, cell.seed)["sha256"] if cell.init != "none" else "none"
+    ids = selection(this, cell)
+
+    def work(directory: Path) -> dict:
+        scores: Any
+        if keys.learn_from == "labels":
+            scores = Labels(pool.labels[ids], this.data.classes)
+        else:
+            query(this, todo)
+            with open_ledger(this) as ledger:
+                scores = as_logits(ledger.read_keys(pool_keys(this, ids), cell.access), cell.access)
+        steps = build.distill_steps(keys, len(ids))
+        trainer = build.distiller(keys, student.arch, student.dtype, view, seen, steps)
+        rng = root_key(cell.seed, "student")  # one key whatever it starts from: the same head, the same views
+        ts = trainer.init(rng)
+        if cell.init != "none":
+            params, state = start_from(ts.params, ts.state, read_encoder(this, cell.init, cell.seed))
+            ts = ts._replace(params=params, state=state)
+        name = f"distill {cell.init} {percent(cell.fraction)} {cell.select} {cell.access} seed {cell.seed}"
+        began = time.monotonic()
+        ts = train(directory, name, trainer.step, ts, rng, take(pool, ids, scores=scores), batch_size=keys.batch_size,
+                   steps=steps, seed=cell.seed, drop_last=False, stopped=this.stopped)
+        digest = save_weights(directory / "student.safetensors", Encoder(ts.params, ts.state))
+        return {"sha256": digest, "seconds": time.monotonic() - began, "queries": len(ids),
+                "recipe": recipe_name(this.config, cell) or "distill"}
+
+    inputs = {"cell": cell._asdict(), "distill": plain(keys), "weak_view": plain(view),
+              "student": plain(student), "encoder": start, "target": target(this)["sha256"],
+              "preprocessing": preprocessing(this), "images": zlib.crc32(ids.tobytes())}
+    return this.stage("distill", cell.name, inputs, work)
+
+
+def evaluate(this: Run, cell: Cell, todo: list[Cell]) -> dict:
+    """A cell's row of the table, from its last step (never the best one)."""
+    made = distill(this, cell, todo)
+    seen, keys, evaluation = build.look(this.data), recipe_of(this.config, cell), this.data.evaluation
+
+    def work(_: Path) -> dict:
+        network = build.classifier(this.config.student.arch, "float32", seen, standardize=keys.standardize)
+        student = read_weights(this, network, f"distill/{cell.name}/student.safetensors")
+        scores = outputs(this, f"evaluate {cell.name}", network, student, evaluation)
+        query(this, todo)
+        with open_ledger(this) as ledger:
+            answers = ledger.read_keys(evaluation_keys(this))
+        queries = {"train": made["queries"], "select": 0, "report": len(answers)}
+        return {**cell._asdict(), "queries": queries, "calls": sum(queries.values()),
+                **compare(scores, answers, evaluation.labels), "seconds": made["seconds"], "recipe": made["recipe"]}
+
+    inputs = {"student": made["sha256"], "target": target(this)["sha256"], "preprocessing": preprocessing(this)}
+    return this.stage("evaluate", cell.name, inputs, work)

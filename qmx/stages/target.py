@@ -1,0 +1,93 @@
+"""The target: trained here, or made of weights that the user has; and the questions to it."""
+
+from pathlib import Path
+
+import numpy as np
+
+from qmx import build
+from qmx.checkpoint import save_weights
+from qmx.contract import Encoder, Network
+from qmx.data import Dataset
+from qmx.data.sources import take
+from qmx.job import train
+from qmx.models import from_torch
+from qmx.oracle import Ledger, network_query
+from qmx.oracle.access import one_hot_logits
+from qmx.oracle.query import Query
+from qmx.stages.run import Run, file_digest, plain, read_weights, root_key
+
+WEIGHTS = "target/target.safetensors"
+
+
+def target(this: Run) -> dict:
+    """The target's name, weights and network: trained on the pool's labels, or converted from PyTorch's."""
+    keys = this.config.target
+    if keys.kind == "torch":
+        inputs = {"arch": keys.arch, "file": file_digest(keys.path)}
+        return this.stage("target", ".", inputs, lambda directory: _convert(this, directory))
+    inputs = {"target": plain(keys), "weak_view": plain(this.config.weak_view)}
+    return this.stage("target", ".", inputs, lambda directory: _train(this, directory))
+
+
+def _train(this: Run, directory: Path) -> dict:
+    keys, seen, pool = this.config.target, build.look(this.data), this.data.pool
+    source = take(pool, np.arange(pool.size), scores=Labels(pool.labels, this.data.classes))
+    steps = build.distill_steps(keys, pool.size)
+    trainer = build.distiller(keys, keys.arch, "float32", this.config.weak_view, seen, steps)
+    rng = root_key(keys.seed, "target")
+    ts = train(directory, "target", trainer.step, trainer.init(rng), rng, source, batch_size=keys.batch_size,
+               steps=steps, seed=keys.seed, drop_last=False, stopped=this.stopped)
+    digest = save_weights(directory / "target.safetensors", Encoder(ts.params, ts.state))
+    return {"name": f"{keys.arch} trained on {this.data.name}", "arch": keys.arch, "sha256": digest}
+
+
+def _convert(this: Run, directory: Path) -> dict:
+    keys = this.config.target
+    made = from_torch.load(keys.path, keys.arch)
+    if made.head is None:
+        raise ValueError(f"target.path {keys.path} holds a backbone without a classifier; a target needs its scores")
+    check_classes(made.head["fc"]["kernel"].shape[1], this.data, keys.path)
+    weights = Encoder({"backbone": made.backbone.params, "head": made.head},
+                      {"backbone": made.backbone.stats, "head": {}})
+    digest = save_weights(directory / "target.safetensors", weights)
+    return {"name": f"{made.arch} from {Path(keys.path).name}", "arch": made.arch, "sha256": digest}
+
+
+def check_classes(classes: int, data: Dataset, path: str) -> None:
+    """Raise ValueError unless the weights in `path` know as many classes as the data has."""
+    if classes != data.classes:
+        raise ValueError(f"{path} scores {classes} classes and {data.name} has {data.classes}; they must be the same "
+                         "classes in the same order")
+
+
+class Labels:
+    """True labels as scores, f32[n, N], made for the rows that are read: 1.3 M x 1,000 would not fit."""
+
+    def __init__(self, labels: np.ndarray, classes: int):
+        self.labels, self.classes = labels, classes
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        return one_hot_logits(self.labels[rows], self.classes)
+
+
+def target_query(this: Run) -> Query:
+    """The query function around the target's weights."""
+    made, keys, seen = target(this), this.config.target, build.look(this.data)
+    network: Network = build.classifier(made["arch"], "float32", seen)
+    weights = read_weights(this, network, WEIGHTS)
+    folded, weights = build.for_inference(made["arch"], keys.precision, seen, weights)
+    return network_query(folded, *weights, build.evaluation_view(seen), precision=keys.precision)
+
+
+def preprocessing(this: Run) -> str:
+    """What happens between the pixels sent and the answer, for the ledger: other settings, other answers."""
+    return f"mean {this.data.mean}, std {this.data.std}, {this.config.target.precision}"
+
+
+def open_ledger(this: Run) -> Ledger:
+    """This target's ledger, with the config's budget."""
+    return Ledger(this.workdir / "ledger.sqlite", target=target(this)["sha256"],
+                  preprocessing=preprocessing(this), budget=this.config.budget)
