@@ -124,6 +124,8 @@ def start(config: FrozenConfigDict, workdir: Path) -> str:
     if STAGE.value not in ("all", "target", "pretrain", "monitor", "select") and not workdir.exists():
         raise ValueError(f"--stage={STAGE.value} needs what earlier stages leave in {workdir}, and it does not exist")
     check_budget(config, workdir, images)
+    if not (workdir / "config.json").exists():  # else it was done before; it takes seconds for a large network
+        pipeline.check_weights(config, images)
     claim(workdir, json.loads(config.to_json()), UPDATE.value)
     if jax.config.values["jax_compilation_cache_dir"] is None:  # so that a call after a kill compiles nothing anew
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))

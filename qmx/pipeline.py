@@ -26,9 +26,11 @@ from qmx.data import Dataset, subset_size
 from qmx.progress import say
 from qmx.settings import Cell, cells
 from qmx.stages.asking import accuracy_by_answers, evaluation_keys, query, selection, unexpected
+from qmx.stages.encoders import converted as converted_encoder
 from qmx.stages.encoders import monitor, pretrain
 from qmx.stages.run import Run, plain
 from qmx.stages.students import distill, evaluate
+from qmx.stages.target import converted as converted_target
 from qmx.stages.target import open_ledger, target
 
 STAGES = ("target", "pretrain", "monitor", "select", "query", "distill", "evaluate", "report")
@@ -74,6 +76,15 @@ def run(config: Any, directory: Path, data: Dataset, only: str, stopped: Callabl
     if not wanted["report"]:
         return f"stage {only} is done; --stage=report shows where things stand"
     return write_report(this, todo, encoders)
+
+
+def check_weights(config: Any, data: Dataset) -> None:
+    """Raise ValueError for weights files that the config names and that do not fit; nothing is written."""
+    if config.target.kind == "torch":
+        converted_target(config.target, data)
+    for init in config.inits:
+        if init != "none" and config.pretrain[init].path:
+            converted_encoder(config, init, data)
 
 
 def write_report(this: Run, todo: list[Cell], encoders: list[tuple[str, int]]) -> str:

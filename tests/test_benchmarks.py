@@ -15,3 +15,11 @@ def test_step_time(environment):
     rows = json.loads(out.splitlines()[-1])["rows"]
     assert [row["method"] for row in rows] == ["distill", "moco", "simsiam", "rotation"]
     assert all(row["ms"] > 0 and row["compile_seconds"] > 0 for row in rows)
+
+
+def test_input_pipeline(environment):
+    """A rate for each way in which photos become batches."""
+    out = subprocess.run([sys.executable, "benchmarks/input_pipeline.py", "--photos=12", "--repeats=1"],
+                         cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    rates = json.loads(out.splitlines()[-1])["images_per_second"]
+    assert rates.keys() == {"write_cache", "read_cache", "read_files", "target_input"} and min(rates.values()) > 0

@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from qmx import build
 from qmx.checkpoint import save_weights
 from qmx.contract import Encoder
+from qmx.data import Dataset
 from qmx.data.sources import take
 from qmx.evaluate import held_out, held_out_knn, top_k
 from qmx.health import watch
@@ -17,7 +19,7 @@ from qmx.methods import linear
 from qmx.models import from_torch
 from qmx.sharding import put_state
 from qmx.stages.run import Run, file_digest, outputs, plain, read_weights, root_key
-from qmx.stages.target import Labels
+from qmx.stages.target import Labels, check_channels
 
 
 def pretrain(this: Run, init: str, seed: int) -> dict:
@@ -52,14 +54,18 @@ def _pretrain(this: Run, init: str, seed: int, directory: Path) -> dict:
 
 
 def _convert(this: Run, init: str, directory: Path) -> dict:
-    path, arch = this.config.pretrain[init].path, this.config.student.arch
     began = time.monotonic()
-    encoder = from_torch.load(path, arch).backbone
+    encoder = converted(this.config, init, this.data).backbone
     digest = save_weights(directory / "encoder.safetensors", encoder)
-    # Read back in the student's structure, so that other channels are found now and not after the query.
-    read_weights(this, build.backbone(arch, "float32", build.look(this.data)),
-                 f"pretrain/{directory.name}/encoder.safetensors")
-    return {"sha256": digest, "seconds": time.monotonic() - began, "source": Path(path).name}
+    return {"sha256": digest, "seconds": time.monotonic() - began, "source": Path(this.config.pretrain[init].path).name}
+
+
+def converted(config: Any, init: str, data: Dataset) -> from_torch.Converted:
+    """The weights that the config names for an init; ValueError unless a student can start from them."""
+    path = config.pretrain[init].path
+    made = from_torch.load(path, config.student.arch)
+    check_channels(made, path, data)
+    return made
 
 
 def read_encoder(this: Run, init: str, seed: int) -> Encoder:

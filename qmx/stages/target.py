@@ -1,6 +1,7 @@
 """The target: trained here, or made of weights that the user has; and the questions to it."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -43,21 +44,31 @@ def _train(this: Run, directory: Path) -> dict:
 
 def _convert(this: Run, directory: Path) -> dict:
     keys = this.config.target
-    made = from_torch.load(keys.path, keys.arch)
-    if made.head is None:
-        raise ValueError(f"target.path {keys.path} holds a backbone without a classifier; a target needs its scores")
-    check_classes(made.head["fc"]["kernel"].shape[1], this.data, keys.path)
+    made = converted(keys, this.data)
     weights = Encoder({"backbone": made.backbone.params, "head": made.head},
                       {"backbone": made.backbone.stats, "head": {}})
     digest = save_weights(directory / "target.safetensors", weights)
     return {"name": f"{made.arch} from {Path(keys.path).name}", "arch": made.arch, "sha256": digest}
 
 
-def check_classes(classes: int, data: Dataset, path: str) -> None:
-    """Raise ValueError unless the weights in `path` know as many classes as the data has."""
+def converted(keys: Any, data: Dataset) -> from_torch.Converted:
+    """The weights that the config's `target` names; ValueError unless they can be the target of `data`."""
+    made = from_torch.load(keys.path, keys.arch)
+    if made.head is None:
+        raise ValueError(f"target.path {keys.path} holds a backbone without a classifier; a target needs its scores")
+    check_channels(made, keys.path, data)
+    classes = made.head["fc"]["kernel"].shape[1]
     if classes != data.classes:
-        raise ValueError(f"{path} scores {classes} classes and {data.name} has {data.classes}; they must be the same "
-                         "classes in the same order")
+        raise ValueError(f"{keys.path} scores {classes} classes and {data.name} has {data.classes}; they must be the "
+                         "same classes in the same order")
+    return made
+
+
+def check_channels(made: from_torch.Converted, path: str, data: Dataset) -> None:
+    """Raise ValueError unless the images have the channels that the network was made for."""
+    channels = made.backbone.params["conv1"]["kernel"].shape[2]
+    if channels != data.shape[-1]:
+        raise ValueError(f"{path} was made for images of {channels} channels, and {data.name} has {data.shape[-1]}")
 
 
 class Labels:
