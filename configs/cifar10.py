@@ -25,19 +25,15 @@ On two CPU cores one MoCo epoch takes about twenty minutes.
 
 from ml_collections import ConfigDict
 
-from qmx.settings import base, recipe
+from qmx.settings import base, chosen, recipe
 
 INITS = ("none", "rotation", "moco", "simsiam")
 WORDS = (*INITS, "tiny")
 
 
 def get_config(words: str = "") -> ConfigDict:
-    chosen = words.split(",") if words else []
-    unknown = sorted(set(chosen) - set(WORDS))
-    if unknown:
-        raise ValueError(f"{unknown[0]!r} is none of {', '.join(WORDS)}")
-    config = base()
-    config.inits = tuple(init for init in INITS if init in chosen) or INITS
+    given, config = chosen(words, WORDS), base()
+    config.inits = tuple(init for init in INITS if init in given) or INITS
     config.fractions = (0.01, 0.1, 1.0)
     config.data.update(source="arrays", canvas=32, resize=32, crop=32)
     # The notebook's; the pixels' own standard deviation is 0.247, 0.243, 0.262.
@@ -59,7 +55,7 @@ def get_config(words: str = "") -> ConfigDict:
     config.recipes.tune = recipe(("rotation", "moco", "simsiam", "imported"), epochs=50.0, min_steps=2000,
                                  batch_size=128, schedule="cosine", learning_rate=0.01, head_learning_rate=0.1,
                                  standardize=True)
-    if "tiny" in chosen:
+    if "tiny" in given:
         tiny(config)
     return config
 

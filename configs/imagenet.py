@@ -41,19 +41,15 @@ little higher.
 
 from ml_collections import ConfigDict
 
-from qmx.settings import base, recipe
+from qmx.settings import base, chosen, recipe
 
 INITS = ("none", "rotation", "moco", "simsiam")
 WORDS = (*INITS, "paper", "best", "moco800", "tiny")
 
 
 def get_config(words: str = "") -> ConfigDict:
-    chosen = words.split(",") if words else []
-    unknown = sorted(set(chosen) - set(WORDS))
-    if unknown:
-        raise ValueError(f"{unknown[0]!r} is none of {', '.join(WORDS)}")
-    config = base()
-    config.inits = tuple(init for init in INITS if init in chosen) or INITS
+    given, config = chosen(words, WORDS), base()
+    config.inits = tuple(init for init in INITS if init in given) or INITS
     config.fractions = (0.01, 0.1, 1.0)
     config.selects = ("predecessor",)
     config.data.source = "folder"
@@ -63,12 +59,13 @@ def get_config(words: str = "") -> ConfigDict:
     config.monitor.update(knn_k=20, knn_temperature=0.07)  # mmselfsup's; others differ by 10 points
     # The pretraining protocols are the defaults of `qmx.settings.base`: MoCo v2 200 epochs (He et al.,
     # main_moco.py), SimSiam 100 (main_simsiam.py), rotation 70 (mmselfsup, rotation_pred).
-    if "moco800" in chosen:
+    if "moco800" in given:
         config.pretrain.moco.epochs = 800.0
 
-    best = "best" in chosen
+    best = "best" in given
     # From scratch: S4L's schedules (Zhai et al. 2019) as the predecessor's code has them. It decays
-    # batch norm and biases too, which S4L does not, and adds colour jitter.
+    # batch norm and biases too, which S4L does not, and adds colour jitter. Unlike there, epochs follow
+    # each other without a seam: the code's last batch at 1 % has 11 images, and 11 images' statistics.
     scratch = dict(inits=("none",), jitter=(0.3, 0.3, 0.3, 0.1), factor=0.1,
                    weight_decay_on="kernels" if best else "all")
     # Fine-tuning: 20 epochs, a rate for the backbone and a larger one for the classifier (PCL).
@@ -89,7 +86,7 @@ def get_config(words: str = "") -> ConfigDict:
     config.recipes.tune_100 = recipe(
         above=0.2, epochs=90.0, learning_rate=0.1, head_learning_rate=0.1, weight_decay=1e-4,
         milestones=(30.0, 60.0), factor=0.1, **tune)
-    if "tiny" in chosen:
+    if "tiny" in given:
         tiny(config)
     return config
 

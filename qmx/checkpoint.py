@@ -117,3 +117,9 @@ def load_weights(path: Path, like: PyTree) -> PyTree:
 def weights_digest(tree: PyTree) -> str:
     """One SHA-256 over all names, shapes, dtypes and bytes of a tree."""
     return hashlib.sha256(repr(sorted(leaf_digests(tree).items())).encode()).hexdigest()
+
+
+def file_digest(path: Path | str) -> str:
+    """SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

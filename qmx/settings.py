@@ -136,12 +136,25 @@ def base() -> ConfigDict:
         knn_k=200, knn_temperature=0.1,  # accuracy of weighted nearest neighbours
         linear=False,  # also that of a linear classifier, which takes training:
     ))
-    config.monitor.probe = training(  # MoCo's protocol
+    # MoCo's protocol. SimSiam's: optimizer lars, schedule cosine_by_epoch, 90 epochs, batch 4096, learning_rate 1.6.
+    config.monitor.probe = training(
         epochs=100.0, learning_rate=30.0, milestones=(60.0, 80.0), weight_decay=0.0)
 
     config.lock()  # so that a misspelt key in a config file is an error
     config.recipes.unlock()  # a config gives its recipes names
     return config
+
+
+def chosen(words: str, known: tuple[str, ...]) -> set[str]:
+    """The words, with commas between them, that a config's `get_config` was given.
+
+    Raises:
+      ValueError: a word that is not among the known ones.
+    """
+    given = set(words.split(",")) if words else set()
+    if unknown := sorted(given - set(known)):
+        raise ValueError(f"{unknown[0]!r} is none of {', '.join(known)}")
+    return given
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -88,6 +88,7 @@ def test_cifar10_tiny(command, tmp_path):
     status, out, err = command("--config=configs/cifar10.py:tiny", f"--config.data.path={tmp_path}/train.npz",
                                f"--config.data.eval_path={tmp_path}/test.npz", f"--workdir={tmp_path}/w",
                                "--config.monitor.linear=True", "--config.monitor.probe.epochs=1",
+                               "--config.monitor.probe.optimizer=lars",
                                "--config.monitor.probe.batch_size=64", "--config.inits=('none','moco')")
     assert status == 0, err
     results = json.loads((tmp_path / "w/results.json").read_text())

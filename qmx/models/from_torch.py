@@ -6,7 +6,6 @@ every tensor in them is used, dropped by name, or an error.
 """
 
 import argparse
-import hashlib
 import re
 import sys
 from collections import Counter
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qmx.checkpoint import save_weights
+from qmx.checkpoint import file_digest, save_weights
 from qmx.contract import Encoder, PyTree
 from qmx.models.layout import features, our_path, shapes
 from qmx.models.read_torch import read
@@ -198,12 +197,6 @@ def check_values(what: str, tensors: dict[str, np.ndarray]) -> None:
                              "download or train it again")
 
 
-def sha256(path: Path) -> str:
-    """Of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status, 2 for a usage error."""
     parser = argparse.ArgumentParser("python -m qmx.models.from_torch", description="Convert released PyTorch "
@@ -227,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
         print("from_torch:", *str(error).split(), file=sys.stderr)
         return 2
     classes = f" with a classifier of {net.head['fc']['bias'].size} classes" if net.head else ", no classifier"
-    print(f"{args.file}: {net.arch}{classes}\nsource SHA-256 {sha256(args.file)}\nused {net.used} tensors")
+    print(f"{args.file}: {net.arch}{classes}\nsource SHA-256 {file_digest(args.file)}\nused {net.used} tensors")
     for group, count in sorted(Counter(map(group_of, net.dropped)).items()):
         print(f"dropped {count} tensors: {group}")
     print(f"wrote {args.out}, digest {digest}")

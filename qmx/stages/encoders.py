@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from qmx import build
-from qmx.checkpoint import save_weights
+from qmx.checkpoint import file_digest, save_weights
 from qmx.contract import Encoder
 from qmx.data import Dataset
 from qmx.data.sources import take
@@ -18,7 +18,7 @@ from qmx.job import train
 from qmx.methods import linear
 from qmx.models import from_torch
 from qmx.sharding import put_state
-from qmx.stages.run import Run, file_digest, outputs, plain, read_weights, root_key
+from qmx.stages.run import Run, outputs, plain, read_weights, root_key
 from qmx.stages.target import Labels, check_channels
 
 

@@ -1,6 +1,5 @@
 """What all stages share: the call of the program that they belong to, and reading what they left."""
 
-import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterator
@@ -72,9 +71,3 @@ def root_key(seed: int, purpose: str) -> jax.Array:
 def plain(keys: Any) -> dict:
     """A part of the config as JSON has it."""
     return json.loads(keys.to_json())
-
-
-def file_digest(path: str) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

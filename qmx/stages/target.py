@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from qmx import build
-from qmx.checkpoint import save_weights
+from qmx.checkpoint import file_digest, save_weights
 from qmx.contract import Encoder, Network
 from qmx.data import Dataset
 from qmx.data.sources import take
@@ -15,7 +15,7 @@ from qmx.models import from_torch
 from qmx.oracle import Ledger, network_query
 from qmx.oracle.access import one_hot_logits
 from qmx.oracle.query import Query
-from qmx.stages.run import Run, file_digest, plain, read_weights, root_key
+from qmx.stages.run import Run, plain, read_weights, root_key
 
 WEIGHTS = "target/target.safetensors"
 
