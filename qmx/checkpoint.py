@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from qmx.contract import PyTree, by_path, check_shapes
+from qmx.sharding import first
 from qmx.train import TrainState
 
 log = logging.getLogger(__name__)
@@ -90,9 +91,11 @@ class Checkpoints:
 
 
 def save_weights(path: Path, tree: PyTree) -> str:
-    """Write a tree as safetensors, whole or not at all; returns its `weights_digest`."""
+    """Write a tree as safetensors, whole or not at all, in the first process; returns its `weights_digest`."""
     from safetensors.numpy import save_file
 
+    if not first():
+        return weights_digest(tree)
     # safetensors 0.8 writes strided arrays scrambled, so copies in C order.
     arrays = {name: np.ascontiguousarray(leaf) for name, leaf in by_path(tree).items()}
     part = path.with_suffix(".part")

@@ -1,6 +1,6 @@
 """How good a student is: accuracy, fidelity, divergence; and how good features are."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 
 import jax
@@ -9,38 +9,46 @@ import numpy as np
 from scipy.special import log_softmax
 
 from qmx.contract import Network, PyTree, View
-from qmx.sharding import put_batch
+from qmx.sharding import everywhere, put_batch, rows_here
 
 
 @cache
 def _forward(network: Network, view: View):  # one compilation for each network and view
-    return jax.jit(lambda params, stats, batch: network.apply(params, stats, view(jax.random.key(0), batch), False)[0])
+    return jax.jit(lambda params, stats, batch: network.apply(params, stats, view(jax.random.key(0), batch), False)[0],
+                   out_shardings=everywhere())
 
 
 def predict(network: Network, params: PyTree, stats: PyTree, view: View, images: np.ndarray,
             batch_size: int = 256) -> np.ndarray:
     """What a network says of each image, exactly once; uint8[n, H, W, C] -> f32[n, D]."""
-    chunks = (images[start : start + batch_size] for start in range(0, len(images), batch_size))
-    return predict_chunks(network, params, stats, view, chunks, batch_size)
+    batches = (images[ids] for ids in ids_here(len(images), batch_size))
+    return predict_batches(network, params, stats, view, batches)[: len(images)]
 
 
-def predict_chunks(network: Network, params: PyTree, stats: PyTree, view: View, chunks: Iterable[np.ndarray],
-                   batch_size: int = 256) -> np.ndarray:
-    """`predict` of images that come in chunks of at most `batch_size`, while the next is being read.
+def ids_here(size: int, batch_size: int = 256) -> np.ndarray:
+    """This process's rows of each batch of a pass over 0..size-1, i64[batches, rows].
 
-    A smaller chunk is padded to `batch_size` and the padding thrown away, so that there is one
-    shape to compile and no image is left out.
+    The last id fills the last batch up, so that there is one shape to compile and no image is left
+    out; what is said of the filling stands at the end, to be cut off. A batch is enlarged until it
+    divides over the devices.
     """
+    batch_size = -(-batch_size // jax.device_count()) * jax.device_count()
+    ids = np.minimum(np.arange(-(-size // batch_size) * batch_size), size - 1)
+    return ids.reshape(-1, batch_size)[:, rows_here(batch_size)]
+
+
+def predict_batches(network: Network, params: PyTree, stats: PyTree, view: View,
+                    batches: Iterable[np.ndarray]) -> np.ndarray:
+    """`predict` of whole batches, this process's rows of them; all rows in all processes."""
     rows: list[np.ndarray] = []
-    ahead: tuple[jax.Array, int] | None = None
-    for chunk in chunks:
-        pad = np.repeat(chunk[-1:], batch_size - len(chunk), 0)
-        y = _forward(network, view)(params, stats, put_batch({"image": np.concatenate([chunk, pad])}))
-        if ahead:  # fetched one late, so that the device works while the host reads
-            rows.append(np.asarray(ahead[0])[: ahead[1]])
-        ahead = y, len(chunk)
-    if ahead:
-        rows.append(np.asarray(ahead[0])[: ahead[1]])
+    ahead: jax.Array | None = None
+    for images in batches:
+        y = _forward(network, view)(params, stats, put_batch({"image": images}))
+        if ahead is not None:  # fetched one late, so that the device works while the host reads
+            rows.append(np.asarray(ahead))
+        ahead = y
+    if ahead is not None:
+        rows.append(np.asarray(ahead))
     return np.concatenate(rows)
 
 
@@ -102,13 +110,14 @@ def knn(bank: np.ndarray, bank_labels: np.ndarray, queries: np.ndarray, k: int =
     filler = np.zeros((-len(bank) % devices, bank.shape[1]), bank.dtype)
     shares = np.concatenate([bank, filler]).reshape(devices, -1, bank.shape[1])
     real = (np.arange(shares.shape[0] * shares.shape[1]) < len(bank)).reshape(devices, -1)
-    on_device = put_batch({"bank": shares, "real": real})
+    here = rows_here(devices)
+    on_device = put_batch({"bank": shares[here], "real": real[here]})
     step = 256  # bounds the memory for a large bank
     found = []
     for start in range(0, len(queries), step):
         chunk = queries[start : start + step]
         padded = np.concatenate([chunk, np.zeros((step - len(chunk), chunk.shape[1]), chunk.dtype)])
-        near, nearest = (np.asarray(x)[: len(chunk)] for x in _nearest(padded, on_device, k))
+        near, nearest = (np.asarray(x)[: len(chunk)] for x in _nearest(k)(padded, on_device))
         weight = np.exp((near - near.max(1, keepdims=True)) / temperature)  # the nearest weighs 1: no overflow
         votes = np.zeros((len(nearest), classes))
         np.add.at(votes, (np.arange(len(nearest))[:, None], bank_labels[nearest]), weight)
@@ -116,8 +125,12 @@ def knn(bank: np.ndarray, bank_labels: np.ndarray, queries: np.ndarray, k: int =
     return np.concatenate(found).astype(np.int32)
 
 
-@partial(jax.jit, static_argnums=2)
-def _nearest(queries: jax.Array, shares: dict[str, jax.Array], k: int) -> tuple[jax.Array, jax.Array]:
+@cache
+def _nearest(k: int) -> Callable:
+    return jax.jit(partial(_k_nearest, k=k), out_shardings=everywhere())
+
+
+def _k_nearest(queries: jax.Array, shares: dict[str, jax.Array], k: int) -> tuple[jax.Array, jax.Array]:
     """The k most similar rows, best first: (similarity, number), each [q, k]; exact."""
     bank, real = shares["bank"], shares["real"]  # f32[devices, n / devices, D], bool[devices, n / devices]
     similarity = jnp.einsum("qd,snd->sqn", queries, bank, precision="highest")

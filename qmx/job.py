@@ -1,6 +1,7 @@
 """One training run in a directory: its progress, its metrics, its checkpoints, and going on from them."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import jax
 from qmx.checkpoint import Checkpoints
 from qmx.data import Source, batches
 from qmx.progress import progress, say
-from qmx.sharding import put_state
+from qmx.sharding import any_process, first, from_first, put_state
 from qmx.train import TrainState, fit
 
 
@@ -48,7 +49,7 @@ def train(
     if restored is not None:
         ts = restored
         say(f"{name}: goes on from step {int(ts.step)}")
-    path, start = directory / "metrics.jsonl", int(ts.step)
+    path, start = directory / "metrics.jsonl" if first() else Path(os.devnull), int(ts.step)
     kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start] if start else []
 
     def feed(start: int) -> Iterator[dict[str, jax.Array]]:
@@ -63,7 +64,22 @@ def train(
             if warning := watch(done, metrics):
                 say(f"warning: {name}: {warning}")
 
-        ts = fit(step, ts, feed, rng, steps=steps, on_metrics=on_metrics, save=checkpoints.save, stopped=stopped)
+        ts = fit(step, ts, feed, rng, steps=steps, on_metrics=on_metrics, save=checkpoints.save,
+                 stopped=stopped, agree=agreement())
     checkpoints.close()
-    shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+    from_first(lambda: shutil.rmtree(directory / "checkpoints", ignore_errors=True))
     return ts
+
+
+def agreement(every: int = 10) -> Callable[[bool], bool]:
+    """For `fit`: what some process wants, all do; asked once in `every` steps, as it costs them a round."""
+    if jax.process_count() == 1:
+        return bool
+    calls = 0
+
+    def agree(wanted: bool) -> bool:
+        nonlocal calls
+        calls += 1
+        return calls // 2 % every == 0 and any_process(wanted)  # two questions a step
+
+    return agree

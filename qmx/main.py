@@ -7,6 +7,9 @@
   --workdir=DIRECTORY          where everything is written, and found again by a second call
   --stage=STAGE                one of target pretrain monitor select query distill evaluate report; default all
   --update                     accept a workdir of another config: keep what fits, redo the rest
+  --coordinator=HOST:PORT --processes=P --process=I
+                               one of several processes that run as one, the same command in each;
+                               SLURM and Open MPI need none of the three, Kubernetes --processes=-1
 
 Exit status: 0 done; 2 a mistake, told in one line; 3 the budget is spent; 75 stopped by a signal
 after saving, the same command goes on.
@@ -29,6 +32,9 @@ from qmx.settings import leaves
 CONFIG = config_flags.DEFINE_config_file("config", None, "the config, a Python file", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "where everything is written and found again")
 STAGE = flags.DEFINE_string("stage", "all", "all, or one stage, see --help")
+COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of the first of several processes")
+PROCESSES = flags.DEFINE_integer("processes", 0, "how many processes there are; -1 in a Kubernetes job")
+PROCESS = flags.DEFINE_integer("process", -1, "which of them this is, from 0 on")
 UPDATE = flags.DEFINE_bool("update", False, "accept a workdir of another config: keep what fits, redo the rest")
 
 DONE, MISTAKE, SPENT, STOPPED = 0, 2, 3, 75  # exit statuses
@@ -56,6 +62,7 @@ def main(argv: list[str]) -> int:
         return fail(explain(error), MISTAKE)
 
     from qmx.oracle import BudgetSpent
+    from qmx.sharding import first
     from qmx.train import Stopped
 
     try:
@@ -66,7 +73,8 @@ def main(argv: list[str]) -> int:
         return fail(f"{error}; run the same command again to go on", STOPPED)
     except (ValueError, LookupError, FloatingPointError, OSError) as error:
         return fail(explain(error), MISTAKE)
-    print(text)
+    if first():
+        print(text)
     return DONE
 
 
@@ -111,7 +119,7 @@ def start(config: FrozenConfigDict, workdir: Path) -> str:
     set_xla_flags()
     import jax
 
-    from qmx import data, pipeline
+    from qmx import data, pipeline, sharding
     from qmx.checks import validate, warnings
     from qmx.progress import say
     from qmx.stages.asking import check_budget
@@ -119,6 +127,7 @@ def start(config: FrozenConfigDict, workdir: Path) -> str:
 
     if STAGE.value not in ("all", *pipeline.STAGES):
         raise ValueError(f"--stage={STAGE.value} is unknown; choose one of all, {', '.join(pipeline.STAGES)}")
+    sharding.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value)
     images = data.load(config.data)
     validate(config, images)
     if STAGE.value not in ("all", "target", "pretrain", "monitor", "select") and not workdir.exists():
@@ -129,7 +138,9 @@ def start(config: FrozenConfigDict, workdir: Path) -> str:
     claim(workdir, json.loads(config.to_json()), UPDATE.value)
     if jax.config.values["jax_compilation_cache_dir"] is None:  # so that a call after a kill compiles nothing anew
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
-    say(f"{jax.device_count()} {jax.devices()[0].platform} device(s), jax {jax.__version__}; writing to {workdir}")
+    several = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    say(f"{jax.device_count()} {jax.devices()[0].platform} device(s){several}, jax {jax.__version__}; "
+        f"writing to {workdir}")
     for warning in warnings(config, images):
         say(f"warning: {warning}")
     return pipeline.run(config, workdir, images, STAGE.value, stop_on_signals())

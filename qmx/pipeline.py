@@ -25,6 +25,7 @@ from qmx import report, workdir
 from qmx.data import Dataset, subset_size
 from qmx.progress import say
 from qmx.settings import Cell, cells
+from qmx.sharding import from_first
 from qmx.stages.asking import accuracy_by_answers, evaluation_keys, query, selection, unexpected
 from qmx.stages.encoders import converted as converted_encoder
 from qmx.stages.encoders import monitor, pretrain
@@ -92,28 +93,32 @@ def write_report(this: Run, todo: list[Cell], encoders: list[tuple[str, int]]) -
     evaluation, made = this.data.evaluation, target(this)
     accuracy: dict[str, float | None] = {"top1": None, "top5": None}  # until the evaluation images were asked about
     warning = None
-    with open_ledger(this) as ledger:
-        account = ledger.account()._asdict()
-        if _if_done(partial(query, this, todo)):
-            measured = accuracy_by_answers(ledger, evaluation_keys(this), evaluation.labels)
-            warning = unexpected(this.config.target.expect, measured, evaluation.size)
-            accuracy.update(measured)
+    if _if_done(partial(query, this, todo)):
+        measured = accuracy_by_answers(this, evaluation_keys(this))
+        warning = unexpected(this.config.target.expect, measured, evaluation.size)
+        accuracy.update(measured)
     monitors = [(init, seed, _if_done(partial(pretrain, this, init, seed)),
                  _if_done(partial(monitor, this, init, seed))) for init, seed in encoders]
     rows = [_if_done(partial(evaluate, this, cell, todo)) for cell in todo]
-    return report.write(this.workdir, {
+
+    def account() -> dict:
+        with open_ledger(this, made["sha256"]) as ledger:
+            return ledger.account()._asdict()
+
+    results = {
         "schema": 1,
         "target": {**made, **accuracy, "precision": this.config.target.precision, "warning": warning},
         "pool": {"name": this.data.name, "size": this.data.pool.size, "evaluation": evaluation.size,
                  "classes": this.data.classes, "sha256": this.data.digest,
                  "queries": {str(f): subset_size(f, this.data.pool.size) for f in this.config.fractions}},
         "rows": [row for row in rows if row],
-        "account": account,
+        "account": from_first(account),
         "monitors": [{"init": init, "seed": seed, **encoder, **looked} for init, seed, encoder, looked in monitors
                      if encoder and looked],
         "versions": {name: version(name) for name in ("qmx", "jax", "jaxlib", "flax", "optax", "numpy", "pillow")},
         "config": plain(this.config),
-    })
+    }
+    return from_first(lambda: report.write(this.workdir, results))
 
 
 def _if_done(stage: Callable[[], dict]) -> dict | None:

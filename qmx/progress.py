@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from qmx.sharding import first
+
 LINE_SECONDS = 10  # between the lines of one stage where there is no terminal
 
 
 def say(message: str) -> None:
-    """One line for the user."""
-    print(message, file=sys.stderr, flush=True)
+    """One line for the user, from the first process."""
+    if first():
+        print(message, file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -56,7 +59,7 @@ def progress(name: str, total: int, per_step: int = 1, unit: str = "images") -> 
       per_step: how many `unit`s one step is, for the rate.
     """
     began = time.monotonic()
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and first():
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar

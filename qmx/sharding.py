@@ -1,11 +1,16 @@
-"""The mesh, and batches and state onto it. The only file that knows devices.
+"""The mesh, and batches and state onto it; one process or several. The only file that knows devices.
 
 One axis, "data": batches are split along it, everything else is on every device. XLA places the
 collectives; methods and networks never see a device, and the result does not depend on how many
-there are.
+there are. With several processes each runs the same program and holds its rows of each batch; the
+first one writes the files and keeps the ledger, and what it finds there it tells the others.
 """
 
+import json
+import os
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +18,106 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qmx.contract import PyTree
+
+# What a launcher says of how many processes a job has: SLURM's srun (SLURM_NTASKS is set in an
+# allocation's shell too, where there is one process), Open MPI's mpirun.
+LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+HEARTBEAT_SECONDS = 20  # after which a silent process is taken for dead, and the others end
+
+
+class FirstFailed(ValueError):
+    """The first process could not go on; its error."""
+
+
+def connect(coordinator: str = "", processes: int = 0, index: int = -1) -> None:
+    """Join the processes of one job, before anything else is done with jax.
+
+    Args:
+      coordinator: HOST:PORT of the first process, `processes` their number, `index` this one's. Left
+        out, jax finds all three where SLURM or Open MPI started several processes, or in a
+        Kubernetes job (processes -1, needs the package `kubernetes`); otherwise there is one process.
+
+    Raises:
+      ValueError: only some of the three are given.
+    """
+    if coordinator:
+        if processes < 1 or not 0 <= index < processes:
+            raise ValueError(f"--coordinator={coordinator} needs --processes, 1 and more, and --process, from 0 on and "
+                             f"below it, not {processes} and {index}")
+        jax.distributed.initialize(coordinator, processes, index, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    elif processes > 0 or index >= 0:
+        raise ValueError("--processes and --process need --coordinator=HOST:PORT, the same for all of them")
+    elif processes == -1 or any(int(os.environ.get(name, "1")) > 1 for name in LAUNCHERS):
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+
+
+def first() -> bool:
+    """Whether this is the process that writes; true if there is one only."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def rows_here(batch_size: int) -> slice:
+    """This process's rows of a global batch: a block, so that the order does not depend on how many there are."""
+    local = batch_size // jax.process_count()
+    return slice(local * jax.process_index(), local * (jax.process_index() + 1))
+
+
+def any_process(flag: bool) -> bool:
+    """Whether `flag` is true in some process; all must ask at the same place."""
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental.multihost_utils import process_allgather
+
+    return bool(np.any(process_allgather(np.array(flag))))
+
+
+def from_first(make: Callable[[], Any]) -> Any:
+    """What `make` returns in the first process, JSON or one array, in all of them; `make` runs there alone.
+
+    Raises:
+      FirstFailed: in the others, where `make` raised in the first.
+    """
+    if jax.process_count() == 1:
+        return make()
+    value: Any = None
+    failed = None
+    if first():
+        try:
+            value = make()
+        except Exception as error:  # told to the others, who would wait for ever
+            failed = error
+    is_array = isinstance(value, np.ndarray)
+    head = {"failed": None if failed is None else str(failed),
+            "array": [value.dtype.str, value.shape] if is_array else None, "json": None if is_array else value}
+    head = json.loads(_bytes_from_first(json.dumps(head).encode()))
+    if failed is not None:
+        raise failed
+    if head["failed"] is not None:
+        raise FirstFailed(head["failed"])
+    if head["array"]:
+        dtype, shape = head["array"]
+        payload = np.ascontiguousarray(value).tobytes() if is_array else b""
+        return np.frombuffer(_bytes_from_first(payload), dtype).reshape(shape)
+    return head["json"]
+
+
+def _bytes_from_first(payload: bytes) -> bytes:
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    size = int(broadcast_one_to_all(np.int64(len(payload)) if first() else np.int64(0)))
+    whole = np.frombuffer(payload, np.uint8) if first() else np.zeros(size, np.uint8)
+    step = 1 << 28  # a quarter of a GiB at a time on the devices
+    parts = [np.asarray(broadcast_one_to_all(whole[at : at + step])) for at in range(0, size, step)]
+    return b"".join(part.astype(np.uint8).tobytes() for part in parts)
+
+
+def gathered(rows: np.ndarray) -> np.ndarray:
+    """The rows of all processes, one process's after the other's; each must bring as many."""
+    if jax.process_count() == 1:
+        return rows
+    from jax.experimental.multihost_utils import process_allgather
+
+    return np.asarray(process_allgather(rows, tiled=True))
 
 
 @cache
@@ -28,16 +133,21 @@ def put_batch(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     return {name: jax.make_array_from_process_local_data(split, rows) for name, rows in batch.items()}
 
 
+def everywhere() -> NamedSharding:
+    """Of what is whole on every device."""
+    return NamedSharding(mesh(), PartitionSpec())
+
+
 def put_state(tree: PyTree) -> PyTree:
     """A tree onto every device, in buffers of its own: the step donates them."""
-    everywhere = NamedSharding(mesh(), PartitionSpec())
     # A copy first: with several devices, device_put keeps the caller's buffer even if told not to.
-    return jax.tree.map(lambda x: jax.device_put(jnp.array(x, copy=True), everywhere), tree)
+    return jax.tree.map(lambda x: jax.device_put(jnp.array(x, copy=True), everywhere()), tree)
 
 
 def check_batch(batch_size: int, name: str) -> None:
     """Raise ValueError unless a global batch of `batch_size` divides over the devices."""
     devices = jax.device_count()
     if batch_size % devices:
+        below, above = batch_size // devices * devices, -(-batch_size // devices) * devices
         raise ValueError(f"{name} {batch_size} does not divide over {devices} devices; "
-                         f"use {max(batch_size // devices, 1) * devices}")
+                         f"use {f'{below} or {above}' if below else above}")

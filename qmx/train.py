@@ -60,6 +60,7 @@ def fit(
     save: Callable[[TrainState], None] | None = None,
     save_seconds: float = 600,
     stopped: Callable[[], bool] = lambda: False,
+    agree: Callable[[bool], bool] = bool,
 ) -> TrainState:
     """Train until `steps` steps are done, from wherever `ts` stands.
 
@@ -71,6 +72,8 @@ def fit(
         device never waits for the host.
       save: writes a checkpoint; called every `save_seconds` and when the run is stopped.
       stopped: asked after each step.
+      agree: called in each step with whether this process wants to stop, and with whether it wants to
+        save; says what all do. Several processes must stop and save at one step.
 
     Raises:
       FloatingPointError: the loss is not finite; says at which step.
@@ -92,8 +95,9 @@ def fit(
         if pending is not None:
             report(*pending)
         pending = (done, metrics)
-        stop = stopped() and done < steps
-        if save is not None and (stop or time.monotonic() - saved > save_seconds):
+        stop = agree(stopped()) and done < steps
+        late = agree(time.monotonic() - saved > save_seconds)
+        if save is not None and (stop or late):
             report(*pending)  # never save a state that already went wrong
             pending = None
             save(ts)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import qmx
+from qmx.sharding import from_first
 
 
 class Mismatch(ValueError):
@@ -62,20 +63,33 @@ def stage(directory: Path, inputs: dict, run: Callable[[], dict], say: Callable[
     """
     inputs = json.loads(json.dumps({"qmx": qmx.__version__, **inputs}))
     begun, done = directory / "inputs.json", directory / "result.json"
-    changed = differences(json.loads(begun.read_text()), inputs) if begun.exists() else ["it was never begun"]
-    if not changed and done.exists():
-        return json.loads(done.read_text())
+
+    def find() -> dict | None:
+        changed = differences(json.loads(begun.read_text()), inputs) if begun.exists() else ["it was never begun"]
+        if not changed and done.exists():
+            return json.loads(done.read_text())
+        if refuse:
+            return None
+        if changed:
+            if done.exists():
+                say(f"{directory.name} is done again, because {changed[0]}")
+            shutil.rmtree(directory, ignore_errors=True)  # also the checkpoints of a run that other inputs began
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(begun, inputs)
+        return None
+
+    found = from_first(find)
+    if found is not None:
+        return found
     if refuse:
         raise NotDone(refuse)
-    if changed:
-        if done.exists():
-            say(f"{directory.name} is done again, because {changed[0]}")
-        shutil.rmtree(directory, ignore_errors=True)  # also the checkpoints of a run that other inputs began
-    directory.mkdir(parents=True, exist_ok=True)
-    write_json(begun, inputs)
     result = run()
-    write_json(done, result)
-    return result
+
+    def finish() -> dict:
+        write_json(done, result)
+        return json.loads(json.dumps(result))
+
+    return from_first(finish)
 
 
 def claim(workdir: Path, config: dict, update: bool) -> None:
@@ -87,11 +101,15 @@ def claim(workdir: Path, config: dict, update: bool) -> None:
     """
     config = json.loads(json.dumps(config))
     path = workdir / "config.json"
-    if path.exists() and not update:
-        changed = differences(json.loads(path.read_text()), config)
-        if changed:
-            more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-            raise Mismatch(f"{workdir} was made with another config: {changed[0]}{more}; take another --workdir, "
-                           "or give --update to keep the stages that still fit and do the others again")
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_json(path, config)
+
+    def write() -> None:
+        if path.exists() and not update:
+            changed = differences(json.loads(path.read_text()), config)
+            if changed:
+                more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+                raise Mismatch(f"{workdir} was made with another config: {changed[0]}{more}; take another --workdir, "
+                               "or give --update to keep the stages that still fit and do the others again")
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(path, config)
+
+    from_first(write)

@@ -23,3 +23,12 @@ def test_input_pipeline(environment):
                          cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
     rates = json.loads(out.splitlines()[-1])["images_per_second"]
     assert rates.keys() == {"write_cache", "read_cache", "read_files", "target_input"} and min(rates.values()) > 0
+
+
+def test_faults(environment):
+    """After a kill the same command goes on to the same table."""
+    done = subprocess.run([sys.executable, "benchmarks/faults.py", "--kills=1"], cwd=ROOT, env=environment,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["kills"] == 1 and figures["runs"] == 1 and not figures["images_asked_twice"]

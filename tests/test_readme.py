@@ -31,7 +31,7 @@ def test_pieces(tmp_path, monkeypatch, capsys):
 def test_commands(command, tmp_path):
     """P22: the flags in the README's commands exist, and the files they name do."""
     lines = [line for block in blocks("sh") for line in block.splitlines() if "qmx.main" in line]
-    assert len(lines) == 3
+    assert len(lines) == 4
     for line in lines:
         words = shlex.split(line)[shlex.split(line).index("qmx.main") + 1 :]
         words = [word for word in words if not word.startswith("--workdir")]

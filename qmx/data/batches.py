@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from qmx.data.sources import Source
-from qmx.sharding import put_batch
+from qmx.sharding import put_batch, rows_here
 
 
 def epoch_steps(size: int, batch_size: int, drop_last: bool) -> float:
@@ -50,17 +50,16 @@ class _Batches:
 
     def __init__(self, source: Source, batch_size: int, steps: int, seed: int, drop_last: bool):
         self.source, self.batch_size, self.steps, self.seed, self.drop_last = source, batch_size, steps, seed, drop_last
-        # Rows in blocks and not in strides, so that the global order does not depend on how many
+        # A block and not every other row, so that the global order does not depend on how many
         # processes there are: groups of statistics and the queue go by position.
-        self.local = batch_size // jax.process_count()
-        self.first = self.local * jax.process_index()
+        self.rows = rows_here(batch_size)
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, k: int) -> dict[str, np.ndarray]:
         ids = batch_ids(self.source.size, self.batch_size, self.seed, k, self.drop_last)
-        return self.source.read(ids[self.first : self.first + self.local])
+        return self.source.read(ids[self.rows])
 
 
 def batches(source: Source, batch_size: int, *, steps: int, seed: int, start: int = 0, drop_last: bool = False,

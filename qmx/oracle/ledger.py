@@ -89,8 +89,7 @@ class Ledger:
 
     def keys(self, images: np.ndarray) -> list[bytes]:
         """The key of each image; uint8[n, H, W, C] -> n times 32 bytes."""
-        suffix = f"\0{self.target}\0{self.preprocessing}".encode()
-        return [hashlib.sha256(digest + suffix).digest() for digest in pixel_digests(images)]
+        return keys_of(images, self.target, self.preprocessing)
 
     def read(self, images: np.ndarray, access: str = "logits") -> np.ndarray:
         """The answers to images, as an interface of level `access` would have given them.
@@ -149,10 +148,7 @@ class Ledger:
         levels.check(access)
         keys, sources = self.keys(images), pixel_digests(images if of is None else of)
         found = self._lookup(keys)
-        rank = levels.ACCESS.index(access)
-        missing = {key: row for row, key in reversed(list(enumerate(keys)))
-                   if key not in found or levels.ACCESS.index(found[key][0]) > rank}
-        rows = sorted(missing.values())
+        rows = _missing(keys, found, access)
         if purpose != "report":
             self._check_budget(set(sources))
             self._repurpose(found.keys(), purpose)
@@ -176,6 +172,11 @@ class Ledger:
             if on_progress:
                 on_progress(min(start + batch_size, len(rows)), len(rows))
         return self.read(images, access)
+
+    def unanswered(self, images: np.ndarray, access: str = "logits") -> list[int]:
+        """The rows of uint8[n, H, W, C] that `ask` would send, in its order."""
+        keys = self.keys(images)
+        return _missing(keys, self._lookup(keys), access)
 
     def count_missing(self, images: np.ndarray) -> int:
         """How many distinct images of uint8[n, H, W, C] have no answer yet."""
@@ -241,6 +242,19 @@ class Ledger:
     def _transaction(self) -> sqlite3.Connection:
         self._db.execute("BEGIN IMMEDIATE")
         return self._db  # as a context it commits, or rolls back on an error
+
+
+def keys_of(images: np.ndarray, target: str, preprocessing: str) -> list[bytes]:
+    """The keys that a ledger of this target and preprocessing has for images; see `Ledger.keys`."""
+    suffix = f"\0{target}\0{preprocessing}".encode()
+    return [hashlib.sha256(digest + suffix).digest() for digest in pixel_digests(images)]
+
+
+def _missing(keys: list[bytes], found: dict[bytes, tuple[str, np.ndarray]], access: str) -> list[int]:
+    """The first row of each key that has no answer, or a poorer one than `access`."""
+    rank = levels.ACCESS.index(access)
+    return sorted({key: row for row, key in reversed(list(enumerate(keys)))
+                   if key not in found or levels.ACCESS.index(found[key][0]) > rank}.values())
 
 
 def pixel_digests(images: np.ndarray) -> list[bytes]:

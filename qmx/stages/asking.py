@@ -2,7 +2,8 @@
 
 import json
 import zlib
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,19 @@ import numpy as np
 
 from qmx.data import Dataset, subset_size
 from qmx.data.batches import ahead
-from qmx.evaluate import top_k
+from qmx.evaluate import ids_here, top_k
 from qmx.oracle import BudgetSpent, Ledger
+from qmx.oracle.ledger import keys_of
+from qmx.oracle.query import Query
 from qmx.oracle.select import select
 from qmx.progress import Progress, progress, say
 from qmx.settings import Cell, cells
+from qmx.sharding import first, from_first, gathered
 from qmx.stages.run import Run
 from qmx.stages.target import open_ledger, preprocessing, target, target_query
 
 CHUNK = 4096  # images between two looks at the budget, 0.6 GB of them at 224 pixels
+BATCH = 256  # images in one request
 
 
 def selection(this: Run, cell: Cell) -> np.ndarray:
@@ -29,7 +34,8 @@ def selection(this: Run, cell: Cell) -> np.ndarray:
 
     def work(directory: Path) -> dict:
         ids = select(cell.select, this.data.pool, budget, cell.seed, config.lists)
-        np.save(directory / "ids.npy", ids)
+        if first():
+            np.save(directory / "ids.npy", ids)
         return {"images": budget, "crc32": zlib.crc32(ids.tobytes())}
 
     inputs = {"select": cell.select, "seed": cell.seed, "budget": budget}
@@ -48,32 +54,27 @@ def query(this: Run, todo: list[Cell]) -> dict:
     evaluation = this.data.evaluation
 
     def work(directory: Path) -> dict:
-        keys = {}
-        with open_ledger(this) as ledger:
-            ask = None
-            for purpose, source, wanted in (("report", evaluation, np.arange(evaluation.size)),
-                                            ("train", this.data.pool, ids)):
-                found: list[bytes] = []
-                with progress(f"query for {purpose}", len(wanted), unit="images") as shown:
-                    for done, images in ahead(source.shown, wanted, CHUNK):
-                        if ask is None and ledger.count_missing(images):
-                            ask = target_query(this)
-                        before = len(found)
-                        ledger.ask(ask or _nothing, images, purpose=purpose,
-                                   on_progress=partial(_update, shown, before))
-                        found += ledger.keys(images)
-                        shown.update(done)
-                keys[purpose] = found
-                if purpose == "report":
-                    measured = accuracy_by_answers(ledger, found, evaluation.labels)
-                    if warning := unexpected(this.config.target.expect, measured, evaluation.size):
-                        say(f"warning: {warning}")
+        keys: dict[str, list[bytes]] = {}
+        ask = cache(lambda: target_query(this))
+        for purpose, source, wanted in (("report", evaluation, np.arange(evaluation.size)),
+                                        ("train", this.data.pool, ids)):
+            keys[purpose] = []
+            with progress(f"query for {purpose}", len(wanted), unit="images") as shown:
+                for images in read_together(source.shown, wanted):
+                    ask_together(this, ask, images, purpose, partial(_update, shown, len(keys[purpose])))
+                    keys[purpose] += keys_of(images, target(this)["sha256"], preprocessing(this))
+                    shown.update(len(keys[purpose]))
+            if purpose == "report":
+                measured = accuracy_by_answers(this, keys["report"])
+                if warning := unexpected(this.config.target.expect, measured, evaluation.size):
+                    say(f"warning: {warning}")
         both = len(set(keys["report"]) & set(keys["train"]))
         if both:
             say(f"warning: {both} of the images asked about for training are evaluation images too, which flatters "
                 "every figure; remove them from one side")
         rows = {name: np.frombuffer(b"".join(found), np.uint8).reshape(-1, 32) for name, found in keys.items()}
-        np.savez(directory / "keys.npz", ids=ids, train=rows["train"], report=rows["report"])
+        if first():
+            np.savez(directory / "keys.npz", ids=ids, train=rows["train"], report=rows["report"])
         return {"images": len(ids), **measured}
 
     inputs = {"target": target(this)["sha256"], "preprocessing": preprocessing(this),
@@ -85,14 +86,54 @@ def _update(shown: Progress, before: int, answered: int, _: int) -> None:
     shown.update(before + answered)
 
 
-def _nothing(images: np.ndarray) -> np.ndarray:
-    raise AssertionError("every image has its answer already")
+def read_together(read: Callable[[np.ndarray], np.ndarray], ids: np.ndarray) -> Iterator[np.ndarray]:
+    """Images in chunks, whole in every process, each of which reads its share of a chunk."""
+    here = ids_here(len(ids), -(-len(ids) // -(-len(ids) // CHUNK)))  # chunks of one size, hardly any filling
+    left = len(ids)
+    for _, images in ahead(read, ids[here].ravel(), here.shape[1]):
+        chunk = gathered(images)[:left]
+        left -= len(chunk)
+        yield chunk
 
 
-def accuracy_by_answers(ledger: Ledger, keys: list[bytes], labels: np.ndarray) -> dict[str, float]:
+def ask_together(this: Run, ask: Callable[[], Query], images: np.ndarray, purpose: str,
+                 on_progress: Callable[[int, int], None]) -> None:
+    """Answers for a chunk of images into the ledger, which the first process keeps.
+
+    The target computes in all processes: the others ask it the same batches as the ledger does.
+    """
+
+    sha256 = target(this)["sha256"]
+
+    def unanswered() -> list[int]:
+        with open_ledger(this, sha256) as ledger:
+            return ledger.unanswered(images)
+
+    rows = from_first(unanswered)
+    if first():
+        with open_ledger(this, sha256) as ledger:
+            ledger.ask(lambda batch: ask()(batch), images, purpose=purpose, batch_size=BATCH, on_progress=on_progress)
+    else:
+        for start in range(0, len(rows), BATCH):
+            ask()(images[rows[start : start + BATCH]])
+
+
+def accuracy_by_answers(this: Run, keys: list[bytes]) -> dict[str, float]:
     """The target's accuracy by its answers to the evaluation images, in per cent."""
-    answers = ledger.read_keys(keys)
-    return {f"top{k}": top_k(answers, labels, k) for k in (1, 5)}
+    answers = read_answers(this, keys)
+    return {f"top{k}": top_k(answers, this.data.evaluation.labels, k) for k in (1, 5)}
+
+
+def read_answers(this: Run, keys: list[bytes], access: str = "logits") -> np.ndarray:
+    """The answers to images by their keys, f32[n, N], in every process."""
+
+    sha256 = target(this)["sha256"]
+
+    def read() -> np.ndarray:
+        with open_ledger(this, sha256) as ledger:
+            return ledger.read_keys(keys, access)
+
+    return from_first(read)
 
 
 def unexpected(expect: tuple[float, ...], measured: dict[str, float], size: int) -> str | None:

@@ -14,11 +14,9 @@ from qmx.checkpoint import load_weights
 from qmx.contract import Encoder, Network
 from qmx.data import Dataset, Source
 from qmx.data.batches import ahead
-from qmx.evaluate import predict_chunks
+from qmx.evaluate import ids_here, predict_batches
 from qmx.progress import progress, say
 from qmx.sharding import put_state
-
-BATCH = 256  # images that are evaluated at a time
 
 
 class Run(NamedTuple):
@@ -53,14 +51,15 @@ def read_weights(this: Run, network: Network, path: str) -> Encoder:
 def outputs(this: Run, name: str, network: Network, variables: Encoder, source: Source) -> np.ndarray:
     """What a network says of every image of a source, f32[n, D], with progress called `name`."""
     view = build.evaluation_view(build.look(this.data))
+    ids = ids_here(source.size)
     with progress(name, source.size) as shown:
 
-        def chunks() -> Iterator[np.ndarray]:
-            for done, images in ahead(source.shown, np.arange(source.size), BATCH):
+        def batches() -> Iterator[np.ndarray]:
+            for done, images in ahead(source.shown, ids.ravel(), ids.shape[1]):
                 yield images
-                shown.update(done)
+                shown.update(min(done * jax.process_count(), source.size))
 
-        return predict_chunks(network, variables.params, variables.stats, view, chunks(), BATCH)
+        return predict_batches(network, variables.params, variables.stats, view, batches())[: source.size]
 
 
 def root_key(seed: int, purpose: str) -> jax.Array:

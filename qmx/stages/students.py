@@ -14,10 +14,10 @@ from qmx.job import train
 from qmx.methods.distill import start_from
 from qmx.oracle.access import as_logits
 from qmx.settings import Cell, percent, recipe_name, recipe_of
-from qmx.stages.asking import evaluation_keys, pool_keys, query, selection
+from qmx.stages.asking import evaluation_keys, pool_keys, query, read_answers, selection
 from qmx.stages.encoders import pretrain, read_encoder
 from qmx.stages.run import Run, outputs, plain, read_weights, root_key
-from qmx.stages.target import Labels, open_ledger, preprocessing, target
+from qmx.stages.target import Labels, preprocessing, target
 
 
 def distill(this: Run, cell: Cell, todo: list[Cell]) -> dict:
@@ -33,8 +33,7 @@ def distill(this: Run, cell: Cell, todo: list[Cell]) -> dict:
             scores = Labels(pool.labels[ids], this.data.classes)
         else:
             query(this, todo)
-            with open_ledger(this) as ledger:
-                scores = as_logits(ledger.read_keys(pool_keys(this, ids), cell.access), cell.access)
+            scores = as_logits(read_answers(this, pool_keys(this, ids), cell.access), cell.access)
         steps = build.distill_steps(keys, len(ids))
         trainer = build.distiller(keys, student.arch, student.dtype, view, seen, steps)
         rng = root_key(cell.seed, "student")  # one key whatever it starts from: the same head, the same views
@@ -66,8 +65,7 @@ def evaluate(this: Run, cell: Cell, todo: list[Cell]) -> dict:
         student = read_weights(this, network, f"distill/{cell.name}/student.safetensors")
         scores = outputs(this, f"evaluate {cell.name}", network, student, evaluation)
         query(this, todo)
-        with open_ledger(this) as ledger:
-            answers = ledger.read_keys(evaluation_keys(this))
+        answers = read_answers(this, evaluation_keys(this))
         queries = {"train": made["queries"], "select": 0, "report": len(answers)}
         return {**cell._asdict(), "queries": queries, "calls": sum(queries.values()),
                 **compare(scores, answers, evaluation.labels), "seconds": made["seconds"], "recipe": made["recipe"]}

@@ -98,7 +98,7 @@ def preprocessing(this: Run) -> str:
     return f"mean {this.data.mean}, std {this.data.std}, {this.config.target.precision}"
 
 
-def open_ledger(this: Run) -> Ledger:
-    """This target's ledger, with the config's budget."""
-    return Ledger(this.workdir / "ledger.sqlite", target=target(this)["sha256"],
-                  preprocessing=preprocessing(this), budget=this.config.budget)
+def open_ledger(this: Run, sha256: str) -> Ledger:
+    """The ledger of the target with this digest, with the config's budget; for the first process alone."""
+    return Ledger(this.workdir / "ledger.sqlite", target=sha256, preprocessing=preprocessing(this),
+                  budget=this.config.budget)
