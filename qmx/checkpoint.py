@@ -7,6 +7,8 @@ the digests of all leaves beside the state, and a restore that goes from the new
 
 import hashlib
 import logging
+import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,12 @@ def weights_digest(tree: PyTree) -> str:
 
 
 def file_digest(path: Path | str) -> str:
-    """SHA-256 of a file's bytes."""
+    """SHA-256 of a file's bytes; read once as long as its size and time of change stay."""
+    found = os.stat(path)
+    return _file_digest(str(path), found.st_size, found.st_mtime_ns)
+
+
+@cache
+def _file_digest(path: str, size: int, changed: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

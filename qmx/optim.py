@@ -5,7 +5,7 @@ every schedule is the epoch; it becomes steps here and nowhere else.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -103,15 +103,7 @@ def sgd(
     Raises:
       ValueError: an unknown `weight_decay_on`; at the first call, a part of params that has no rate.
     """
-    mask = _decay_mask(weight_decay_on)
-
-    def one(rate: optax.Schedule) -> optax.GradientTransformation:
-        return optax.chain(
-            optax.add_decayed_weights(weight_decay, mask=mask),
-            optax.sgd(rate, momentum=momentum or None, nesterov=nesterov),
-        )
-
-    return _by_part(rates, one)
+    return _momentum_sgd(rates, momentum, nesterov, weight_decay, weight_decay_on)
 
 
 def lars(
@@ -127,29 +119,33 @@ def lars(
     Source: You et al. 2017, as apex's `LARC(trust_coefficient=0.001, clip=False)` in the SimSiam
     reference's linear evaluation: biases too, and no scaling where |w| or |g| is 0.
     """
-    mask = _decay_mask(weight_decay_on)
-
-    def one(rate: optax.Schedule) -> optax.GradientTransformation:
-        return optax.chain(
-            optax.add_decayed_weights(weight_decay, mask=mask),
-            optax.scale_by_trust_ratio(trust_coefficient=0.001),
-            optax.sgd(rate, momentum=momentum or None, nesterov=nesterov),
-        )
-
-    return _by_part(rates, one)
+    scaling = optax.scale_by_trust_ratio(trust_coefficient=0.001)
+    return _momentum_sgd(rates, momentum, nesterov, weight_decay, weight_decay_on, scaling)
 
 
 OPTIMIZERS = {"sgd": sgd, "lars": lars}
 
 
-def _decay_mask(weight_decay_on: str) -> Callable | None:
+def _momentum_sgd(
+    rates: optax.Schedule | Mapping[str, optax.Schedule],
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float,
+    weight_decay_on: str,
+    *scaling: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+    """Decay, `scaling`, momentum and rate; for all parameters, or for each top-level part with its own rate."""
     if weight_decay_on not in DECAYS:
         raise ValueError(f"weight_decay_on {weight_decay_on!r} is unknown; choose one of {', '.join(DECAYS)}")
-    return kernels_only if weight_decay_on == "kernels" else None
+    mask = kernels_only if weight_decay_on == "kernels" else None
 
+    def one(rate: optax.Schedule) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.add_decayed_weights(weight_decay, mask=mask),
+            *scaling,
+            optax.sgd(rate, momentum=momentum or None, nesterov=nesterov),
+        )
 
-def _by_part(rates: optax.Schedule | Mapping[str, optax.Schedule], one: Callable) -> optax.GradientTransformation:
-    """`one(rate)` for all parameters, or for each top-level part of them with its own rate."""
     if not isinstance(rates, Mapping):
         return one(rates)
 

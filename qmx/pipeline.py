@@ -26,7 +26,7 @@ from qmx.data import Dataset, subset_size
 from qmx.progress import say
 from qmx.settings import Cell, cells
 from qmx.sharding import from_first
-from qmx.stages.asking import accuracy_by_answers, evaluation_keys, query, selection, unexpected
+from qmx.stages.asking import query, selection, unexpected
 from qmx.stages.encoders import converted as converted_encoder
 from qmx.stages.encoders import monitor, pretrain
 from qmx.stages.run import Run, plain
@@ -50,9 +50,7 @@ def run(config: Any, directory: Path, data: Dataset, only: str, stopped: Callabl
     wanted = {stage: only in ("all", stage) for stage in STAGES}
     todo = cells(config)
     encoders = _unique((cell.init, cell.seed) for cell in todo if cell.init != "none")
-    # What is brought along comes first: a wrong file is found before anything is trained.
-    encoders.sort(key=lambda encoder: not config.pretrain[encoder[0]].path)
-    if wanted["pretrain"]:
+    if wanted["pretrain"]:  # what is brought along comes first: a wrong file is found before anything is trained
         for init, seed in encoders:
             if config.pretrain[init].path:
                 pretrain(this, init, seed)
@@ -93,10 +91,9 @@ def write_report(this: Run, todo: list[Cell], encoders: list[tuple[str, int]]) -
     evaluation, made = this.data.evaluation, target(this)
     accuracy: dict[str, float | None] = {"top1": None, "top5": None}  # until the evaluation images were asked about
     warning = None
-    if _if_done(partial(query, this, todo)):
-        measured = accuracy_by_answers(this, evaluation_keys(this))
-        warning = unexpected(this.config.target.expect, measured, evaluation.size)
-        accuracy.update(measured)
+    if asked := _if_done(partial(query, this, todo)):
+        accuracy = {"top1": asked["top1"], "top5": asked["top5"]}
+        warning = unexpected(this.config.target.expect, asked, evaluation.size)
     monitors = [(init, seed, _if_done(partial(pretrain, this, init, seed)),
                  _if_done(partial(monitor, this, init, seed))) for init, seed in encoders]
     rows = [_if_done(partial(evaluate, this, cell, todo)) for cell in todo]

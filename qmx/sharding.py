@@ -104,7 +104,9 @@ def from_first(make: Callable[[], Any]) -> Any:
 def _bytes_from_first(payload: bytes) -> bytes:
     from jax.experimental.multihost_utils import broadcast_one_to_all
 
-    size = int(broadcast_one_to_all(np.int64(len(payload)) if first() else np.int64(0)))
+    # In two parts, because jax holds no 64 bits by default and scores may be more than 2 GiB.
+    high, low = broadcast_one_to_all(np.array(divmod(len(payload), 1 << 30), np.int32))
+    size = (int(high) << 30) + int(low)
     whole = np.frombuffer(payload, np.uint8) if first() else np.zeros(size, np.uint8)
     step = 1 << 28  # a quarter of a GiB at a time on the devices
     parts = [np.asarray(broadcast_one_to_all(whole[at : at + step])) for at in range(0, size, step)]

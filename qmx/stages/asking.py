@@ -65,7 +65,8 @@ def query(this: Run, todo: list[Cell]) -> dict:
                     keys[purpose] += keys_of(images, target(this)["sha256"], preprocessing(this))
                     shown.update(len(keys[purpose]))
             if purpose == "report":
-                measured = accuracy_by_answers(this, keys["report"])
+                answers = read_answers(this, keys["report"])
+                measured = {f"top{k}": top_k(answers, evaluation.labels, k) for k in (1, 5)}
                 if warning := unexpected(this.config.target.expect, measured, evaluation.size):
                     say(f"warning: {warning}")
         both = len(set(keys["report"]) & set(keys["train"]))
@@ -102,7 +103,6 @@ def ask_together(this: Run, ask: Callable[[], Query], images: np.ndarray, purpos
 
     The target computes in all processes: the others ask it the same batches as the ledger does.
     """
-
     sha256 = target(this)["sha256"]
 
     def unanswered() -> list[int]:
@@ -118,15 +118,8 @@ def ask_together(this: Run, ask: Callable[[], Query], images: np.ndarray, purpos
             ask()(images[rows[start : start + BATCH]])
 
 
-def accuracy_by_answers(this: Run, keys: list[bytes]) -> dict[str, float]:
-    """The target's accuracy by its answers to the evaluation images, in per cent."""
-    answers = read_answers(this, keys)
-    return {f"top{k}": top_k(answers, this.data.evaluation.labels, k) for k in (1, 5)}
-
-
 def read_answers(this: Run, keys: list[bytes], access: str = "logits") -> np.ndarray:
     """The answers to images by their keys, f32[n, N], in every process."""
-
     sha256 = target(this)["sha256"]
 
     def read() -> np.ndarray:

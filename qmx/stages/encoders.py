@@ -77,26 +77,33 @@ def read_encoder(this: Run, init: str, seed: int) -> Encoder:
 def monitor(this: Run, init: str, seed: int) -> dict:
     """How good an encoder's features are beside a random network's, on a held-out part of the pool."""
     made = pretrain(this, init, seed)
-    keys, student, seen = this.config.monitor, this.config.student, build.look(this.data)
-    pool = this.data.pool
-    name = f"{init}-seed{seed}"
+    keys, arch, name = this.config.monitor, this.config.student.arch, f"{init}-seed{seed}"
+    neighbours = {"knn_k": keys.knn_k, "knn_temperature": keys.knn_temperature}
 
-    def work(directory: Path) -> dict:
-        net = build.backbone(student.arch, "float32", seen)
+    def look_at_random(_: Path) -> dict:
+        random = build.random_backbone(arch, build.look(this.data))(root_key(seed, "random"))
+        return {"knn_top1": knn_top1(this, f"a random network, seed {seed}", put_state(Encoder(*random)))}
+
+    def look(directory: Path) -> dict:
         encoder = read_encoder(this, init, seed)
-        random = put_state(Encoder(*build.random_backbone(student.arch, seen)(root_key(seed, "random"))))
-        found = {}
-        for key, variables in (("knn_top1", encoder), ("knn_top1_random", random)):
-            features = outputs(this, f"features of {name if variables is encoder else 'a random network'}", net,
-                               variables, pool)
-            found[key] = held_out_knn(features, pool.labels, keys.knn_k, keys.knn_temperature)
+        found = {"knn_top1": knn_top1(this, name, encoder)}
         if keys.linear:
             found["linear_top1"] = linear_top1(this, encoder, directory, name, seed)
-        return {"knn_k": keys.knn_k, "knn_temperature": keys.knn_temperature, **found}
+        return found
 
-    inputs = {"encoder": made["sha256"], "monitor": plain(keys) if keys.linear else
-              {key: keys[key] for key in ("knn_k", "knn_temperature")}, "weak_view": plain(this.config.weak_view)}
-    return this.stage("monitor", name, inputs, work)
+    # The random network is the same whatever the encoder: once a seed.
+    random = this.stage("monitor", f"random-seed{seed}", {"arch": arch, "monitor": neighbours}, look_at_random)
+    probe = {"probe": plain(keys.probe), "weak_view": plain(this.config.weak_view)} if keys.linear else {}
+    found = this.stage("monitor", name, {"encoder": made["sha256"], "monitor": neighbours, **probe}, look)
+    return {**neighbours, **found, "knn_top1_random": random["knn_top1"]}
+
+
+def knn_top1(this: Run, name: str, encoder: Encoder) -> float:
+    """`qmx.evaluate.held_out_knn` of an encoder's features within the pool, in per cent."""
+    keys, pool = this.config.monitor, this.data.pool
+    net = build.backbone(this.config.student.arch, "float32", build.look(this.data))
+    features = outputs(this, f"features of {name}", net, encoder, pool)
+    return held_out_knn(features, pool.labels, keys.knn_k, keys.knn_temperature)
 
 
 def linear_top1(this: Run, encoder: Encoder, directory: Path, name: str, seed: int) -> float:
