@@ -33,8 +33,9 @@ def crop_box(
     """
     height, width = size[0], size[1]
     area_key, ratio_key, place_key = jax.random.split(rng, 3)
-    area = height * width * jax.random.uniform(area_key, (10,), minval=scale[0], maxval=scale[1])
-    aspect = jnp.exp(jax.random.uniform(ratio_key, (10,), minval=jnp.log(ratio[0]), maxval=jnp.log(ratio[1])))
+    area = height * width * jax.random.uniform(area_key, (10,), jnp.float32, minval=scale[0], maxval=scale[1])
+    low, high = jnp.log(jnp.array(ratio))
+    aspect = jnp.exp(jax.random.uniform(ratio_key, (10,), jnp.float32, low, high))
     w, h = jnp.round(jnp.sqrt(area * aspect)), jnp.round(jnp.sqrt(area / aspect))
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
     first = jnp.argmax(fits)
@@ -46,7 +47,7 @@ def crop_box(
     h = jnp.where(any_fits, h[first], central_h)
     w = jnp.where(any_fits, w[first], central_w)
     # Whole pixels 0 .. height - h, all equally likely.
-    u = jax.random.uniform(place_key, (2,))
+    u = jax.random.uniform(place_key, (2,), jnp.float32)
     top = jnp.where(any_fits, jnp.floor(u[0] * (height - h + 1)), jnp.floor((height - h) / 2))
     left = jnp.where(any_fits, jnp.floor(u[1] * (width - w + 1)), jnp.floor((width - w) / 2))
     return jnp.stack([top, left, h, w])
@@ -189,21 +190,21 @@ def make_view(
             jax.random.split(rng, 9), strict=True))
 
         def happens(name: str, p: float) -> jax.Array:
-            return jax.random.bernoulli(keys[name], float(p))
+            return jax.random.bernoulli(keys[name], jnp.float32(p))
 
         canvas = jnp.array(image.shape[:2], jnp.float32)
         box = crop_box(keys["crop"], original, crop_scale, crop_ratio)
         x = crop_and_resize(image / 255.0, box * jnp.tile(canvas / original, 2), size)
         if jitter_p:
-            factors = jax.random.uniform(keys["factors"], (3,), minval=jnp.maximum(0, 1 - strengths),
+            factors = jax.random.uniform(keys["factors"], (3,), jnp.float32, minval=jnp.maximum(0, 1 - strengths),
                                          maxval=1 + strengths)
-            shift = jax.random.uniform(keys["hue"], minval=-jitter[3], maxval=jitter[3])
+            shift = jax.random.uniform(keys["hue"], (), jnp.float32, minval=-jitter[3], maxval=jitter[3])
             order = jax.random.permutation(keys["order"], 4)
             x = jnp.where(happens("jitter_p", jitter_p), colour_jitter(x, factors, shift, order), x)
         if grey_p:
             x = jnp.where(happens("grey_p", grey_p), grey(x), x)
         if blur_p:
-            sigma = jax.random.uniform(keys["sigma"], minval=blur_sigma[0], maxval=blur_sigma[1])
+            sigma = jax.random.uniform(keys["sigma"], (), jnp.float32, minval=blur_sigma[0], maxval=blur_sigma[1])
             x = jnp.where(happens("blur_p", blur_p), gaussian_blur(x, sigma, radius), x)
         if flip_p:
             x = jnp.where(happens("flip_p", flip_p), x[:, ::-1], x)

@@ -13,6 +13,7 @@ from qmx.augment import make_view, plain_view
 from qmx.contract import Batch, Encoder, Method, Network, View, chain
 from qmx.data import Dataset, epoch_steps
 from qmx.methods import distill, linear, moco, rotation, simsiam
+from qmx.oracle.query import PRECISIONS
 from qmx.train import TrainState, init_state, make_step
 
 
@@ -66,6 +67,11 @@ def distill_steps(keys: Any, size: int) -> int:
     return max(-int(-keys.epochs * epoch_steps(size, keys.batch_size, drop_last=False) // 1), keys.get("min_steps", 0))
 
 
+def evaluated_in(dtype: str) -> str:
+    """The dtype in which a network is evaluated that was trained in `dtype`: at least float32."""
+    return "float64" if dtype == "float64" else "float32"
+
+
 @cache
 def backbone(arch: str, dtype: str, seen: Look) -> Network:
     """A backbone as every stage but MoCo's and SimSiam's trains and runs it."""
@@ -82,7 +88,7 @@ def classifier(arch: str, dtype: str, seen: Look, standardize: bool = False) -> 
 
 def for_inference(arch: str, precision: str, seen: Look, weights: Encoder) -> tuple[Network, Encoder]:
     """A `classifier` and its weights with the batch norm folded into the convolutions."""
-    dtype = jnp.dtype("bfloat16" if precision == "bfloat16" else "float32")
+    dtype = jnp.dtype(PRECISIONS[precision][0])
     network = chain(backbone=models.backbone(arch, dtype=dtype, folded=True), head=models.classifier(seen.classes))
     params, stats = weights
     folded = models.fold(params["backbone"], stats["backbone"])
@@ -90,10 +96,10 @@ def for_inference(arch: str, precision: str, seen: Look, weights: Encoder) -> tu
 
 
 @cache
-def random_backbone(arch: str, seen: Look) -> Callable[[jax.Array], tuple]:
+def random_backbone(arch: str, dtype: str, seen: Look) -> Callable[[jax.Array], tuple]:
     """rng -> the variables of a backbone that was never trained."""
     image = jnp.zeros((2, *seen.shape))
-    return jax.jit(lambda rng: backbone(arch, "float32", seen).init(rng, image),
+    return jax.jit(lambda rng: backbone(arch, dtype, seen).init(rng, image),
                    compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -144,10 +150,10 @@ def distiller(keys: Any, arch: str, dtype: str, view_keys: Any, seen: Look, step
 
 
 @cache
-def prober(keys: Any, arch: str, view_keys: Any, seen: Look, steps: int) -> Trainer:
+def prober(keys: Any, arch: str, dtype: str, view_keys: Any, seen: Look, steps: int) -> Trainer:
     """The `Trainer` of a linear probe."""
     head = models.classifier(seen.classes, kernel_std=0.01)  # the reference's initialisation
-    method = linear.make(backbone(arch, "float32", seen), head, view(view_keys, seen))
+    method = linear.make(backbone(arch, dtype, seen), head, view(view_keys, seen))
     tx = optimiser(keys, steps, head=(keys.learning_rate, keys.schedule))
     return _trainer(method, tx, seen, keys.batch_size, scores=True)
 

@@ -1,16 +1,18 @@
 """Saving and restoring: a run's whole state while it trains (orbax), weights when it is done.
 
 Orbax writes a step beside the others and renames it, so a kill leaves the older ones whole; it has
-no checksums, casts silently and counts any directory with a number for a name as a step. Hence
-the digests of all leaves beside the state, and a restore that goes from the newest to the first good.
+no checksums, casts silently, counts any directory with a number for a name as a step, and refuses
+to save an older step than the newest. Hence the digests of all leaves beside the state, and a restore
+that goes from the newest to the first good one and removes what it passed over.
 """
 
 import hashlib
 import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -24,14 +26,17 @@ log = logging.getLogger(__name__)
 
 def leaf_digests(tree: PyTree) -> dict[str, str]:
     """dtype, shape and SHA-256 of the bytes of every leaf, by its path."""
-    return {
-        path: f"{leaf.dtype} {leaf.shape} {hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest()}"
-        for path, leaf in by_path(tree).items()
-    }
+
+    def digest(leaf: Any) -> str:
+        return f"{leaf.dtype} {leaf.shape} {hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest()}"
+
+    leaves = by_path(tree)
+    with ThreadPoolExecutor() as hashing:  # which leaves Python to the others
+        return dict(zip(leaves, hashing.map(digest, leaves.values()), strict=True))
 
 
 class Checkpoints:
-    """The last few states of one run, in a directory of their own.
+    """The last few states of one run, in a directory of their own; a context that ends when all is on the disk.
 
     Args:
       directory: made at the first save.
@@ -43,21 +48,23 @@ class Checkpoints:
         self._manager: Any = None
 
     def save(self, ts: TrainState) -> None:
-        """Write a state under its step; returns when it is on the disk."""
+        """Write a state under its step: returns when it is copied, so that it may be donated, and writes meanwhile.
+
+        What goes wrong while it writes is raised by the next call, or at the end of the context.
+        """
         import orbax.checkpoint as ocp  # 2.4 s
 
         step = int(ts.step)
         saved = self._open().save(step, args=ocp.args.Composite(
             state=ocp.args.StandardSave(ts), meta=ocp.args.JsonSave({"digests": leaf_digests(ts)})))
-        self._open().wait_until_finished()
-        if not saved and step not in self._open().all_steps():
-            raise OSError(f"{self.directory}: step {step} was not saved")
+        if not saved:
+            raise OSError(f"{self.directory}: step {step} was not saved, for the newest there is {self.newest()}")
 
     def restore(self, like: TrainState) -> TrainState | None:
         """The newest good state, in the shapes and shardings of `like`; None if there is none.
 
         A checkpoint that cannot be read, or whose bytes are not those that were written, is named
-        in a warning and the one before it taken.
+        in a warning, removed, and the one before it taken.
         """
         if not self.directory.is_dir():
             return None
@@ -74,13 +81,24 @@ class Checkpoints:
             except Exception as error:  # orbax raises bare Exceptions for damaged files
                 reason = str(error).splitlines()[0][:200]
             log.warning("checkpoint %s is damaged and passed over: %s", self.directory / str(step), reason)
+            self._open().delete(step)
         return None
 
-    def close(self) -> None:
-        """Finish what is under way."""
+    def newest(self) -> Path | None:
+        """The last state that was saved, or is being saved."""
+        step = self._open().latest_step() if self.directory.is_dir() else None
+        return None if step is None else self.directory / str(step)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._manager is not None:
-            self._manager.close()
-            self._manager = None
+            try:
+                self._manager.wait_until_finished()
+            finally:
+                self._manager.close()
+                self._manager = None
 
     def _open(self) -> Any:
         if self._manager is None:

@@ -18,7 +18,7 @@ INITS = ("none", "rotation", "moco", "simsiam", "imported")
 TARGETS = ("train", "torch")
 LEARN_FROM = ("scores", "labels")
 HEADS = ("mlp", "linear")
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float64", "float32", "bfloat16")
 
 
 def validate(config: Any, data: Dataset) -> None:
@@ -94,6 +94,9 @@ def _problems(config: Any, data: Dataset) -> Iterator[str]:
     if config.budget is not None and config.budget < 1:
         yield f"budget {config.budget} allows no query; leave it out for no limit"
 
+    if not config.save_minutes > 0:
+        yield f"save_minutes {config.save_minutes} must be above 0"
+
     yield from choice("target.kind", config.target.kind, TARGETS)
     yield from _target_problems(config.target)
     yield from choice("student.arch", config.student.arch, ARCHS)
@@ -125,8 +128,10 @@ def _problems(config: Any, data: Dataset) -> Iterator[str]:
             yield (f"pretrain.moco.queue_size {moco.queue_size} is not a multiple of batch_size {moco.batch_size}; "
                    f"{max(moco.queue_size // moco.batch_size, 1) * moco.batch_size} is")
         if moco.group_size < 2 or moco.batch_size % moco.group_size:
+            sizes = [size for size in range(2, moco.batch_size + 1) if moco.batch_size % size == 0]
+            near = sorted(sorted(sizes, key=lambda size: abs(size - moco.group_size))[:2])
             yield (f"pretrain.moco.group_size {moco.group_size} does not divide batch_size {moco.batch_size} "
-                   "into groups of two images and more")
+                   f"into groups of two images and more; {' and '.join(map(str, near))} do")
         if not 0 <= moco.decay <= 1 or not moco.temperature > 0:
             yield f"pretrain.moco needs 0 <= decay <= 1 and temperature > 0, not {moco.decay} and {moco.temperature}"
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 PyTree = Any
 Batch = dict[str, jax.Array]  # "image": uint8[B, H, W, C]; a method says what else it reads
@@ -64,7 +65,7 @@ def chain(**parts: Network) -> Network:
             # Only the shape is needed to build the next part.
             y = jax.eval_shape(lambda p, s, x, f=part.apply: f(p, s, x, True)[0],
                                params[name], stats[name], x)
-            x = jax.numpy.zeros(y.shape, y.dtype)
+            x = jnp.zeros(y.shape, y.dtype)
         return params, stats
 
     def apply(params: PyTree, stats: PyTree, x: jax.Array, train: bool) -> tuple[jax.Array, PyTree]:
@@ -79,7 +80,12 @@ def chain(**parts: Network) -> Network:
 def view_shape(view: View, batch: Batch) -> jax.Array:
     """Zeros of the shape and dtype that `view` makes of `batch`; nothing is computed."""
     out = jax.eval_shape(view, jax.random.key(0), batch)
-    return jax.numpy.zeros(out.shape, out.dtype)
+    return jnp.zeros(out.shape, out.dtype)
+
+
+def wide(x: jax.Array) -> jax.Array:
+    """`x` in float32, or in float64 if it is: what sums and logarithms are taken in."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def by_path(tree: PyTree) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 import jax
 
@@ -13,6 +14,7 @@ from qmx.data import Source, batches
 from qmx.progress import progress, say
 from qmx.sharding import any_process, first, from_first, put_state
 from qmx.train import TrainState, fit
+from qmx.workdir import write_text
 
 
 def train(
@@ -27,6 +29,7 @@ def train(
     steps: int,
     seed: int,
     drop_last: bool,
+    save_seconds: float,
     watch: Callable[[int, dict[str, float]], str | None] = lambda done, metrics: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> TrainState:
@@ -37,38 +40,50 @@ def train(
       name: for the progress.
       step, rng: see `qmx.train.make_step`.
       ts: the state before the first step.
+      save_seconds: between two checkpoints, see `qmx.train.fit`.
       watch: returns a warning about the metrics, see `qmx.health.watch`.
       source: what is trained on; its order follows `seed`, see `qmx.data.batches`.
 
     Raises:
       Stopped: `stopped` said so; the state is in checkpoints/.
+      FloatingPointError: the loss or the gradient is not finite; names the run, the step and the last checkpoint.
     """
     ts = put_state(ts)
-    checkpoints = Checkpoints(directory / "checkpoints")
-    restored = checkpoints.restore(ts)
-    if restored is not None:
-        ts = restored
-        say(f"{name}: goes on from step {int(ts.step)}")
-    path, start = directory / "metrics.jsonl" if first() else Path(os.devnull), int(ts.step)
-    kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start] if start else []
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        restored = checkpoints.restore(ts)
+        if restored is not None:
+            ts = restored
+            say(f"{name}: goes on from {checkpoints.newest()}")
 
-    def feed(start: int) -> Iterator[dict[str, jax.Array]]:
-        return batches(source, batch_size, steps=steps, seed=seed, start=start, drop_last=drop_last)
+        def feed(start: int) -> Iterator[dict[str, jax.Array]]:
+            return batches(source, batch_size, steps=steps, seed=seed, start=start, drop_last=drop_last)
 
-    with open(path, "w", buffering=1) as file, progress(name, steps, batch_size) as shown:
-        file.writelines(line + "\n" for line in kept)
+        with _log(directory / "metrics.jsonl", int(ts.step)) as file, progress(name, steps, batch_size) as shown:
 
-        def on_metrics(done: int, metrics: dict[str, float]) -> None:
-            file.write(json.dumps({"step": done, **metrics}) + "\n")
-            shown.update(done, f"loss {metrics['loss']:.3f}")
-            if warning := watch(done, metrics):
-                say(f"warning: {name}: {warning}")
+            def on_metrics(done: int, metrics: dict[str, float]) -> None:
+                file.write(json.dumps({"step": done, **metrics}) + "\n")
+                shown.update(done, f"loss {metrics['loss']:.3f}")
+                if warning := watch(done, metrics):
+                    say(f"warning: {name}: {warning}")
 
-        ts = fit(step, ts, feed, rng, steps=steps, on_metrics=on_metrics, save=checkpoints.save,
-                 stopped=stopped, agree=agreement())
-    checkpoints.close()
+            try:
+                ts = fit(step, ts, feed, rng, steps=steps, on_metrics=on_metrics, save=checkpoints.save,
+                         save_seconds=save_seconds, stopped=stopped, agree=agreement())
+            except FloatingPointError as error:
+                last = checkpoints.newest()
+                saved = f"the last good state is {last}" if last else "no state was saved before"
+                raise FloatingPointError(f"{name}: {error}; {saved}") from None
     from_first(lambda: shutil.rmtree(directory / "checkpoints", ignore_errors=True))
     return ts
+
+
+def _log(path: Path, start: int) -> TextIO:
+    """The open file of the metrics, which holds those of the first `start` steps; of the first process alone."""
+    if not first():
+        return open(os.devnull, "w")
+    kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start] if start else []
+    write_text(path, "".join(line + "\n" for line in kept))
+    return open(path, "a", buffering=1)
 
 
 def agreement(every: int = 10) -> Callable[[bool], bool]:

@@ -1,11 +1,14 @@
 """Losses: pure functions of arrays, one value per example; the caller takes the mean.
 
-No networks, no parameters, no reductions over the batch. All run in float32 whatever comes in.
+No networks, no parameters, no reductions over the batch. All run in float32 whatever comes
+in, unless that is float64.
 """
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from qmx.contract import wide
 
 
 def info_nce(q: jax.Array, k: jax.Array, queue: jax.Array, temperature: float) -> tuple[jax.Array, jax.Array]:
@@ -23,7 +26,7 @@ def info_nce(q: jax.Array, k: jax.Array, queue: jax.Array, temperature: float) -
     Returns:
       (loss f32[B], logits f32[B, 1 + K]); the positive stands in column 0.
     """
-    q, k, queue = (x.astype(jnp.float32) for x in (q, k, queue))
+    q, k, queue = (wide(x) for x in (q, k, queue))
     positive = jnp.sum(q * k, axis=-1, keepdims=True)
     negative = jnp.matmul(q, queue.T, precision="highest")  # not TF32: these are divided by T
     logits = jnp.concatenate([positive, negative], axis=-1) / temperature
@@ -37,7 +40,7 @@ def negative_cosine(p: jax.Array, z: jax.Array) -> jax.Array:
     those of p; where z is a constant, stop its gradient before the call.
     """
     # torch's cosine similarity guards with the same epsilon.
-    return -optax.losses.cosine_similarity(p.astype(jnp.float32), z.astype(jnp.float32), epsilon=1e-8)
+    return -optax.losses.cosine_similarity(wide(p), wide(z), epsilon=1e-8)
 
 
 def kl_target_student(
@@ -56,8 +59,8 @@ def kl_target_student(
         the logarithm of a one-hot row is a hard label, which no temperature changes.
       student: f32[B, N], finite logits.
     """
-    p = jax.nn.softmax(target.astype(jnp.float32) / target_temperature)
-    log_q = jax.nn.log_softmax(student.astype(jnp.float32) / student_temperature)
+    log_q = jax.nn.log_softmax(wide(student) / student_temperature)
+    p = jax.nn.softmax(target.astype(log_q.dtype) / target_temperature)
     return optax.losses.kl_divergence(log_q, p) * student_temperature**2
 
 
@@ -67,5 +70,6 @@ def soft_cross_entropy(target: jax.Array, student: jax.Array, target_temperature
     The KL divergence plus the target's own entropy: the same gradient, and for hard labels (see
     `kl_target_student`) the usual cross-entropy.
     """
-    p = jax.nn.softmax(target.astype(jnp.float32) / target_temperature)
-    return optax.losses.softmax_cross_entropy(student.astype(jnp.float32), p)
+    student = wide(student)
+    p = jax.nn.softmax(target.astype(student.dtype) / target_temperature)
+    return optax.losses.softmax_cross_entropy(student, p)

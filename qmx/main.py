@@ -127,6 +127,8 @@ def start(config: FrozenConfigDict, workdir: Path) -> str:
 
     if STAGE.value not in ("all", *pipeline.STAGES):
         raise ValueError(f"--stage={STAGE.value} is unknown; choose one of all, {', '.join(pipeline.STAGES)}")
+    if "float64" in (config.student.dtype, config.target.precision):
+        jax.config.update("jax_enable_x64", True)
     sharding.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value)
     images = data.load(config.data)
     validate(config, images)
@@ -152,10 +154,12 @@ def stop_on_signals() -> Callable[[], bool]:
 
     def remember(number: int, frame: object) -> None:
         seen.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        for each in stopping:
+            signal.signal(each, signal.SIG_DFL)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, remember)
+    stopping = (signal.SIGTERM, signal.SIGINT)
+    for each in stopping:
+        signal.signal(each, remember)
     return lambda: bool(seen)
 
 

@@ -69,6 +69,8 @@ def base() -> ConfigDict:
     config.fractions = (0.01, 0.1, 1.0)  # of the pool that is asked about
     config.budget = config_dict.placeholder(int)  # distinct images that may be asked; none is no limit
 
+    config.save_minutes = 10.0  # between two checkpoints of a training: what a kill may cost
+
     config.data = ConfigDict(dict(
         source="digits",  # digits, arrays, folder, tfds
         path="",  # arrays: npz of the pool; folder: of class folders; tfds: name of the data set
@@ -97,11 +99,11 @@ def base() -> ConfigDict:
         seed=0,
         path="",  # torch: .safetensors, .pth, .pth.tar
         expect=(),  # torch: top-1 and top-5 that it is known to have; a warning if it has not
-        precision="float32",  # of its answers: float32, tf32, bfloat16
+        precision="float32",  # of its answers: float64 (its training's too), float32, tf32, bfloat16
     )
     config.student = ConfigDict(dict(
         arch="resnet50",
-        dtype="float32",  # of its convolutions: float32, bfloat16
+        dtype="float32",  # of its convolutions: float64 (and everything else), float32, bfloat16
     ))
 
     config.pretrain = ConfigDict()

@@ -31,7 +31,8 @@ def make_step(method: Method, tx: optax.GradientTransformation) -> Callable:
     """The jitted step of any method: (train_state, batch, rng) -> (train_state, metrics).
 
     `rng` is the run's one root key; each step folds its number in, so no randomness is stored.
-    The state is donated. The metrics are f32[] on the device, "loss" among them.
+    The state is donated. The metrics are f32[] on the device, "loss" and "grad_norm", the length of the
+    gradient as one vector, among them.
     """
 
     def step(ts: TrainState, batch: Batch, rng: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -40,7 +41,8 @@ def make_step(method: Method, tx: optax.GradientTransformation) -> Callable:
         (loss, (state, metrics)), grads = grad(ts.params, ts.state, batch, rng)
         updates, opt_state = tx.update(grads, ts.opt_state, ts.params)
         params = optax.apply_updates(ts.params, updates)
-        return TrainState(ts.step + 1, params, state, opt_state), {"loss": loss, **metrics}
+        return TrainState(ts.step + 1, params, state, opt_state), {
+            "loss": loss, "grad_norm": optax.tree.norm(grads), **metrics}
 
     return jax.jit(step, donate_argnums=0)
 
@@ -76,15 +78,16 @@ def fit(
         save; says what all do. Several processes must stop and save at one step.
 
     Raises:
-      FloatingPointError: the loss is not finite; says at which step.
+      FloatingPointError: the loss or the gradient is not finite; says at which step. No state after it is saved.
       Stopped: `stopped` said so; the state was saved first, if there is a `save`.
     """
 
     def report(done: int, metrics: dict[str, jax.Array]) -> None:
         values = {name: float(value) for name, value in metrics.items()}
-        if not math.isfinite(values["loss"]):
-            raise FloatingPointError(f"the loss is {values['loss']} at step {done} of {steps}; "
-                                     "a lower learning rate or a warm-up may cure it")
+        for name, what in (("loss", "loss"), ("grad_norm", "gradient's length")):
+            if not math.isfinite(values[name]):
+                raise FloatingPointError(f"the {what} is {values[name]} at step {done} of {steps}; "
+                                         "a lower learning rate or a warm-up may cure it")
         on_metrics(done, values)
 
     pending = None

@@ -1,12 +1,17 @@
 """What is saved comes back to the bit, or not at all; and stages are done once."""
 
 import logging
+import random
 import re
+import subprocess
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
 from safetensors.numpy import load_file, save_file
 
 from qmx import optim
@@ -36,10 +41,9 @@ def assert_same(a, b):
 
 
 def saved(directory, *steps):
-    checkpoints = Checkpoints(directory)
-    for step in steps:
-        checkpoints.save(state(step))
-    checkpoints.close()
+    with Checkpoints(directory) as checkpoints:
+        for step in steps:
+            checkpoints.save(state(step))
 
 
 def test_round_trip(tmp_path):
@@ -80,8 +84,56 @@ def test_damaged_checkpoint(tmp_path, caplog, damage):
     with caplog.at_level(logging.WARNING):
         assert_same(Checkpoints(tmp_path / "c").restore(state(0)), state(3))
     assert re.search(r"c/5 is damaged and passed over", caplog.text)
+    assert not (tmp_path / "c/5").exists(), "no newer one is in the way of what is saved next"
+    saved(tmp_path / "c", 4)
+    assert_same(Checkpoints(tmp_path / "c").restore(state(0)), state(4))
     damage(tmp_path / "c/3")
+    damage(tmp_path / "c/4")
     assert Checkpoints(tmp_path / "c").restore(state(0)) is None
+
+
+def test_saving_goes_on_meanwhile(tmp_path):
+    """What is saved is the state at the call, though its buffers are donated and written over at once."""
+    spoil = jax.jit(lambda ts: jax.tree.map(lambda x: x * 0, ts), donate_argnums=0)
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        for step in (3, 5):
+            ts = state(step)
+            checkpoints.save(ts)
+            spoil(ts)
+        assert checkpoints.newest() == tmp_path / "c/5"
+        with pytest.raises(OSError, match="step 4 was not saved, for the newest there is .*c/5"):
+            checkpoints.save(state(4))
+    for step in (5, 3):
+        assert_same(Checkpoints(tmp_path / "c").restore(state(0)), state(step))
+        truncate(tmp_path / f"c/{step}")
+
+
+SAVING = """
+import sys
+from pathlib import Path
+from test_checkpoint import state
+from qmx.checkpoint import Checkpoints
+with Checkpoints(Path(sys.argv[1])) as checkpoints:
+    for step in range(1, 100000):
+        checkpoints.save(state(step))
+        print(step, flush=True)
+"""
+
+
+def test_killed_while_saving(tmp_path):
+    """SIGKILL in the middle of saves: the newest good one is whole, and no older than the one before the last begun."""
+    draw = random.Random(0)
+    for kill in range(4):
+        process = subprocess.Popen([sys.executable, "-c", SAVING, str(tmp_path / f"c{kill}")], text=True,
+                                   stdout=subprocess.PIPE, cwd=ROOT / "tests")
+        for _ in range(3):
+            process.stdout.readline()
+        time.sleep(draw.uniform(0, 0.3))
+        process.kill()
+        begun = int((process.communicate()[0].split() or ["3"])[-1])
+        found = Checkpoints(tmp_path / f"c{kill}").restore(state(0))
+        assert int(found.step) >= begun - 1
+        assert_same(found, state(int(found.step)))
 
 
 def test_another_networks_checkpoint(tmp_path):

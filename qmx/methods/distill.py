@@ -55,7 +55,8 @@ def start_from(params: PyTree, state: PyTree, encoder: Encoder) -> tuple[PyTree,
     Raises:
       ValueError: a variable is missing, left over, or of another shape; all of them are listed.
     """
-    check_shapes(encoder, Encoder(params["backbone"], state["backbone"]), "the encoder")
+    fresh = Encoder(params["backbone"], state["backbone"])
+    check_shapes(encoder, fresh, "the encoder")
     # Copies, because the step donates its state and the encoder may start other students.
-    copy = jax.tree.map(jnp.copy, encoder)
+    copy = jax.tree.map(lambda x, like: jnp.array(x, like.dtype), encoder, fresh)
     return {**params, "backbone": copy.params}, {**state, "backbone": copy.stats}

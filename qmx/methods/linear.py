@@ -51,4 +51,5 @@ def start_from(state: PyTree, encoder: Encoder) -> PyTree:
       ValueError: a variable is missing, left over, or of another shape; all of them are listed.
     """
     check_shapes(encoder, state["backbone"], "the encoder")
-    return {**state, "backbone": jax.tree.map(jnp.copy, encoder)}
+    copy = jax.tree.map(lambda x, like: jnp.array(x, like.dtype), encoder, state["backbone"])
+    return {**state, "backbone": copy}

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qmx.contract import Batch, Encoder, Method, Network, PyTree, View, chain, view_shape
+from qmx.contract import Batch, Encoder, Method, Network, PyTree, View, chain, view_shape, wide
 from qmx.losses import info_nce
 from qmx.optim import EmaState, ema
 
@@ -68,8 +68,9 @@ def make(
                              f"{max(queue_size // len(x), 1) * len(x)} is")
         net_key, queue_key = jax.random.split(rng)
         params, stats = encode.init(net_key, x)
-        features = jax.eval_shape(lambda: encode.apply(params, stats, x, True)[0]).shape[-1]
-        queue = _unit(jax.random.normal(queue_key, (queue_size, features)))
+        features = jax.eval_shape(lambda: encode.apply(params, stats, x, True)[0])
+        rows = jax.random.normal(queue_key, (queue_size, features.shape[-1]), jnp.float32)
+        queue = _unit(rows.astype(jnp.promote_types(features.dtype, jnp.float32)))
         copy = jax.tree.map(jnp.copy, stats)
         return params, MocoState(stats, average.init(params), copy, queue, jnp.int32(0))
 
@@ -85,7 +86,7 @@ def make(
         k = jax.lax.stop_gradient(_unit(k)[jnp.argsort(shuffle)])
 
         losses, logits = info_nce(q, k, state.queue, temperature)
-        queue = jax.lax.dynamic_update_slice(state.queue, k, (state.pointer, 0))
+        queue = jax.lax.dynamic_update_slice_in_dim(state.queue, k, state.pointer, 0)
         pointer = (state.pointer + len(k)) % queue_size
         rank = (logits[:, 1:] > logits[:, :1]).sum(1)
         metrics = {
@@ -103,5 +104,5 @@ def make(
 
 def _unit(x: jax.Array) -> jax.Array:
     """Rows of unit length; torch's `normalize` guards with the same epsilon."""
-    x = x.astype(jnp.float32)
+    x = wide(x)
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from qmx.contract import Batch, Encoder, Method, Network, PyTree, View, chain, view_shape
+from qmx.contract import Batch, Encoder, Method, Network, PyTree, View, chain, view_shape, wide
 
 
 def rotations(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -39,8 +39,7 @@ def make(net: Network, head: Network, view: View) -> Method:
     def loss(params: PyTree, state: PyTree, batch: Batch, rng: jax.Array) -> tuple[jax.Array, tuple]:
         x, turns = rotations(view(rng, batch))
         logits, state = network.apply(params, state, x, True)
-        logits = logits.astype(jnp.float32)
-        losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, turns)
+        losses = optax.losses.softmax_cross_entropy_with_integer_labels(wide(logits), turns)
         return losses.mean(), (state, {"rotation_acc1": (logits.argmax(-1) == turns).mean()})
 
     def encoder(params: PyTree, state: PyTree) -> Encoder:

@@ -6,10 +6,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from qmx.models.norm import BatchNorm
+from qmx.contract import wide
+from qmx.models.norm import BatchNorm, drawn
 
 # torch's default for Linear: uniform in +-1/sqrt(fan_in), for the weight and for the bias.
-linear_kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+linear_kernel = drawn(nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"))
 
 
 class Linear(nn.Module):
@@ -26,16 +27,17 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        x = wide(x)
         fan_in, std = x.shape[-1], self.kernel_std
-        kernel_init = linear_kernel if std is None else nn.initializers.normal(std)
-        y = x @ self.param("kernel", kernel_init, (fan_in, self.features), jnp.float32)
+        kernel_init = linear_kernel if std is None else drawn(nn.initializers.normal(std))
+        y = x @ self.param("kernel", kernel_init, (fan_in, self.features), x.dtype)
         if not self.bias:
             return y
 
         def init(rng: jax.Array) -> jax.Array:
             if std is not None:
-                return jnp.zeros((self.features,), jnp.float32)
-            return jax.random.uniform(rng, (self.features,), jnp.float32, -1, 1) / fan_in**0.5
+                return jnp.zeros((self.features,), x.dtype)
+            return (jax.random.uniform(rng, (self.features,), jnp.float32, -1, 1) / fan_in**0.5).astype(x.dtype)
 
         if self.bias == "frozen":
             # Among the statistics, where no gradient and no weight decay reaches it.

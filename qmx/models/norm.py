@@ -8,10 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qmx.contract import Encoder, PyTree
+from qmx.contract import Encoder, PyTree, wide
 
 MOMENTUM = 0.9  # torch calls it 0.1
 EPSILON = 1e-5
+
+
+def drawn(init: nn.initializers.Initializer) -> nn.initializers.Initializer:
+    """`init`, drawn in float32 whatever the dtype: a network in float64 starts where the one in float32 does."""
+    return lambda rng, shape, dtype=jnp.float32: init(rng, shape, jnp.float32).astype(dtype)
 
 
 class BatchNorm(nn.Module):
@@ -21,13 +26,13 @@ class BatchNorm(nn.Module):
     on the number of devices. One group is batch norm over the whole batch ("SyncBN"); MoCo's
     per-GPU statistics are batch / 32 groups. The running statistics take the mean over the groups
     of their means and of their unbiased variances, as torch does for one group; they are read
-    when `train` is false. All arithmetic is float32.
+    when `train` is false. All arithmetic is float32, or float64 where the input is.
 
     Attributes:
       groups: G >= 1; the batch must be a multiple.
       affine: whether there are a scale and a bias.
       scale_init: initialiser of the scale (zeros for the last one of a residual branch).
-      dtype: of the output.
+      dtype: of the output; none is that of the arithmetic.
 
     Raises:
       ValueError: the batch is not a multiple of `groups`, or a group holds a single value.
@@ -36,14 +41,14 @@ class BatchNorm(nn.Module):
     groups: int = 1
     affine: bool = True
     scale_init: Any = nn.initializers.ones
-    dtype: Any = jnp.float32
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         channels = x.shape[-1]
-        mean_ema = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
-        var_ema = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
-        x = x.astype(jnp.float32)
+        x = wide(x)
+        mean_ema = self.variable("batch_stats", "mean", jnp.zeros, (channels,), x.dtype)
+        var_ema = self.variable("batch_stats", "var", jnp.ones, (channels,), x.dtype)
 
         if train:
             if x.shape[0] % self.groups:
@@ -67,9 +72,9 @@ class BatchNorm(nn.Module):
             y = (x - mean_ema.value) * jax.lax.rsqrt(var_ema.value + EPSILON)
 
         if self.affine:
-            y = y * self.param("scale", self.scale_init, (channels,), jnp.float32)
-            y = y + self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
-        return y.astype(self.dtype)
+            y = y * self.param("scale", self.scale_init, (channels,), x.dtype)
+            y = y + self.param("bias", nn.initializers.zeros, (channels,), x.dtype)
+        return y.astype(self.dtype or x.dtype)
 
 
 def fold(params: PyTree, stats: PyTree) -> Encoder:
@@ -82,7 +87,7 @@ def fold(params: PyTree, stats: PyTree) -> Encoder:
       params, stats: a backbone's variables, nested dicts of arrays.
 
     Returns:
-      f32 parameters {convolution: {"kernel", "bias"}}, and no statistics.
+      Parameters {convolution: {"kernel", "bias"}}, and no statistics.
 
     Raises:
       ValueError: a convolution without its batch norm, as in variables that are folded already.
@@ -96,11 +101,11 @@ def fold(params: PyTree, stats: PyTree) -> Encoder:
                 if norm not in stats or norm not in params or "bias" in value:
                     raise ValueError(f"{path}{name} has no batch norm {norm} to fold; give the variables of a "
                                      "backbone that is not folded yet")
-                wide = {key: np.asarray(x, np.float64) for key, x in (params[norm] | stats[norm]).items()}
-                factor = wide["scale"] / np.sqrt(wide["var"] + EPSILON)
+                exact = {key: np.asarray(x, np.float64) for key, x in (params[norm] | stats[norm]).items()}
+                factor = exact["scale"] / np.sqrt(exact["var"] + EPSILON)
                 kernel = np.asarray(value["kernel"]) * factor  # the output channels are the last axis of HWIO
-                found[name] = {"kernel": kernel.astype(np.float32),
-                               "bias": (wide["bias"] - wide["mean"] * factor).astype(np.float32)}
+                found[name] = {"kernel": kernel.astype(value["kernel"].dtype),
+                               "bias": (exact["bias"] - exact["mean"] * factor).astype(value["kernel"].dtype)}
             elif "scale" not in value:
                 found[name] = walk(value, stats.get(name, {}), f"{path}{name}/")
         return found

@@ -12,10 +12,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from qmx.models.norm import BatchNorm
+from qmx.contract import wide
+from qmx.models.norm import BatchNorm, drawn
 
 # Kaiming normal with fan_out, as torchvision initialises every convolution.
-kaiming_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+kaiming_normal = drawn(nn.initializers.variance_scaling(2.0, "fan_out", "normal"))
 
 
 class Arch(NamedTuple):
@@ -53,7 +54,8 @@ def conv(features: int, kernel: int, stride: int = 1, groups: int = 1, *, dtype:
     """A convolution, padded by kernel // 2 on both sides as torch pads it; a bias only where norms are folded in."""
     pad = kernel // 2  # "SAME" would pad (0, 1) at stride 2 on even sizes
     return nn.Conv(features, (kernel, kernel), stride, [(pad, pad)] * 2, feature_group_count=groups,
-                   use_bias=bias, kernel_init=kaiming_normal, dtype=dtype, name=name)
+                   use_bias=bias, kernel_init=kaiming_normal, dtype=dtype,
+                   param_dtype=jnp.promote_types(dtype, jnp.float32), name=name)
 
 
 def no_norm(**_: Any) -> Callable[[jax.Array, bool], jax.Array]:
@@ -105,7 +107,7 @@ class ResNet(nn.Module):
       arch: one of `ARCHS`, or another.
       stats_groups: G, groups of the global batch whose batch statistics are their own.
       zero_init: start each residual branch at zero (SimSiam does, MoCo does not).
-      dtype: of the convolutions; parameters, statistics and features stay float32.
+      dtype: of the convolutions; parameters, statistics and features are float32, or float64 with it.
       folded: the network for inference that `qmx.models.fold` makes the variables of: every convolution
         has a bias, and there is no batch norm.
     """
@@ -133,4 +135,4 @@ class ResNet(nn.Module):
                 stride = 2 if stage > 0 and index == 0 else 1
                 x = Block(self.arch, self.arch.width * 2**stage, stride, norm, self.zero_init, self.dtype,
                           self.folded, name=f"layer{stage + 1}_{index}")(x, train)
-        return x.astype(jnp.float32).mean((1, 2))
+        return wide(x).mean((1, 2))

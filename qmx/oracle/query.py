@@ -10,8 +10,9 @@ from qmx.evaluate import predict
 
 Query = Callable[[np.ndarray], np.ndarray]
 
-# How a GPU multiplies: names of ours -> jax's. In bfloat16 the network's own dtype says it.
-PRECISIONS = {"float32": "highest", "tf32": "tensorfloat32", "bfloat16": "bfloat16"}
+# Names of ours -> the network's dtype, and how a GPU multiplies, by jax's names.
+PRECISIONS = {"float64": ("float64", "highest"), "float32": ("float32", "highest"),
+              "tf32": ("float32", "tensorfloat32"), "bfloat16": ("bfloat16", "bfloat16")}
 
 
 def network_query(network: Network, params: PyTree, stats: PyTree, view: View, batch_size: int = 256,
@@ -26,7 +27,7 @@ def network_query(network: Network, params: PyTree, stats: PyTree, view: View, b
     """
 
     def query(images: np.ndarray) -> np.ndarray:
-        with jax.default_matmul_precision(PRECISIONS[precision]):
+        with jax.default_matmul_precision(PRECISIONS[precision][1]):
             return predict(network, params, stats, view, images, batch_size)
 
     return query

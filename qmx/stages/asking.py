@@ -58,10 +58,11 @@ def query(this: Run, todo: list[Cell]) -> dict:
         ask = cache(lambda: target_query(this))
         for purpose, source, wanted in (("report", evaluation, np.arange(evaluation.size)),
                                         ("train", this.data.pool, ids)):
-            keys[purpose] = []
-            with progress(f"query for {purpose}", len(wanted), unit="images") as shown:
+            keys[purpose], name = [], f"query for {purpose}"
+            with progress(name, len(wanted), unit="images") as shown:
                 for images in read_together(source.shown, wanted):
-                    ask_together(this, ask, images, purpose, partial(_update, shown, len(keys[purpose])))
+                    ask_together(this, ask, images, purpose,
+                                 partial(_answered, this, shown, name, len(keys[purpose]), len(wanted)))
                     keys[purpose] += keys_of(images, target(this)["sha256"], preprocessing(this))
                     shown.update(len(keys[purpose]))
             if purpose == "report":
@@ -83,8 +84,9 @@ def query(this: Run, todo: list[Cell]) -> dict:
     return this.stage("query", ".", inputs, work)
 
 
-def _update(shown: Progress, before: int, answered: int, _: int) -> None:
+def _answered(this: Run, shown: Progress, name: str, before: int, total: int, answered: int, _: int) -> None:
     shown.update(before + answered)
+    this.go_on(name, before + answered, total)
 
 
 def read_together(read: Callable[[np.ndarray], np.ndarray], ids: np.ndarray) -> Iterator[np.ndarray]:
@@ -101,7 +103,8 @@ def ask_together(this: Run, ask: Callable[[], Query], images: np.ndarray, purpos
                  on_progress: Callable[[int, int], None]) -> None:
     """Answers for a chunk of images into the ledger, which the first process keeps.
 
-    The target computes in all processes: the others ask it the same batches as the ledger does.
+    The target computes in all processes: the others ask it the same batches as the ledger does, and
+    `on_progress` is called in all of them after each.
     """
     sha256 = target(this)["sha256"]
 
@@ -116,6 +119,7 @@ def ask_together(this: Run, ask: Callable[[], Query], images: np.ndarray, purpos
     else:
         for start in range(0, len(rows), BATCH):
             ask()(images[rows[start : start + BATCH]])
+            on_progress(min(start + BATCH, len(rows)), len(rows))
 
 
 def read_answers(this: Run, keys: list[bytes], access: str = "logits") -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 
 from qmx import build
 from qmx.checkpoint import file_digest, save_weights
-from qmx.contract import Encoder
+from qmx.contract import Encoder, Network
 from qmx.data import Dataset
 from qmx.data.sources import take
 from qmx.evaluate import held_out, held_out_knn, top_k
@@ -47,7 +47,8 @@ def _pretrain(this: Run, init: str, seed: int, directory: Path) -> dict:
     began = time.monotonic()
     ts = train(directory, f"pretrain {init} seed {seed}", trainer.step, trainer.init(rng), rng, pool,
                batch_size=keys.batch_size, steps=steps, seed=seed, drop_last=True,
-               watch=watch(steps // int(keys.epochs), keys.get("features")), stopped=this.stopped)
+               save_seconds=this.save_seconds, stopped=this.stopped,
+               watch=watch(steps // int(keys.epochs), keys.get("features"), keys.get("queue_size")))
     seconds = time.monotonic() - began
     digest = save_weights(directory / "encoder.safetensors", trainer.method.encoder(ts.params, ts.state))
     return {"sha256": digest, "seconds": seconds, "epochs": int(keys.epochs)}
@@ -68,20 +69,26 @@ def converted(config: Any, init: str, data: Dataset) -> from_torch.Converted:
     return made
 
 
+def backbone(this: Run) -> Network:
+    """The encoders' network, as it is evaluated."""
+    student = this.config.student
+    return build.backbone(student.arch, build.evaluated_in(student.dtype), build.look(this.data))
+
+
 def read_encoder(this: Run, init: str, seed: int) -> Encoder:
     """The encoder that `pretrain` left."""
-    net = build.backbone(this.config.student.arch, "float32", build.look(this.data))
-    return read_weights(this, net, f"pretrain/{init}-seed{seed}/encoder.safetensors")
+    return read_weights(this, backbone(this), f"pretrain/{init}-seed{seed}/encoder.safetensors")
 
 
 def monitor(this: Run, init: str, seed: int) -> dict:
     """How good an encoder's features are beside a random network's, on a held-out part of the pool."""
     made = pretrain(this, init, seed)
-    keys, arch, name = this.config.monitor, this.config.student.arch, f"{init}-seed{seed}"
+    keys, student, name = this.config.monitor, this.config.student, f"{init}-seed{seed}"
+    arch, dtype = student.arch, build.evaluated_in(student.dtype)
     neighbours = {"knn_k": keys.knn_k, "knn_temperature": keys.knn_temperature}
 
     def look_at_random(_: Path) -> dict:
-        random = build.random_backbone(arch, build.look(this.data))(root_key(seed, "random"))
+        random = build.random_backbone(arch, dtype, build.look(this.data))(root_key(seed, "random"))
         return {"knn_top1": knn_top1(this, f"a random network, seed {seed}", put_state(Encoder(*random)))}
 
     def look(directory: Path) -> dict:
@@ -92,7 +99,8 @@ def monitor(this: Run, init: str, seed: int) -> dict:
         return found
 
     # The random network is the same whatever the encoder: once a seed.
-    random = this.stage("monitor", f"random-seed{seed}", {"arch": arch, "monitor": neighbours}, look_at_random)
+    same = {"arch": arch, "dtype": dtype, "monitor": neighbours}
+    random = this.stage("monitor", f"random-seed{seed}", same, look_at_random)
     probe = {"probe": plain(keys.probe), "weak_view": plain(this.config.weak_view)} if keys.linear else {}
     found = this.stage("monitor", name, {"encoder": made["sha256"], "monitor": neighbours, **probe}, look)
     return {**neighbours, **found, "knn_top1_random": random["knn_top1"]}
@@ -101,25 +109,26 @@ def monitor(this: Run, init: str, seed: int) -> dict:
 def knn_top1(this: Run, name: str, encoder: Encoder) -> float:
     """`qmx.evaluate.held_out_knn` of an encoder's features within the pool, in per cent."""
     keys, pool = this.config.monitor, this.data.pool
-    net = build.backbone(this.config.student.arch, "float32", build.look(this.data))
-    features = outputs(this, f"features of {name}", net, encoder, pool)
+    features = outputs(this, f"features of {name}", backbone(this), encoder, pool)
     return held_out_knn(features, pool.labels, keys.knn_k, keys.knn_temperature)
 
 
 def linear_top1(this: Run, encoder: Encoder, directory: Path, name: str, seed: int) -> float:
     """Accuracy in per cent of a linear classifier on frozen features, after its last step."""
     keys, pool, seen = this.config.monitor.probe, this.data.pool, build.look(this.data)
+    arch, dtype = this.config.student.arch, build.evaluated_in(this.config.student.dtype)
     asking = held_out(pool.size)
     learn = np.flatnonzero(~asking)
     steps = build.distill_steps(keys, len(learn))
-    trainer = build.prober(keys, this.config.student.arch, this.config.weak_view, seen, steps)
+    trainer = build.prober(keys, arch, dtype, this.config.weak_view, seen, steps)
     rng = root_key(seed, "probe")
     ts = trainer.init(rng)
     ts = ts._replace(state=linear.start_from(ts.state, encoder))
     source = take(pool, learn, scores=Labels(pool.labels[learn], this.data.classes))
     ts = train(directory, f"linear probe of {name}", trainer.step, ts, rng, source, batch_size=keys.batch_size,
-               steps=steps, seed=seed, drop_last=False, stopped=this.stopped)
-    classifier = build.classifier(this.config.student.arch, "float32", seen)
+               steps=steps, seed=seed, drop_last=False, save_seconds=this.save_seconds,
+               stopped=this.stopped)
+    classifier = build.classifier(arch, dtype, seen)
     variables = Encoder({"backbone": encoder.params, "head": ts.params["head"]},
                         {"backbone": encoder.stats, "head": ts.state["head"]})
     held = take(pool, np.flatnonzero(asking))

@@ -16,7 +16,8 @@ from qmx.data import Dataset, Source
 from qmx.data.batches import ahead
 from qmx.evaluate import ids_here, predict_batches
 from qmx.progress import progress, say
-from qmx.sharding import put_state
+from qmx.sharding import any_process, put_state
+from qmx.train import Stopped
 
 
 class Run(NamedTuple):
@@ -43,6 +44,17 @@ class Run(NamedTuple):
         return workdir.stage(directory, {"data": self.data.digest, **inputs}, run, say, refuse)
 
 
+    @property
+    def save_seconds(self) -> float:
+        """Between two checkpoints of a training."""
+        return 60 * self.config.save_minutes
+
+    def go_on(self, name: str, done: int, total: int) -> None:
+        """Raise Stopped if a process was told to stop; all must ask at the same place."""
+        if any_process(self.stopped()):
+            raise Stopped(f"{name} stopped after {min(done, total)} of {total} images")
+
+
 def read_weights(this: Run, network: Network, path: str) -> Encoder:
     """A network's weights from the workdir onto the devices."""
     return put_state(load_weights(this.workdir / path, build.variables(network, build.look(this.data))))
@@ -57,7 +69,9 @@ def outputs(this: Run, name: str, network: Network, variables: Encoder, source: 
         def batches() -> Iterator[np.ndarray]:
             for done, images in ahead(source.shown, ids.ravel(), ids.shape[1]):
                 yield images
-                shown.update(min(done * jax.process_count(), source.size))
+                done *= jax.process_count()
+                shown.update(min(done, source.size))
+                this.go_on(name, done, source.size)
 
         return predict_batches(network, variables.params, variables.stats, view, batches())[: source.size]
 

@@ -44,7 +44,8 @@ def distill(this: Run, cell: Cell, todo: list[Cell]) -> dict:
         name = f"distill {cell.init} {percent(cell.fraction)} {cell.select} {cell.access} seed {cell.seed}"
         began = time.monotonic()
         ts = train(directory, name, trainer.step, ts, rng, take(pool, ids, scores=scores), batch_size=keys.batch_size,
-                   steps=steps, seed=cell.seed, drop_last=False, stopped=this.stopped)
+                   steps=steps, seed=cell.seed, drop_last=False, save_seconds=this.save_seconds,
+                   stopped=this.stopped)
         digest = save_weights(directory / "student.safetensors", Encoder(ts.params, ts.state))
         return {"sha256": digest, "seconds": time.monotonic() - began, "queries": len(ids),
                 "recipe": recipe_name(this.config, cell) or "distill"}
@@ -57,13 +58,13 @@ def distill(this: Run, cell: Cell, todo: list[Cell]) -> dict:
 
 def evaluate(this: Run, cell: Cell, todo: list[Cell]) -> dict:
     """A cell's row of the table, from its last step (never the best one)."""
-    made = distill(this, cell, todo)
+    made, student = distill(this, cell, todo), this.config.student
     seen, keys, evaluation = build.look(this.data), recipe_of(this.config, cell), this.data.evaluation
 
     def work(_: Path) -> dict:
-        network = build.classifier(this.config.student.arch, "float32", seen, standardize=keys.standardize)
-        student = read_weights(this, network, f"distill/{cell.name}/student.safetensors")
-        scores = outputs(this, f"evaluate {cell.name}", network, student, evaluation)
+        network = build.classifier(student.arch, build.evaluated_in(student.dtype), seen, standardize=keys.standardize)
+        weights = read_weights(this, network, f"distill/{cell.name}/student.safetensors")
+        scores = outputs(this, f"evaluate {cell.name}", network, weights, evaluation)
         query(this, todo)
         answers = read_answers(this, evaluation_keys(this))
         queries = {"train": made["queries"], "select": 0, "report": len(answers)}

@@ -34,10 +34,11 @@ def _train(this: Run, directory: Path) -> dict:
     keys, seen, pool = this.config.target, build.look(this.data), this.data.pool
     source = take(pool, np.arange(pool.size), scores=Labels(pool.labels, this.data.classes))
     steps = build.distill_steps(keys, pool.size)
-    trainer = build.distiller(keys, keys.arch, "float32", this.config.weak_view, seen, steps)
+    trainer = build.distiller(keys, keys.arch, build.evaluated_in(keys.precision), this.config.weak_view, seen, steps)
     rng = root_key(keys.seed, "target")
     ts = train(directory, "target", trainer.step, trainer.init(rng), rng, source, batch_size=keys.batch_size,
-               steps=steps, seed=keys.seed, drop_last=False, stopped=this.stopped)
+               steps=steps, seed=keys.seed, drop_last=False, save_seconds=this.save_seconds,
+               stopped=this.stopped)
     digest = save_weights(directory / "target.safetensors", Encoder(ts.params, ts.state))
     return {"name": f"{keys.arch} trained on {this.data.name}", "arch": keys.arch, "sha256": digest}
 
@@ -87,7 +88,7 @@ class Labels:
 def target_query(this: Run) -> Query:
     """The query function around the target's weights."""
     made, keys, seen = target(this), this.config.target, build.look(this.data)
-    network: Network = build.classifier(made["arch"], "float32", seen)
+    network: Network = build.classifier(made["arch"], build.evaluated_in(keys.precision), seen)
     weights = read_weights(this, network, WEIGHTS)
     folded, weights = build.for_inference(made["arch"], keys.precision, seen, weights)
     return network_query(folded, *weights, build.evaluation_view(seen), precision=keys.precision)

@@ -1,0 +1,73 @@
+"""Train a small one of each method with qmx's own loop, in a process of its own; see test_invariance.py.
+
+    python tests/small_trainings.py DIRECTORY STEPS [STOP]
+
+Stops each training after STOP more steps, as a signal would. What is finished is left in
+DIRECTORY/METHOD: metrics.jsonl and state.npz, every leaf of the last state; and DIRECTORY/evaluation.npz.
+"""
+
+import sys
+from itertools import count
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qmx import augment, distill, init_state, make_step, moco, models, optim, rotation, simsiam
+from qmx.contract import by_path, chain
+from qmx.data.sources import in_memory
+from qmx.evaluate import knn, predict
+from qmx.job import train
+from qmx.models.resnet import Arch, ResNet
+from qmx.sharding import put_state
+from qmx.train import Stopped
+
+DTYPE = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
+VIEW = augment.make_view(8, jitter=(0.4, 0.4, 0, 0), grey_p=0, mean=(0.5,), std=(0.25,))
+BATCH = 32
+
+
+def network(groups):
+    arch = Arch((1, 1), bottleneck=False, width=8, stem="small")
+    return models.from_linen(ResNet(arch, groups, dtype=DTYPE))
+
+
+NET, HEAD = network(1), models.classifier(10)
+METHODS = {  # eight groups of four images; one group over all of them
+    "moco": moco.make(network(8), models.moco_head(16), VIEW, queue_size=2 * BATCH, decay=0.9),
+    "simsiam": simsiam.make(NET, models.simsiam_projector(16, 2), models.simsiam_predictor(8), VIEW),
+    "rotation": rotation.make(NET, models.classifier(4), VIEW),
+    "distill": distill.make(NET, HEAD, VIEW),
+}
+
+
+def main(directory, steps, stop):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (80, 8, 8, 1), np.uint8)
+    source = in_memory(image=images, scores=rng.normal(size=(80, 10)).astype(np.float32))
+    like = source.read(np.arange(BATCH))
+    for name, method in METHODS.items():
+        tx = optim.sgd(optim.schedule("cosine", 0.01, epochs=10, steps=steps), weight_decay=1e-4)
+        ts = jax.jit(lambda rng, method=method, tx=tx: init_state(method, tx, rng, like))(jax.random.key(0))
+        step, asked = make_step(method, tx), count(1)
+        folder = directory / name
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            ts = train(folder, name, step, ts, jax.random.key(1), source, batch_size=BATCH, steps=steps, seed=3,
+                       drop_last=name != "distill", save_seconds=1e9,
+                       stopped=lambda asked=asked: next(asked) == stop)
+        except Stopped:
+            continue
+        assert step._cache_size() == 1, "one compilation"
+        np.savez(folder / "state.npz", **{path: np.asarray(leaf) for path, leaf in by_path(ts).items()})
+    if not stop:
+        answers = predict(chain(backbone=NET, head=HEAD), *put_state((ts.params, ts.state)), augment.plain_view(
+            (0.5,), (0.25,)), images[:51], batch_size=16)
+        np.savez(directory / "evaluation.npz", answers=answers, neighbours=knn(
+            answers[:40], np.arange(40) % 10, answers[40:], k=5))
+    print(jax.device_count())
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 0)

@@ -1,0 +1,82 @@
+"""What a training makes does not depend on the number of devices, nor on being stopped and gone on with."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import QUICKLY, ROOT
+
+METHODS = ("moco", "simsiam", "rotation", "distill")
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def trained(environment, tmp_path_factory):
+    """trained(name, devices, dtype, stops) -> the folder of tests/small_trainings.py, made once.
+
+    `stops` are the steps that each process but the last does, with its own number of devices.
+    """
+    root = tmp_path_factory.mktemp("trained")
+
+    def run(name, devices=(1,), dtype="float32", stops=()):
+        folder = root / name
+        if not folder.exists():
+            for number, stop in zip(devices, (*stops, 0), strict=True):
+                flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={number} {QUICKLY}"}
+                wide = {"JAX_ENABLE_X64": "1"} if dtype == "float64" else {}
+                words = [sys.executable, "tests/small_trainings.py", str(folder), str(STEPS), str(stop)]
+                done = subprocess.run(words, cwd=ROOT, env={**environment, **flags, **wide}, capture_output=True,
+                                      text=True, timeout=280)
+                assert done.returncode == 0 and done.stdout.split() == [str(number)], done.stderr
+        return folder
+
+    return run
+
+
+def losses(folder):
+    """The losses of each step, by method."""
+    return {name: [json.loads(line)["loss"] for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+            for name in METHODS}
+
+
+def assert_same(a, b, rtol, atol):
+    """The losses of 20 steps, every leaf of the last states, the answers and the neighbours."""
+    for name in METHODS:
+        assert len(losses(a)[name]) == STEPS
+        np.testing.assert_allclose(losses(b)[name], losses(a)[name], rtol=rtol, atol=atol, err_msg=name)
+    for file in (*(f"{name}/state.npz" for name in METHODS), "evaluation.npz"):
+        with np.load(a / file) as x, np.load(b / file) as y:
+            assert x.files == y.files
+            for path in x.files:
+                assert x[path].dtype == y[path].dtype, path
+                np.testing.assert_allclose(y[path], x[path], rtol=rtol, atol=atol, err_msg=f"{file} {path}")
+
+
+@pytest.mark.parametrize("devices", [2, 4, 8])
+def test_devices(trained, devices):
+    """R7, S8, M14: to float32's rounding, also where a group of statistics lies on several devices."""
+    assert_same(trained("1"), trained(f"{devices}", (devices,)), rtol=1e-5, atol=2e-6)
+
+
+def test_devices_in_float64(trained):
+    """It is rounding and nothing else: in double precision the difference is ten million times smaller."""
+    one, eight = (trained(f"{devices} in float64", (devices,), "float64") for devices in (1, 8))
+    assert_same(one, eight, rtol=1e-12, atol=1e-13)
+    with np.load(one / "moco/state.npz") as state:
+        assert {str(state[path].dtype) for path in state.files} == {"float64", "int32"}
+    # The same weights and the same views at the beginning as in float32.
+    for name in METHODS:
+        np.testing.assert_allclose(losses(one)[name][:2], losses(trained("1"))[name][:2], rtol=1e-5, atol=2e-6)
+
+
+def test_resume(trained):
+    """R1-R5: stopped twice in the middle of an epoch, each time gone on with by a new process: equal to the bit."""
+    pieces = trained("in pieces", (2, 2, 2), stops=(3, 6))
+    assert_same(trained("2", (2,)), pieces, rtol=0, atol=0)
+
+
+def test_resume_on_other_devices(trained):
+    """A checkpoint of four devices goes on with one."""
+    assert_same(trained("1"), trained("moved", (4, 1), stops=(7,)), rtol=1e-5, atol=2e-6)
