@@ -9,9 +9,12 @@ that goes from the newest to the first good one and removes what it passed over.
 import hashlib
 import logging
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from shutil import disk_usage
 from typing import Any, Self
 
 import jax
@@ -54,9 +57,13 @@ class Checkpoints:
         """
         import orbax.checkpoint as ocp  # 2.4 s
 
-        step = int(ts.step)
-        saved = self._open().save(step, args=ocp.args.Composite(
-            state=ocp.args.StandardSave(ts), meta=ocp.args.JsonSave({"digests": leaf_digests(ts)})))
+        step, bytes_needed = int(ts.step), sum(leaf.nbytes for leaf in jax.tree.leaves(ts))
+        free = disk_usage(self.directory.parent).free
+        if free < bytes_needed:  # orbax would say it in a page for each array
+            raise OSError(f"{self.directory}: no room for a state of {bytes_needed} bytes, {free} are free")
+        with self._explained():
+            saved = self._open().save(step, args=ocp.args.Composite(
+                state=ocp.args.StandardSave(ts), meta=ocp.args.JsonSave({"digests": leaf_digests(ts)})))
         if not saved:
             raise OSError(f"{self.directory}: step {step} was not saved, for the newest there is {self.newest()}")
 
@@ -95,16 +102,27 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         if self._manager is not None:
             try:
-                self._manager.wait_until_finished()
+                with self._explained():
+                    self._manager.wait_until_finished()
             finally:
                 self._manager.close()
                 self._manager = None
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """What goes wrong in a save, as OSError, without the address of every array."""
+        try:
+            yield
+        except Exception as error:  # of many kinds: orbax's, tensorstore's, the system's
+            reason = str(error).rpartition('": ')[2]
+            raise OSError(f"{self.directory}: a state could not be saved: {reason}") from error
 
     def _open(self) -> Any:
         if self._manager is None:
             import orbax.checkpoint as ocp
 
-            logging.getLogger("absl").setLevel(logging.ERROR)  # a page of notes for each save
+            for noisy in ("absl", "asyncio"):  # a page for each save, and for each array that was not written
+                logging.getLogger(noisy).setLevel(logging.CRITICAL)
             options = ocp.CheckpointManagerOptions(max_to_keep=self.keep, cleanup_tmp_directories=True)
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         return self._manager
@@ -112,6 +130,7 @@ class Checkpoints:
 
 def save_weights(path: Path, tree: PyTree) -> str:
     """Write a tree as safetensors, whole or not at all, in the first process; returns its `weights_digest`."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     if not first():
@@ -119,7 +138,11 @@ def save_weights(path: Path, tree: PyTree) -> str:
     # safetensors 0.8 writes strided arrays scrambled, so copies in C order.
     arrays = {name: np.ascontiguousarray(leaf) for name, leaf in by_path(tree).items()}
     part = path.with_suffix(".part")
-    save_file(arrays, part)
+    try:
+        save_file(arrays, part)
+    except SafetensorError as error:
+        part.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written: {error}") from None
     part.replace(path)
     return weights_digest(tree)
 

@@ -21,6 +21,7 @@ import os
 import runpy
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -151,15 +152,21 @@ def start(config: FrozenConfigDict, workdir: Path) -> str:
 def stop_on_signals() -> Callable[[], bool]:
     """A function that says whether SIGTERM or SIGINT came; the second one ends the program at once."""
     seen: list[int] = []
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
 
-    def remember(number: int, frame: object) -> None:
-        seen.append(number)
-        for each in stopping:
-            signal.signal(each, signal.SIG_DFL)
+    def watch() -> None:
+        while True:
+            number = os.read(reader, 1)[0]
+            if seen:
+                os._exit(128 + number)  # as a shell reports it
+            seen.append(number)
 
-    stopping = (signal.SIGTERM, signal.SIGINT)
-    for each in stopping:
-        signal.signal(each, remember)
+    # A thread learns of a signal while the program compiles; a handler only when that is over.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: None)
+    signal.set_wakeup_fd(writer)
+    threading.Thread(target=watch, daemon=True).start()
     return lambda: bool(seen)
 
 

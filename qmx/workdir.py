@@ -4,8 +4,11 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 import qmx
 from qmx.sharding import from_first
@@ -15,14 +18,34 @@ class Mismatch(ValueError):
     """A workdir that another config made."""
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a kill, meets the old one or the new one."""
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that a reader, or a kill, meets the old one or the new one.
+
+    Raises:
+      OSError: there is no room, or no permission; names the file. No half of it is left.
+    """
     part = path.with_name(path.name + ".part")
-    with open(part, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` of a text."""
+    write_bytes(path, text.encode())
+
+
+def write_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """`write_bytes` of arrays by name, as numpy's npz."""
+    file = BytesIO()
+    np.savez(file, **arrays)  # type: ignore[arg-type]
+    write_bytes(path, file.getvalue())
 
 
 def write_json(path: Path, value: Any) -> None:

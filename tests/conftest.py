@@ -27,7 +27,8 @@ TINY = ["--config=configs/digits.py", "--config.seeds=(0,)", "--config.fractions
 def pytest_collection_modifyitems(items):
     """With several workers: a file's tests stay together, and so do those that share the tiny run."""
     for item in items:
-        together = "commands" if item.path.stem in ("test_pipeline", "test_kill", "test_main") else item.path.stem
+        shared = item.path.stem in ("test_pipeline", "test_kill", "test_main", "test_faults")
+        together = "commands" if shared else item.path.stem
         item.add_marker(pytest.mark.xdist_group(together))
 
 

@@ -66,7 +66,7 @@ def test_stop_and_go_on(whole, start, command, tmp_path, number):
     assert process.returncode == 75, err
     assert "stopped after step" in err.splitlines()[-1] and "run the same command again" in err.splitlines()[-1]
     status, _, err = command(*LONGER, f"--workdir={tmp_path}/w")
-    assert status == 0 and "goes on from step" in err
+    assert status == 0 and f"goes on from {parts}/checkpoints/" in err
 
     digests = [json.loads((path / "result.json").read_text())["sha256"] for path in (whole, parts)]
     assert digests[0] == digests[1]

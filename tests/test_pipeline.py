@@ -39,7 +39,7 @@ def test_results(finished):
 def test_artefacts(finished):
     """Each stage left what the design names; the curve is a picture; nothing half-written is about."""
     for path in ("config.json", "target/target.safetensors", "pretrain/moco-seed0/encoder.safetensors",
-                 "monitor/moco-seed0/result.json", "select/random-1-seed0/ids.npy", "ledger.sqlite", "query/keys.npz",
+                 "monitor/moco-seed0/result.json", "select/random-1-seed0/ids.npz", "ledger.sqlite", "query/keys.npz",
                  "distill/moco-random-logits-0.05-seed0/metrics.jsonl",
                  "evaluate/none-random-logits-1-seed0/result.json", "report.md", "report.html"):
         assert (finished / path).stat().st_size > 0, path

@@ -21,6 +21,7 @@ from qmx.settings import Cell, cells
 from qmx.sharding import first, from_first, gathered
 from qmx.stages.run import Run
 from qmx.stages.target import open_ledger, preprocessing, target, target_query
+from qmx.workdir import write_arrays
 
 CHUNK = 4096  # images between two looks at the budget, 0.6 GB of them at 224 pixels
 BATCH = 256  # images in one request
@@ -35,14 +36,15 @@ def selection(this: Run, cell: Cell) -> np.ndarray:
     def work(directory: Path) -> dict:
         ids = select(cell.select, this.data.pool, budget, cell.seed, config.lists)
         if first():
-            np.save(directory / "ids.npy", ids)
+            write_arrays(directory / "ids.npz", ids=ids)
         return {"images": budget, "crc32": zlib.crc32(ids.tobytes())}
 
     inputs = {"select": cell.select, "seed": cell.seed, "budget": budget}
     if cell.select == "list":
         inputs["lists"] = [Path(path).read_text() for path in config.lists]
     this.stage("select", name, inputs, work)
-    return np.load(this.workdir / "select" / name / "ids.npy", allow_pickle=False)
+    with np.load(this.workdir / "select" / name / "ids.npz", allow_pickle=False) as file:
+        return file["ids"]
 
 
 def query(this: Run, todo: list[Cell]) -> dict:
@@ -76,7 +78,7 @@ def query(this: Run, todo: list[Cell]) -> dict:
                 "every figure; remove them from one side")
         rows = {name: np.frombuffer(b"".join(found), np.uint8).reshape(-1, 32) for name, found in keys.items()}
         if first():
-            np.savez(directory / "keys.npz", ids=ids, train=rows["train"], report=rows["report"])
+            write_arrays(directory / "keys.npz", ids=ids, train=rows["train"], report=rows["report"])
         return {"images": len(ids), **measured}
 
     inputs = {"target": target(this)["sha256"], "preprocessing": preprocessing(this),

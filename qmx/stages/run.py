@@ -36,7 +36,12 @@ class Run(NamedTuple):
 
         def run() -> dict:
             self.made.append(f"{kind}/{name}")
-            return work(directory)
+            try:
+                return work(directory)
+            except OSError as error:
+                if error.filename is None and type(error) is OSError:  # who wrote knows only that it failed
+                    raise OSError(f"{error} ({directory})") from error
+                raise
 
         refuse = None
         if self.only not in ("all", kind):
