@@ -22,6 +22,7 @@ from qmx.contract import PyTree
 # What a launcher says of how many processes a job has: SLURM's srun (SLURM_NTASKS is set in an
 # allocation's shell too, where there is one process), Open MPI's mpirun.
 LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+EVERY_DEVICE: tuple[int, ...] = ()  # that a process sees; jax takes None for one device, where a launcher started it
 HEARTBEAT_SECONDS = 20  # after which a silent process is taken for dead, and the others end
 
 
@@ -36,6 +37,8 @@ def connect(coordinator: str = "", processes: int = 0, index: int = -1) -> None:
       coordinator: HOST:PORT of the first process, `processes` their number, `index` this one's. Left
         out, jax finds all three where SLURM or Open MPI started several processes, or in a
         Kubernetes job (processes -1, needs the package `kubernetes`); otherwise there is one process.
+        A process uses every device that it sees, but where SLURM or Open MPI started several on one
+        machine, each uses the GPU of its own number there.
 
     Raises:
       ValueError: only some of the three are given.
@@ -44,11 +47,20 @@ def connect(coordinator: str = "", processes: int = 0, index: int = -1) -> None:
         if processes < 1 or not 0 <= index < processes:
             raise ValueError(f"--coordinator={coordinator} needs --processes, 1 and more, and --process, from 0 on and "
                              f"below it, not {processes} and {index}")
-        jax.distributed.initialize(coordinator, processes, index, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        jax.distributed.initialize(coordinator, processes, index, EVERY_DEVICE,
+                                   heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     elif processes > 0 or index >= 0:
         raise ValueError("--processes and --process need --coordinator=HOST:PORT, the same for all of them")
     elif processes == -1 or any(int(os.environ.get(name, "1")) > 1 for name in LAUNCHERS):
-        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        jax.distributed.initialize(local_device_ids=None if _share_machines() else EVERY_DEVICE,
+                                   heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+
+
+def _share_machines() -> bool:
+    """Whether SLURM or Open MPI started several of this job's processes on one machine."""
+    said = {name: int(os.environ.get(name, "1")) for name in (
+        "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "OMPI_COMM_WORLD_LOCAL_SIZE")}
+    return said["SLURM_STEP_NUM_TASKS"] > said["SLURM_STEP_NUM_NODES"] or said["OMPI_COMM_WORLD_LOCAL_SIZE"] > 1
 
 
 def first() -> bool:

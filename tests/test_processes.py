@@ -1,6 +1,7 @@
 """Two processes of two devices each run as one: the same table, the same ledger, and no hang when one dies."""
 
 import json
+import os
 import signal
 import socket
 import sqlite3
@@ -141,3 +142,16 @@ def test_half_a_cluster(launch, tmp_path, words):
     status, _, err = finish(launch(1, 2, *SHORT, *words, f"--workdir={tmp_path}/w"), timeout=60)[0]
     assert status == 2 and len(err.splitlines()) == 1 and "--coordinator" in err
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(("on_a_machine", "seen"), [(1, ["all", "all"]), (2, ["0", "1"])])
+def test_devices_of_a_process(on_a_machine, seen):
+    """Alone on its machine a process sees every GPU there; beside others the one of its number."""
+    code = ("import jax; from qmx import sharding; sharding.connect(); "
+            "print(jax.process_count(), jax.config.values['jax_cuda_visible_devices'])")
+    said = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_PORT": str(free_port()), "OMPI_COMM_WORLD_SIZE": "2",
+            "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911",
+            "OMPI_COMM_WORLD_LOCAL_SIZE": str(on_a_machine)}  # as mpirun says it
+    started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={
+        **said, "OMPI_COMM_WORLD_RANK": str(rank), "OMPI_COMM_WORLD_LOCAL_RANK": str(rank)}) for rank in range(2)]
+    assert [process.communicate()[0].split() for process in started] == [["2", each] for each in seen]

@@ -1,9 +1,12 @@
 """The README's text, run as it stands."""
 
+import os
 import re
 import shlex
+import subprocess
 
 import numpy as np
+import yaml
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -33,11 +36,42 @@ def test_commands(command, tmp_path):
     lines = [line for block in blocks("sh") for line in block.splitlines() if "qmx.main" in line]
     assert len(lines) == 4
     for line in lines:
-        words = shlex.split(line)[shlex.split(line).index("qmx.main") + 1 :]
-        words = [word for word in words if not word.startswith("--workdir")]
-        # Stops at the first check, after the flags were read: nothing is called nonsense.
-        status, _, err = command(*words, f"--workdir={tmp_path}/w", "--stage=nonsense")
-        assert status == 2 and err.startswith("qmx: --stage=nonsense is unknown"), err
+        check(command, line, tmp_path)
+
+
+def check(command, line, tmp_path):
+    words = shlex.split(line)[shlex.split(line).index("qmx.main") + 1 :]
+    words = [word for word in words if not word.startswith(("--workdir", "--coordinator", "--process"))]
+    # Stops at the first check, after the flags were read: nothing is called nonsense.
+    status, _, err = command(*words, f"--workdir={tmp_path}/w", "--stage=nonsense")
+    assert status == 2 and err.startswith("qmx: --stage=nonsense is unknown"), err
+
+
+def test_kubernetes(command, tmp_path):
+    """The example's command exists; its pods, their number and the name of the first one agree."""
+    service, job = yaml.safe_load_all((ROOT / "configs/kubernetes.yaml").read_text())
+    pod, name = job["spec"]["template"]["spec"], job["metadata"]["name"]
+    line = pod["containers"][0]["args"][0]
+    check(command, line, tmp_path)
+    assert job["spec"]["completions"] == job["spec"]["parallelism"]
+    assert f"--processes={job['spec']['parallelism']} " in line
+    assert f"--coordinator={name}-0.{pod['subdomain']}:" in line and service["metadata"]["name"] == pod["subdomain"]
+    assert service["spec"]["selector"] == {"job-name": name}
+
+
+def test_slurm(tmp_path):
+    """The example script passes on its arguments, and asks to be queued again only if the command stopped and saved."""
+    for status in (0, 75, 2):
+        said = tmp_path / f"said{status}"
+        for name, code in (("srun", status), ("scontrol", 0)):
+            (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >>{said}\nexit {code}\n')
+            (tmp_path / name).chmod(0o755)
+        environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
+        done = subprocess.run(["bash", ROOT / "configs/slurm.sh", "--config=a b.py"], env=environment)
+        assert done.returncode == status
+        first, *rest = said.read_text().splitlines()
+        assert first.endswith("python -m qmx.main --config=a b.py")
+        assert rest == (["scontrol requeue 7"] if status == 75 else [])
 
 
 def test_files():
