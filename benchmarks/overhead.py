@@ -1,6 +1,6 @@
 """What checkpoints and metrics cost: a MoCo training as the command runs it, against the bare steps.
 
-    python benchmarks/overhead.py --epochs=4 --pairs=5
+    python benchmarks/overhead.py --epochs=5 --pairs=5
 
 Both train the same network from the same state on the same batches. The bare one calls the step and
 waits at the end; the other writes a line of metrics for each step, shows its progress and saves a
@@ -26,7 +26,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=64, help="global")
     parser.add_argument("--queue", type=int, default=4096, help="MoCo's K, a multiple of the batch")
     parser.add_argument("--epoch-steps", type=int, default=20)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--pairs", type=int, default=5)
     return parser.parse_args()
 
