@@ -11,7 +11,7 @@ from qmx.optim import DECAYS, OPTIMIZERS, SCHEDULES
 from qmx.oracle import ACCESS
 from qmx.oracle.query import PRECISIONS
 from qmx.oracle.select import SELECTS
-from qmx.settings import base, cells, distilling, leaves, recipe_name, recipe_of
+from qmx.settings import USES, base, cells, columns, distilling, encoders, leaves, recipe_name, recipe_of
 from qmx.sharding import check_batch
 
 INITS = ("none", "rotation", "moco", "simsiam", "imported")
@@ -30,7 +30,7 @@ def validate(config: Any, data: Dataset) -> None:
 def warnings(config: Any, data: Dataset) -> list[str]:
     """What can be run and is likely to disappoint, a line each."""
     found = []
-    if "moco" in config.inits and not config.pretrain.moco.path:
+    if "moco" in encoders(config) and not config.pretrain.moco.path:
         keys = config.pretrain.moco
         if keys.queue_size > data.pool.size:
             found.append(f"pretrain.moco.queue_size {keys.queue_size} is larger than the pool of {data.pool.size} "
@@ -56,7 +56,7 @@ def _problems(config: Any, data: Dataset) -> Iterator[str]:
     for key, default in defaults.items():
         if isinstance(default, tuple) and "." in key:
             yield from _tuple_problems(key, default, values[key])
-    known = {"inits": INITS, "selects": SELECTS, "accesses": ACCESS}
+    known = {"inits": INITS, "selects": SELECTS, "accesses": ACCESS, "uses": USES}
     for axis in ("seeds", "fractions", *known):
         values = config[axis]
         if not values:
@@ -78,12 +78,19 @@ def _problems(config: Any, data: Dataset) -> Iterator[str]:
     for name, keys in config.recipes.items():
         for init in keys.inits:
             yield from choice(f"recipes.{name}.inits", init, INITS)
+    try:
+        shown = columns(config)
+    except ValueError as error:
+        yield str(error)
+        return
+    for column in shown:
+        yield from choice("also", column.init, INITS)
     for cell in cells(config):
         try:
             recipe_name(config, cell)
         except ValueError as error:
             yield str(error)
-    if "list" in config.selects and not config.lists:
+    if any(column.select == "list" for column in shown) and not config.lists:
         yield "the selection 'list' needs --config.lists, files of image names"
     files = {"target.path": config.target.path,
              **{f"pretrain.{init}.path": keys.path for init, keys in config.pretrain.items()},
@@ -109,8 +116,13 @@ def _problems(config: Any, data: Dataset) -> Iterator[str]:
     if config.monitor.knn_k < 1 or not config.monitor.knn_temperature > 0:
         yield (f"monitor needs knn_k >= 1 and knn_temperature > 0, not {config.monitor.knn_k} and "
                f"{config.monitor.knn_temperature}")
-    trained = {f"pretrain.{init}": config.pretrain[init] for init in config.inits
-               if init != "none" and not config.pretrain[init].path}
+    graph = config.propagation
+    if graph.neighbours < 1:
+        yield f"propagation.neighbours {graph.neighbours} must be 1 or more"
+    if not 0 < graph.alpha < 1 or not graph.power > 0:
+        yield f"propagation.alpha {graph.alpha} must be below 1 and above 0, and power {graph.power} above 0"
+    trained = {f"pretrain.{init}": config.pretrain[init] for init in encoders(config)
+               if not config.pretrain[init].path}
     if trained.pop("pretrain.imported", None):
         yield "the init 'imported' needs --config.pretrain.imported.path=WEIGHTS"
     if config.target.kind == "train":

@@ -1,6 +1,6 @@
 """How good a student is: accuracy, fidelity, divergence; and how good features are."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 
 import jax
@@ -105,7 +105,23 @@ def knn(bank: np.ndarray, bank_labels: np.ndarray, queries: np.ndarray, k: int =
     (*Instance Discrimination*), section 3.4; the MoCo CIFAR notebook takes k 200.
     """
     queries, bank = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (queries, bank))
-    k, classes, devices = min(k, len(bank)), int(bank_labels.max()) + 1, jax.device_count()
+    classes = int(bank_labels.max()) + 1
+    found = []
+    for near, ids in nearest(bank, queries, min(k, len(bank))):
+        weight = np.exp((near - near.max(1, keepdims=True)) / temperature)  # the nearest weighs 1: no overflow
+        votes = np.zeros((len(ids), classes))
+        np.add.at(votes, (np.arange(len(ids))[:, None], bank_labels[ids]), weight)
+        found.append(votes.argmax(1))
+    return np.concatenate(found).astype(np.int32)
+
+
+def nearest(bank: np.ndarray, queries: np.ndarray, k: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The k most similar rows of a bank, best first, by chunks of the queries; f32[n, D], f32[m, D], k <= n.
+
+    Yields:
+      (dot products f32[c, k], rows of the bank i32[c, k]) of c queries after the other, m in all; exact.
+    """
+    devices = jax.device_count()
     # Each device searches its share of the bank; rows that fill it up are too far from everything.
     filler = np.zeros((-len(bank) % devices, bank.shape[1]), bank.dtype)
     shares = np.concatenate([bank, filler]).reshape(devices, -1, bank.shape[1])
@@ -113,16 +129,11 @@ def knn(bank: np.ndarray, bank_labels: np.ndarray, queries: np.ndarray, k: int =
     here = rows_here(devices)
     on_device = put_batch({"bank": shares[here], "real": real[here]})
     step = 256  # bounds the memory for a large bank
-    found = []
     for start in range(0, len(queries), step):
         chunk = queries[start : start + step]
         padded = np.concatenate([chunk, np.zeros((step - len(chunk), chunk.shape[1]), chunk.dtype)])
-        near, nearest = (np.asarray(x)[: len(chunk)] for x in _nearest(k)(padded, on_device))
-        weight = np.exp((near - near.max(1, keepdims=True)) / temperature)  # the nearest weighs 1: no overflow
-        votes = np.zeros((len(nearest), classes))
-        np.add.at(votes, (np.arange(len(nearest))[:, None], bank_labels[nearest]), weight)
-        found.append(votes.argmax(1))
-    return np.concatenate(found).astype(np.int32)
+        near, ids = (np.asarray(x)[: len(chunk)] for x in _nearest(k)(padded, on_device))
+        yield near, ids
 
 
 @cache

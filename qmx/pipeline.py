@@ -24,7 +24,7 @@ from typing import Any
 from qmx import report, workdir
 from qmx.data import Dataset, subset_size
 from qmx.progress import say
-from qmx.settings import Cell, cells
+from qmx.settings import Cell, cells, encoders
 from qmx.sharding import from_first
 from qmx.stages.asking import query, selection, unexpected
 from qmx.stages.encoders import converted as converted_encoder
@@ -49,16 +49,16 @@ def run(config: Any, directory: Path, data: Dataset, only: str, stopped: Callabl
     this = Run(config, directory, data, only, stopped, [])
     wanted = {stage: only in ("all", stage) for stage in STAGES}
     todo = cells(config)
-    encoders = _unique((cell.init, cell.seed) for cell in todo if cell.init != "none")
+    started = [(init, seed) for init in encoders(config) for seed in config.seeds]
     if wanted["pretrain"]:  # what is brought along comes first: a wrong file is found before anything is trained
-        for init, seed in encoders:
+        for init, seed in started:
             if config.pretrain[init].path:
                 pretrain(this, init, seed)
     if wanted["target"]:
         target(this)
     for stage, work in (("pretrain", pretrain), ("monitor", monitor)):
         if wanted[stage]:
-            for init, seed in encoders:
+            for init, seed in started:
                 work(this, init, seed)
     if wanted["select"]:
         for cell in todo:
@@ -74,19 +74,19 @@ def run(config: Any, directory: Path, data: Dataset, only: str, stopped: Callabl
         say(f"all of it was done before, in {directory}; nothing was trained or asked")
     if not wanted["report"]:
         return f"stage {only} is done; --stage=report shows where things stand"
-    return write_report(this, todo, encoders)
+    return write_report(this, todo, started)
 
 
 def check_weights(config: Any, data: Dataset) -> None:
     """Raise ValueError for weights files that the config names and that do not fit; nothing is written."""
     if config.target.kind == "torch":
         converted_target(config.target, data)
-    for init in config.inits:
-        if init != "none" and config.pretrain[init].path:
+    for init in encoders(config):
+        if config.pretrain[init].path:
             converted_encoder(config, init, data)
 
 
-def write_report(this: Run, todo: list[Cell], encoders: list[tuple[str, int]]) -> str:
+def write_report(this: Run, todo: list[Cell], started: list[tuple[str, int]]) -> str:
     """The report from what the stages left, and nothing else; returns the text for standard out."""
     evaluation, made = this.data.evaluation, target(this)
     accuracy: dict[str, float | None] = {"top1": None, "top5": None}  # until the evaluation images were asked about
@@ -95,7 +95,7 @@ def write_report(this: Run, todo: list[Cell], encoders: list[tuple[str, int]]) -
         accuracy = {"top1": asked["top1"], "top5": asked["top5"]}
         warning = unexpected(this.config.target.expect, asked, evaluation.size)
     monitors = [(init, seed, _if_done(partial(pretrain, this, init, seed)),
-                 _if_done(partial(monitor, this, init, seed))) for init, seed in encoders]
+                 _if_done(partial(monitor, this, init, seed))) for init, seed in started]
     rows = [_if_done(partial(evaluate, this, cell, todo)) for cell in todo]
 
     def account() -> dict:
@@ -124,7 +124,3 @@ def _if_done(stage: Callable[[], dict]) -> dict | None:
         return stage()
     except workdir.NotDone:
         return None
-
-
-def _unique(items: Any) -> list:
-    return list(dict.fromkeys(items))

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
-from qmx.settings import percent
+from qmx.settings import Column, columns, percent
 from qmx.workdir import write_json, write_text
 
 
@@ -39,25 +39,18 @@ def write(directory: Path, results: dict) -> str:
     return "\n\n".join(["\n".join(notes), *(f"{t.title}\n\n{aligned(t)}" for t in reversed(tables))])
 
 
-def columns(results: dict) -> list[tuple[str, str, str]]:
-    """The (init, select, access) of the table's columns, in the config's order."""
-    config = results["config"]
-    return [(init, select, access) for init in config["inits"] for select in config["selects"]
-            for access in config["accesses"]]
+def label(column: Column, results: dict) -> str:
+    """A column's name: the init, and the other axes where the grid has a choice or the column leaves the first."""
+    axes = {"select": "selects", "access": "accesses", "use": "uses"}
+    config, chosen = results["config"], column._asdict()
+    more = [chosen[axis] for axis, key in axes.items() if len(config[key]) > 1 or chosen[axis] != config[key][0]]
+    return " + ".join([column.init, *more])
 
 
-def label(column: tuple[str, str, str], results: dict) -> str:
-    """A column's name: the init, and the other axes where there is a choice."""
-    init, select, access = column
-    config = results["config"]
-    more = [select] * (len(config["selects"]) > 1) + [access] * (len(config["accesses"]) > 1)
-    return " + ".join([init, *more])
-
-
-def values(results: dict, column: tuple[str, str, str], fraction: float, metric: str) -> list[float]:
+def values(results: dict, column: Column, fraction: float, metric: str) -> list[float]:
     """A metric of one cell of the table, for each seed that was run."""
     return [row[metric] for row in results["rows"]
-            if (row["init"], row["select"], row["access"]) == column and row["fraction"] == fraction]
+            if Column(*(row[axis] for axis in Column._fields)) == column and row["fraction"] == fraction]
 
 
 def spread(numbers: list[float], digits: int = 1) -> str:
@@ -78,29 +71,30 @@ def result_tables(results: dict) -> list[Table]:
         (f"Fidelity to the target, top-1 / top-5, in per cent ({over})", ("fidelity_top1", "fidelity_top5"), 1),
         (f"KL(target || student), in nats ({over})", ("kl_target_student",), 3),
     ]
-    names = [label(column, results) for column in columns(results)]
+    shown = columns(results["config"])
+    names = [label(column, results) for column in shown]
     tables = []
     for title, metrics, digits in metrics_shown:
         rows = []
         for fraction in results["config"]["fractions"]:
             cells = []
-            for column in columns(results):
+            for column in shown:
                 each = [spread(values(results, column, fraction, metric), digits) for metric in metrics]
                 cells.append(each[0] if each[0] == "not run" else " / ".join(each))
             rows.append([f"{queries(results, fraction)} ({percent(fraction)})", *cells])
         tables.append(Table(title, ["queries", *names], rows))
     if results["monitors"]:
         first = results["monitors"][0]
-        shown = {"knn_top1": "pretrained", "knn_top1_random": "the same network, random"}
+        looks = {"knn_top1": "pretrained", "knn_top1_random": "the same network, random"}
         if any("linear_top1" in m for m in results["monitors"]):
-            shown["linear_top1"] = "linear probe"
+            looks["linear_top1"] = "linear probe"
         tables.append(Table(
             f"Features: accuracy of {first['knn_k']} weighted nearest neighbours "
             f"(temperature {first['knn_temperature']:g}) "
-            f"{'and of a linear probe ' if len(shown) > 2 else ''}within the pool, in per cent ({over})",
-            ["encoder", *shown.values()],
+            f"{'and of a linear probe ' if len(looks) > 2 else ''}within the pool, in per cent ({over})",
+            ["encoder", *looks.values()],
             [[init, *(spread([m[key] for m in results["monitors"] if m["init"] == init and key in m])
-                      for key in shown)]
+                      for key in looks)]
              for init in dict.fromkeys(m["init"] for m in results["monitors"])]))
     return tables
 
@@ -187,8 +181,9 @@ def curve(results: dict) -> bytes:
     panels = figure.subplots(1, 2)
     fractions = sorted(results["config"]["fractions"])
     for panel, metric, title in zip(panels, ("top1", "fidelity_top1"), ("accuracy", "fidelity"), strict=True):
-        for place, column in enumerate(columns(results)):
-            aside = 1.03 ** (place - len(columns(results)) / 2)  # so that the bars do not hide each other
+        shown = columns(results["config"])
+        for place, column in enumerate(shown):
+            aside = 1.03 ** (place - len(shown) / 2)  # so that the bars do not hide each other
             points = [(queries(results, f) * aside, values(results, column, f, metric)) for f in fractions]
             points = [(x, ys) for x, ys in points if ys]
             panel.errorbar([x for x, _ in points], [mean(ys) for _, ys in points],

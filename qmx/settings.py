@@ -7,6 +7,14 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, config_dict
 
+from qmx.oracle.access import ACCESS
+from qmx.oracle.by_features import BY_FEATURES
+from qmx.oracle.select import SELECTS
+
+# What a student learns from: the images that were asked about, or the whole pool, where neighbours' scores stand
+# in for what was not asked (see qmx/propagate.py).
+USES = ("asked", "pool")
+
 
 def training(**changes: Any) -> ConfigDict:
     """The keys that every training has, with PyTorch's ImageNet protocol as their defaults."""
@@ -63,9 +71,11 @@ def base() -> ConfigDict:
     # The grid: its product is what is run.
     config.seeds = (0,)
     config.inits = ("none", "rotation", "moco", "simsiam")  # and "imported": what the student starts from
-    config.selects = ("random",)  # how the images to ask about are chosen, see qmx/oracle/select.py
+    config.selects = ("random",)  # how the images to ask about are chosen: qmx/oracle/select.py, by_features.py
     config.lists = ()  # for the selection "list": files of image names, one file for each fraction
     config.accesses = ("logits",)  # what is seen of an answer
+    config.uses = ("asked",)  # what a student learns from: "asked", or the whole "pool" by propagation
+    config.also = ()  # columns beside the product: "moco+typiclust+pool"; what is not named is each axis's first
     config.fractions = (0.01, 0.1, 1.0)  # of the pool that is asked about
     config.budget = config_dict.placeholder(int)  # distinct images that may be asked; none is no limit
 
@@ -133,6 +143,9 @@ def base() -> ConfigDict:
     config.distill = distilling()
     config.recipes = ConfigDict()
 
+    # Of the use "pool", see qmx/propagate.py.
+    config.propagation = ConfigDict(dict(neighbours=50, power=3.0, alpha=0.99))
+
     # What an encoder's features are good for, on a held-out fifth of the pool, at most 50,000 images.
     config.monitor = ConfigDict(dict(
         knn_k=200, knn_temperature=0.1,  # accuracy of weighted nearest neighbours
@@ -168,6 +181,15 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + key, value
 
 
+class Column(NamedTuple):
+    """One way of copying a target: a column of the table."""
+
+    init: str
+    select: str
+    access: str
+    use: str = "asked"
+
+
 class Cell(NamedTuple):
     """One run of the grid: one student."""
 
@@ -176,10 +198,11 @@ class Cell(NamedTuple):
     access: str
     fraction: float
     seed: int
+    use: str = "asked"
 
     @property
     def name(self) -> str:
-        return f"{self.init}-{self.select}-{self.access}-{self.fraction:g}-seed{self.seed}"
+        return f"{self.init}-{self.select}-{self.access}-{self.use}-{self.fraction:g}-seed{self.seed}"
 
 
 def recipe_name(config: Any, cell: Cell) -> str:
@@ -202,10 +225,49 @@ def recipe_of(config: Any, cell: Cell) -> Any:
     return config.recipes[name] if name else config.distill
 
 
+def columns(config: Any) -> list[Column]:
+    """The product of the grid's axes, less what needs features and has no encoder; and those of `config.also`.
+
+    Raises:
+      ValueError: a word in `config.also` that no axis has; no column at all.
+    """
+    grid = [Column(*axes) for axes in product(*(config[axis] for axis in ("inits", "selects", "accesses", "uses")))]
+    also = [_column(words, config) for words in config["also"]]
+    if impossible := [" + ".join(column) for column in also if not _possible(column)]:
+        raise ValueError(f"also has {impossible[0]}, which needs an encoder; name one first, as in 'moco+typiclust'")
+    found = [*dict.fromkeys([*filter(_possible, grid), *also])]
+    if not found:
+        raise ValueError(f"the grid is empty: of inits {config['inits']} none has the features that selects "
+                         f"{config['selects']} and uses {config['uses']} need; add one that is pretrained")
+    return found
+
+
+def encoders(config: Any) -> list[str]:
+    """The inits that some column starts from and that are not "none"."""
+    return [*dict.fromkeys(column.init for column in columns(config) if column.init != "none")]
+
+
+def _possible(column: Column) -> bool:
+    return column.init != "none" or (column.select not in BY_FEATURES and column.use == "asked")
+
+
+def _column(words: str, config: Any) -> Column:
+    init, *rest = words.split("+")
+    axes = {"select": SELECTS, "access": ACCESS, "use": USES}
+    chosen = {"select": config["selects"][0], "access": config["accesses"][0], "use": config["uses"][0]}
+    for word in rest:
+        axis = [axis for axis, known in axes.items() if word in known]
+        if not axis:
+            raise ValueError(f"also has {words!r}, and {word!r} is none of "
+                             f"{', '.join(name for known in axes.values() for name in known)}")
+        chosen[axis[0]] = word
+    return Column(init, **chosen)
+
+
 def cells(config: Any) -> list[Cell]:
-    """The product of the grid's axes, the cheap ones first."""
-    grid = product(config.fractions, config.inits, config.selects, config.accesses, config.seeds)
-    return [Cell(init, select, access, fraction, seed) for fraction, init, select, access, seed in grid]
+    """Every column at every fraction and seed, the small fractions first."""
+    return [Cell(column.init, column.select, column.access, fraction, seed, column.use)
+            for fraction, column, seed in product(config.fractions, columns(config), config.seeds)]
 
 
 def percent(fraction: float) -> str:

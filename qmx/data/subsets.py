@@ -42,11 +42,16 @@ def class_balanced_order(labels: np.ndarray, seed: int) -> np.ndarray:
     """
     order = np.random.default_rng(seed).permutation(len(labels))
     shuffled = np.asarray(labels)[order]
-    by_class = np.argsort(shuffled, kind="stable")
-    starts = np.searchsorted(shuffled[by_class], shuffled[by_class])  # where each one's class begins
-    rounds = np.empty(len(labels), np.int64)
-    rounds[by_class] = np.arange(len(labels)) - starts
-    return order[np.argsort(rounds, kind="stable")]
+    return order[np.argsort(rank_within(shuffled), kind="stable")]
+
+
+def rank_within(groups: np.ndarray) -> np.ndarray:
+    """How many of its own group stand before each entry; i[n] -> i64[n]."""
+    by_group = np.argsort(groups, kind="stable")
+    starts = np.searchsorted(groups[by_group], groups[by_group])  # where each one's group begins
+    rank = np.empty(len(groups), np.int64)
+    rank[by_group] = np.arange(len(groups)) - starts
+    return rank
 
 
 def predecessor_order(size: int) -> np.ndarray:

@@ -4,12 +4,13 @@ import numpy as np
 
 from qmx.data import Source
 from qmx.data.subsets import class_balanced_order, from_list, predecessor_order, random_order
+from qmx.oracle.by_features import BY_FEATURES
 
-SELECTS = ("random", "class_balanced", "list", "predecessor")
+SELECTS = ("random", "class_balanced", "list", "predecessor", *BY_FEATURES)
 
 
 def select(name: str, pool: Source, budget: int, seed: int, lists: tuple[str, ...] = ()) -> np.ndarray:
-    """`budget` ids of the pool, i64[budget].
+    """`budget` ids of the pool, i64[budget], without looking at the images.
 
     Args:
       name: "random"; "class_balanced", by the true labels, each class as often as the others up to
@@ -36,4 +37,4 @@ def select(name: str, pool: Source, budget: int, seed: int, lists: tuple[str, ..
             raise ValueError(f"{len(fitting)} of the lists have {budget} images ({lengths}); there must be one for "
                              "each of --config.fractions")
         return fitting[0]
-    raise ValueError(f"selection {name!r} is unknown; choose one of {', '.join(SELECTS)}")
+    raise ValueError(f"selection {name!r} is unknown, or needs features; choose among {', '.join(SELECTS)}")

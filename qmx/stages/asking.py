@@ -13,12 +13,14 @@ from qmx.data import Dataset, subset_size
 from qmx.data.batches import ahead
 from qmx.evaluate import ids_here, top_k
 from qmx.oracle import BudgetSpent, Ledger
+from qmx.oracle.by_features import BY_FEATURES
 from qmx.oracle.ledger import keys_of
 from qmx.oracle.query import Query
 from qmx.oracle.select import select
 from qmx.progress import Progress, progress, say
 from qmx.settings import Cell, cells
 from qmx.sharding import first, from_first, gathered
+from qmx.stages.encoders import features, pretrain
 from qmx.stages.run import Run
 from qmx.stages.target import open_ledger, preprocessing, target, target_query
 from qmx.workdir import write_arrays
@@ -31,15 +33,24 @@ def selection(this: Run, cell: Cell) -> np.ndarray:
     """The pool's images whose answers a cell learns from, i64[budget]."""
     config = this.config
     budget = subset_size(cell.fraction, this.data.pool.size)
+    inputs = {"select": cell.select, "seed": cell.seed, "budget": budget}
     name = f"{cell.select}-{cell.fraction:g}-seed{cell.seed}"
+    if cell.select in BY_FEATURES:
+        name = f"{cell.init}-{name}"
+        inputs["encoder"] = pretrain(this, cell.init, cell.seed)["sha256"]
 
     def work(directory: Path) -> dict:
-        ids = select(cell.select, this.data.pool, budget, cell.seed, config.lists)
+        if cell.select in BY_FEATURES:
+            rows, way = features(this, cell.init, cell.seed), BY_FEATURES[cell.select]
+            say(f"{cell.select} chooses {budget} of {len(rows)} images by the features of {cell.init} seed {cell.seed}")
+            # In one process: another machine's sums may round another way, and choose others.
+            ids = from_first(lambda: way(rows, budget, np.random.default_rng(cell.seed)))
+        else:
+            ids = select(cell.select, this.data.pool, budget, cell.seed, config.lists)
         if first():
             write_arrays(directory / "ids.npz", ids=ids)
         return {"images": budget, "crc32": zlib.crc32(ids.tobytes())}
 
-    inputs = {"select": cell.select, "seed": cell.seed, "budget": budget}
     if cell.select == "list":
         inputs["lists"] = [Path(path).read_text() for path in config.lists]
     this.stage("select", name, inputs, work)
@@ -56,6 +67,7 @@ def query(this: Run, todo: list[Cell]) -> dict:
     evaluation = this.data.evaluation
 
     def work(directory: Path) -> dict:
+        refuse_beyond(this.config.budget, len(ids), this.workdir)
         keys: dict[str, list[bytes]] = {}
         ask = cache(lambda: target_query(this))
         for purpose, source, wanted in (("report", evaluation, np.arange(evaluation.size)),
@@ -163,21 +175,31 @@ def evaluation_keys(this: Run) -> list[bytes]:
 def check_budget(config: Any, directory: Path, data: Dataset) -> None:
     """Raise BudgetSpent at once if the grid asks for more distinct images than the budget allows.
 
-    The ledger would stop it too, but only after the pretraining. Nothing is written.
+    The ledger would stop it too, but only after the pretraining. Nothing is written. What is chosen by features
+    is not known yet: of it only how many images the largest budget takes.
 
     Raises:
       ValueError: a selection that cannot be made of this pool.
     """
     wanted = {(c.select, c.seed, c.fraction): c for c in cells(config)}.values()
-    ids = np.unique(np.concatenate([select(c.select, data.pool, subset_size(c.fraction, data.pool.size), c.seed,
-                                           config.lists) for c in wanted]))
-    if config.budget is not None and len(ids) > config.budget:
+    known, largest = set[int](), 0
+    for cell in wanted:
+        size = subset_size(cell.fraction, data.pool.size)
+        largest = max(largest, size)
+        if cell.select not in BY_FEATURES:
+            known.update(select(cell.select, data.pool, size, cell.seed, config.lists).tolist())
+    refuse_beyond(config.budget, max(len(known), largest), directory)
+
+
+def refuse_beyond(budget: int | None, images: int, directory: Path) -> None:
+    """Raise BudgetSpent if so many images are more than the budget."""
+    if budget is not None and images > budget:
         spent = 0
         done = directory / "target" / "result.json"
         if done.exists() and (directory / "ledger.sqlite").exists():
             sha256 = json.loads(done.read_text())["sha256"]
             with Ledger(directory / "ledger.sqlite", target=sha256) as ledger:
                 spent = ledger.spent()
-        raise BudgetSpent(f"the grid asks about {len(ids)} distinct images and the budget is {config.budget} "
+        raise BudgetSpent(f"the grid asks about {images} distinct images and the budget is {budget} "
                           f"({spent} spent so far, nothing asked now); raise --config.budget, or lower "
                           "--config.fractions or the number of seeds")

@@ -17,9 +17,11 @@ from qmx.health import watch
 from qmx.job import train
 from qmx.methods import linear
 from qmx.models import from_torch
-from qmx.sharding import put_state
+from qmx.oracle.by_features import unit
+from qmx.sharding import first, put_state
 from qmx.stages.run import Run, outputs, plain, read_weights, root_key
 from qmx.stages.target import Labels, check_channels
+from qmx.workdir import write_arrays
 
 
 def pretrain(this: Run, init: str, seed: int) -> dict:
@@ -67,6 +69,23 @@ def converted(config: Any, init: str, data: Dataset) -> from_torch.Converted:
     made = from_torch.load(path, config.student.arch)
     check_channels(made, path, data)
     return made
+
+
+def features(this: Run, init: str, seed: int) -> np.ndarray:
+    """An encoder's features of the whole pool, with unit rows, f32[n, D]; by them it is chosen what to ask."""
+    name = f"{init}-seed{seed}"
+    inputs = {"encoder": pretrain(this, init, seed)["sha256"], "dtype": build.evaluated_in(this.config.student.dtype)}
+
+    def work(directory: Path) -> dict:
+        encoder = read_encoder(this, init, seed)
+        rows = unit(outputs(this, f"features of {name}", backbone(this), encoder, this.data.pool))
+        if first():
+            write_arrays(directory / "features.npz", features=rows.astype(np.float32))
+        return {"images": len(rows), "dimension": rows.shape[1]}
+
+    this.stage("select", f"features-{name}", inputs, work)
+    with np.load(this.workdir / "select" / f"features-{name}" / "features.npz", allow_pickle=False) as file:
+        return file["features"]
 
 
 def backbone(this: Run) -> Network:

@@ -5,6 +5,9 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from scipy.special import softmax
+
 from qmx import build
 from qmx.checkpoint import save_weights
 from qmx.contract import Encoder
@@ -13,9 +16,10 @@ from qmx.evaluate import compare
 from qmx.job import train
 from qmx.methods.distill import start_from
 from qmx.oracle.access import as_logits
+from qmx.propagate import propagate
 from qmx.settings import Cell, percent, recipe_name, recipe_of
 from qmx.stages.asking import evaluation_keys, pool_keys, query, read_answers, selection
-from qmx.stages.encoders import pretrain, read_encoder
+from qmx.stages.encoders import features, pretrain, read_encoder
 from qmx.stages.run import Run, outputs, plain, read_weights, root_key
 from qmx.stages.target import Labels, preprocessing, target
 
@@ -34,16 +38,22 @@ def distill(this: Run, cell: Cell, todo: list[Cell]) -> dict:
         else:
             query(this, todo)
             scores = as_logits(read_answers(this, pool_keys(this, ids), cell.access), cell.access)
-        steps = build.distill_steps(keys, len(ids))
+        source = take(pool, ids, scores=scores)
+        if cell.use == "pool":
+            known = softmax(scores[np.arange(len(ids))], axis=1)
+            rows = propagate(features(this, cell.init, cell.seed), ids, known, **this.config.propagation)
+            source = take(pool, np.arange(pool.size), scores=as_logits(rows, "probs"))
+        steps = build.distill_steps(keys, source.size)
         trainer = build.distiller(keys, student.arch, student.dtype, view, seen, steps)
         rng = root_key(cell.seed, "student")  # one key whatever it starts from: the same head, the same views
         ts = trainer.init(rng)
         if cell.init != "none":
             params, state = start_from(ts.params, ts.state, read_encoder(this, cell.init, cell.seed))
             ts = ts._replace(params=params, state=state)
-        name = f"distill {cell.init} {percent(cell.fraction)} {cell.select} {cell.access} seed {cell.seed}"
+        name = (f"distill {cell.init} {percent(cell.fraction)} {cell.select} {cell.access} {cell.use} "
+                f"seed {cell.seed}")
         began = time.monotonic()
-        ts = train(directory, name, trainer.step, ts, rng, take(pool, ids, scores=scores), batch_size=keys.batch_size,
+        ts = train(directory, name, trainer.step, ts, rng, source, batch_size=keys.batch_size,
                    steps=steps, seed=cell.seed, drop_last=False, save_seconds=this.save_seconds,
                    stopped=this.stopped)
         digest = save_weights(directory / "student.safetensors", Encoder(ts.params, ts.state))
@@ -52,7 +62,8 @@ def distill(this: Run, cell: Cell, todo: list[Cell]) -> dict:
 
     inputs = {"cell": cell._asdict(), "distill": plain(keys), "weak_view": plain(view),
               "student": plain(student), "encoder": start, "target": target(this)["sha256"],
-              "preprocessing": preprocessing(this), "images": zlib.crc32(ids.tobytes())}
+              "preprocessing": preprocessing(this), "images": zlib.crc32(ids.tobytes()),
+              **({"propagation": plain(this.config.propagation)} if cell.use == "pool" else {})}
     return this.stage("distill", cell.name, inputs, work)
 
 

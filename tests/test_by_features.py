@@ -1,0 +1,100 @@
+"""Choosing what to ask by features: against plain loops, and on blobs whose answer is plain to see."""
+
+import numpy as np
+import pytest
+
+from qmx.oracle.by_features import BY_FEATURES, balanced, k_means, kcenter, probcover, typiclust, unit
+
+
+def blobs(count=4, size=30, spread=0.05, seed=0, dimension=8):
+    """Unit rows around `count` orthogonal directions, and the blob of each."""
+    rng = np.random.default_rng(seed)
+    centres = np.eye(dimension)[:count]
+    of = np.repeat(np.arange(count), size)
+    return unit((centres[of] + spread * rng.normal(size=(len(of), dimension))).astype(np.float32)), of
+
+
+def chosen(way, features, budget, seed=0):
+    return BY_FEATURES[way](features, budget, np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize("way", BY_FEATURES)
+@pytest.mark.parametrize("budget", [1, 4, 57, 120])
+def test_any_budget(way, budget):
+    """As many as asked for, each once, and the same each time, up to the whole pool."""
+    features, _ = blobs()
+    ids = chosen(way, features, budget)
+    assert ids.dtype == np.int64 and len(ids) == budget == len(set(ids.tolist()))
+    assert ids.min() >= 0 and ids.max() < len(features)
+    np.testing.assert_array_equal(ids, chosen(way, features, budget))
+
+
+@pytest.mark.parametrize("way", BY_FEATURES)
+def test_one_of_each(way):
+    """Four blobs, four queries: each blob once. At random that happens in one draw of ten."""
+    features, of = blobs()
+    for seed in range(5):
+        assert sorted(of[chosen(way, features, 4, seed)]) == [0, 1, 2, 3], seed
+
+
+def test_balanced_shares():
+    """Where the blobs are of unequal size, each is asked about once; and clusters share equally, up to one."""
+    features, of = blobs()
+    kept = np.concatenate([np.flatnonzero(of == blob)[: 6 + 8 * blob] for blob in range(4)])
+    clusters = k_means(features[kept], 4, np.random.default_rng(0))
+    ids = balanced(features[kept], 4, np.random.default_rng(0))
+    assert sorted(clusters[ids]) == [0, 1, 2, 3]
+    many = balanced(features, 60, np.random.default_rng(1))
+    _, counts = np.unique(k_means(features, 60, np.random.default_rng(1))[many], return_counts=True)
+    assert counts.max() - counts.min() <= 1
+
+
+def test_typiclust_is_the_densest():
+    """A blob's choice has the least mean distance to its 20 nearest within the blob, by a plain loop."""
+    features, of = blobs(spread=0.2)
+    for i in typiclust(features, 4, np.random.default_rng(0)):
+        members = np.flatnonzero(of == of[i])
+        distances = np.linalg.norm(features[members][:, None] - features[members], axis=-1)
+        mean = np.sort(distances, axis=1)[:, 1 : min(20, len(members) // 2) + 1].mean(1)
+        assert members[mean.argmin()] == i
+
+
+def test_typiclust_leaves_outliers():
+    """Clusters of five images and fewer are asked about last."""
+    features, _ = blobs(count=3)
+    outliers = unit(np.eye(8, dtype=np.float32)[[6, 6, 7, 7]] + np.float32(0.01))
+    ids = typiclust(np.concatenate([features, outliers]), 5, np.random.default_rng(0))
+    assert ids[:3].max() < 90
+
+
+def test_kcenter_against_a_loop():
+    """Each image is the farthest from those before it, and a smaller budget's choice begins a larger one's."""
+    features, _ = blobs(spread=0.3)
+    ids = kcenter(features, 40, np.random.default_rng(3))
+    for place in range(1, 40):
+        distance = np.linalg.norm(features[:, None] - features[ids[:place]], axis=-1).min(1)
+        np.testing.assert_allclose(distance[ids[place]], distance.max(), rtol=1e-4)
+    np.testing.assert_array_equal(kcenter(features, 7, np.random.default_rng(3)), ids[:7])
+
+
+def test_probcover_covers():
+    """Each image's ball adds at least as many images as any other's would, with the radius that the choice implies."""
+    features, of = blobs(spread=0.02)
+    ids = probcover(features, 4, np.random.default_rng(0))
+    similarity = features @ features.T
+    stranger = np.where(of[:, None] == of, -1, similarity).max(1)
+    inside = similarity > np.quantile(stranger, 0.95)
+    covered = np.zeros(len(features), bool)
+    for i in ids:
+        gain = (inside & ~covered).sum(1)
+        assert gain[i] == gain.max()
+        covered |= inside[i]
+    assert covered.all()
+
+
+def test_duplicates():
+    """The same image many times over: other images are chosen as long as there are such, and never one twice."""
+    features = np.concatenate([np.tile(blobs(1, 1)[0], (50, 1)), blobs(4, 5)[0]])
+    for way in BY_FEATURES:
+        ids = chosen(way, features, 60)
+        assert len(set(ids.tolist())) == 60, way

@@ -1,0 +1,64 @@
+"""Propagation of answers: against scikit-learn's, and what must hold of it."""
+
+import numpy as np
+import pytest
+from sklearn.semi_supervised import LabelSpreading
+from test_by_features import blobs
+
+from qmx.propagate import propagate
+
+
+def one_hot(classes, count=4):
+    return np.eye(count, dtype=np.float32)[classes]
+
+
+def test_against_scikit_learn():
+    """The same graph in LabelSpreading, which iterates where we solve."""
+    features, of = blobs(spread=0.3)
+    ids = np.array([0, 5, 31, 65, 99])
+    found = propagate(features, ids, one_hot(of[ids]), neighbours=10, power=3, alpha=0.9)
+
+    def graph(x, _):
+        cosine = (x @ x.T).astype(np.float64)
+        np.fill_diagonal(cosine, -np.inf)
+        near = cosine >= np.sort(cosine, axis=1)[:, -10][:, None]
+        weights = np.where(near, np.maximum(cosine, 0), 0) ** 3
+        return weights + weights.T
+
+    labels = np.full(len(of), -1)
+    labels[ids] = of[ids]
+    theirs = LabelSpreading(kernel=graph, alpha=0.9, max_iter=5000, tol=1e-12).fit(features, labels)
+    rest = np.setdiff1d(np.arange(len(of)), ids)
+    np.testing.assert_allclose(found[rest], theirs.label_distributions_[rest], atol=1e-5)
+
+
+def test_what_holds():
+    """Answers stay as they are; every row is a distribution; four answers label four blobs."""
+    features, of = blobs()
+    ids = np.array([3, 40, 70, 110])
+    given = 0.8 * one_hot(of[ids]) + 0.05
+    found = propagate(features, ids, given.astype(np.float32), neighbours=5)
+    np.testing.assert_array_equal(found[ids], given.astype(np.float32))
+    np.testing.assert_allclose(found.sum(1), 1, atol=1e-5)
+    np.testing.assert_array_equal(found.argmax(1), of)
+
+
+def test_nothing_reached():
+    """An image that no answer reaches is given every class alike; more neighbours than images are all of them."""
+    features, _ = blobs(count=2, size=6, spread=0)
+    found = propagate(features, np.array([0]), one_hot([1]), neighbours=3)
+    np.testing.assert_allclose(found[:6], one_hot([1] * 6), atol=1e-6)
+    np.testing.assert_allclose(found[6:], 0.25)
+    assert propagate(features, np.array([0]), one_hot([1]), neighbours=500).shape == (12, 4)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_order_of_images(order):
+    """The pool's order changes nothing."""
+    features, of = blobs(spread=0.3)
+    shuffle = np.random.default_rng(order).permutation(len(of))
+    ids = np.array([0, 35, 65, 99])
+    plain = propagate(features, ids, one_hot(of[ids]), neighbours=8)
+    back = np.argsort(shuffle)
+    found = propagate(features[shuffle], back[ids], one_hot(of[ids]), neighbours=8)
+    np.testing.assert_allclose(found, plain[shuffle], atol=1e-4)
