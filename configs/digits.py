@@ -17,6 +17,7 @@ WORDS = ("float64",)
 def get_config(words: str = "") -> ConfigDict:
     given, config = chosen(words, WORDS), base()
     config.seeds = (0, 1, 2)
+    config.also = ("moco+typiclust", "moco+typiclust+pool")
 
     # A mirrored digit is another sign, a small crop may be any digit, and there is no colour.
     for view in (config.strong_view, config.weak_view):
@@ -40,6 +41,9 @@ def get_config(words: str = "") -> ConfigDict:
     # As many steps for 14 images as for 1,437.
     config.distill.update(epochs=9.0, min_steps=203, batch_size=64, learning_rate=0.03, head_learning_rate=0.3,
                           schedule="cosine")
+    # Fewer neighbours than on CIFAR-10, as there are 144 images of a class and not 5,000; the best of some that were
+    # tried on the pool's true labels.
+    config.propagation.update(neighbours=10, alpha=0.9)
     config.monitor.update(knn_k=5)
     if "float64" in given:
         config.student.dtype = config.target.precision = "float64"

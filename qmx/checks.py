@@ -8,7 +8,7 @@ from typing import Any
 from qmx.data import Dataset, subset_size
 from qmx.models.resnet import ARCHS
 from qmx.optim import DECAYS, OPTIMIZERS, SCHEDULES
-from qmx.oracle import ACCESS
+from qmx.oracle import access
 from qmx.oracle.query import PRECISIONS
 from qmx.oracle.select import SELECTS
 from qmx.settings import USES, base, cells, columns, distilling, encoders, leaves, recipe_name, recipe_of
@@ -56,8 +56,8 @@ def _problems(config: Any, data: Dataset) -> Iterator[str]:
     for key, default in defaults.items():
         if isinstance(default, tuple) and "." in key:
             yield from _tuple_problems(key, default, values[key])
-    known = {"inits": INITS, "selects": SELECTS, "accesses": ACCESS, "uses": USES}
-    for axis in ("seeds", "fractions", *known):
+    known = {"inits": INITS, "selects": SELECTS, "uses": USES}
+    for axis in ("seeds", "fractions", "accesses", *known):
         values = config[axis]
         if not values:
             yield f"{axis} is empty; name at least one"
@@ -65,6 +65,9 @@ def _problems(config: Any, data: Dataset) -> Iterator[str]:
             yield f"{axis} names one value twice: {values}"
         for value in values if axis in known else ():
             yield from choice(axis, value, known[axis])
+    for level in config.accesses:
+        if not access.known(level):
+            yield from choice("accesses", level, access.names())
     for seed in (*config.seeds, config.target.seed):
         if not isinstance(seed, int) or seed < 0:
             yield f"seed {seed!r} is not a whole number from 0 on"

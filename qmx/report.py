@@ -83,6 +83,7 @@ def result_tables(results: dict) -> list[Table]:
                 cells.append(each[0] if each[0] == "not run" else " / ".join(each))
             rows.append([f"{queries(results, fraction)} ({percent(fraction)})", *cells])
         tables.append(Table(title, ["queries", *names], rows))
+    tables += access_tables(results, over)
     if results["monitors"]:
         first = results["monitors"][0]
         looks = {"knn_top1": "pretrained", "knn_top1_random": "the same network, random"}
@@ -97,6 +98,22 @@ def result_tables(results: dict) -> list[Table]:
                       for key in looks)]
              for init in dict.fromkeys(m["init"] for m in results["monitors"])]))
     return tables
+
+
+def access_tables(results: dict, over: str) -> list[Table]:
+    """What is seen of an answer against the budget, for all columns that differ in nothing else."""
+    groups: dict[Column, list[Column]] = {}
+    for column in columns(results["config"]):
+        groups.setdefault(column._replace(access=""), []).append(column)
+    fractions = results["config"]["fractions"]
+    return [
+        Table(f"Access to the answers, {group.init} + {group.select} + {group.use}: accuracy / fidelity, top-1, "
+              f"in per cent ({over})",
+              ["access", *(f"{queries(results, fraction)} ({percent(fraction)})" for fraction in fractions)],
+              [[column.access, *(" / ".join(spread(values(results, column, fraction, metric))
+                                            for metric in ("top1", "fidelity_top1")) for fraction in fractions)]
+               for column in group_columns])
+        for group, group_columns in groups.items() if len(group_columns) > 1]
 
 
 def queries(results: dict, fraction: float) -> int:
@@ -121,13 +138,21 @@ def account_notes(results: dict) -> list[str]:
 
 def recipes_note(results: dict) -> str:
     """What the columns of one row have in common."""
+    config = results["config"]
     used = {fraction: {row["recipe"] for row in results["rows"] if row["fraction"] == fraction}
-            for fraction in results["config"]["fractions"]}
-    if all(len(recipes) < 2 for recipes in used.values()):
-        return "All columns of one row share recipe, seeds and images; they differ in what the student starts from."
+            for fraction in config["fractions"]}
     named = "; ".join(f"{percent(fraction)} {', '.join(sorted(recipes))}" for fraction, recipes in used.items())
-    return ("The columns of one row share seeds and images; students that start from nothing and those that start "
-            f"from an encoder train by recipes of their own: {named}.")
+    one_recipe = all(len(recipes) < 2 for recipes in used.values())
+    one_choice = len({column.select for column in columns(config)}) == 1
+    shared = {(True, True): "recipe, seeds and images", (False, True): "seeds and images",
+              (True, False): "recipe and seeds", (False, False): "seeds"}[one_recipe, one_choice]
+    note = f"All columns of one row share {shared}"
+    if not one_choice:
+        note += "; those that do not say how their images were chosen share these too"
+    if not one_recipe:
+        note += ("; students that start from nothing and those that start from an encoder train by recipes of their "
+                 f"own: {named}")
+    return note + "."
 
 
 def aligned(table: Table) -> str:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict, config_dict
 
-from qmx.oracle.access import ACCESS
+from qmx.oracle import access
 from qmx.oracle.by_features import BY_FEATURES
 from qmx.oracle.select import SELECTS
 
@@ -73,7 +73,7 @@ def base() -> ConfigDict:
     config.inits = ("none", "rotation", "moco", "simsiam")  # and "imported": what the student starts from
     config.selects = ("random",)  # how the images to ask about are chosen: qmx/oracle/select.py, by_features.py
     config.lists = ()  # for the selection "list": files of image names, one file for each fraction
-    config.accesses = ("logits",)  # what is seen of an answer
+    config.accesses = ("logits",)  # what is seen of an answer, asked once and replayed: qmx/oracle/access.py, weaken.py
     config.uses = ("asked",)  # what a student learns from: "asked", or the whole "pool" by propagation
     config.also = ()  # columns beside the product: "moco+typiclust+pool"; what is not named is each axis's first
     config.fractions = (0.01, 0.1, 1.0)  # of the pool that is asked about
@@ -253,13 +253,13 @@ def _possible(column: Column) -> bool:
 
 def _column(words: str, config: Any) -> Column:
     init, *rest = words.split("+")
-    axes = {"select": SELECTS, "access": ACCESS, "use": USES}
+    axes = {"select": SELECTS.__contains__, "access": access.known, "use": USES.__contains__}
     chosen = {"select": config["selects"][0], "access": config["accesses"][0], "use": config["uses"][0]}
     for word in rest:
-        axis = [axis for axis, known in axes.items() if word in known]
+        axis = [axis for axis, known in axes.items() if known(word)]
         if not axis:
             raise ValueError(f"also has {words!r}, and {word!r} is none of "
-                             f"{', '.join(name for known in axes.values() for name in known)}")
+                             f"{', '.join([*SELECTS, *access.names(), *USES])}")
         chosen[axis[0]] = word
     return Column(init, **chosen)
 

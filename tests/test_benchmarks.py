@@ -32,3 +32,21 @@ def test_faults(environment):
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["kills"] == 1 and figures["runs"] == 1 and not figures["images_asked_twice"]
+
+
+def test_overhead(environment):
+    """A ratio for each pair, of trainings that both went to the end."""
+    out = subprocess.run([sys.executable, "benchmarks/overhead.py", "--arch=resnet8", "--size=8", "--batch=16",
+                          "--queue=32", "--epoch-steps=4", "--epochs=2", "--pairs=2"],
+                         cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    figures = json.loads(out.splitlines()[-1])
+    assert len(figures["seconds"]) == 2 and figures["ratio"] > 0 and figures["state_bytes"] > 100_000
+
+
+def test_selection(environment):
+    """A time for each way."""
+    ways = ["balanced", "kcenter", "typiclust", "probcover", "propagate"]
+    out = subprocess.run([sys.executable, "benchmarks/selection.py", "--images=300", "--dimension=8", "--budget=20",
+                          "--classes=5", "--ways", *ways], cwd=ROOT, env=environment, capture_output=True, text=True,
+                         check=True).stdout
+    assert [*json.loads(out.splitlines()[-1])["seconds"]] == ways

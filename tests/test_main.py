@@ -79,8 +79,8 @@ def test_images_of_ones_own(command, tmp_path):
         npz(tmp_path / f"{name}.npz", image=image, label=label)
     status, out, err = command(
         DIGITS, f"--workdir={tmp_path}/w", "--config.data.source=arrays", f"--config.data.path={tmp_path}/pool.npz",
-        f"--config.data.eval_path={tmp_path}/test.npz", "--config.inits=('none',)", "--config.seeds=(0,)",
-        "--config.fractions=(0.5,)", "--config.target.epochs=8", "--config.target.batch_size=16",
+        f"--config.data.eval_path={tmp_path}/test.npz", "--config.inits=('none',)", "--config.also=()",
+        "--config.seeds=(0,)", "--config.fractions=(0.5,)", "--config.target.epochs=8", "--config.target.batch_size=16",
         "--config.distill.min_steps=32", "--config.distill.batch_size=16")
     assert status == 0, err
     assert "64 images of pool; evaluated on 64 others" in out and "32 (50 %)" in out

@@ -20,10 +20,12 @@ def test_results(finished):
     assert results["pool"]["size"] == 1437 and results["pool"]["evaluation"] == 360
     assert results["versions"]["qmx"] == __version__
     assert results["config"]["pretrain"]["moco"]["epochs"] == 1
-    cells = {(row["init"], row["select"], row["access"], row["fraction"], row["seed"]) for row in results["rows"]}
-    assert cells == {(init, "random", "logits", fraction, 0)
-                     for init in ("none", "rotation", "moco", "simsiam") for fraction in (0.05, 1.0)}
-    assert len(results["rows"]) == 8
+    axes = ("init", "select", "access", "use", "fraction", "seed")
+    cells = {tuple(row[axis] for axis in axes) for row in results["rows"]}
+    columns = [*((init, "random", "logits", "asked") for init in ("none", "rotation", "moco", "simsiam")),
+               ("moco", "typiclust", "logits", "asked"), ("moco", "typiclust", "logits", "pool")]
+    assert cells == {(*column, fraction, 0) for column in columns for fraction in (0.05, 1.0)}
+    assert len(results["rows"]) == 12
     target = results["target"]["top1"]
     for row in results["rows"]:
         train = {0.05: 71, 1.0: 1437}[row["fraction"]]
@@ -40,8 +42,9 @@ def test_artefacts(finished):
     """Each stage left what the design names; the curve is a picture; nothing half-written is about."""
     for path in ("config.json", "target/target.safetensors", "pretrain/moco-seed0/encoder.safetensors",
                  "monitor/moco-seed0/result.json", "select/random-1-seed0/ids.npz", "ledger.sqlite", "query/keys.npz",
-                 "distill/moco-random-logits-0.05-seed0/metrics.jsonl",
-                 "evaluate/none-random-logits-1-seed0/result.json", "report.md", "report.html"):
+                 "select/moco-typiclust-0.05-seed0/ids.npz", "select/features-moco-seed0/features.npz",
+                 "distill/moco-random-logits-asked-0.05-seed0/metrics.jsonl",
+                 "evaluate/none-random-logits-asked-1-seed0/result.json", "report.md", "report.html"):
         assert (finished / path).stat().st_size > 0, path
     assert matplotlib.image.imread(finished / "curve.png").shape[:2] == (504, 1200)
     assert not list(finished.rglob("*.part")) and not list(finished.rglob("checkpoints"))
@@ -88,7 +91,7 @@ def test_stages_out_of_order(finished, command, tmp_path):
 def test_partial_report(finished, command, tmp_path):
     """What was not run is shown as not run."""
     shutil.copytree(finished, tmp_path / "w")
-    shutil.rmtree(tmp_path / "w/evaluate/moco-random-logits-1-seed0")
+    shutil.rmtree(tmp_path / "w/evaluate/moco-random-logits-asked-1-seed0")
     status, out, _ = command(*TINY, f"--workdir={tmp_path}/w", "--stage=report")
     assert status == 0
     last = [cell.strip() for cell in out.rstrip().splitlines()[-1].strip("|").split("|")]
@@ -99,7 +102,7 @@ def test_partial_report(finished, command, tmp_path):
     status, out, _ = command(*TINY, f"--workdir={tmp_path}/w", "--stage=report", "--update",
                              "--config.distill.learning_rate=0.05")
     last = [cell.strip() for cell in out.rstrip().splitlines()[-1].strip("|").split("|")]
-    assert status == 0 and last[1:] == ["not run"] * 4
+    assert status == 0 and last[1:] == ["not run"] * 6
     assert sorted((tmp_path / "w").glob("*/*/result.json")) == results
 
 
@@ -138,18 +141,37 @@ def test_weaker_access_asks_nothing_new(finished, command, tmp_path, access):
     """Weaker access levels are derived from the answers that were paid for."""
     shutil.copytree(finished, tmp_path / "w")
     status, _, err = command(*TINY, f"--workdir={tmp_path}/w", f"--config.accesses=('{access}',)",
-                             "--config.inits=('none',)", "--update")
+                             "--config.inits=('none',)", "--config.also=()", "--update")
     assert status == 0 and "query" not in err, err
     new = table(tmp_path / "w")
     assert new["account"] == table(finished)["account"]
     assert {row["access"] for row in new["rows"]} == {access}
 
 
+def test_access_levels(finished, command, tmp_path):
+    """Five levels of access ask exactly what one does, and stand side by side; a weaker one makes another student."""
+    shutil.copytree(finished, tmp_path / "w")
+    status, out, err = command(*TINY, f"--workdir={tmp_path}/w", "--config.inits=('none',)", "--config.also=()",
+                               "--update", "--config.accesses=('logits','probs','top5','rounded2','label')")
+    assert status == 0, err
+    new, old = table(tmp_path / "w"), table(finished)
+    assert new["account"] == old["account"]
+    rows = {(row["access"], row["fraction"]): row for row in new["rows"]}
+    assert rows["logits", 0.05] in old["rows"]
+    for fraction in (0.05, 1):
+        full, same, *weaker = (rows[level, fraction]["kl_target_student"]
+                               for level in ("logits", "probs", "top5", "rounded2", "label"))
+        assert same == pytest.approx(full, rel=1e-3)  # up to the rounding of a logarithm of a softmax
+        assert len({full, *weaker}) == 4
+    found = out[out.index("Access to the answers, none + random + asked") :].split("\n\n")[1].splitlines()
+    assert [line.split("|")[1].strip() for line in found[2:]] == ["logits", "probs", "top5", "rounded2", "label"]
+
+
 def test_labels_instead_of_scores(finished, command, tmp_path):
     """By one key the students learn the true labels of the same images."""
     shutil.copytree(finished, tmp_path / "w")
     status, _, err = command(*TINY, f"--workdir={tmp_path}/w", "--config.distill.learn_from=labels",
-                             "--config.inits=('none',)", "--update")
+                             "--config.inits=('none',)", "--config.also=()", "--update")
     assert status == 0, err
     new = table(tmp_path / "w")["rows"]
     old = [row for row in table(finished)["rows"] if row["init"] == "none"]

@@ -68,8 +68,10 @@ def workdirs(launch, tmp_path_factory):
 
 def test_same_losses(workdirs):
     """R7: every step of every training."""
-    stages = ["target", "pretrain/moco-seed0", *(f"distill/{init}-random-logits-{fraction}-seed0"
-                                                 for init in ("none", "moco") for fraction in ("0.05", "1"))]
+    columns = ("none-random-logits-asked", "moco-random-logits-asked", "moco-typiclust-logits-asked",
+               "moco-typiclust-logits-pool")
+    stages = ["target", "pretrain/moco-seed0",
+              *(f"distill/{column}-{fraction}-seed0" for column in columns for fraction in ("0.05", "1"))]
     assert len(list((workdirs / "two").glob("**/metrics.jsonl"))) == len(stages)
     for stage in stages:
         one, two = ([json.loads(line)["loss"] for line in (workdirs / name / stage / "metrics.jsonl").open()]
@@ -96,7 +98,7 @@ def test_same_ledger(workdirs):
 def test_same_table(workdirs):
     """Every figure."""
     one, two = (json.loads((workdirs / name / "results.json").read_text()) for name in ("one", "two"))
-    assert len(one["rows"]) == len(two["rows"]) == 4
+    assert len(one["rows"]) == len(two["rows"]) == 8
     for a, b in zip(one["rows"] + one["monitors"], two["rows"] + two["monitors"], strict=True):
         for key in a.keys() - {"seconds", "sha256"}:
             assert a[key] == (pytest.approx(b[key], rel=1e-9) if isinstance(a[key], float) else b[key]), key

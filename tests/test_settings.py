@@ -10,7 +10,7 @@ from qmx import build
 from qmx.checks import validate, warnings
 from qmx.data import load
 from qmx.main import load_file
-from qmx.settings import base, cells, percent
+from qmx.settings import base, cells, columns, encoders, percent
 
 DIGITS = load(base().data)
 
@@ -77,8 +77,22 @@ def test_sets_differ_in_their_recipes():
 def test_grid():
     """The product of the axes, one name each."""
     names = [cell.name for cell in cells(digits())]
-    assert len(names) == len(set(names)) == 4 * 3 * 3
+    assert len(names) == len(set(names)) == (4 + 2) * 3 * 3
     assert percent(0.01) == "1 %" and percent(0.005) == "0.5 %" and percent(1.0) == "100 %"
+
+
+def test_columns():
+    """The product without what needs features and has none, then single columns whose words come in any order."""
+    config = digits(inits=("none", "moco"), selects=("random", "typiclust"), uses=("asked", "pool"),
+                    also=("simsiam", "moco+pool", "rotation+pool+label+kcenter"))
+    assert columns(config) == [
+        ("none", "random", "logits", "asked"),
+        ("moco", "random", "logits", "asked"), ("moco", "random", "logits", "pool"),
+        ("moco", "typiclust", "logits", "asked"), ("moco", "typiclust", "logits", "pool"),
+        ("simsiam", "random", "logits", "asked"), ("rotation", "kcenter", "label", "pool")]
+    assert encoders(config) == ["moco", "simsiam", "rotation"]
+    with pytest.raises(ValueError, match="the grid is empty"):
+        columns(digits(inits=("none",), selects=("typiclust",), also=()))
 
 
 def test_shipped_config_is_valid():

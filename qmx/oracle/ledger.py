@@ -104,14 +104,20 @@ class Ledger:
 
     def read_keys(self, keys: list[bytes], access: str = "logits") -> np.ndarray:
         """`read` of images whose keys were kept, so that the pixels are not needed again."""
-        levels.check(access)
+        levels.check(access, weakened=True)
         if not keys:
             return np.zeros((0, self._classes() or 0), np.float32)
         found = self._lookup(keys)
         missing = sum(key not in found for key in keys)
         if missing:
             raise LookupError(f"{missing} of {len(keys)} images have no answer in {self.path}; ask for them first")
-        return np.stack([levels.derive(scores, have, access) for have, scores in map(found.__getitem__, keys)])
+        answers = np.empty((len(keys), len(found[keys[0]][1])), np.float32)
+        bought = np.array([found[key][0] for key in keys])
+        for have in np.unique(bought):
+            rows = np.flatnonzero(bought == have)
+            own = [keys[row] for row in rows]
+            answers[rows] = levels.derive(np.stack([found[key][1] for key in own]), str(have), access, own)
+        return answers
 
     def ask(
         self,
