@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict, config_dict
 
 from qmx.oracle import access
-from qmx.oracle.by_features import BY_FEATURES
-from qmx.oracle.select import SELECTS
+from qmx.oracle.select import NEED_FEATURES, SELECTS
 
 # What a student learns from: the images that were asked about, or the whole pool, where neighbours' scores stand
 # in for what was not asked (see qmx/propagate.py).
@@ -71,7 +70,10 @@ def base() -> ConfigDict:
     # The grid: its product is what is run.
     config.seeds = (0,)
     config.inits = ("none", "rotation", "moco", "simsiam")  # and "imported": what the student starts from
-    config.selects = ("random",)  # how the images to ask about are chosen: qmx/oracle/select.py, by_features.py
+    config.selects = ("random",)  # how to choose what to ask: qmx/oracle/select.py, by_features.py, by_answers.py
+    # Of the ways that choose by answers, qmx/stages/rounds.py: how often more is asked after the first, random share. Two
+    # is the fewest in which a choice has seen answers that were chosen; each costs what qmx/propagate.py does.
+    config.rounds = 2
     config.lists = ()  # for the selection "list": files of image names, one file for each fraction
     config.accesses = ("logits",)  # what is seen of an answer, asked once and replayed: qmx/oracle/access.py, weaken.py
     config.uses = ("asked",)  # what a student learns from: "asked", or the whole "pool" by propagation
@@ -248,7 +250,7 @@ def encoders(config: Any) -> list[str]:
 
 
 def _possible(column: Column) -> bool:
-    return column.init != "none" or (column.select not in BY_FEATURES and column.use == "asked")
+    return column.init != "none" or (column.select not in NEED_FEATURES and column.use == "asked")
 
 
 def _column(words: str, config: Any) -> Column:

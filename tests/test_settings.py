@@ -125,6 +125,8 @@ def test_warnings():
     ("propagation__neighbours", 0, "propagation.neighbours 0"),
     ("accesses", ("logit",), "did you mean 'logits'"),
     ("budget", 0, "budget 0"),
+    ("rounds", 0, "rounds 0 must be 1 or more"),
+    ("also", ("none+margin",), "none [+] margin [+] logits [+] asked, which needs an encoder"),
     ("target__kind", "served", "target.kind"),
     ("student__arch", "resnet9", "student.arch"),
     ("pretrain__moco__batch_size", 1536, "larger than the pool of 1437"),

@@ -51,7 +51,7 @@ class Account(NamedTuple):
     images: int  # distinct images with an answer
     views: int  # distinct pixel arrays with an answer; several views may show one image
     unanswered: int  # images sent in requests that never came back: in flight, failed, or killed
-    purposes: dict[str, int]  # distinct images answered for each purpose; training's if used for both
+    purposes: dict[str, int]  # distinct images by what they were first answered for; the report's give way
 
 
 class Ledger:
@@ -156,7 +156,7 @@ class Ledger:
         found = self._lookup(keys)
         rows = _missing(keys, found, access)
         if purpose != "report":
-            self._check_budget(set(sources))
+            self.check_budget(set(sources))
             self._repurpose(found.keys(), purpose)
 
         classes = self._classes()
@@ -208,7 +208,8 @@ class Ledger:
             "WHERE target = ? GROUP BY purpose", (self.target,)).fetchall())
         return Account(calls, images, views, unanswered, {name: purposes.get(name, 0) for name in PURPOSES})
 
-    def _check_budget(self, images: set[bytes]) -> None:
+    def check_budget(self, images: set[bytes]) -> None:
+        """Raise BudgetSpent if images, by their `pixel_digests`, are more than the budget has left."""
         if self.budget is None:
             return
         known = {row[0] for row in self._db.execute(

@@ -4,9 +4,11 @@ import numpy as np
 
 from qmx.data import Source
 from qmx.data.subsets import class_balanced_order, from_list, predecessor_order, random_order
+from qmx.oracle.by_answers import BY_ANSWERS
 from qmx.oracle.by_features import BY_FEATURES
 
-SELECTS = ("random", "class_balanced", "list", "predecessor", *BY_FEATURES)
+NEED_FEATURES = (*BY_FEATURES, *BY_ANSWERS)  # of an encoder
+SELECTS = ("random", "class_balanced", "list", "predecessor", *NEED_FEATURES)
 
 
 def select(name: str, pool: Source, budget: int, seed: int, lists: tuple[str, ...] = ()) -> np.ndarray:

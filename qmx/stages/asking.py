@@ -1,36 +1,35 @@
-"""Selecting what to ask about, and asking: the only stage that holds the target."""
+"""Selecting what to ask about, and asking: with `qmx.stages.rounds` all that holds the target."""
 
 import json
 import zlib
-from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qmx.data import Dataset, subset_size
-from qmx.data.batches import ahead
-from qmx.evaluate import ids_here, top_k
+from qmx.evaluate import top_k
 from qmx.oracle import BudgetSpent, Ledger
+from qmx.oracle.by_answers import BY_ANSWERS
 from qmx.oracle.by_features import BY_FEATURES
-from qmx.oracle.ledger import keys_of
-from qmx.oracle.query import Query
-from qmx.oracle.select import select
-from qmx.progress import Progress, progress, say
+from qmx.oracle.select import NEED_FEATURES, select
+from qmx.progress import say
 from qmx.settings import Cell, cells
-from qmx.sharding import first, from_first, gathered
+from qmx.sharding import first, from_first
+from qmx.stages.answers import ask_about, read_answers
 from qmx.stages.encoders import features, pretrain
+from qmx.stages.rounds import in_rounds, inputs_of
 from qmx.stages.run import Run
-from qmx.stages.target import open_ledger, preprocessing, target, target_query
+from qmx.stages.target import preprocessing, target, target_query
 from qmx.workdir import write_arrays
-
-CHUNK = 4096  # images between two looks at the budget, 0.6 GB of them at 224 pixels
-BATCH = 256  # images in one request
 
 
 def selection(this: Run, cell: Cell) -> np.ndarray:
-    """The pool's images whose answers a cell learns from, i64[budget]."""
+    """The pool's images whose answers a cell learns from, i64[budget].
+
+    To choose by answers the target is asked here already, see `qmx.stages.rounds.in_rounds`.
+    """
     config = this.config
     budget = subset_size(cell.fraction, this.data.pool.size)
     inputs = {"select": cell.select, "seed": cell.seed, "budget": budget}
@@ -38,6 +37,9 @@ def selection(this: Run, cell: Cell) -> np.ndarray:
     if cell.select in BY_FEATURES:
         name = f"{cell.init}-{name}"
         inputs["encoder"] = pretrain(this, cell.init, cell.seed)["sha256"]
+    if cell.select in BY_ANSWERS:
+        name = f"{cell.init}-{cell.select}-{cell.access}-{cell.fraction:g}-seed{cell.seed}"
+        inputs |= inputs_of(this, cell)
 
     def work(directory: Path) -> dict:
         if cell.select in BY_FEATURES:
@@ -45,6 +47,8 @@ def selection(this: Run, cell: Cell) -> np.ndarray:
             say(f"{cell.select} chooses {budget} of {len(rows)} images by the features of {cell.init} seed {cell.seed}")
             # In one process: another machine's sums may round another way, and choose others.
             ids = from_first(lambda: way(rows, budget, np.random.default_rng(cell.seed)))
+        elif cell.select in BY_ANSWERS:
+            ids = in_rounds(this, cell, budget)
         else:
             ids = select(cell.select, this.data.pool, budget, cell.seed, config.lists)
         if first():
@@ -61,7 +65,7 @@ def selection(this: Run, cell: Cell) -> np.ndarray:
 def query(this: Run, todo: list[Cell]) -> dict:
     """Ask the target about the evaluation images, and about every image that some cell learns from.
 
-    Leaves the keys of all these images in the ledger, by which the later stages read the answers.
+    Those that were asked about to choose others have their answers, and stay so in the ledger's account. Leaves the keys of all these images in the ledger, by which the later stages read the answers.
     """
     ids = np.unique(np.concatenate([selection(this, cell) for cell in todo]))
     evaluation = this.data.evaluation
@@ -72,13 +76,7 @@ def query(this: Run, todo: list[Cell]) -> dict:
         ask = cache(lambda: target_query(this))
         for purpose, source, wanted in (("report", evaluation, np.arange(evaluation.size)),
                                         ("train", this.data.pool, ids)):
-            keys[purpose], name = [], f"query for {purpose}"
-            with progress(name, len(wanted), unit="images") as shown:
-                for images in read_together(source.shown, wanted):
-                    ask_together(this, ask, images, purpose,
-                                 partial(_answered, this, shown, name, len(keys[purpose]), len(wanted)))
-                    keys[purpose] += keys_of(images, target(this)["sha256"], preprocessing(this))
-                    shown.update(len(keys[purpose]))
+            keys[purpose] = ask_about(this, ask, source, wanted, purpose, f"query for {purpose}")
             if purpose == "report":
                 answers = read_answers(this, keys["report"])
                 measured = {f"top{k}": top_k(answers, evaluation.labels, k) for k in (1, 5)}
@@ -96,55 +94,6 @@ def query(this: Run, todo: list[Cell]) -> dict:
     inputs = {"target": target(this)["sha256"], "preprocessing": preprocessing(this),
               "images": zlib.crc32(ids.tobytes())}
     return this.stage("query", ".", inputs, work)
-
-
-def _answered(this: Run, shown: Progress, name: str, before: int, total: int, answered: int, _: int) -> None:
-    shown.update(before + answered)
-    this.go_on(name, before + answered, total)
-
-
-def read_together(read: Callable[[np.ndarray], np.ndarray], ids: np.ndarray) -> Iterator[np.ndarray]:
-    """Images in chunks, whole in every process, each of which reads its share of a chunk."""
-    here = ids_here(len(ids), -(-len(ids) // -(-len(ids) // CHUNK)))  # chunks of one size, hardly any filling
-    left = len(ids)
-    for _, images in ahead(read, ids[here].ravel(), here.shape[1]):
-        chunk = gathered(images)[:left]
-        left -= len(chunk)
-        yield chunk
-
-
-def ask_together(this: Run, ask: Callable[[], Query], images: np.ndarray, purpose: str,
-                 on_progress: Callable[[int, int], None]) -> None:
-    """Answers for a chunk of images into the ledger, which the first process keeps.
-
-    The target computes in all processes: the others ask it the same batches as the ledger does, and
-    `on_progress` is called in all of them after each.
-    """
-    sha256 = target(this)["sha256"]
-
-    def unanswered() -> list[int]:
-        with open_ledger(this, sha256) as ledger:
-            return ledger.unanswered(images)
-
-    rows = from_first(unanswered)
-    if first():
-        with open_ledger(this, sha256) as ledger:
-            ledger.ask(lambda batch: ask()(batch), images, purpose=purpose, batch_size=BATCH, on_progress=on_progress)
-    else:
-        for start in range(0, len(rows), BATCH):
-            ask()(images[rows[start : start + BATCH]])
-            on_progress(min(start + BATCH, len(rows)), len(rows))
-
-
-def read_answers(this: Run, keys: list[bytes], access: str = "logits") -> np.ndarray:
-    """The answers to images by their keys, f32[n, N], in every process."""
-    sha256 = target(this)["sha256"]
-
-    def read() -> np.ndarray:
-        with open_ledger(this, sha256) as ledger:
-            return ledger.read_keys(keys, access)
-
-    return from_first(read)
 
 
 def unexpected(expect: tuple[float, ...], measured: dict[str, float], size: int) -> str | None:
@@ -176,7 +125,7 @@ def check_budget(config: Any, directory: Path, data: Dataset) -> None:
     """Raise BudgetSpent at once if the grid asks for more distinct images than the budget allows.
 
     The ledger would stop it too, but only after the pretraining. Nothing is written. What is chosen by features
-    is not known yet: of it only how many images the largest budget takes.
+    or answers is not known yet: of it only how many images the largest budget takes.
 
     Raises:
       ValueError: a selection that cannot be made of this pool.
@@ -186,7 +135,7 @@ def check_budget(config: Any, directory: Path, data: Dataset) -> None:
     for cell in wanted:
         size = subset_size(cell.fraction, data.pool.size)
         largest = max(largest, size)
-        if cell.select not in BY_FEATURES:
+        if cell.select not in NEED_FEATURES:
             known.update(select(cell.select, data.pool, size, cell.seed, config.lists).tolist())
     refuse_beyond(config.budget, max(len(known), largest), directory)
 
@@ -201,5 +150,5 @@ def refuse_beyond(budget: int | None, images: int, directory: Path) -> None:
             with Ledger(directory / "ledger.sqlite", target=sha256) as ledger:
                 spent = ledger.spent()
         raise BudgetSpent(f"the grid asks about {images} distinct images and the budget is {budget} "
-                          f"({spent} spent so far, nothing asked now); raise --config.budget, or lower "
+                          f"({spent} spent so far, nothing more is asked); raise --config.budget, or lower "
                           "--config.fractions or the number of seeds")

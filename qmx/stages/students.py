@@ -18,8 +18,10 @@ from qmx.methods.distill import start_from
 from qmx.oracle.access import as_logits
 from qmx.propagate import propagate
 from qmx.settings import Cell, percent, recipe_name, recipe_of
-from qmx.stages.asking import evaluation_keys, pool_keys, query, read_answers, selection
+from qmx.stages.answers import read_answers
+from qmx.stages.asking import evaluation_keys, pool_keys, query, selection
 from qmx.stages.encoders import features, pretrain, read_encoder
+from qmx.stages.rounds import asked_to_choose
 from qmx.stages.run import Run, outputs, plain, read_weights, root_key
 from qmx.stages.target import Labels, preprocessing, target
 
@@ -70,6 +72,7 @@ def distill(this: Run, cell: Cell, todo: list[Cell]) -> dict:
 def evaluate(this: Run, cell: Cell, todo: list[Cell]) -> dict:
     """A cell's row of the table, from its last step (never the best one)."""
     made, student = distill(this, cell, todo), this.config.student
+    chose = asked_to_choose(this.config, cell, made["queries"])
     seen, keys, evaluation = build.look(this.data), recipe_of(this.config, cell), this.data.evaluation
 
     def work(_: Path) -> dict:
@@ -78,9 +81,10 @@ def evaluate(this: Run, cell: Cell, todo: list[Cell]) -> dict:
         scores = outputs(this, f"evaluate {cell.name}", network, weights, evaluation)
         query(this, todo)
         answers = read_answers(this, evaluation_keys(this))
-        queries = {"train": made["queries"], "select": 0, "report": len(answers)}
+        queries = {"train": made["queries"] - chose, "select": chose, "report": len(answers)}
         return {**cell._asdict(), "queries": queries, "calls": sum(queries.values()),
                 **compare(scores, answers, evaluation.labels), "seconds": made["seconds"], "recipe": made["recipe"]}
 
-    inputs = {"student": made["sha256"], "target": target(this)["sha256"], "preprocessing": preprocessing(this)}
+    inputs = {"student": made["sha256"], "target": target(this)["sha256"], "preprocessing": preprocessing(this),
+              **({"select": chose} if chose else {})}
     return this.stage("evaluate", cell.name, inputs, work)

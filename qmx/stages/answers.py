@@ -1,0 +1,103 @@
+"""Questions to the target and their answers: through the one ledger, whatever they are for."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import numpy as np
+
+from qmx.data import Source
+from qmx.data.batches import ahead
+from qmx.evaluate import ids_here
+from qmx.oracle import BudgetSpent
+from qmx.oracle.ledger import keys_of, pixel_digests
+from qmx.oracle.query import Query
+from qmx.progress import Progress, progress
+from qmx.sharding import first, from_first, gathered
+from qmx.stages.run import Run
+from qmx.stages.target import open_ledger, preprocessing, target
+
+CHUNK = 4096  # images between two looks at the budget, 0.6 GB of them at 224 pixels
+BATCH = 256  # images in one request
+
+
+def ask_about(this: Run, ask: Callable[[], Query], source: Source, ids: np.ndarray, purpose: str,
+              name: str) -> list[bytes]:
+    """Answers for images of a source into the ledger, with progress called `name`; returns their keys."""
+    keys: list[bytes] = []
+    with progress(name, len(ids), unit="images") as shown:
+        for images in read_together(source.shown, ids):
+            ask_together(this, ask, images, purpose, partial(_answered, this, shown, name, len(keys), len(ids)))
+            keys += keys_of(images, target(this)["sha256"], preprocessing(this))
+            shown.update(len(keys))
+    return keys
+
+
+def _answered(this: Run, shown: Progress, name: str, before: int, total: int, answered: int, _: int) -> None:
+    shown.update(before + answered)
+    this.go_on(name, before + answered, total)
+
+
+def read_together(read: Callable[[np.ndarray], np.ndarray], ids: np.ndarray) -> Iterator[np.ndarray]:
+    """Images in chunks, whole in every process, each of which reads its share of a chunk."""
+    here = ids_here(len(ids), -(-len(ids) // -(-len(ids) // CHUNK)))  # chunks of one size, hardly any filling
+    left = len(ids)
+    for _, images in ahead(read, ids[here].ravel(), here.shape[1]):
+        chunk = gathered(images)[:left]
+        left -= len(chunk)
+        yield chunk
+
+
+def ask_together(this: Run, ask: Callable[[], Query], images: np.ndarray, purpose: str,
+                 on_progress: Callable[[int, int], None]) -> None:
+    """Answers for a chunk of images into the ledger, which the first process keeps.
+
+    The target computes in all processes: the others ask it the same batches as the ledger does, and
+    `on_progress` is called in all of them after each.
+    """
+    sha256 = target(this)["sha256"]
+
+    def unanswered() -> list[int]:
+        with open_ledger(this, sha256) as ledger:
+            return ledger.unanswered(images)
+
+    rows = from_first(unanswered)
+    if first():
+        with open_ledger(this, sha256) as ledger:
+            ledger.ask(lambda batch: ask()(batch), images, purpose=purpose, batch_size=BATCH, on_progress=on_progress)
+    else:
+        for start in range(0, len(rows), BATCH):
+            ask()(images[rows[start : start + BATCH]])
+            on_progress(min(start + BATCH, len(rows)), len(rows))
+
+
+def read_answers(this: Run, keys: list[bytes], access: str = "logits") -> np.ndarray:
+    """The answers to images by their keys, f32[n, N], in every process."""
+    sha256 = target(this)["sha256"]
+
+    def read() -> np.ndarray:
+        with open_ledger(this, sha256) as ledger:
+            return ledger.read_keys(keys, access)
+
+    return from_first(read)
+
+
+def afford(this: Run, source: Source, ids: np.ndarray) -> None:
+    """Raise BudgetSpent, in every process, if these images together are more than the budget has left.
+
+    `Ledger.ask` looks at the budget too, but only chunk by chunk, and in the first process alone.
+    """
+    if this.config.budget is None:
+        return  # the images need not be read
+    sha256 = target(this)["sha256"]
+    digests = {digest for images in read_together(source.shown, ids) for digest in pixel_digests(images)}
+
+    def refusal() -> str:
+        with open_ledger(this, sha256) as ledger:
+            try:
+                ledger.check_budget(digests)
+            except BudgetSpent as error:
+                return str(error)
+        return ""
+
+    if refused := from_first(refusal):
+        raise BudgetSpent(refused)

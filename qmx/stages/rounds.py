@@ -1,0 +1,71 @@
+"""Choosing by answers: some images are asked about, their answers say which ones come next, and so on."""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+from scipy.special import softmax
+
+from qmx.data.subsets import random_order
+from qmx.oracle.access import as_logits
+from qmx.oracle.by_answers import BY_ANSWERS, shares
+from qmx.progress import say
+from qmx.propagate import propagate
+from qmx.settings import Cell, percent
+from qmx.sharding import from_first
+from qmx.stages.answers import afford, ask_about, read_answers
+from qmx.stages.encoders import features, pretrain
+from qmx.stages.run import Run, plain
+from qmx.stages.target import preprocessing, target, target_query
+
+
+def in_rounds(this: Run, cell: Cell, budget: int) -> np.ndarray:
+    """The images of a cell whose way is one of `BY_ANSWERS`, i64[budget], in the order of asking.
+
+    The first share of the budget is drawn at random: by the order of the selection "random", so that both columns pay
+    for these images once, and as Pal et al. 2020 begin, so that what a way gains over "random" is due to answers
+    alone. Then, `config.rounds` times, the answers so far are spread over the pool by `qmx.propagate` on the frozen
+    features of the cell's encoder, and the way chooses the next share by them. Other than in Pal et al. no student is
+    trained between rounds: a round costs what `propagate` does, and the answers are what the cell's access level shows.
+
+    Asks the target, for the ledger's purpose "select": about all shares but the last, whose answers choose nothing and
+    which `qmx.stages.asking.query` asks about for "train". The student learns from all of them. An image that
+    several columns want is paid for once and stays on the ledger's account what it was first asked for, while in the
+    report's rows each column counts its own images for itself: as "select" all shares but the last, as "train" that.
+
+    The choice depends on nothing but the cell, so that a killed run makes it again, with the answers that are in
+    the ledger, and asks only for what is missing.
+
+    Raises:
+      BudgetSpent: a share is more than the ledger's budget has left; nothing of it was asked.
+    """
+    pool, way = this.data.pool, BY_ANSWERS[cell.select]
+    rows = features(this, cell.init, cell.seed)
+    ask = cache(lambda: target_query(this))
+    first, *later = shares(budget, this.config.rounds)
+    ids, keys = random_order(pool.size, cell.seed)[:first], list[bytes]()
+    say(f"{cell.select} chooses {budget} of {pool.size} images in {len(later)} rounds by the answers to those before, "
+        f"over the features of {cell.init} seed {cell.seed}")
+    for number, share in enumerate(later):
+        new = ids[len(keys):]
+        afford(this, pool, new)
+        keys += ask_about(this, ask, pool, new, "select", f"query to select, {cell.init} {cell.select} {cell.access} "
+                          f"{percent(cell.fraction)} seed {cell.seed}, round {number}")
+        known = softmax(as_logits(read_answers(this, keys, cell.access), cell.access), axis=1)
+        spread = propagate(rows, ids, known, **this.config.propagation)
+        # In one process: another machine's sums may round another way, and choose others.
+        chosen = from_first(lambda spread=spread, share=share: way(spread, ids, share))
+        ids = np.concatenate([ids, chosen])
+    return ids
+
+
+def inputs_of(this: Run, cell: Cell) -> dict:
+    """What the choice of `in_rounds` depends on beside the cell's seed and budget, as a stage's inputs."""
+    return {"encoder": pretrain(this, cell.init, cell.seed)["sha256"], "target": target(this)["sha256"],
+            "preprocessing": preprocessing(this), "access": cell.access, "rounds": this.config.rounds,
+            "propagation": plain(this.config.propagation)}
+
+
+def asked_to_choose(config: Any, cell: Cell, budget: int) -> int:
+    """How many of a cell's images had answers that chose others: 0 for ways that read none."""
+    return sum(shares(budget, config.rounds)[:-1]) if cell.select in BY_ANSWERS else 0
