@@ -102,7 +102,7 @@ def _problems(config: Any, data: Dataset) -> Iterator[str]:
         if path and not Path(path).is_file():
             yield f"{key} {path}: no such file"
     if config.rounds < 1:
-        yield f"rounds {config.rounds} must be 1 or more: without one, nothing is chosen by answers; 'random' asks so"
+        yield f"rounds {config.rounds} must be 1 or more: without any, nothing is chosen by answers"
     if config.budget is not None and config.budget < 1:
         yield f"budget {config.budget} allows no query; leave it out for no limit"
 

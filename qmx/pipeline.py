@@ -5,9 +5,9 @@ Each stage leaves an artefact in the workdir and is skipped when the same inputs
     target/                       the target's weights
     pretrain/<init>-seed<s>/      an encoder
     monitor/<init>-seed<s>/       what its features are good for
-    select/<way>-<fraction>-seed<s>/   the pool's images that are asked about; the ways that choose by answers,
-                                       margin and entropy, ask the target here, all but their last round
-    query/                        the ledger's keys of all images that were asked about
+    select/<way>-<fraction>-seed<s>/   the pool's images that are asked about; to choose by answers (margin, entropy)
+                                       this stage asks the target too, all rounds but the last
+    query/                        the rest is asked; the ledger's keys of all images that were asked about
     ledger.sqlite                 every answer of the target
     distill/<cell>/               a student
     evaluate/<cell>/              its row of the table

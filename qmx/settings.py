@@ -71,10 +71,10 @@ def base() -> ConfigDict:
     config.seeds = (0,)
     config.inits = ("none", "rotation", "moco", "simsiam")  # and "imported": what the student starts from
     config.selects = ("random",)  # how to choose what to ask: qmx/oracle/select.py, by_features.py, by_answers.py
-    # Of the ways that choose by answers, qmx/stages/rounds.py: how often more is asked after the first, random share. Two
-    # is the fewest in which a choice has seen answers that were chosen; each costs what qmx/propagate.py does.
-    config.rounds = 2
     config.lists = ()  # for the selection "list": files of image names, one file for each fraction
+    # For those that choose by answers: how often more is asked after a random share, qmx/stages/rounds.py. Two is the
+    # fewest in which answers that were chosen choose others; each costs what qmx/propagate.py does.
+    config.rounds = 2
     config.accesses = ("logits",)  # what is seen of an answer, asked once and replayed: qmx/oracle/access.py, weaken.py
     config.uses = ("asked",)  # what a student learns from: "asked", or the whole "pool" by propagation
     config.also = ()  # columns beside the product: "moco+typiclust+pool"; what is not named is each axis's first

@@ -1,8 +1,8 @@
 """Which images to ask about next, by what the answers so far say of the others.
 
-Each way is a pure function (probabilities f32[n, N] predicted for the pool, numbers i64[m] of the images that were asked
-about, number) -> i64[number], the images that are the least certain and were not asked about, the least certain first;
-of equally uncertain ones those that come first in the pool. Nothing is drawn.
+Each way is a pure function (probabilities f32[n, N] predicted for the pool, i64[m] numbers of the images that were
+asked about, number) -> i64[number], the images that are the least certain and were not asked about, the least certain
+first; of equally uncertain ones those that come first in the pool. Nothing is drawn.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """Choosing by answers: some images are asked about, their answers say which ones come next, and so on."""
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -54,8 +54,7 @@ def in_rounds(this: Run, cell: Cell, budget: int) -> np.ndarray:
         known = softmax(as_logits(read_answers(this, keys, cell.access), cell.access), axis=1)
         spread = propagate(rows, ids, known, **this.config.propagation)
         # In one process: another machine's sums may round another way, and choose others.
-        chosen = from_first(lambda spread=spread, share=share: way(spread, ids, share))
-        ids = np.concatenate([ids, chosen])
+        ids = np.concatenate([ids, from_first(partial(way, spread, ids, share))])
     return ids
 
 
