@@ -65,8 +65,8 @@ def selection(this: Run, cell: Cell) -> np.ndarray:
 def query(this: Run, todo: list[Cell]) -> dict:
     """Ask the target about the evaluation images, and about every image that some cell learns from.
 
-    Those whose answers chose others were asked about before, and stay under "select" in the ledger's account. Leaves the
-    keys of all these images in the ledger, by which the later stages read the answers.
+    Those whose answers chose others were asked about before, and stay "select" in the ledger's account. Leaves the keys
+    of all these images in the ledger, by which the later stages read the answers.
     """
     ids = np.unique(np.concatenate([selection(this, cell) for cell in todo]))
     evaluation = this.data.evaluation
