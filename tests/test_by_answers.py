@@ -102,7 +102,7 @@ def beside(command, tmp_path_factory):
 
 
 def test_questions(beside):
-    """Each row's questions add up to its budget, the ledger's account to the distinct images, and none is sent twice."""
+    """A row's questions add up to its budget, the account to the distinct images; none is sent twice."""
     results = table(beside)
     rows = {(row["select"], row["access"], row["fraction"]): row for row in results["rows"]}
     assert len(rows) == 6
@@ -146,7 +146,7 @@ def test_again_asks_nothing(beside, command):
 
 
 def test_alone(beside, command, tmp_path):
-    """P2, P3: one column at one budget, stage by stage in a workdir of its own, chooses the same and learns the same."""
+    """P2, P3: one column at one budget, stage by stage in its own workdir, chooses the same and learns the same."""
     for stage in ("target", "pretrain", "select"):
         status, _, err = command(*MARGIN, SEED, SMALL, f"--workdir={tmp_path}/w", f"--stage={stage}")
         assert status == 0, err
