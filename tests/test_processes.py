@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -15,7 +16,8 @@ from conftest import ROOT
 
 # In float64, where the order of sums makes no difference that lasts.
 SHORT = ["--config=configs/digits.py:float64", "--config.seeds=(0,)", "--config.fractions=(0.05,1.0)",
-         "--config.inits=('none','moco')", "--config.target.epochs=1", "--config.pretrain.moco.epochs=2",
+         "--config.inits=('none','moco')", "--config.also=('moco+typiclust','moco+typiclust+pool','moco+margin')",
+         "--config.target.epochs=1", "--config.pretrain.moco.epochs=2",
          "--config.distill.epochs=0.5", "--config.distill.min_steps=20"]
 
 
@@ -69,7 +71,7 @@ def workdirs(launch, tmp_path_factory):
 def test_same_losses(workdirs):
     """R7: every step of every training."""
     columns = ("none-random-logits-asked", "moco-random-logits-asked", "moco-typiclust-logits-asked",
-               "moco-typiclust-logits-pool")
+               "moco-typiclust-logits-pool", "moco-margin-logits-asked")
     stages = ["target", "pretrain/moco-seed0",
               *(f"distill/{column}-{fraction}-seed0" for column in columns for fraction in ("0.05", "1"))]
     assert len(list((workdirs / "two").glob("**/metrics.jsonl"))) == len(stages)
@@ -87,9 +89,12 @@ def test_same_ledger(workdirs):
         with sqlite3.connect(root / "ledger.sqlite") as db:
             # A key holds the target's digest, and its weights differ in the last bit.
             answers.append(dict(db.execute("SELECT image, scores FROM answers").fetchall()))
-        account = json.loads((root / "results.json").read_text())["account"]
-        assert account == {"calls": 1797, "images": 1797, "views": 1797, "unanswered": 0,
-                           "purposes": {"train": 1437, "select": 0, "report": 360}}
+        results = json.loads((root / "results.json").read_text())
+        # Choosing by answers, two thirds of the pool are asked about before the rest, and a few for the smaller budget.
+        select = results["account"]["purposes"]["select"]
+        assert 958 <= select <= 958 + 48
+        assert results["account"] == {"calls": 1797, "images": 1797, "views": 1797, "unanswered": 0,
+                                      "purposes": {"train": 1437 - select, "select": select, "report": 360}}
     assert answers[0].keys() == answers[1].keys() and len(answers[0]) == 1797
     for image, scores in answers[0].items():
         np.testing.assert_allclose(np.frombuffer(answers[1][image], "<f4"), np.frombuffer(scores, "<f4"), rtol=1e-6)
@@ -98,10 +103,26 @@ def test_same_ledger(workdirs):
 def test_same_table(workdirs):
     """Every figure."""
     one, two = (json.loads((workdirs / name / "results.json").read_text()) for name in ("one", "two"))
-    assert len(one["rows"]) == len(two["rows"]) == 8
+    assert len(one["rows"]) == len(two["rows"]) == 10
     for a, b in zip(one["rows"] + one["monitors"], two["rows"] + two["monitors"], strict=True):
         for key in a.keys() - {"seconds", "sha256"}:
             assert a[key] == (pytest.approx(b[key], rel=1e-9) if isinstance(a[key], float) else b[key]), key
+
+
+def test_budget_between_rounds(workdirs, launch, tmp_path):
+    """The budget ends in a round of choosing by answers: status 3 in both, and nothing of that round was sent."""
+    shutil.copytree(workdirs / "two", tmp_path / "w")
+    for path in (tmp_path / "w").glob("ledger.sqlite*"):
+        path.unlink()
+    changed = ("--config.seeds", "--config.fractions", "--config.inits", "--config.also")
+    words = [word for word in SHORT if not word.startswith(changed)]
+    words += ["--config.seeds=(0,1)", "--config.fractions=(0.05,)", "--config.inits=('moco',)", "--config.also=()",
+              "--config.selects=('margin',)", "--config.budget=71", "--update", f"--workdir={tmp_path}/w"]
+    done = finish(launch(2, 2, *words))  # two rounds of 24 for each seed
+    assert [status for status, _, _ in done] == [3, 3], done
+    with sqlite3.connect(tmp_path / "w/ledger.sqlite") as db:
+        sent, = db.execute("SELECT SUM(views) FROM requests").fetchone()
+    assert 48 <= sent <= 71 and all(f"{sent} of 71 queries are spent" in err for _, _, err in done)
 
 
 def test_stop_and_go_on(launch, tmp_path):
