@@ -114,6 +114,7 @@ def test_budget_between_rounds(workdirs, launch, tmp_path):
     shutil.copytree(workdirs / "two", tmp_path / "w")
     for path in (tmp_path / "w").glob("ledger.sqlite*"):
         path.unlink()
+    shutil.rmtree(tmp_path / "w/select")
     changed = ("--config.seeds", "--config.fractions", "--config.inits", "--config.also")
     words = [word for word in SHORT if not word.startswith(changed)]
     words += ["--config.seeds=(0,1)", "--config.fractions=(0.05,)", "--config.inits=('moco',)", "--config.also=()",
