@@ -105,6 +105,11 @@ def _problems(config: Any, data: Dataset) -> Iterator[str]:
         yield f"rounds {config.rounds} must be 1 or more: without any, nothing is chosen by answers"
     if config.budget is not None and config.budget < 1:
         yield f"budget {config.budget} allows no query; leave it out for no limit"
+    if config.price is not None and not 0 <= config.price < float("inf"):
+        yield f"price {config.price} must be what 1,000 calls cost, from 0 on"
+    for share in config.reach:
+        if not isinstance(share, int | float) or not 0 < share <= 1:
+            yield f"reach has {share!r}, which is no share of the target's accuracy above 0 and up to 1"
 
     if not config.save_minutes > 0:
         yield f"save_minutes {config.save_minutes} must be above 0"

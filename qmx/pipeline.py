@@ -25,6 +25,7 @@ from typing import Any
 from qmx import report, workdir
 from qmx.data import Dataset, subset_size
 from qmx.progress import say
+from qmx.reach import reached
 from qmx.settings import Cell, cells, encoders
 from qmx.sharding import from_first
 from qmx.stages.asking import query, selection, unexpected
@@ -116,6 +117,7 @@ def write_report(this: Run, todo: list[Cell], started: list[tuple[str, int]]) ->
         "versions": {name: version(name) for name in ("qmx", "jax", "jaxlib", "flax", "optax", "numpy", "pillow")},
         "config": plain(this.config),
     }
+    results["reach"] = reached(results)
     return from_first(lambda: report.write(this.workdir, results))
 
 

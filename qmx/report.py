@@ -83,7 +83,7 @@ def result_tables(results: dict) -> list[Table]:
                 cells.append(each[0] if each[0] == "not run" else " / ".join(each))
             rows.append([f"{queries(results, fraction)} ({percent(fraction)})", *cells])
         tables.append(Table(title, ["queries", *names], rows))
-    tables += access_tables(results, over)
+    tables += [*reach_tables(results), *access_tables(results, over)]
     if results["monitors"]:
         first = results["monitors"][0]
         looks = {"knn_top1": "pretrained", "knn_top1_random": "the same network, random"}
@@ -98,6 +98,26 @@ def result_tables(results: dict) -> list[Table]:
                       for key in looks)]
              for init in dict.fromkeys(m["init"] for m in results["monitors"])]))
     return tables
+
+
+def reach_tables(results: dict) -> list[Table]:
+    """The queries that reach a share of the target's accuracy, and their price if the config has one."""
+    shares, price = results["config"]["reach"], results["config"]["price"]
+    smallest, largest = (limit(results["pool"]["queries"].values()) for limit in (min, max))
+
+    def cell(column: Column, share: float) -> str:
+        number = [row["queries"] for row in results["reach"] if row["share"] == share
+                  and Column(*(row[axis] for axis in Column._fields)) == column]
+        if not number or number[0] is None:
+            return f"not by {largest}" if number else "not run"
+        paid = "" if price is None else f" ({price * number[0] / 1000:.2f})"
+        return f"{'at most ' if number[0] == smallest else ''}{number[0]:.0f}{paid}"
+
+    shown = columns(results["config"])
+    title = "Queries that reach a share of the target's top-1 accuracy, interpolated between budgets"
+    return [Table(title + ("" if price is None else f" (price at {price:g} per 1,000)"),
+                  ["share", *(label(column, results) for column in shown)],
+                  [[percent(share), *(cell(column, share) for column in shown)] for share in shares])] if shares else []
 
 
 def access_tables(results: dict, over: str) -> list[Table]:
@@ -127,11 +147,13 @@ def account_notes(results: dict) -> list[str]:
     measured = "accuracy not measured yet" if target["top1"] is None else (
         f"top-1 / top-5 {target['top1']:.1f} / {target['top5']:.1f} on the evaluation images")
     used = ", ".join(f"{count} for {purpose}" for purpose, count in account["purposes"].items())
+    price = results["config"]["price"]
+    paid = "" if price is None else f" At {price:g} per 1,000 calls that is {price * account['calls'] / 1000:.2f}."
     return [
         f"Target: {target['name']}, {measured}, sha256 {target['sha256'][:16]}.",
         f"Pool: {pool['size']} images of {pool['name']}; evaluated on {pool['evaluation']} others.",
         f"Asked: {account['images']} distinct images ({used}), {account['views']} views, {account['calls']} calls, "
-        f"{account['unanswered']} sent without an answer.",
+        f"{account['unanswered']} sent without an answer.{paid}",
         recipes_note(results) + " Figures are those of the last step.",
     ] + ([f"Warning: {target['warning']}."] if target["warning"] else [])
 

@@ -81,6 +81,8 @@ def base() -> ConfigDict:
     config.fractions = (0.01, 0.1, 1.0)  # of the pool that is asked about
     config.budget = config_dict.placeholder(int)  # distinct images that may be asked; none is no limit
 
+    config.price = config_dict.placeholder(float)  # of 1,000 calls of the target, in any currency, for the report
+    config.reach = (0.5, 0.75, 0.9, 0.95)  # shares of the target's accuracy, and the report says what reaches them
     config.save_minutes = 10.0  # between two checkpoints of a training: what a kill may cost
 
     config.data = ConfigDict(dict(

@@ -52,7 +52,7 @@ def test_artefacts(finished):
     assert [line["step"] for line in lines] == list(range(1, 12))
     assert {"loss", "contrast_acc1", "contrast_acc5", "z_std"} <= lines[0].keys()
     page = (finished / "report.html").read_text()
-    assert page.count("<table>") == 4 and "data:image/png;base64," in page
+    assert page.count("<table>") == 5 and "data:image/png;base64," in page
 
 
 def test_second_call_finds_it_done(finished, command):

@@ -1,0 +1,62 @@
+"""How many queries reach an accuracy: closed forms, and only inside the measured range."""
+
+import json
+import math
+import shutil
+
+import pytest
+from conftest import TINY
+
+from qmx.reach import first_reached
+
+
+def test_between_budgets():
+    """A straight line in the logarithm: half of the way in accuracy is the geometric mean in queries."""
+    assert first_reached([10, 1000], [20, 60], 40) == pytest.approx(100)
+    assert first_reached([10, 100, 1000], [20, 60, 70], 62.5) == pytest.approx(100 * 10**0.25)
+    for level in (21, 33, 59.9):
+        x = first_reached([14, 143], [20, 60], level)
+        assert 14 < x < 143 and 20 + 40 * math.log(x / 14) / math.log(143 / 14) == pytest.approx(level)
+
+
+def test_only_what_was_measured():
+    """Below the smallest budget it says no less, above the largest nothing; a budget's own accuracy is that budget."""
+    assert first_reached([10, 100], [20, 60], 5) == first_reached([10, 100], [20, 60], 20) == 10
+    assert first_reached([10, 100], [20, 60], 60) == pytest.approx(100)
+    assert first_reached([10, 100], [20, 60], 60.1) is None
+    assert first_reached([10], [20], 20.1) is None and first_reached([], [], 1) is None
+
+
+def test_the_first_time():
+    """A curve that falls again counts where it first gets there; a flat one where it begins to rise."""
+    assert first_reached([1, 10, 100, 1000], [10, 50, 30, 90], 40) == pytest.approx(10**0.75)
+    assert first_reached([1, 10, 100], [10, 10, 20], 15) == pytest.approx(10**1.5)
+
+
+def test_report(finished, command, tmp_path):
+    """The table beside the others, with prices where the config has one; by hand from the rows; only what was run."""
+    shutil.copytree(finished, tmp_path / "w")
+    words = ["--config.reach=(0.1,0.5,1.0)", "--config.price=1.5", "--update"]
+    status, out, err = command(*TINY, *words, f"--workdir={tmp_path}/w", "--stage=report")
+    assert status == 0, err
+    results = json.loads((tmp_path / "w/results.json").read_text())
+    assert "At 1.5 per 1,000 calls that is 2.70." in out  # of 1,797
+    table = out[out.index("Queries that reach a share") :].split("\n\n")[1].splitlines()
+    assert "(price at 1.5 per 1,000)" in out and [line.split("|")[1].strip() for line in table[2:]] == [
+        "10 %", "50 %", "100 %"]
+    for row in results["reach"]:
+        axes = ("init", "select", "access", "use")
+        few, many = (next(r["top1"] for r in results["rows"] if r["fraction"] == fraction
+                          and all(r[axis] == row[axis] for axis in axes)) for fraction in (0.05, 1.0))
+        level = row["share"] * results["target"]["top1"]
+        if few >= level or many < level:
+            assert row["queries"] == (71 if few >= level else None)
+        else:
+            share = (level - few) / (many - few)
+            assert row["queries"] == pytest.approx(71 ** (1 - share) * 1437**share)
+    assert len(results["reach"]) == 3 * 6
+
+    shutil.rmtree(tmp_path / "w/evaluate/moco-random-logits-asked-1-seed0")
+    status, out, _ = command(*TINY, *words, f"--workdir={tmp_path}/w", "--stage=report")
+    table = out[out.index("Queries that reach a share") :].split("\n\n")[1].splitlines()
+    assert status == 0 and [line.split("|")[4].strip() for line in table[2:]] == ["not run"] * 3
