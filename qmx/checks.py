@@ -126,6 +126,7 @@ def _problems(config: Any, data: Dataset) -> Iterator[str]:
         yield f"propagation.neighbours {graph.neighbours} must be 1 or more"
     if not 0 < graph.alpha < 1 or not graph.power > 0:
         yield f"propagation.alpha {graph.alpha} must be below 1 and above 0, and power {graph.power} above 0"
+    yield from _fixmatch_problems(config.fixmatch)
     trained = {f"pretrain.{init}": config.pretrain[init] for init in encoders(config)
                if not config.pretrain[init].path}
     if trained.pop("pretrain.imported", None):
@@ -151,6 +152,19 @@ def _problems(config: Any, data: Dataset) -> Iterator[str]:
                    f"into groups of two images and more; {' and '.join(map(str, near))} do")
         if not 0 <= moco.decay <= 1 or not moco.temperature > 0:
             yield f"pretrain.moco needs 0 <= decay <= 1 and temperature > 0, not {moco.decay} and {moco.temperature}"
+
+
+def _fixmatch_problems(keys: Any) -> Iterator[str]:
+    if keys.mu < 1:
+        yield f"fixmatch.mu {keys.mu} must be 1 or more: images of the pool for each that was asked about"
+    if not 0 <= keys.threshold <= 1:
+        yield f"fixmatch.threshold {keys.threshold} is not a probability"
+    if not 0 <= keys.weight < float("inf"):
+        yield f"fixmatch.weight {keys.weight} must be a number from 0 on"
+    if not 0 <= keys.decay < 1:
+        yield f"fixmatch.decay {keys.decay} must be below 1, which freezes the teacher, and from 0 on"
+    if not 0 <= keys.epochs < float("inf"):
+        yield f"fixmatch.epochs {keys.epochs} must be a number of passes over the pool, or 0 for the recipe's steps"
 
 
 def _recipes(config: Any) -> dict[str, Any]:
