@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qmx.build import fixmatch_steps
 from qmx.data import Dataset, subset_size
 from qmx.models.resnet import ARCHS
 from qmx.optim import DECAYS, OPTIMIZERS, SCHEDULES
@@ -38,6 +39,15 @@ def warnings(config: Any, data: Dataset) -> list[str]:
         if keys.group_size == keys.batch_size:
             found.append("pretrain.moco.group_size is the whole batch: its batch statistics tell which key belongs to "
                          "which query, and no shuffling hides it; 32 images a group is the reference's")
+    self_labelled = [cell for cell in cells(config) if cell.use == "fixmatch"]
+    if self_labelled:
+        keys, pool = config.fixmatch, data.pool.size
+        steps = min(fixmatch_steps(recipe_of(config, cell), keys, subset_size(cell.fraction, pool), pool)
+                    for cell in self_labelled)
+        if 3 / (1 - keys.decay) > steps:  # less than 95 % of the teacher is what was trained
+            found.append(f"fixmatch.decay {keys.decay} averages over about {1 / (1 - keys.decay):.0f} steps, and of "
+                         f"{steps} steps the teacher, which is the student that is kept, sees too little; lower it, or "
+                         "raise fixmatch.epochs")
     return found
 
 
