@@ -12,12 +12,12 @@ __version__ = "0.1.0"
 from qmx import augment, losses, models, optim
 from qmx.contract import Encoder, Method, Network, chain
 from qmx.evaluate import compare, knn, predict
-from qmx.methods import distill, moco, rotation, simsiam
+from qmx.methods import distill, fixmatch, moco, rotation, simsiam
 from qmx.oracle import BudgetSpent, Ledger, network_query
 from qmx.train import TrainState, fit, init_state, make_step
 
 __all__ = [
     "BudgetSpent", "Encoder", "Ledger", "Method", "Network", "TrainState", "augment", "chain", "compare", "distill",
-    "fit", "init_state", "knn", "losses", "make_step", "moco", "models", "network_query", "optim", "predict",
-    "rotation", "simsiam",
+    "fit", "fixmatch", "init_state", "knn", "losses", "make_step", "moco", "models", "network_query", "optim",
+    "predict", "rotation", "simsiam",
 ]  # fmt: skip

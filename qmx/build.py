@@ -12,7 +12,7 @@ from qmx import models, optim
 from qmx.augment import make_view, plain_view
 from qmx.contract import Batch, Encoder, Method, Network, View, chain
 from qmx.data import Dataset, epoch_steps
-from qmx.methods import distill, linear, moco, rotation, simsiam
+from qmx.methods import distill, fixmatch, linear, moco, rotation, simsiam
 from qmx.oracle.query import PRECISIONS
 from qmx.train import TrainState, init_state, make_step
 
@@ -65,6 +65,12 @@ def pretrain_steps(keys: Any, pool: int) -> int:
 def distill_steps(keys: Any, size: int) -> int:
     """Steps over a transfer set of `size` images: `epochs` seamless ones, but at least `min_steps`."""
     return max(-int(-keys.epochs * epoch_steps(size, keys.batch_size, drop_last=False) // 1), keys.get("min_steps", 0))
+
+
+def fixmatch_steps(keys: Any, fixmatch_keys: Any, asked: int, pool: int) -> int:
+    """Steps of a student that labels the pool itself: its recipe's, or those of `epochs` over the pool if more."""
+    over_pool = fixmatch_keys.epochs * epoch_steps(pool, keys.batch_size * fixmatch_keys.mu, drop_last=False)
+    return max(distill_steps(keys, asked), -int(-over_pool // 1))
 
 
 def evaluated_in(dtype: str) -> str:
@@ -139,14 +145,31 @@ def pretrainer(name: str, keys: Any, student: Any, view_keys: Any, seen: Look, s
 @cache
 def distiller(keys: Any, arch: str, dtype: str, view_keys: Any, seen: Look, steps: int) -> Trainer:
     """The `Trainer` of a student, or of a target trained on labels (whose keys say less)."""
-    temperatures = {k: keys[k] for k in ("target_temperature", "student_temperature") if k in keys}
+    head, weak, tx, temperatures = _student(keys, view_keys, seen, steps)
+    method = distill.make(backbone(arch, dtype, seen), head, weak, **temperatures)
+    return _trainer(method, tx, seen, keys.batch_size, scores=True)
+
+
+@cache
+def self_labeller(keys: Any, fixmatch_keys: Any, arch: str, dtype: str, weak_keys: Any, strong_keys: Any, seen: Look,
+                  steps: int) -> Trainer:
+    """The `Trainer` of a student that labels the pool itself; see `qmx.methods.fixmatch`."""
+    head, weak, tx, temperatures = _student(keys, weak_keys, seen, steps)
+    method = fixmatch.make(backbone(arch, dtype, seen), head, weak, view(strong_keys, seen), **temperatures,
+                           threshold=fixmatch_keys.threshold, weight=fixmatch_keys.weight, decay=fixmatch_keys.decay)
+    return _trainer(method, tx, seen, keys.batch_size, scores=True)
+
+
+def _student(keys: Any, view_keys: Any, seen: Look,
+             steps: int) -> tuple[Network, View, optax.GradientTransformation, dict[str, float]]:
+    """The head, the weak view, the optimiser and the temperatures of a student's keys."""
     if any(keys.get("jitter", ())):
         view_keys = {**view_keys, "jitter": keys.jitter, "jitter_p": 1.0}
     head = models.classifier(seen.classes, standardize=keys.get("standardize", False))
-    method = distill.make(backbone(arch, dtype, seen), head, view(view_keys, seen), **temperatures)
     tx = optimiser(keys, steps, backbone=(keys.learning_rate, keys.schedule),
                    head=(keys.get("head_learning_rate", keys.learning_rate), keys.schedule))
-    return _trainer(method, tx, seen, keys.batch_size, scores=True)
+    temperatures = {k: keys[k] for k in ("target_temperature", "student_temperature") if k in keys}
+    return head, view(view_keys, seen), tx, temperatures
 
 
 @cache

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qmx.build import fixmatch_steps
 from qmx.data import Dataset, subset_size
 from qmx.models.resnet import ARCHS
 from qmx.optim import DECAYS, OPTIMIZERS, SCHEDULES
@@ -38,6 +39,15 @@ def warnings(config: Any, data: Dataset) -> list[str]:
         if keys.group_size == keys.batch_size:
             found.append("pretrain.moco.group_size is the whole batch: its batch statistics tell which key belongs to "
                          "which query, and no shuffling hides it; 32 images a group is the reference's")
+    self_labelled = [cell for cell in cells(config) if cell.use == "fixmatch"]
+    if self_labelled:
+        keys, pool = config.fixmatch, data.pool.size
+        steps = min(fixmatch_steps(recipe_of(config, cell), keys, subset_size(cell.fraction, pool), pool)
+                    for cell in self_labelled)
+        if 3 / (1 - keys.decay) > steps:  # less than 95 % of the teacher is what was trained
+            found.append(f"fixmatch.decay {keys.decay} averages over about {1 / (1 - keys.decay):.0f} steps, and of "
+                         f"{steps} steps the teacher, which is the student that is kept, sees too little; lower it, or "
+                         "raise fixmatch.epochs")
     return found
 
 
@@ -131,6 +141,7 @@ def _problems(config: Any, data: Dataset) -> Iterator[str]:
         yield f"propagation.neighbours {graph.neighbours} must be 1 or more"
     if not 0 < graph.alpha < 1 or not graph.power > 0:
         yield f"propagation.alpha {graph.alpha} must be below 1 and above 0, and power {graph.power} above 0"
+    yield from _fixmatch_problems(config.fixmatch)
     trained = {f"pretrain.{init}": config.pretrain[init] for init in encoders(config)
                if not config.pretrain[init].path}
     if trained.pop("pretrain.imported", None):
@@ -156,6 +167,19 @@ def _problems(config: Any, data: Dataset) -> Iterator[str]:
                    f"into groups of two images and more; {' and '.join(map(str, near))} do")
         if not 0 <= moco.decay <= 1 or not moco.temperature > 0:
             yield f"pretrain.moco needs 0 <= decay <= 1 and temperature > 0, not {moco.decay} and {moco.temperature}"
+
+
+def _fixmatch_problems(keys: Any) -> Iterator[str]:
+    if keys.mu < 1:
+        yield f"fixmatch.mu {keys.mu} must be 1 or more: images of the pool for each that was asked about"
+    if not 0 <= keys.threshold <= 1:
+        yield f"fixmatch.threshold {keys.threshold} is not a probability"
+    if not 0 <= keys.weight < float("inf"):
+        yield f"fixmatch.weight {keys.weight} must be a number from 0 on"
+    if not 0 <= keys.decay < 1:
+        yield f"fixmatch.decay {keys.decay} must be below 1, which freezes the teacher, and from 0 on"
+    if not 0 <= keys.epochs < float("inf"):
+        yield f"fixmatch.epochs {keys.epochs} must be a number of passes over the pool, or 0 for the recipe's steps"
 
 
 def _recipes(config: Any) -> dict[str, Any]:

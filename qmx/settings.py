@@ -10,9 +10,9 @@ from ml_collections import ConfigDict, config_dict
 from qmx.oracle import access
 from qmx.oracle.select import NEED_FEATURES, SELECTS
 
-# What a student learns from: the images that were asked about, or the whole pool, where neighbours' scores stand
-# in for what was not asked (see qmx/propagate.py).
-USES = ("asked", "pool")
+# What a student learns from: the images that were asked about; the whole pool, where neighbours' scores stand in for
+# what was not asked (qmx/propagate.py); or both apart, where the student itself does (qmx/methods/fixmatch.py).
+USES = ("asked", "pool", "fixmatch")
 
 
 def training(**changes: Any) -> ConfigDict:
@@ -76,7 +76,7 @@ def base() -> ConfigDict:
     # fewest in which answers that were chosen choose others; each costs what qmx/propagate.py does.
     config.rounds = 2
     config.accesses = ("logits",)  # what is seen of an answer, asked once and replayed: qmx/oracle/access.py, weaken.py
-    config.uses = ("asked",)  # what a student learns from: "asked", or the whole "pool" by propagation
+    config.uses = ("asked",)  # what a student learns from: "asked", the "pool" by propagation, "fixmatch" by itself
     config.also = ()  # columns beside the product: "moco+typiclust+pool"; what is not named is each axis's first
     config.fractions = (0.01, 0.1, 1.0)  # of the pool that is asked about
     config.budget = config_dict.placeholder(int)  # distinct images that may be asked; none is no limit
@@ -149,6 +149,18 @@ def base() -> ConfigDict:
 
     # Of the use "pool", see qmx/propagate.py.
     config.propagation = ConfigDict(dict(neighbours=50, power=3.0, alpha=0.99))
+
+    # Of the use "fixmatch", see qmx/methods/fixmatch.py. Beside what was asked the student sees the whole pool, what
+    # was asked included, as FixMatch does: so it is defined at any fraction. EMAN's values on ImageNet.
+    config.fixmatch = ConfigDict(dict(
+        mu=5,  # images of the pool for each that was asked, in every batch
+        threshold=0.7,
+        weight=10.0,  # lambda_u
+        decay=0.999,  # of the teacher, which is the student that is evaluated
+        # Passes over the pool, which is how both papers count; over them the recipe's schedule is stretched. 0 is as
+        # many steps as the recipe has, and so is whatever is fewer.
+        epochs=100.0,
+    ))
 
     # What an encoder's features are good for, on a held-out fifth of the pool, at most 50,000 images.
     config.monitor = ConfigDict(dict(
@@ -252,7 +264,7 @@ def encoders(config: Any) -> list[str]:
 
 
 def _possible(column: Column) -> bool:
-    return column.init != "none" or (column.select not in NEED_FEATURES and column.use == "asked")
+    return column.init != "none" or (column.select not in NEED_FEATURES and column.use != "pool")
 
 
 def _column(words: str, config: Any) -> Column:

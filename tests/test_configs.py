@@ -48,7 +48,9 @@ def photos(tmp_path_factory):
 def imagenet(photos, command, tmp_path_factory):
     """The workdir of imagenet.py:tiny."""
     workdir = tmp_path_factory.mktemp("runs") / "imagenet"
-    status, out, err = command("--config=configs/imagenet.py:tiny", *photos, f"--workdir={workdir}")
+    status, out, err = command("--config=configs/imagenet.py:tiny", *photos, f"--workdir={workdir}",
+                               "--config.also=('moco+fixmatch',)", "--config.fixmatch.epochs=1",
+                               "--config.fixmatch.mu=2")
     assert status == 0, err
     return workdir
 
@@ -57,10 +59,11 @@ def test_imagenet_tiny(imagenet):
     """Target, pretraining, query, distillation and report from a folder of JPEGs; each cell by its own recipe."""
     results = json.loads((imagenet / "results.json").read_text())
     assert results["pool"]["size"] == 96 and results["pool"]["evaluation"] == 30 and results["pool"]["classes"] == 3
-    assert {(row["init"], row["fraction"], row["recipe"]) for row in results["rows"]} == {
+    assert {(row["init"], row["fraction"], row["recipe"]) for row in results["rows"] if row["use"] == "asked"} == {
         (init, fraction, recipe + ending)
         for fraction, ending in ((0.1, "_10"), (1.0, "_100"))
         for init, recipe in (("none", "scratch"), ("rotation", "tune"), ("moco", "tune"), ("simsiam", "tune"))}
+    assert len(results["rows"]) == 10 and results["rows"][4]["use"] == "fixmatch"
     assert results["account"]["purposes"] == {"train": 96, "select": 0, "report": 30}
     assert "recipes of their own" in (imagenet / "report.md").read_text()
 
@@ -73,7 +76,8 @@ def test_a_cache_gives_the_same_target_and_answers(imagenet, photos, command, tm
     assert made.returncode == 0, made.stderr
     shutil.copytree(imagenet, tmp_path / "w")
     status, _, err = command("--config=configs/imagenet.py:tiny", *photos, f"--workdir={tmp_path}/w", "--update",
-                             f"--config.data.cache={tmp_path}/cache", "--config.inits=('none',)")
+                             f"--config.data.cache={tmp_path}/cache", "--config.inits=('none',)",
+                             "--config.also=('none+fixmatch',)", "--config.fixmatch.epochs=1")
     assert status == 0, err
     # Another target was trained, on the cache's pixels, and asked about the same images.
     assert table(tmp_path / "w")["account"]["purposes"] == table(imagenet)["account"]["purposes"]

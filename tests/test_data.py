@@ -14,8 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from qmx import data as qmx_data
 from qmx.data import SOURCES, batches, epoch_steps, random_order, subset_size
-from qmx.data.batches import ahead, batch_ids
-from qmx.data.sources import in_memory, take
+from qmx.data.batches import BESIDE, ahead, batch_ids
+from qmx.data.sources import Beside, in_memory, take
 from qmx.data.subsets import class_balanced_order, from_list, predecessor_order
 
 
@@ -213,6 +213,25 @@ def test_batches_arrive_in_order_from_any_start(size, drop_last, start, threads)
         ids = batch_ids(size, B, 3, k, drop_last)
         np.testing.assert_array_equal(batch["label"], ids)
         np.testing.assert_array_equal(batch["image"], data.all()["image"][ids])
+
+
+@pytest.mark.parametrize("start", [0, 5])
+@pytest.mark.parametrize("size, pool, drop_last", [(20, 50, False), (5, 50, False), (20, 20, False), (20, 50, True)])
+def test_a_pool_comes_beside_in_an_order_of_its_own(size, pool, drop_last, start):
+    """R2: so many images of it in every batch, each once in a pass over it, whatever the source; from any start."""
+    data = take(source(60), np.arange(size))._replace(beside=Beside(take(source(60), np.arange(pool)), 3))
+    got = list(batches(data, B, steps=9, seed=3, start=start, drop_last=drop_last))
+    for k, batch in enumerate(got, start):
+        assert batch.keys() == {"image", "label", "pool_image", "pool_label"}
+        np.testing.assert_array_equal(batch["label"], batch_ids(size, B, 3, k, drop_last))
+        np.testing.assert_array_equal(batch["pool_label"], batch_ids(pool, 3 * B, 3, k, drop_last, BESIDE))
+        np.testing.assert_array_equal(batch["pool_image"][:, 0, 0, 0], np.asarray(batch["pool_label"]) * 4)
+        assert batch["pool_label"].sharding.spec == PartitionSpec("data")
+    seen = np.concatenate([batch["pool_label"] for batch in got])
+    if not drop_last and not start:
+        np.testing.assert_array_equal(np.bincount(seen[: len(seen) // pool * pool]), len(seen) // pool)
+    own = np.concatenate([batch["label"] for batch in got])
+    assert not np.array_equal(seen[: len(own)], own), "a stream of its own, also where both are one set"
 
 
 def test_batches_are_arrays_split_over_the_devices():

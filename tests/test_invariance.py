@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import QUICKLY, ROOT
 
-METHODS = ("moco", "simsiam", "rotation", "distill")
+METHODS = ("moco", "simsiam", "rotation", "fixmatch", "distill")
 STEPS = 20
 
 

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qmx import augment, distill, moco, models, optim, rotation, simsiam
-from qmx.contract import Encoder, by_path
+from qmx import augment, distill, fixmatch, moco, models, optim, rotation, simsiam
+from qmx.contract import Encoder, by_path, chain
 from qmx.methods import linear
 from qmx.train import init_state, make_step
 
 B = 8
-NAMES = ("moco", "simsiam", "rotation", "distill", "linear")
+NAMES = ("moco", "simsiam", "rotation", "distill", "linear", "fixmatch")
 STRONG = augment.make_view(8, jitter=(0.4, 0.4, 0, 0), grey_p=0, mean=(0.3,), std=(0.4,))
 WEAK = augment.weak_view(8, mean=(0.3,), std=(0.4,))
 
@@ -30,13 +30,17 @@ def make(name, view=None, **changes):
         return rotation.make(models.backbone("resnet8"), models.classifier(4), view or WEAK)
     if name == "linear":
         return linear.make(models.backbone("resnet8"), models.classifier(10, kernel_std=0.01), view or WEAK)
+    if name == "fixmatch":
+        return fixmatch.make(models.backbone("resnet8"), models.classifier(10), view or WEAK, view or STRONG,
+                             **{"threshold": 0.2, "decay": 0.9, **changes})
     return distill.make(models.backbone("resnet8"), models.classifier(10), view or WEAK)
 
 
 def batch(seed=0):
     rng = np.random.default_rng(seed)
     return {"image": jnp.array(rng.integers(0, 256, (B, 8, 8, 1), np.uint8)),
-            "scores": jnp.array(rng.normal(size=(B, 10)), jnp.float32)}
+            "scores": jnp.array(rng.normal(size=(B, 10)), jnp.float32),
+            "pool_image": jnp.array(rng.integers(0, 256, (2 * B, 8, 8, 1), np.uint8))}
 
 
 @cache
@@ -73,7 +77,7 @@ def test_contract(name):
         assert "loss" in values
         for key, value in values.items():
             assert value.shape == () and value.dtype == jnp.float32 and np.isfinite(value), key
-    views = {"moco": 2, "simsiam": 2, "rotation": 1, "distill": 1, "linear": 1}[name]
+    views = {"moco": 2, "simsiam": 2, "rotation": 1, "distill": 1, "linear": 1, "fixmatch": 3}[name]
     assert traces == views, "the step was traced more than once"
     assert int(states[-1].step) == 3
     encoder = method.encoder(states[-1].params, states[-1].state)
@@ -374,6 +378,121 @@ def test_a_linear_probe_moves_its_head_alone():
     with pytest.raises(ValueError, match="conv1/kernel is missing"):
         less = {name: part for name, part in other.params.items() if name != "conv1"}
         linear.start_from(states[0].state, other._replace(params=less))
+
+
+# --- FixMatch -----------------------------------------------------------------------------------
+
+
+def plain(rng, data):
+    return data["image"] / 255.0
+
+
+def plain_fixmatch(**changes):
+    """On a network that compiles quickly, with batch statistics: (network, method)."""
+    layer = models.classifier(16, standardize=True)
+    net = models.Network(lambda rng, x: layer.init(rng, x.reshape(len(x), -1)),
+                         lambda params, stats, x, train: layer.apply(params, stats, x.reshape(len(x), -1), train))
+    method = fixmatch.make(net, models.classifier(10), plain, plain, decay=0.9, **changes)
+    return chain(backbone=net, head=models.classifier(10)), method
+
+
+@cache
+def plain_trained():
+    """Its state after three steps."""
+    _, method = plain_fixmatch(threshold=0.2)
+    tx = optim.sgd(lambda step: 0.1)
+    ts, step = init_state(method, tx, jax.random.key(0), batch()), make_step(method, tx)
+    for k in range(3):
+        ts, _ = step(ts, batch(k), jax.random.key(1))
+    return ts
+
+
+def test_fixmatch_loss_by_hand():
+    """The teacher's class where it is sure, a mean over all of the pool's images, batch statistics of both parts."""
+    state, data = plain_trained(), batch(5)
+    teacher = jax.tree.map(lambda old, now: 0.9 * old + 0.1 * now, state.state.teacher.average,
+                           Encoder(state.params, state.state.stats))
+    network, _ = plain_fixmatch()
+    guess = np.asarray(network.apply(*teacher, data["pool_image"] / 255.0, False)[0], np.float64)
+    classes, confidence = guess.argmax(1), np.exp(guess).max(1) / np.exp(guess).sum(1)
+    threshold = float(np.sort(confidence)[B - 1 : B + 1].mean())  # half of the images are above it
+    sure = confidence >= threshold
+    assert sure.sum() == B
+
+    _, method = plain_fixmatch(threshold=threshold, weight=3.0)
+    value, (new, metrics) = jax.jit(method.loss)(state.params, state.state, data, jax.random.key(0))
+    for path, leaf in by_path(teacher).items():  # running statistics too
+        np.testing.assert_allclose(by_path(new.teacher.average)[path], leaf, rtol=1e-5, atol=1e-6, err_msg=path)
+
+    together = jnp.concatenate([data["image"], data["pool_image"]]) / 255.0
+    both = np.asarray(network.apply(state.params, state.state.stats, together, True)[0], np.float64)
+    log_q = both - np.log(np.exp(both).sum(1, keepdims=True))
+    p = np.asarray(jax.nn.softmax(data["scores"] / 1.5), np.float64)
+    known = (p * (np.log(p) - log_q[:B])).sum(1).mean()
+    guessed = (-log_q[B:][np.arange(2 * B), classes] * sure).sum() / (2 * B)
+    np.testing.assert_allclose(value, known + 3 * guessed, rtol=1e-4)
+    np.testing.assert_allclose([metrics["confident"], metrics["pool_agreement"], metrics["pool_loss"]],
+                               [sure.mean(), (both[B:].argmax(1) == classes).mean(), guessed], rtol=1e-4)
+
+
+def test_fixmatch_gradient_never_reaches_the_teacher():
+    """Exactly zero into what it is and, through its average, into the student; the optimiser holds none of it."""
+    method, _, states, _, _ = trained("fixmatch")
+    ts = states[-1]
+
+    def loss(average):
+        return method.loss(ts.params, ts.state._replace(teacher=optim.EmaState(average)), batch(), jax.random.key(0))[0]
+
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(ts.state.teacher.average)))
+
+    def moved(params):  # the sum of the teacher that a step makes of the student
+        state = method.loss(params, ts.state, batch(), jax.random.key(0))[1][0]
+        return sum(leaf.sum() for leaf in jax.tree.leaves(state.teacher))
+
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(jax.jit(jax.grad(moved))(ts.params)))
+    momenta = [leaf for leaf in jax.tree.leaves(ts.opt_state) if leaf.ndim]
+    assert sorted(leaf.shape for leaf in momenta) == sorted(leaf.shape for leaf in jax.tree.leaves(ts.params))
+
+
+@pytest.mark.parametrize(("threshold", "share"), [(1.0, 0.0), (0.0, 1.0)])
+def test_fixmatch_threshold_at_its_ends(threshold, share):
+    """Nothing above it: the pool costs 0 and no gradient, and nothing is NaN. All above it: every image counts."""
+    ts, key, data = plain_trained(), jax.random.key(0), batch()
+
+    def step(weight):
+        _, method = plain_fixmatch(threshold=threshold, weight=weight)
+        return jax.jit(jax.value_and_grad(method.loss, has_aux=True))(ts.params, ts.state, data, key)
+
+    ((value, (_, metrics)), grads), ((without, _), grads_without) = step(10.0), step(0.0)
+    assert float(metrics["confident"]) == share
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((value, grads, metrics)))
+    same = all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(grads_without),
+                                                    strict=True))
+    assert same is (share == 0) and (float(value) == float(without)) is (share == 0)
+    assert (float(metrics["pool_loss"]) == 0) is (share == 0)
+
+
+def test_fixmatch_starts_from_an_encoder_with_its_teacher():
+    """Student and teacher begin as one; the student that is kept is the teacher, head and all."""
+    ts, encoder = trained("fixmatch")[2][-1], trained("moco")[0].encoder(
+        trained("moco")[2][-1].params, trained("moco")[2][-1].state)
+    params, state = fixmatch.start_from(ts.params, ts.state, encoder)
+    kept = fixmatch.student(params, state)
+    for path, leaf in by_path(kept).items():
+        np.testing.assert_array_equal(by_path(Encoder(params, state.stats))[path], leaf, err_msg=path)
+        assert leaf is not by_path(Encoder(params, state.stats))[path]
+    for path, leaf in by_path(encoder).items():
+        np.testing.assert_array_equal(by_path(make("fixmatch").encoder(params, state))[path], leaf, err_msg=path)
+    assert any(not np.array_equal(a, b) for a, b in zip(
+        jax.tree.leaves(fixmatch.student(ts.params, ts.state).params), jax.tree.leaves(ts.params), strict=True))
+
+
+@pytest.mark.parametrize("count", [B - 1, B + 1])
+def test_fixmatch_needs_whole_shares_of_the_pool(count):
+    ts = trained("fixmatch")[2][0]
+    data = {**batch(), "pool_image": jnp.zeros((count, 8, 8, 1), jnp.uint8)}
+    with pytest.raises(ValueError, match=f"{count} images of the pool beside {B} "):
+        make("fixmatch").loss(ts.params, ts.state, data, jax.random.key(0))
 
 
 def test_labels_are_scores():

@@ -420,13 +420,18 @@ def view(rng, batch):
     return image + 0.1 * jax.random.normal(rng, image.shape)
 
 
+def images(rng, size):
+    """Coarse images with some grain."""
+    coarse = rng.uniform(0, 255, (size, SIDE // 2, SIDE // 2, 1)).repeat(2, 1).repeat(2, 2)
+    return (coarse * rng.uniform(0.7, 1, (size, SIDE, SIDE, 1))).astype(np.uint8)
+
+
 def batches(seed, size):
-    """The same ten batches for both sides: coarse images with some grain, and scores."""
-    rng = np.random.default_rng(seed)
+    """The same ten batches for both sides: images and scores, and two images of the pool for each."""
+    rng, pool = np.random.default_rng(seed), np.random.default_rng(1000 + seed)
     for _ in range(STEPS):
-        coarse = rng.uniform(0, 255, (size, SIDE // 2, SIDE // 2, 1)).repeat(2, 1).repeat(2, 2)
-        image = (coarse * rng.uniform(0.7, 1, (size, SIDE, SIDE, 1))).astype(np.uint8)
-        yield {"image": image, "scores": normal(rng, size, CLASSES, scale=3)}
+        yield {"image": images(rng, size), "scores": normal(rng, size, CLASSES, scale=3),
+               "pool_image": images(pool, 2 * size)}
 
 
 def rate(name, value, **keywords):
@@ -593,3 +598,46 @@ def test_distill_ten_steps(arch, temperatures, seed):
     ours, theirs, ts = ten_steps(method, tx, follow, seed)
     assert_losses(ours, theirs, net)
     assert_parity("network", as_arrays(ts.params, ts.state), arrays(net), before)
+
+
+def test_fixmatch_ten_steps(seed=48):
+    """Losses, the student and the teacher with their running statistics; guesses on both sides of the threshold."""
+    threshold, weight, decay, size = 0.24, 1.0, 0.8, 8
+    method = qmx.fixmatch.make(models.from_linen(ResNet(NARROW)), models.classifier(CLASSES), view, view,
+                               threshold=threshold, weight=weight, decay=decay)
+    tx = optim.sgd({"backbone": rate("cosine_by_epoch", 0.01), "head": rate("cosine_by_epoch", 0.1)},
+                   weight_decay=DECAY)
+    seen, confidence = {}, []
+
+    def network():
+        backbone = their_resnet(NARROW, 1)
+        return reference.network(backbone=backbone, head=reference.classifier(backbone.features, CLASSES))
+
+    def follow(ts):
+        student, teacher = network(), network()
+        student.load_state_dict(variables(ts.params, ts.state.stats))
+        teacher.load_state_dict(variables(*ts.state.teacher.average))
+        seen.update(their=reference.FixMatch(student, teacher, threshold, weight, decay, 1.5), before=arrays(student))
+        rates = {"backbone": reference.cosine_by_epoch(0.01, EPOCHS, STEPS),
+                 "head": reference.cosine_by_epoch(0.1, EPOCHS, STEPS)}
+        sgd = reference.optimiser(student, rates, momentum=0.9, weight_decay=DECAY)
+
+        def step(i, batch, rng):
+            pool, keys = {"image": batch["pool_image"]}, jax.random.split(rng, 3)
+            views = [tensor(view(key, part)) for key, part in zip(keys, (batch, pool, pool), strict=True)]
+            if i:
+                seen["their"].move()  # at the end of the step before, so that the last state is still to move
+            loss, sure = seen["their"].loss(views[0], tensor(batch["scores"]), *views[1:])
+            confidence.extend(sure.tolist())
+            return reference.update(sgd, i, loss)
+        return step
+
+    ours, theirs, ts = ten_steps(method, tx, follow, seed, size)
+    distance = np.array(confidence) - threshold
+    share, nearest = (distance >= 0).mean(), np.abs(distance).min()
+    assert 0.1 < share < 0.9 and nearest > 1e-5, f"{share:.0%} are above the threshold, the nearest by {nearest:.0e}"
+    their, before = seen["their"], seen["before"]
+    assert_losses(ours, theirs, their.student)
+    assert_parity("student", as_arrays(ts.params, ts.state.stats), arrays(their.student), before)
+    kept = qmx.fixmatch.student(ts.params, ts.state)
+    assert_parity("teacher", as_arrays(*kept), arrays(their.teacher), before)

@@ -167,6 +167,26 @@ def test_access_levels(finished, command, tmp_path):
     assert [line.split("|")[1].strip() for line in found[2:]] == ["logits", "probs", "top5", "rounded2", "label"]
 
 
+def test_self_labelled_students(finished, command, tmp_path):
+    """They ask nothing new, at any fraction and from nothing too, and take as many steps as they are told."""
+    shutil.copytree(finished, tmp_path / "w")
+    status, out, err = command(*TINY, f"--workdir={tmp_path}/w", "--config.inits=('none',)", "--update",
+                               "--config.also=('none+fixmatch','moco+typiclust+fixmatch')", "--config.fixmatch.mu=2",
+                               "--config.fixmatch.epochs=1.5", "--config.fixmatch.decay=0.8")
+    assert status == 0, err
+    new, old = table(tmp_path / "w"), table(finished)
+    assert new["account"] == old["account"]
+    rows = [row for row in new["rows"] if row["use"] == "fixmatch"]
+    assert {(row["init"], row["select"], row["fraction"]) for row in rows} == {
+        (*column, fraction) for column in (("none", "random"), ("moco", "typiclust")) for fraction in (0.05, 1)}
+    assert all(row["queries"] == {"train": {0.05: 71, 1: 1437}[row["fraction"]], "select": 0, "report": 360}
+               for row in rows)
+    assert "| none + fixmatch" in out and "| moco + typiclust + fixmatch" in out
+    folder = tmp_path / "w/distill/none-random-logits-fixmatch-0.05-seed0"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 17 and {"agreement_top1", "confident", "pool_agreement", "pool_loss"} <= lines[0].keys()
+
+
 def test_labels_instead_of_scores(finished, command, tmp_path):
     """By one key the students learn the true labels of the same images."""
     shutil.copytree(finished, tmp_path / "w")

@@ -16,7 +16,8 @@ from conftest import ROOT
 
 # In float64, where the order of sums makes no difference that lasts.
 SHORT = ["--config=configs/digits.py:float64", "--config.seeds=(0,)", "--config.fractions=(0.05,1.0)",
-         "--config.inits=('none','moco')", "--config.also=('moco+typiclust','moco+typiclust+pool','moco+margin')",
+         "--config.inits=('none','moco')", "--config.also=('moco+typiclust','moco+typiclust+pool','moco+margin',"
+         "'none+fixmatch')", "--config.fixmatch.epochs=1",
          "--config.target.epochs=1", "--config.pretrain.moco.epochs=2",
          "--config.distill.epochs=0.5", "--config.distill.min_steps=20"]
 
@@ -71,7 +72,7 @@ def workdirs(launch, tmp_path_factory):
 def test_same_losses(workdirs):
     """R7: every step of every training."""
     columns = ("none-random-logits-asked", "moco-random-logits-asked", "moco-typiclust-logits-asked",
-               "moco-typiclust-logits-pool", "moco-margin-logits-asked")
+               "moco-typiclust-logits-pool", "moco-margin-logits-asked", "none-random-logits-fixmatch")
     stages = ["target", "pretrain/moco-seed0",
               *(f"distill/{column}-{fraction}-seed0" for column in columns for fraction in ("0.05", "1"))]
     assert len(list((workdirs / "two").glob("**/metrics.jsonl"))) == len(stages)
@@ -103,7 +104,7 @@ def test_same_ledger(workdirs):
 def test_same_table(workdirs):
     """Every figure."""
     one, two = (json.loads((workdirs / name / "results.json").read_text()) for name in ("one", "two"))
-    assert len(one["rows"]) == len(two["rows"]) == 10
+    assert len(one["rows"]) == len(two["rows"]) == 12
     for a, b in zip(one["rows"] + one["monitors"], two["rows"] + two["monitors"], strict=True):
         for key in a.keys() - {"seconds", "sha256"}:
             assert a[key] == (pytest.approx(b[key], rel=1e-9) if isinstance(a[key], float) else b[key]), key

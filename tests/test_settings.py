@@ -84,13 +84,17 @@ def test_grid():
 def test_columns():
     """The product without what needs features and has none, then single columns whose words come in any order."""
     config = digits(inits=("none", "moco"), selects=("random", "typiclust"), uses=("asked", "pool"),
-                    also=("simsiam", "moco+pool", "rotation+pool+label+kcenter"))
+                    also=("simsiam", "moco+pool", "rotation+pool+label+kcenter", "none+fixmatch",
+                          "moco+typiclust+fixmatch"))
     assert columns(config) == [
         ("none", "random", "logits", "asked"),
         ("moco", "random", "logits", "asked"), ("moco", "random", "logits", "pool"),
         ("moco", "typiclust", "logits", "asked"), ("moco", "typiclust", "logits", "pool"),
-        ("simsiam", "random", "logits", "asked"), ("rotation", "kcenter", "label", "pool")]
+        ("simsiam", "random", "logits", "asked"), ("rotation", "kcenter", "label", "pool"),
+        ("none", "random", "logits", "fixmatch"), ("moco", "typiclust", "logits", "fixmatch")]
     assert encoders(config) == ["moco", "simsiam", "rotation"]
+    assert columns(digits(inits=("none",), uses=("pool", "fixmatch"), also=())) == [
+        ("none", "random", "logits", "fixmatch")], "it needs no features"
     with pytest.raises(ValueError, match="the grid is empty"):
         columns(digits(inits=("none",), selects=("typiclust",), also=()))
 
@@ -101,8 +105,20 @@ def test_shipped_config_is_valid():
     assert not warnings(digits(), DIGITS)
 
 
+def test_fixmatch_steps():
+    """The recipe's where the passes over the pool are fewer; EMAN's count on ImageNet: 4,000 a pass at 64 and 320."""
+    keys, fixmatch = base().distill, base().fixmatch
+    assert (fixmatch.mu, fixmatch.threshold, fixmatch.weight, fixmatch.decay) == (5, 0.7, 10, 0.999)
+    keys.batch_size, fixmatch.epochs = 64, 100
+    assert build.fixmatch_steps(keys, fixmatch, 12_811, 1_281_167) == int(np.ceil(100 * 1_281_167 / 320))
+    fixmatch.epochs = 0
+    assert build.fixmatch_steps(keys, fixmatch, 12_811, 1_281_167) == build.distill_steps(keys, 12_811)
+
+
 def test_warnings():
-    """M8: a queue larger than the pool; M15: one group of batch statistics."""
+    """M8: a queue larger than the pool; M15: one group of batch statistics; a teacher that cannot keep up."""
+    slow = digits(also=("none+fixmatch",), fixmatch__decay=0.999)
+    assert "fixmatch.decay 0.999 averages over about 1000 steps" in warnings(slow, DIGITS)[0]
     assert "larger than the pool" in warnings(digits(pretrain__moco__queue_size=2048), DIGITS)[0]
     assert "batch statistics" in warnings(digits(pretrain__moco__group_size=128), DIGITS)[0]
 
@@ -121,6 +137,13 @@ def test_warnings():
     ("also", ("none+typiclust",), "none [+] typiclust [+] logits [+] asked, which needs an encoder"),
     ("also", ("mocco",), "also has the unknown value 'mocco'; did you mean 'moco'"),
     ("uses", ("pools",), "did you mean 'pool'"),
+    ("uses", ("fixmatsch",), "did you mean 'fixmatch'"),
+    ("also", ("none+typiclust+fixmatch",), "none [+] typiclust [+] logits [+] fixmatch, which needs an encoder"),
+    ("fixmatch__mu", 0, "fixmatch.mu 0 must be 1 or more"),
+    ("fixmatch__threshold", 1.5, "fixmatch.threshold 1.5 is not a probability"),
+    ("fixmatch__weight", -1.0, "fixmatch.weight -1.0 must be a number from 0 on"),
+    ("fixmatch__decay", 1.0, "fixmatch.decay 1.0 must be below 1, which freezes the teacher"),
+    ("fixmatch__epochs", float("nan"), "fixmatch.epochs nan must be a number of passes"),
     ("propagation__alpha", 1.0, "propagation.alpha 1.0 must be below 1"),
     ("propagation__neighbours", 0, "propagation.neighbours 0"),
     ("accesses", ("logit",), "did you mean 'logits'"),

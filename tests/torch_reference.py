@@ -281,6 +281,30 @@ def distillation_loss(net, x, scores, target_temperature, student_temperature):
     return F.kl_div(student, target, reduction="batchmean") * student_temperature**2
 
 
+class FixMatch:
+    """Sohn et al. 2020 with the teacher of Cai et al. 2021, which moves when the optimiser has, buffers too."""
+
+    def __init__(self, student, teacher, threshold, weight, decay, temperature):
+        self.student, self.teacher = student.train(), teacher.eval()
+        self.threshold, self.weight, self.decay, self.temperature = threshold, weight, decay, temperature
+
+    def loss(self, x_asked, scores, x_weak, x_strong):
+        """And the confidence of each guess."""
+        with torch.no_grad():
+            sure, guess = F.softmax(self.teacher(x_weak), 1).max(1)
+        logits = self.student(torch.cat([x_asked, x_strong]))
+        asked, pool = logits[:len(x_asked)], logits[len(x_asked):]
+        known = F.kl_div(F.log_softmax(asked, 1), F.softmax(scores / self.temperature, 1), reduction="batchmean")
+        guessed = F.cross_entropy(pool, guess, reduction="none") * (sure >= self.threshold)
+        return known + self.weight * guessed.sum() / len(guessed), sure
+
+    def move(self):
+        with torch.no_grad():
+            ours, theirs = self.teacher.state_dict(), self.student.state_dict()
+            for name, value in ours.items():
+                value.mul_(self.decay).add_(theirs[name], alpha=1 - self.decay)
+
+
 # Optimiser
 
 

@@ -20,17 +20,21 @@ def epoch_steps(size: int, batch_size: int, drop_last: bool) -> float:
     return size // batch_size if drop_last else size / batch_size
 
 
-@lru_cache(maxsize=4)
-def _epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(epoch,))).permutation(size)
+BESIDE = (1,)  # the stream of what comes beside a source's own examples
 
 
-def batch_ids(size: int, batch_size: int, seed: int, k: int, drop_last: bool) -> np.ndarray:
+@lru_cache(maxsize=8)
+def _epoch_order(size: int, seed: int, epoch: int, stream: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(epoch, *stream))).permutation(size)
+
+
+def batch_ids(size: int, batch_size: int, seed: int, k: int, drop_last: bool,
+              stream: tuple[int, ...] = ()) -> np.ndarray:
     """The examples of batch k, i64[batch_size].
 
     Each epoch is a fresh shuffle. With `drop_last` an epoch's remainder is left out; without it
     the epochs follow each other without a seam, a batch may reach into the next, and a set
-    smaller than a batch is gone through several times in each.
+    smaller than a batch is gone through several times in each. Each `stream` is another order.
     """
     length = size - size % batch_size if drop_last else size
     position = k * batch_size
@@ -38,7 +42,7 @@ def batch_ids(size: int, batch_size: int, seed: int, k: int, drop_last: bool) ->
     missing = batch_size
     while missing:
         epoch, offset = divmod(position, length)
-        part = _epoch_order(size, seed, epoch)[offset : min(offset + missing, length)]
+        part = _epoch_order(size, seed, epoch, stream)[offset : min(offset + missing, length)]
         ids.append(part)
         position += len(part)
         missing -= len(part)
@@ -50,16 +54,22 @@ class _Batches:
 
     def __init__(self, source: Source, batch_size: int, steps: int, seed: int, drop_last: bool):
         self.source, self.batch_size, self.steps, self.seed, self.drop_last = source, batch_size, steps, seed, drop_last
-        # A block and not every other row, so that the global order does not depend on how many
-        # processes there are: groups of statistics and the queue go by position.
-        self.rows = rows_here(batch_size)
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, k: int) -> dict[str, np.ndarray]:
-        ids = batch_ids(self.source.size, self.batch_size, self.seed, k, self.drop_last)
-        return self.source.read(ids[self.rows])
+        batch, beside = self.read(self.source, self.batch_size, k), self.source.beside
+        if beside:
+            more = self.read(beside.source, self.batch_size * beside.ratio, k, BESIDE)
+            batch |= {f"pool_{name}": rows for name, rows in more.items()}
+        return batch
+
+    def read(self, source: Source, size: int, k: int, stream: tuple[int, ...] = ()) -> dict[str, np.ndarray]:
+        # A block and not every other row, so that the global order does not depend on how many
+        # processes there are: groups of statistics and the queue go by position.
+        ids = batch_ids(source.size, size, self.seed, k, self.drop_last, stream)
+        return source.read(ids[rows_here(size)])
 
 
 def batches(source: Source, batch_size: int, *, steps: int, seed: int, start: int = 0, drop_last: bool = False,
@@ -67,8 +77,9 @@ def batches(source: Source, batch_size: int, *, steps: int, seed: int, start: in
     """Batches `start` .. `steps` - 1, read ahead in threads and put on the devices.
 
     Args:
-      source: what is read, one call for each batch.
-      batch_size: global.
+      source: what is read, one call for each batch. What it has `beside` it comes too, `ratio` times the batch,
+        under the same names with "pool_" before them.
+      batch_size: global, of the source's own examples.
       steps: number of the last batch plus one.
       seed: of the order.
       drop_last: see `batch_ids`; needs a batch no larger than the source.

@@ -17,10 +17,18 @@ class Source(NamedTuple):
     shown: Callable[[np.ndarray], np.ndarray]
     labels: np.ndarray  # i32[n]; empty where the arrays have none
     names: tuple[str, ...] = ()  # of the files, "n01440764/n01440764_10026.JPEG"; () where there are none
+    beside: "Beside | None" = None  # what batches hold of another source too
 
     def all(self) -> dict[str, np.ndarray]:
         """Every example as `read` gives it, in order. For what fits in memory."""
         return self.read(np.arange(self.size))
+
+
+class Beside(NamedTuple):
+    """Other examples that come with those of a source, in an order of their own; see `qmx.data.batches`."""
+
+    source: Source
+    ratio: int  # so many for each of the source's own
 
 
 class Dataset(NamedTuple):

@@ -49,6 +49,11 @@ def make(
     return Method(init, loss, encoder)
 
 
+def student(params: PyTree, state: PyTree) -> Encoder:
+    """The network that is evaluated, with its head."""
+    return Encoder(params, state)
+
+
 def start_from(params: PyTree, state: PyTree, encoder: Encoder) -> tuple[PyTree, PyTree]:
     """The student's (params, state) with the backbone of `encoder`; the head stays fresh.
 

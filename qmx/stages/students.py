@@ -10,11 +10,11 @@ from scipy.special import softmax
 
 from qmx import build
 from qmx.checkpoint import save_weights
-from qmx.contract import Encoder
-from qmx.data.sources import take
+from qmx.data.sources import Beside, take
 from qmx.evaluate import compare
 from qmx.job import train
-from qmx.methods.distill import start_from
+from qmx.methods import distill as distillation
+from qmx.methods import fixmatch
 from qmx.oracle.access import as_logits
 from qmx.propagate import propagate
 from qmx.settings import Cell, percent, recipe_name, recipe_of
@@ -32,6 +32,8 @@ def distill(this: Run, cell: Cell, todo: list[Cell]) -> dict:
     seen, pool = build.look(this.data), this.data.pool
     start = pretrain(this, cell.init, cell.seed)["sha256"] if cell.init != "none" else "none"
     ids = selection(this, cell)
+    method = fixmatch if cell.use == "fixmatch" else distillation
+    self_keys, strong_view = this.config.fixmatch, this.config.strong_view
 
     def work(directory: Path) -> dict:
         scores: Any
@@ -45,12 +47,17 @@ def distill(this: Run, cell: Cell, todo: list[Cell]) -> dict:
             known = softmax(scores[np.arange(len(ids))], axis=1)
             rows = propagate(features(this, cell.init, cell.seed), ids, known, **this.config.propagation)
             source = take(pool, np.arange(pool.size), scores=as_logits(rows, "probs"))
-        steps = build.distill_steps(keys, source.size)
-        trainer = build.distiller(keys, student.arch, student.dtype, view, seen, steps)
+        if cell.use == "fixmatch":
+            source = source._replace(beside=Beside(pool, self_keys.mu))
+            steps = build.fixmatch_steps(keys, self_keys, len(ids), pool.size)
+            trainer = build.self_labeller(keys, self_keys, student.arch, student.dtype, view, strong_view, seen, steps)
+        else:
+            steps = build.distill_steps(keys, source.size)
+            trainer = build.distiller(keys, student.arch, student.dtype, view, seen, steps)
         rng = root_key(cell.seed, "student")  # one key whatever it starts from: the same head, the same views
         ts = trainer.init(rng)
         if cell.init != "none":
-            params, state = start_from(ts.params, ts.state, read_encoder(this, cell.init, cell.seed))
+            params, state = method.start_from(ts.params, ts.state, read_encoder(this, cell.init, cell.seed))
             ts = ts._replace(params=params, state=state)
         name = (f"distill {cell.init} {percent(cell.fraction)} {cell.select} {cell.access} {cell.use} "
                 f"seed {cell.seed}")
@@ -58,14 +65,15 @@ def distill(this: Run, cell: Cell, todo: list[Cell]) -> dict:
         ts = train(directory, name, trainer.step, ts, rng, source, batch_size=keys.batch_size,
                    steps=steps, seed=cell.seed, drop_last=False, save_seconds=this.save_seconds,
                    stopped=this.stopped)
-        digest = save_weights(directory / "student.safetensors", Encoder(ts.params, ts.state))
+        digest = save_weights(directory / "student.safetensors", method.student(ts.params, ts.state))
         return {"sha256": digest, "seconds": time.monotonic() - began, "queries": len(ids),
                 "recipe": recipe_name(this.config, cell) or "distill"}
 
     inputs = {"cell": cell._asdict(), "distill": plain(keys), "weak_view": plain(view),
               "student": plain(student), "encoder": start, "target": target(this)["sha256"],
               "preprocessing": preprocessing(this), "images": zlib.crc32(ids.tobytes()),
-              **({"propagation": plain(this.config.propagation)} if cell.use == "pool" else {})}
+              **({"propagation": plain(this.config.propagation)} if cell.use == "pool" else {}),
+              **({"fixmatch": plain(self_keys), "strong_view": plain(strong_view)} if cell.use == "fixmatch" else {})}
     return this.stage("distill", cell.name, inputs, work)
 
 
