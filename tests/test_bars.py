@@ -200,7 +200,7 @@ def audit(jaxpr, dtype):
             found.append(f"a convolution of {sorted(floats)}")
         if name in ("reduce_sum", "reduce_max", "log", "exp", "rsqrt", "div", "cumsum") and floats - {"float32"}:
             found.append(f"{name} of {sorted(floats)}")
-        if name in ("pure_callback", "io_callback", "debug_callback", "infeed", "outfeed"):
+        if any(word in name for word in ("callback", "debug", "infeed", "outfeed")):
             found.append(f"{name}: the step waits for the host")
         if str(jnp.dtype("float64")) in floats:
             found.append(f"{name} in float64")
@@ -325,7 +325,7 @@ def test_upcast():
     def odd(x, kernel):
         y = jax.lax.conv_general_dilated(x.transpose(0, 3, 1, 2), kernel, (2, 2), "SAME",
                                          dimension_numbers=("NCHW", "HWIO", "NCHW"))
-        jax.debug.callback(lambda y: None, wide(y).sum())
+        jax.debug.print("{}", wide(y).sum())
         return jax.lax.reduce_sum_p.bind(y, axes=(0, 1, 2, 3), out_sharding=None)
 
     x, kernel = jnp.zeros((2, 8, 8, 4), jnp.bfloat16), jnp.zeros((3, 3, 4, 4), jnp.bfloat16)
@@ -333,4 +333,4 @@ def test_upcast():
     assert [words.split(":")[0] for words in layout(jaxpr)] == [
         "a transpose of bfloat16[2,8,8,4]", "a convolution that is not NHWC, HWIO", "padding that is not symmetric"]
     assert audit(jaxpr, jnp.bfloat16) == [
-        "debug_callback: the step waits for the host", "reduce_sum of ['bfloat16']"]
+        "debug_print: the step waits for the host", "reduce_sum of ['bfloat16']"]
