@@ -68,8 +68,8 @@ def main(args: argparse.Namespace) -> None:
                 assert ledger.account().images == args.images
 
     ways: dict[str, Callable[[], object]] = {
-        "inference": batches, "keys": lambda: pixel_digests(images), "ledger": lambda: asked(lambda batch: answer[: len(batch)]),
-        "together": lambda: asked(query)}
+        "inference": batches, "keys": lambda: pixel_digests(images),
+        "ledger": lambda: asked(lambda batch: answer[: len(batch)]), "together": lambda: asked(query)}
     began = time.perf_counter()
     query(images[: args.batch])
     compiled = time.perf_counter() - began
