@@ -143,7 +143,7 @@ def ledger(args: argparse.Namespace) -> list[dict[str, Any]]:
                                                 for book in (free, bound))
             row["account_ms"] = 1000 * took(bound.account)
             rows.append(row)
-            print(f"| {images:,} | {row['us']:.0f} | {row['us_with_budget']:.0f} | {row["account_ms"]:.0f} |",
+            print(f"| {images:,} | {row['us']:.0f} | {row['us_with_budget']:.0f} | {row['account_ms']:.0f} |",
                   flush=True)
     return rows
 
