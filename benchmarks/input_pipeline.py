@@ -1,14 +1,23 @@
-"""How fast photos become training batches on one core: writing the cache, reading it back, and doing without.
+"""How fast photos become training batches: each part alone, all together, and against what a step consumes.
 
     taskset -c 0 python benchmarks/input_pipeline.py --photos=400
+    python benchmarks/input_pipeline.py --photos=2000 --arch=resnet50 --dtype=bfloat16 --batch=256 --step
 
 It makes photos of ImageNet's usual 500 x 375 pixels and about 110 kB, writes a cache of them as
-`python -m qmx.data.cache --processes=1` does, and reads batches of 256 in random order: canvases
-from the cache and from the files, and the target's own input. Prints a table and a line of JSON;
-medians over the repeats.
+`python -m qmx.data.cache --processes=1` does, and reads batches in random order:
+
+    write_cache   files to the cache              decode         a record's JPEG alone, in one thread
+    read_cache    canvases from the cache         to_device      canvases onto the device
+    read_files    canvases from the files         views          both of MoCo's views, on the device
+    target_input  the target's own input          together       cache to views, as a training reads
+    step          the MoCo step on batches that are already there (with --step)
+
+The parts take turns. "together" goes through `qmx.data.batches`, which reads ahead while the views
+are made. Prints a table and a line of JSON; medians over the repeats.
 """
 
 import argparse
+import io
 import itertools
 import json
 import os
@@ -17,11 +26,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from qmx.data import cache, folder, load
+from qmx.data.cached import SIZE
+from qmx.main import set_xla_flags
 from qmx.settings import base
 
 
@@ -38,53 +49,105 @@ def make_photos(root: Path, count: int) -> float:
     return sum(path.stat().st_size for path in root.rglob("*.JPEG")) / count / 1000
 
 
-def rate(work: Callable[[], int], repeats: int) -> float:
-    """Images per second of `work`, which returns how many it did: the median."""
-    rates = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        done = work()
-        rates.append(done / (time.perf_counter() - began))
-    return statistics.median(rates)
+def read_alone(root: Path) -> Callable[[np.ndarray], None]:
+    """Decode records of the cache by their numbers, in this thread, with nothing around it."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    shards = [ArrayRecordReader(str(path)) for path in sorted(root.glob("*.array_record"))]
+    records = [record for shard in shards for record in shard.read_all()]
+
+    def decode(ids: np.ndarray) -> None:
+        for i in ids:
+            np.asarray(Image.open(io.BytesIO(records[i][SIZE.size :])).convert("RGB"))
+
+    return decode
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=int, default=400)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--size", type=int, default=224, help="side of the views in pixels")
+    parser.add_argument("--step", action="store_true", help="time the step of MoCo, too")
+    parser.add_argument("--arch", default="resnet50", help="of the step")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the step")
     given = parser.parse_args()
+    set_xla_flags()
+    import jax
+    import jax.numpy as jnp
+
+    from qmx import augment, init_state, make_step, moco, models, optim
+    from qmx.data import batches, cache, folder, load
+    from qmx.sharding import put_batch, put_state
+
+    batch = min(given.batch, given.photos)
+    steps = given.photos // batch
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         size = make_photos(root / "train", given.photos)
         make_photos(root / "val", 4)
         photos, made = folder.listing(str(root / "train"))[0], itertools.count()
-
-        def write() -> int:
-            cache.write(photos, root / f"cache{next(made)}")
-            return given.photos
-
-        rates = {"write_cache": rate(write, given.repeats)}
+        cache.write(photos, root / "cache")
         keys = base().data
         keys.update(source="folder", path=str(root / "train"), eval_path=str(root / "val"))
         files = load(keys).pool
-        keys.cache = str(root / "cache0")
+        keys.cache = str(root / "cache")
         cached = load(keys).pool
-        order = np.random.default_rng(0).permutation(given.photos)
+        order = np.random.default_rng(0).permutation(given.photos)[: steps * batch].reshape(steps, batch)
+        view = augment.make_view(given.size)
+        views = jax.jit(lambda batch, rng: [view(key, batch) for key in jax.random.split(rng)])
+        host, root_key = cached.read(order[0]), put_state(jax.random.key(0))
+        there = put_batch(host)
 
-        def through(read: Callable) -> Callable[[], int]:
-            def work() -> int:
-                for first in range(0, given.photos, 256):
-                    read(order[first : first + 256])
-                return given.photos
-            return work
+        def write() -> None:
+            cache.write(photos, root / f"cache{next(made)}")
 
-        rates["read_cache"] = rate(through(cached.read), given.repeats)
-        rates["read_files"] = rate(through(files.read), given.repeats)
-        rates["target_input"] = rate(through(files.shown), given.repeats)
+        def through(work: Callable[[Any], Any], each: Any = order) -> Callable[[], None]:
+            return lambda: jax.block_until_ready([work(one) for one in each][-1])
+
+        def together() -> None:
+            for k, one in enumerate(batches(cached, batch, steps=steps, seed=next(made), drop_last=True)):
+                out = views(one, jax.random.fold_in(root_key, k))
+            jax.block_until_ready(out)
+
+        ways: dict[str, Callable[[], None]] = {
+            "write_cache": write, "decode": through(read_alone(root / "cache")), "read_cache": through(cached.read),
+            "read_files": through(files.read), "target_input": through(files.shown),
+            "to_device": through(lambda _: jax.block_until_ready(put_batch(host))),
+            "views": through(lambda _: views(there, root_key)), "together": together}
+        if given.step:
+            net = models.backbone(given.arch, stats_groups=max(batch // 32, 1), dtype=jnp.dtype(given.dtype))
+            method, tx = moco.make(net, models.moco_head(), view, queue_size=64 * batch), optim.sgd(lambda step: 0.03)
+            step = make_step(method, tx)
+            state = put_state(jax.jit(lambda: init_state(method, tx, jax.random.key(0), there))())
+
+            def trained() -> None:
+                nonlocal state
+                for _ in range(steps):
+                    state, metrics = step(state, there, root_key)
+                jax.block_until_ready(metrics)
+
+            ways["step"] = trained
+        rates: dict[str, list[float]] = {name: [] for name in ways}
+        for turn in range(given.repeats + 1):
+            for name, way in ways.items():
+                began = time.perf_counter()
+                way()
+                if turn:  # the first compiles
+                    rates[name].append((given.photos if name == "write_cache" else steps * batch)
+                                       / (time.perf_counter() - began))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    for name, value in rates.items():
-        print(f"{name:14} {value:8.0f} images/s")
-    print(json.dumps({"cores": cores, "photos": given.photos, "mean_kb": size, "images_per_second": rates}))
+    found = {name: statistics.median(values) for name, values in rates.items()}
+    print("| | images/s, median |\n|---|---|")
+    for name, value in found.items():
+        print(f"| {name} | {value:.0f} |")
+    times = None
+    if given.step:
+        times = statistics.median(a / b for a, b in zip(rates["read_cache"], rates["step"], strict=True))
+        print(f"reading the cache gives {times:.1f} times what the step consumes")
+    print(json.dumps({"arguments": vars(given), "cores": cores, "mean_kb": size, "images_per_second": found,
+                      "reading_over_step": times, "platform": jax.default_backend(), "jax": jax.__version__}))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ Public weights instead of a pretraining, one line each:
     --config.pretrain.simsiam.path=checkpoint_0099.pth.tar
 
 Hardware and hours. Nothing of this has been run whole by us. The arithmetic is 1,000,800 MoCo steps
-of 256 pairs, 250,200 SimSiam steps of 512 pairs, 700,560 rotation steps of 128 images four times
+of 256 pairs, 250,200 SimSiam steps of 512 pairs, 700,630 rotation steps of 128 images four times
 each; MoCo's authors took 53 h for their 200 epochs on eight V100 in float32. One pass of the target
 over the 1.28 M images is 9.3e16 operations.
 

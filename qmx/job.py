@@ -48,7 +48,7 @@ def train(
       Stopped: `stopped` said so; the state is in checkpoints/.
       FloatingPointError: the loss or the gradient is not finite; names the run, the step and the last checkpoint.
     """
-    ts = put_state(ts)
+    ts, rng = put_state((ts, rng))  # else each step would bring the key to every device
     with Checkpoints(directory / "checkpoints") as checkpoints:
         restored = checkpoints.restore(ts)
         if restored is not None:

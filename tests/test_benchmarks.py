@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 
-from conftest import ROOT
+from conftest import QUICKLY, ROOT
 
 
 def test_step_time(environment):
@@ -17,12 +17,70 @@ def test_step_time(environment):
     assert all(row["ms"] > 0 and row["compile_seconds"] > 0 for row in rows)
 
 
+def last_line(environment, *command):
+    """The JSON that a benchmark ends with, compiled quickly rather than well."""
+    quickly = {**environment, "XLA_FLAGS": f"{environment['XLA_FLAGS']} {QUICKLY}"}
+    out = subprocess.run([sys.executable, *command], cwd=ROOT, env=quickly, capture_output=True, text=True,
+                         check=True).stdout
+    return json.loads(out.splitlines()[-1])
+
+
 def test_input_pipeline(environment):
-    """A rate for each way in which photos become batches."""
-    out = subprocess.run([sys.executable, "benchmarks/input_pipeline.py", "--photos=12", "--repeats=1"],
-                         cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
-    rates = json.loads(out.splitlines()[-1])["images_per_second"]
-    assert rates.keys() == {"write_cache", "read_cache", "read_files", "target_input"} and min(rates.values()) > 0
+    """A rate for each part of the way from photos to views, for all together, and for the step that consumes them."""
+    figures = last_line(environment, "benchmarks/input_pipeline.py", "--photos=12", "--repeats=1", "--batch=4",
+                        "--size=16", "--step", "--arch=resnet8")
+    rates = figures["images_per_second"]
+    assert [*rates] == ["write_cache", "decode", "read_cache", "read_files", "target_input", "to_device", "views",
+                        "together", "step"]
+    assert min(rates.values()) > 0 and figures["reading_over_step"] > 0
+
+
+def test_oracle_throughput(environment):
+    """A rate for the target, for the ledger and for both, which is no higher than either."""
+    rates = last_line(environment, "benchmarks/oracle_throughput.py", "--arch=resnet8", "--size=8", "--images=48",
+                      "--batch=16", "--repeats=1")["images_per_second"]
+    assert [*rates] == ["inference", "keys", "ledger", "together"] and min(rates.values()) > 0
+
+
+def test_scaling(environment):
+    """A row for each number of devices; the table's hours are images over rates, and nothing is invented."""
+    figures = last_line(environment, "benchmarks/scaling.py", "--devices", "2", "--size=8", "--batch=8",
+                        "--queue=16", "--steps=1", "--blocks=1", "--turns=1", "--words=none,moco",
+                        "--rates", "moco=1000", "query=500")
+    assert [row["devices"] for row in figures["rows"]] == [2]
+    table = {row["part"]: row for row in figures["table"]}
+    pretrained = table["pretrain moco"]
+    assert pretrained["steps"] == 200 * (1_281_167 // 256)  # He et al. 2020: 200 epochs of whole batches
+    assert pretrained["hours_on_1"] == pretrained["steps"] * 256 / 1000 / 3600
+    assert table["query"]["hours_on_1"] == (1_281_167 + 50_000) / 500 / 3600
+    assert {row["hours_on_8"] for row in figures["table"]} == {None}
+    assert table["distill moco 100 %"]["hours_on_1"] is None and table["all"]["hours_on_1"] is None
+
+
+def test_scaling_refuses(environment, tmp_path):
+    """Rates of another network, of no known name, or that are no numbers: one line each, before anything is timed."""
+    other = tmp_path / "step_time.json"
+    other.write_text(json.dumps({"arguments": {"arch": "resnet8", "size": 8}, "rows": []}))
+    for words in (["--rates-from", str(other)], ["--rates", "mocco=1"], ["--rates", "moco=fast"]):
+        done = subprocess.run([sys.executable, "benchmarks/scaling.py", *words], cwd=ROOT, env=environment,
+                              capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.startswith("scaling: --rates") and done.stderr.count("\n") == 1
+
+
+def test_start(environment):
+    """The three ratios, of which the first is one."""
+    rows = last_line(environment, "benchmarks/start.py", "--runs=1")["rows"]
+    assert rows[0]["clock_ratio"] == 1 and len(rows) == 3 and all(row["processor_ratio"] > 0 for row in rows)
+
+
+def test_growth(environment):
+    """A row for each size of each of what grows."""
+    figures = last_line(environment, "benchmarks/growth.py", "--arch=resnet8", "--size=8", "--batch=8",
+                        "--queues", "16", "--steps=1", "--turns=1", "--batches", "8", "--images", "200", "400",
+                        "--budget=10")
+    assert [row["queue"] for row in figures["queue"]] == [16] and figures["memory"][0]["temp_bytes"] > 0
+    for part, size in (("ledger", "answers"), ("selection", "images")):
+        assert [row[size] for row in figures[part]] == [200, 400]
 
 
 def test_faults(environment):

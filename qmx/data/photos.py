@@ -80,7 +80,8 @@ def decode(data: bytes, name: str) -> Image.Image:
     """
     image = open_image(data, name)
     try:
-        return image.convert("RGB")
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
     except Exception as error:  # OSError, SyntaxError, EOFError, struct.error, zlib.error ...
         raise ValueError(f"{name}: {' '.join(str(error).split()) or repr(error)}") from None
 

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.special import softmax
 
 from qmx.oracle.weaken import WEAKENINGS, parse
 
@@ -50,6 +49,8 @@ def derive(scores: np.ndarray, have: str, want: str, keys: Sequence[bytes] = ())
         kind, number = weakened
         return kind.apply(derive(scores, have, "probs").astype(np.float64), number, keys).astype(np.float32)
     if want == "probs":
+        from scipy.special import softmax  # it would take a sixth of the time of `import qmx`
+
         return softmax(scores, axis=-1)
     return np.eye(scores.shape[-1], dtype=np.float32)[scores.argmax(-1)]
 

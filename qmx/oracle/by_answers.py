@@ -8,7 +8,6 @@ first; of equally uncertain ones those that come first in the pool. Nothing is d
 from collections.abc import Callable
 
 import numpy as np
-from scipy.special import entr
 
 Choice = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
 
@@ -28,6 +27,8 @@ def entropy(probabilities: np.ndarray, asked: np.ndarray, number: int) -> np.nda
     Shannon 1948; to choose by it Settles 2009, *Active Learning Literature Survey*, section 3.1, and, to copy models,
     Pal et al. 2020, *ActiveThief*.
     """
+    from scipy.special import entr  # it would take a sixth of the time of `import qmx`
+
     return _lowest(-entr(probabilities.astype(np.float64)).sum(1), asked, number)
 
 

@@ -152,7 +152,9 @@ class Ledger:
         if purpose not in PURPOSES:
             raise ValueError(f"purpose {purpose!r} is unknown; choose one of {', '.join(PURPOSES)}")
         levels.check(access)
-        keys, sources = self.keys(images), pixel_digests(images if of is None else of)
+        digests = pixel_digests(images)
+        keys = _with_target(digests, self.target, self.preprocessing)
+        sources = digests if of is None else pixel_digests(of)
         found = self._lookup(keys)
         rows = _missing(keys, found, access)
         if purpose != "report":
@@ -177,7 +179,7 @@ class Ledger:
                 self._db.execute("UPDATE requests SET answered = 1 WHERE id = ?", (request,))
             if on_progress:
                 on_progress(min(start + batch_size, len(rows)), len(rows))
-        return self.read(images, access)
+        return self.read_keys(keys, access)
 
     def unanswered(self, images: np.ndarray, access: str = "logits") -> list[int]:
         """The rows of uint8[n, H, W, C] that `ask` would send, in its order."""
@@ -253,8 +255,12 @@ class Ledger:
 
 def keys_of(images: np.ndarray, target: str, preprocessing: str) -> list[bytes]:
     """The keys that a ledger of this target and preprocessing has for images; see `Ledger.keys`."""
+    return _with_target(pixel_digests(images), target, preprocessing)
+
+
+def _with_target(digests: list[bytes], target: str, preprocessing: str) -> list[bytes]:
     suffix = f"\0{target}\0{preprocessing}".encode()
-    return [hashlib.sha256(digest + suffix).digest() for digest in pixel_digests(images)]
+    return [hashlib.sha256(digest + suffix).digest() for digest in digests]
 
 
 def _missing(keys: list[bytes], found: dict[bytes, tuple[str, np.ndarray]], access: str) -> list[int]:
