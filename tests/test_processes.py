@@ -94,6 +94,7 @@ def test_same_ledger(workdirs):
         select = results["account"]["purposes"]["select"]
         assert 958 <= select <= 958 + 48
         assert results["account"] == {"calls": 1797, "images": 1797, "views": 1797, "unanswered": 0,
+                                      "failed": 0, "retried": 0,
                                       "purposes": {"train": 1437 - select, "select": select, "report": 360}}
     assert answers[0].keys() == answers[1].keys() and len(answers[0]) == 1797
     for image, scores in answers[0].items():

@@ -9,7 +9,7 @@ killed run had been answered is there for the next one, which asks only for what
 import hashlib
 import sqlite3
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +28,9 @@ CREATE TABLE IF NOT EXISTS requests (
   target TEXT NOT NULL,
   purpose TEXT NOT NULL,
   views INTEGER NOT NULL,               -- sent
-  answered INTEGER NOT NULL DEFAULT 0   -- 0 while in flight, and for ever if it was lost
+  retry INTEGER NOT NULL,               -- 1 if it repeats one that failed
+  answered INTEGER NOT NULL DEFAULT 0,  -- both are 0 while in flight, and for ever if it was lost
+  failed INTEGER NOT NULL DEFAULT 0
 );
 CREATE TABLE IF NOT EXISTS answers (
   key BLOB PRIMARY KEY,                 -- of the pixels sent, the target and the preprocessing
@@ -44,13 +46,28 @@ class BudgetSpent(Exception):
     """The next request would exceed the budget. Nothing of it was sent."""
 
 
+class Unavailable(OSError):
+    """Raised by a query function: the target gave no answer, and asking again may help.
+
+    Args:
+      message: what happened, for people.
+      wait: seconds that the target asked to be left alone; None if it said nothing.
+    """
+
+    def __init__(self, message: str, wait: float | None = None):
+        super().__init__(message)
+        self.wait = wait
+
+
 class Account(NamedTuple):
     """What one target was asked, so far."""
 
     calls: int  # images sent in requests that were answered, each time that they were sent
     images: int  # distinct images with an answer
     views: int  # distinct pixel arrays with an answer; several views may show one image
-    unanswered: int  # images sent in requests that never came back: in flight, failed, or killed
+    unanswered: int  # images sent in requests that are in flight, or were when a process was killed
+    failed: int  # images sent in requests that failed, or whose answer could not be used
+    retried: int  # images sent again in requests that repeated a failed one
     purposes: dict[str, int]  # distinct images by what they were first answered for; the report's give way
 
 
@@ -77,7 +94,7 @@ class Ledger:
             self._db.create_function("poverty", 1, levels.ACCESS.index, deterministic=True)
             _patiently(lambda: self._db.executescript(SCHEMA))
             self._db.execute("SELECT key, image, request, access, scores FROM answers LIMIT 0")
-            self._db.execute("SELECT id, target, purpose, views, answered FROM requests LIMIT 0")
+            self._db.execute("SELECT id, target, purpose, views, retry, answered, failed FROM requests LIMIT 0")
         except sqlite3.DatabaseError as error:
             raise ValueError(f"{path} cannot be used as a ledger: {error}") from None
 
@@ -128,6 +145,8 @@ class Ledger:
         access: str = "logits",
         of: np.ndarray | None = None,
         batch_size: int = 256,
+        waits: Sequence[float] = (),
+        pause: Callable[[float, Unavailable], None] = lambda seconds, _: time.sleep(seconds),
         on_progress: Callable[[int, int], None] | None = None,
     ) -> np.ndarray:
         """Answers to images: those that the ledger has, and the target's for the rest, paid for once.
@@ -139,6 +158,9 @@ class Ledger:
           access: the level of what `query` returns. An answer of a poorer level is bought anew.
           of: uint8[n, ...], the images that `images` are views of, which are what the budget
             counts; by default each view is an image.
+          waits: seconds before each further attempt at a batch for which `query` raised Unavailable;
+            longer if the target asked for more. Each attempt is a request of its own.
+          pause: waits so many seconds; is told why, and may raise to give up.
           on_progress: called with (answered, to ask) after each batch.
 
         Returns:
@@ -146,6 +168,8 @@ class Ledger:
 
         Raises:
           BudgetSpent: the missing images are more than the budget has left; nothing was sent.
+          Unavailable: from the query, after all `waits`. Like whatever else the query raises it
+            goes up when the request is on record as failed; what was answered before it is kept.
           ValueError: unknown purpose or level, or the query's answer has a wrong shape or is not
             finite. That batch is not kept; what was answered before it is.
         """
@@ -162,9 +186,7 @@ class Ledger:
         classes = self._classes()
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
-            request = self._db.execute("INSERT INTO requests (target, purpose, views) VALUES (?, ?, ?)",
-                                       (self.target, purpose, len(batch))).lastrowid
-            scores = _checked(query(images[batch]), len(batch), classes)
+            request, scores = self._send(query, images[batch], purpose, classes, waits, pause)
             classes = scores.shape[1]
             with self._transaction():
                 # A richer answer replaces a poorer one, even if another process was quicker.
@@ -178,6 +200,22 @@ class Ledger:
             if on_progress:
                 on_progress(min(start + batch_size, len(rows)), len(rows))
         return self.read(images, access)
+
+    def _send(self, query: Callable[[np.ndarray], np.ndarray], batch: np.ndarray, purpose: str, classes: int | None,
+              waits: Sequence[float], pause: Callable[[float, Unavailable], None]) -> tuple[int, np.ndarray]:
+        """One batch's scores, and the number of the request that brought them, which `ask` marks as answered."""
+        for attempt in range(len(waits) + 1):
+            request = self._db.execute("INSERT INTO requests (target, purpose, views, retry) VALUES (?, ?, ?, ?)",
+                                       (self.target, purpose, len(batch), attempt > 0)).lastrowid
+            assert request is not None
+            try:
+                return request, _checked(query(batch), len(batch), classes)
+            except Exception as error:
+                self._db.execute("UPDATE requests SET failed = 1 WHERE id = ?", (request,))
+                if not isinstance(error, Unavailable) or attempt == len(waits):
+                    raise
+                pause(max(waits[attempt], error.wait or 0), error)
+        raise AssertionError("the last attempt returns or raises")
 
     def unanswered(self, images: np.ndarray, access: str = "logits") -> list[int]:
         """The rows of uint8[n, H, W, C] that `ask` would send, in its order."""
@@ -197,16 +235,18 @@ class Ledger:
 
     def account(self) -> Account:
         """What this target was asked, so far, by everybody who used this file."""
-        calls, unanswered = self._db.execute(
-            "SELECT COALESCE(SUM(views * answered), 0), COALESCE(SUM(views * (1 - answered)), 0) "
-            "FROM requests WHERE target = ?", (self.target,)).fetchone()
+        calls, unanswered, failed, retried = self._db.execute(
+            "SELECT COALESCE(SUM(views * answered), 0), COALESCE(SUM(views * (1 - answered - failed)), 0), "
+            "COALESCE(SUM(views * failed), 0), COALESCE(SUM(views * retry), 0) FROM requests WHERE target = ?",
+            (self.target,)).fetchone()
         images, views = self._db.execute(
             "SELECT COUNT(DISTINCT image), COUNT(*) FROM answers JOIN requests ON request = id WHERE target = ?",
             (self.target,)).fetchone()
         purposes = dict(self._db.execute(
             "SELECT purpose, COUNT(DISTINCT image) FROM answers JOIN requests ON request = id "
             "WHERE target = ? GROUP BY purpose", (self.target,)).fetchall())
-        return Account(calls, images, views, unanswered, {name: purposes.get(name, 0) for name in PURPOSES})
+        return Account(calls, images, views, unanswered, failed, retried,
+                       {name: purposes.get(name, 0) for name in PURPOSES})
 
     def check_budget(self, images: set[bytes]) -> None:
         """Raise BudgetSpent if images, by their `pixel_digests`, are more than the budget has left."""
@@ -228,7 +268,7 @@ class Ledger:
             if self._db.execute(f"SELECT 1 FROM answers WHERE {asked} LIMIT 1", chunk).fetchone():
                 with self._transaction():
                     request = self._db.execute(
-                        "INSERT INTO requests (target, purpose, views, answered) VALUES (?, ?, 0, 1)",
+                        "INSERT INTO requests (target, purpose, views, retry, answered) VALUES (?, ?, 0, 0, 1)",
                         (self.target, purpose)).lastrowid
                     self._db.execute(f"UPDATE answers SET request = ? WHERE {asked}", [request, *chunk])
 
