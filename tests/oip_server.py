@@ -77,7 +77,9 @@ class Handler(BaseHTTPRequestHandler):
         if not self.allowed():
             return
         parts = self.path.strip("/").split("/")
-        if parts == ["v2"]:
+        if parts[0] != "v2":
+            self.reply({"error": "not here"}, 404)
+        elif parts == ["v2"]:
             self.reply({"name": "test", "version": "1", "extensions": ["binary_tensor_data"] * self.server.binary})
         elif len(parts) > 2 and parts[2] == "absent":
             self.reply({"error": "Request for unknown model: 'absent' is not found"}, 404)
