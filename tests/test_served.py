@@ -130,8 +130,8 @@ def test_what_may_pass(plain, model, message):
     assert caught.value.wait is None and len(str(caught.value).splitlines()) == 1
 
 
-def test_no_server(serve):
-    """Nobody there; and somebody who goes away with answers paid."""
+def test_no_server():
+    """Nobody there."""
     with pytest.raises(Unavailable, match="Connection refused"):
         served.connect("http://127.0.0.1:9", "digits", shape=(8, 8, 1), classes=10)
 
@@ -300,7 +300,7 @@ def test_the_command_with_a_server(serve, command, tmp_path):
     server = serve()
     words = [*SHORT, f"--workdir={tmp_path}/w", "--config.target.kind=served", "--config.target.model=flaky"]
     status, _, err = command(*words, "--config.target.url=http://127.0.0.1:9")
-    assert status == 2 and len(err.splitlines()) == 1 and err.endswith("no whole answer: Connection refused\n"), err
+    assert status == 2 and len(err.splitlines()) == 1 and "Connection refused; does a server run" in err, err
     assert not (tmp_path / "w").exists()
     status, out, err = command(*words, f"--config.target.url=http://127.0.0.1:{server[0]}")
     assert status == 0, err

@@ -74,6 +74,8 @@ def client(url: str, *, token_env: str = "", ca_file: str = "", timeout: float =
             if "CERTIFICATE_VERIFY_FAILED" in str(error):
                 raise ValueError(f"{url} has a certificate that is not trusted ({reason}); target.ca_file names the "
                                  "certificates to trust") from None
+            if isinstance(error, urllib3.exceptions.NewConnectionError):
+                raise Unavailable(f"{url} cannot be reached: {reason}; does a server run at target.url?") from None
             raise Unavailable(f"{where} gave no whole answer: {reason}") from None
         if response.status != 200:
             said = _said(answer).replace(token, "***") if token else _said(answer)

@@ -8,7 +8,7 @@ import numpy as np
 from qmx.data import Source
 from qmx.data.batches import ahead
 from qmx.evaluate import ids_here
-from qmx.oracle import BudgetSpent
+from qmx.oracle import BudgetSpent, Unavailable
 from qmx.oracle.access import as_logits
 from qmx.oracle.ledger import keys_of, pixel_digests
 from qmx.oracle.query import Query
@@ -65,12 +65,16 @@ def ask_together(this: Run, ask: Callable[[], Query], images: np.ndarray, purpos
             return ledger.unanswered(images, keys.access)
 
     rows = from_first(unanswered)
+    if rows:
+        ask()  # in all processes, and before anything is on record as sent
     if first():
-        if rows:
-            ask()  # before anything is on record as sent
         with open_ledger(this, sha256) as ledger:
-            ledger.ask(lambda batch: ask()(batch), images, purpose=purpose, access=keys.access, batch_size=size,
-                       waits=outside.waits(keys.retries), pause=partial(outside.pause, this), on_progress=on_progress)
+            try:
+                ledger.ask(lambda batch: ask()(batch), images, purpose=purpose, access=keys.access, batch_size=size,
+                           waits=outside.waits(keys.retries), pause=partial(outside.pause, this),
+                           on_progress=on_progress)
+            except Unavailable as error:
+                raise Unavailable(f"{error} (what was answered is kept, and the same command goes on)") from None
     else:
         for start in range(0, len(rows), size):
             if not elsewhere:

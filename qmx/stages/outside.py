@@ -3,6 +3,8 @@
 import time
 from typing import Any
 
+import numpy as np
+
 from qmx.data import Dataset
 from qmx.oracle import Unavailable, function
 from qmx.oracle.query import Outside, Query
@@ -49,17 +51,27 @@ def inputs_of(keys: Any) -> dict:
 
 
 def query_of(keys: Any, data: Dataset, sha256: str) -> Query:
-    """The query function of the target with this digest.
+    """The query function of the target with this digest; to be made in all processes, and called in the first.
 
     Raises:
       ValueError: another one is there now.
     """
-    found = connect(keys, data)
-    if found.sha256 != sha256:
-        raise ValueError(f"{found.name} is not what it was when this workdir was begun: its version, or what the "
-                         "server says of its inputs and outputs; take another --workdir, so that answers of two models "
-                         "are not mixed")
-    return found.query
+    made: list[Query] = []
+
+    def look() -> None:
+        found = connect(keys, data)
+        if found.sha256 != sha256:
+            raise ValueError(f"{found.name} is not what it was when this workdir was begun: its version, or what the "
+                             "server says of its inputs and outputs; take another --workdir, so that answers of two "
+                             "models are not mixed")
+        made.append(found.query)
+
+    from_first(look)
+    return made[0] if made else _not_here
+
+
+def _not_here(images: np.ndarray) -> np.ndarray:
+    raise AssertionError(f"only the first process asks, and another one has {len(images)} images to ask about")
 
 
 def waits(retries: int) -> list[float]:
@@ -69,7 +81,7 @@ def waits(retries: int) -> list[float]:
 
 def pause(this: Run, seconds: float, why: Unavailable) -> None:
     """Wait, and say why. Raises Stopped when this process is told to stop meanwhile."""
-    say(f"{why}; asked again in {seconds:g} s")
+    say(f"{why} (asked again in {seconds:g} s)")
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0:
         if this.stopped():
