@@ -2,7 +2,7 @@
 
 import sqlite3
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,22 +53,16 @@ class Damaged(ValueError):
 
 
 class File:
-    """One connection to a ledger's file, whose errors are told in words.
+    """One connection to a ledger's file, whose errors are told in words."""
 
-    Raises:
-      ValueError: the file is not a ledger.
-    """
+    def __init__(self, path: Path, db: sqlite3.Connection):
+        self.path, self._db = path, db
 
-    def __init__(self, path: Path):
-        self.path = path
-        try:
-            # A writer elsewhere is waited for; half a minute is longer than any of our commits.
-            self._db = sqlite3.connect(path, timeout=30, isolation_level=None)
-            _patiently(lambda: self._db.executescript(SCHEMA))
-            for table, columns in COLUMNS.items():
-                self._db.execute(f"SELECT {columns} FROM {table} LIMIT 0")
-        except sqlite3.DatabaseError as error:
-            raise ValueError(f"{path} cannot be used as a ledger: {error}") from None
+    def __enter__(self) -> "File":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Give the file back."""
@@ -82,6 +76,12 @@ class File:
           OSError: it cannot be read or written, as when the disk is full.
         """
         return self._told(lambda: self._db.execute(statement, tuple(parameters)).fetchall())
+
+    def stream(self, statement: str, parameters: Iterable[Any], size: int) -> Iterator[list[tuple]]:
+        """`run`, so many rows at a time."""
+        cursor = self._told(lambda: self._db.execute(statement, tuple(parameters)))
+        while rows := self._told(lambda: cursor.fetchmany(size)):
+            yield rows
 
     def insert(self, table: str, row: dict[str, Any]) -> int:
         """One new row; returns its number."""
@@ -112,6 +112,52 @@ class File:
             raise OSError(f"{self.path}: {error}") from None
         except sqlite3.DatabaseError as error:
             raise Damaged(self.path, error) from None
+
+
+def opened(path: Path) -> File:
+    """A ledger to read and write; made if missing.
+
+    Raises:
+      ValueError: the file is not a ledger.
+    """
+    try:
+        # A writer elsewhere is waited for; half a minute is longer than any of our commits.
+        db = sqlite3.connect(path, timeout=30, isolation_level=None)
+        _patiently(lambda: db.executescript(SCHEMA))
+        check_tables(db)
+    except sqlite3.DatabaseError as error:
+        raise ValueError(f"{path} cannot be used as a ledger: {error}") from None
+    return File(path, db)
+
+
+def looked_into(path: Path) -> File:
+    """A ledger that is only read.
+
+    Raises:
+      ValueError: the file is not a ledger.
+      Damaged: it was one.
+    """
+    try:
+        db = read_only(path)
+        check_tables(db)
+    except sqlite3.OperationalError as error:
+        raise ValueError(f"{path} cannot be used as a ledger: {error}") from None
+    except sqlite3.DatabaseError as error:
+        raise Damaged(path, error) from None
+    return File(path, db)
+
+
+def read_only(path: Path) -> sqlite3.Connection:
+    """A connection that changes nothing. What lies in a write-ahead log is read too, if there is one."""
+    log = path.with_name(path.name + "-wal")
+    how = "mode=ro" if log.exists() and log.stat().st_size else "immutable=1"
+    return sqlite3.connect(f"{path.absolute().as_uri()}?{how}", uri=True, timeout=30)
+
+
+def check_tables(db: sqlite3.Connection) -> None:
+    """Raise sqlite3.OperationalError unless the tables are those of a ledger."""
+    for table, columns in COLUMNS.items():
+        db.execute(f"SELECT {columns} FROM {table} LIMIT 0")
 
 
 def _patiently(work: Callable[[], object]) -> None:

@@ -16,7 +16,7 @@ from qmx.oracle import access as levels
 from qmx.oracle.ledger import accounts, stored
 from qmx.oracle.ledger.accounts import PURPOSES, RECORDED
 from qmx.oracle.ledger.content import DTYPES, keys_of, keys_of_digests, packed, pixel_digests
-from qmx.oracle.ledger.file import File
+from qmx.oracle.ledger.file import opened
 
 MANY = 65536  # keys that are looked up before their rows are written down
 
@@ -57,7 +57,7 @@ class Ledger:
             raise ValueError(f"a ledger's dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
         self.path, self.target, self.preprocessing = Path(path), target, preprocessing
         self.budget, self.dtype = budget, dtype
-        self._file = File(self.path)
+        self._file = opened(self.path)
 
     def __enter__(self) -> "Ledger":
         return self
