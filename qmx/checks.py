@@ -10,6 +10,7 @@ from qmx.models.resnet import ARCHS
 from qmx.optim import DECAYS, OPTIMIZERS, SCHEDULES
 from qmx.oracle import access
 from qmx.oracle.address import check_address
+from qmx.oracle.ledger.content import DTYPES as LEDGER_DTYPES
 from qmx.oracle.query import PRECISIONS
 from qmx.oracle.select import SELECTS
 from qmx.settings import USES, base, cells, columns, distilling, encoders, leaves, recipe_name, recipe_of
@@ -108,6 +109,7 @@ def _problems(config: Any, data: Dataset) -> Iterator[str]:
     if config.budget is not None and config.budget < 1:
         yield f"budget {config.budget} allows no query; leave it out for no limit"
 
+    yield from choice("ledger_dtype", config.ledger_dtype, LEDGER_DTYPES)
     if not config.save_minutes > 0:
         yield f"save_minutes {config.save_minutes} must be above 0"
 

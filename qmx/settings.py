@@ -81,6 +81,9 @@ def base() -> ConfigDict:
     config.fractions = (0.01, 0.1, 1.0)  # of the pool that is asked about
     config.budget = config_dict.placeholder(int)  # distinct images that may be asked; none is no limit
 
+    # Of the answers in the ledger; float16 halves the file, rounds to 3 digits, and ends at 65504.
+    config.ledger_dtype = "float32"
+
     config.save_minutes = 10.0  # between two checkpoints of a training: what a kill may cost
 
     config.data = ConfigDict(dict(

@@ -88,7 +88,7 @@ def test_same_ledger(workdirs):
     for root in (workdirs / "one", workdirs / "two"):
         with sqlite3.connect(root / "ledger.sqlite") as db:
             # A key holds the target's digest, and its weights differ in the last bit.
-            answers.append(dict(db.execute("SELECT image, scores FROM answers").fetchall()))
+            answers.append(dict(db.execute("SELECT image, scores FROM answers JOIN scores USING (row)").fetchall()))
         results = json.loads((root / "results.json").read_text())
         # Choosing by answers, two thirds of the pool are asked about before the rest, and a few for the smaller budget.
         select = results["account"]["purposes"]["select"]

@@ -110,4 +110,4 @@ def preprocessing(this: Run) -> str:
 def open_ledger(this: Run, sha256: str) -> Ledger:
     """The ledger of the target with this digest, with the config's budget; for the first process alone."""
     return Ledger(this.workdir / "ledger.sqlite", target=sha256, preprocessing=preprocessing(this),
-                  budget=this.config.budget)
+                  budget=this.config.budget, dtype=this.config.ledger_dtype)
