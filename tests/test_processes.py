@@ -127,6 +127,24 @@ def test_budget_between_rounds(workdirs, launch, tmp_path):
     assert 48 <= sent <= 71 and all(f"{sent} of 71 queries are spent" in err for _, _, err in done)
 
 
+def test_target_elsewhere(launch, tmp_path):
+    """A Python function is called by the first process alone, once for each image, and both come to the table."""
+    (tmp_path / "own.py").write_text(
+        "import os\nfrom pathlib import Path\n\ndef scores(images):\n"
+        "    with open(Path(__file__).with_name('asked'), 'a') as log:\n"
+        "        log.write(f'{os.getpid()} {len(images)}\\n')\n"
+        "    return images.reshape(len(images), -1)[:, :10].astype('f4')\n")
+    running = launch(2, 2, "--config=configs/digits.py", "--config.seeds=(0,)", "--config.fractions=(0.05,)",
+                     "--config.inits=('none',)", "--config.also=()", "--config.distill.epochs=0.5",
+                     "--config.distill.min_steps=4", "--config.target.kind=callable",
+                     f"--config.target.path={tmp_path}/own.py:scores", f"--workdir={tmp_path}/w")
+    done = finish(running)
+    assert [status for status, _, _ in done] == [0, 0], done
+    asked = [line.split() for line in (tmp_path / "asked").read_text().splitlines()]
+    assert {process for process, _ in asked} == {str(running[0].pid)}
+    assert [int(images) for _, images in asked] == [64] * 5 + [40, 64, 7]
+
+
 def test_stop_and_go_on(launch, tmp_path):
     """SIGTERM to one of two stops both after the same step with status 75, and one process alone goes on from there."""
     longer = [*PRETRAIN, "--config.pretrain.moco.epochs=40", f"--workdir={tmp_path}/w"]
