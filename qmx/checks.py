@@ -10,13 +10,15 @@ from qmx.data import Dataset, subset_size
 from qmx.models.resnet import ARCHS
 from qmx.optim import DECAYS, OPTIMIZERS, SCHEDULES
 from qmx.oracle import access
+from qmx.oracle.address import check_address
+from qmx.oracle.ledger.content import DTYPES as LEDGER_DTYPES
 from qmx.oracle.query import PRECISIONS
 from qmx.oracle.select import SELECTS
 from qmx.settings import USES, base, cells, columns, distilling, encoders, leaves, recipe_name, recipe_of
 from qmx.sharding import check_batch
 
 INITS = ("none", "rotation", "moco", "simsiam", "imported")
-TARGETS = ("train", "torch")
+TARGETS = ("train", "torch", "served", "callable")
 LEARN_FROM = ("scores", "labels")
 HEADS = ("mlp", "linear")
 DTYPES = ("float64", "float32", "bfloat16")
@@ -105,7 +107,8 @@ def _problems(config: Any, data: Dataset) -> Iterator[str]:
             yield str(error)
     if any(column.select == "list" for column in shown) and not config.lists:
         yield "the selection 'list' needs --config.lists, files of image names"
-    files = {"target.path": config.target.path,
+    files = {"target.path": config.target.path if config.target.kind == "torch" else "",
+             "target.ca_file": config.target.ca_file,
              **{f"pretrain.{init}.path": keys.path for init, keys in config.pretrain.items()},
              **{f"lists[{place}]": path for place, path in enumerate(config.lists)}}
     for key, path in files.items():
@@ -121,11 +124,16 @@ def _problems(config: Any, data: Dataset) -> Iterator[str]:
         if not isinstance(share, int | float) or not 0 < share <= 1:
             yield f"reach has {share!r}, which is no share of the target's accuracy above 0 and up to 1"
 
+    yield from choice("ledger_dtype", config.ledger_dtype, LEDGER_DTYPES)
     if not config.save_minutes > 0:
         yield f"save_minutes {config.save_minutes} must be above 0"
 
     yield from choice("target.kind", config.target.kind, TARGETS)
     yield from _target_problems(config.target)
+    for level in {column.access for column in shown}:
+        if access.known(level) and not access.derivable(config.target.access, level):
+            yield (f"accesses has {level!r}, and a target of target.access={config.target.access} shows no more than "
+                   "that; lower accesses")
     yield from choice("student.arch", config.student.arch, ARCHS)
     yield from choice("student.dtype", config.student.dtype, DTYPES)
     for name, keys in _recipes(config).items():
@@ -194,8 +202,24 @@ def _target_problems(keys: Any) -> Iterator[str]:
     yield from choice("target.precision", keys.precision, PRECISIONS)
     if keys.kind == "torch" and not keys.path:
         yield "target.kind=torch needs the weights: --config.target.path=FILE.pth"
-    if keys.kind == "train" and keys.path:
-        yield f"target.path {keys.path} is read by target.kind=torch alone; set that, or leave the path out"
+    if keys.kind in ("train", "served") and keys.path:
+        yield (f"target.path {keys.path} is read by target.kind=torch and callable alone; set one of them, or leave "
+               "the path out")
+    if keys.kind == "callable" and not keys.path:
+        yield "target.kind=callable needs the function: --config.target.path=FILE.py:function"
+    if keys.kind == "served" and not (keys.url and keys.model):
+        yield "target.kind=served needs --config.target.url=https://HOST:PORT and --config.target.model=NAME"
+    yield from choice("target.access", keys.access, access.ACCESS)
+    if keys.kind in ("train", "torch") and keys.access != "logits":
+        yield (f"target.access {keys.access} is what target.kind=served and callable answer with; of a target that is "
+               f"computed here --config.accesses shows less: ({keys.access!r},)")
+    try:
+        check_address(keys.url or "http://localhost", keys.token_env)
+    except ValueError as error:
+        yield str(error)
+    if keys.retries < 0 or keys.rate < 0 or not keys.timeout > 0 or keys.batch_size < 1:
+        yield (f"target needs retries and rate from 0 on, timeout above 0 and batch_size from 1 on, not "
+               f"{keys.retries}, {keys.rate}, {keys.timeout} and {keys.batch_size}")
     if len(keys.expect) not in (0, 2):
         yield f"target.expect {keys.expect} must be a top-1 and a top-5 accuracy in per cent, or ()"
 

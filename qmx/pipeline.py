@@ -28,6 +28,7 @@ from qmx.progress import say
 from qmx.reach import reached
 from qmx.settings import Cell, cells, encoders
 from qmx.sharding import from_first
+from qmx.stages import outside
 from qmx.stages.asking import query, selection, unexpected
 from qmx.stages.encoders import converted as converted_encoder
 from qmx.stages.encoders import monitor, pretrain
@@ -80,7 +81,10 @@ def run(config: Any, directory: Path, data: Dataset, only: str, stopped: Callabl
 
 
 def check_weights(config: Any, data: Dataset) -> None:
-    """Raise ValueError for weights files that the config names and that do not fit; nothing is written."""
+    """Raise ValueError for weights files that the config names and that do not fit, or a target elsewhere that does
+    not, and Unavailable if it is not there; nothing is written."""
+    if config.target.kind in outside.KINDS:
+        outside.describe(config.target, data)
     if config.target.kind == "torch":
         converted_target(config.target, data)
     for init in encoders(config):
@@ -90,12 +94,12 @@ def check_weights(config: Any, data: Dataset) -> None:
 
 def write_report(this: Run, todo: list[Cell], started: list[tuple[str, int]]) -> str:
     """The report from what the stages left, and nothing else; returns the text for standard out."""
-    evaluation, made = this.data.evaluation, target(this)
+    evaluation, made, keys = this.data.evaluation, target(this), this.config.target
     accuracy: dict[str, float | None] = {"top1": None, "top5": None}  # until the evaluation images were asked about
     warning = None
     if asked := _if_done(partial(query, this, todo)):
         accuracy = {"top1": asked["top1"], "top5": asked["top5"]}
-        warning = unexpected(this.config.target.expect, asked, evaluation.size)
+        warning = unexpected(keys.expect, asked, evaluation.size)
     monitors = [(init, seed, _if_done(partial(pretrain, this, init, seed)),
                  _if_done(partial(monitor, this, init, seed))) for init, seed in started]
     rows = [_if_done(partial(evaluate, this, cell, todo)) for cell in todo]
@@ -106,7 +110,9 @@ def write_report(this: Run, todo: list[Cell], started: list[tuple[str, int]]) ->
 
     results = {
         "schema": 1,
-        "target": {**made, **accuracy, "precision": this.config.target.precision, "warning": warning},
+        "target": {**made, **accuracy, "warning": warning,
+                   # What others compute has a precision of its own, which nobody says.
+                   "precision": None if keys.kind in outside.KINDS else keys.precision},
         "pool": {"name": this.data.name, "size": this.data.pool.size, "evaluation": evaluation.size,
                  "classes": this.data.classes, "sha256": this.data.digest,
                  "queries": {str(f): subset_size(f, this.data.pool.size) for f in this.config.fractions}},

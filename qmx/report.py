@@ -153,7 +153,8 @@ def account_notes(results: dict) -> list[str]:
         f"Target: {target['name']}, {measured}, sha256 {target['sha256'][:16]}.",
         f"Pool: {pool['size']} images of {pool['name']}; evaluated on {pool['evaluation']} others.",
         f"Asked: {account['images']} distinct images ({used}), {account['views']} views, {account['calls']} calls, "
-        f"{account['unanswered']} sent without an answer.{paid}",
+        f"{account['failed']} sent in requests that failed ({account['retried']} sent again), "
+        f"{account['unanswered']} without an answer.{paid}",
         recipes_note(results) + " Figures are those of the last step.",
     ] + ([f"Warning: {target['warning']}."] if target["warning"] else [])
 

@@ -83,6 +83,8 @@ def base() -> ConfigDict:
 
     config.price = config_dict.placeholder(float)  # of 1,000 calls of the target, in any currency, for the report
     config.reach = (0.5, 0.75, 0.9, 0.95)  # shares of the target's accuracy, and the report says what reaches them
+    # Of the answers in the ledger; float16 halves the file, rounds to 3 digits, and ends at 65504.
+    config.ledger_dtype = "float32"
     config.save_minutes = 10.0  # between two checkpoints of a training: what a kill may cost
 
     config.data = ConfigDict(dict(
@@ -108,12 +110,25 @@ def base() -> ConfigDict:
         blur_sigma=(0.1, 2.0), blur_p=0.0))  # crop and flip: rotation, distillation, the target
 
     config.target = training(
-        kind="train",  # train: on the pool's labels; torch: PyTorch weights from `path`
+        # train: on the pool's labels; torch: PyTorch weights from `path`; served: by a server of the Open Inference
+        # Protocol v2; callable: a Python function. The last two have batch_size images in a request.
+        kind="train",
         arch="resnet50",  # torch: checked against the weights; "" takes what they are
         seed=0,
-        path="",  # torch: .safetensors, .pth, .pth.tar
+        path="",  # torch: .safetensors, .pth, .pth.tar; callable: FILE.py:function or module:function
         expect=(),  # torch: top-1 and top-5 that it is known to have; a warning if it has not
         precision="float32",  # of its answers: float64 (its training's too), float32, tf32, bfloat16
+        access="logits",  # served, callable: what it answers with: logits, probs, label
+        retries=5,  # served, callable: further attempts at a batch, after 1, 2, 4 .. 60 seconds or what the server says
+        # served; qmx/oracle/served.py:
+        url="",  # http://HOST:PORT or https://
+        model="",  # its name there
+        version="",  # "" is the only one that there is
+        input="", output="",  # names of the tensors; "" are the only ones
+        token_env="",  # NAME of the environment variable whose value is sent as the bearer token; it is written nowhere
+        ca_file="",  # PEM certificates to trust in the place of the system's
+        timeout=60.0,  # seconds for the connection, and again for the answer
+        rate=0.0,  # requests in a second, at most; 0 is no limit
     )
     config.student = ConfigDict(dict(
         arch="resnet50",

@@ -13,7 +13,7 @@ BELOW = {
     "contract": set(), "losses": {"contract"}, "augment": {"contract"}, "optim": {"contract"},
     "methods": {"contract", "losses", "optim", "methods"}, "models": {"contract", "checkpoint", "models"},
     "sharding": {"contract"}, "data": {"sharding", "augment", "progress", "data"}, "evaluate": {"contract", "sharding"},
-    "oracle": {"contract", "evaluate", "data", "oracle"}, "train": {"contract"},
+    "oracle": {"contract", "evaluate", "data", "progress", "oracle"}, "train": {"contract"},
 }
 
 

@@ -243,7 +243,7 @@ def test_precision_is_part_of_the_question(photos, weights, command, tmp_path):
     assert (after["account"]["images"], after["account"]["views"]) == (126, 252)
     assert after["target"]["precision"] == "bfloat16" and after["target"]["sha256"] == before["target"]["sha256"]
     with sqlite3.connect(tmp_path / "w/ledger.sqlite") as db:
-        rows = db.execute("SELECT scores FROM answers ORDER BY image, request").fetchall()
+        rows = db.execute("SELECT scores FROM answers JOIN scores USING (row) ORDER BY image, request").fetchall()
     exact, rough = np.array([np.frombuffer(scores, "<f4") for scores, in rows]).reshape(126, 2, 3).swapaxes(0, 1)
     apart = np.abs(exact - rough).max(1)
     assert apart.min() > 0 and np.sqrt(np.mean(apart**2)) < 0.2 * exact.std()

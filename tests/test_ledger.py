@@ -14,7 +14,7 @@ import pytest
 from scipy.special import softmax
 
 import qmx
-from qmx.oracle import ACCESS, Account, BudgetSpent, Ledger
+from qmx.oracle import ACCESS, Account, BudgetSpent, Ledger, Unavailable
 from qmx.oracle.access import as_logits, derive, one_hot_logits
 
 
@@ -74,7 +74,7 @@ def test_an_answer_is_paid_for_once(ledger):
     np.testing.assert_array_equal(ledger.ask(refuse, images(4, 2, 0)), logits_of(4, 2, 0))
     np.testing.assert_array_equal(ledger.ask(target, images(3, 9, 1)), logits_of(3, 9, 1))
     assert target.sent == [0, 1, 2, 3, 4, 9]
-    assert ledger.account() == Account(6, 6, 6, 0, {"train": 6, "select": 0, "report": 0})
+    assert ledger.account() == Account(6, 6, 6, 0, 0, 0, {"train": 6, "select": 0, "report": 0})
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
@@ -121,7 +121,7 @@ def test_a_failing_target_loses_nothing(path):
         with pytest.raises(ConnectionError):
             ledger.ask(target, images(*range(20)), batch_size=4)
         assert target.sent == list(range(8))
-        assert ledger.account() == Account(8, 8, 8, 4, {"train": 8, "select": 0, "report": 0})
+        assert ledger.account() == Account(8, 8, 8, 0, 4, 0, {"train": 8, "select": 0, "report": 0})
         assert ledger.count_missing(images(*range(20))) == 12
 
     again = Target(limit=12)
@@ -129,8 +129,83 @@ def test_a_failing_target_loses_nothing(path):
         answers = ledger.ask(again, images(*range(20)), batch_size=4)
         np.testing.assert_array_equal(answers, logits_of(*range(20)))
         assert sorted(again.sent) == list(range(8, 20))
-        assert ledger.account() == Account(20, 20, 20, 4, {"train": 20, "select": 0, "report": 0})
+        assert ledger.account() == Account(20, 20, 20, 0, 4, 0, {"train": 20, "select": 0, "report": 0})
         assert ledger.count_missing(images(*range(20))) == 0
+
+
+class Unsteady(Target):
+    """A target that gives no answer in those of its calls that are named, each with what it says then."""
+
+    def __init__(self, failures):
+        super().__init__()
+        self.failures, self.calls = failures, 0
+
+    def __call__(self, pixels):
+        self.calls += 1
+        if failure := self.failures.get(self.calls):
+            raise failure
+        return super().__call__(pixels)
+
+
+def test_a_batch_without_an_answer_is_sent_again(path, ledger):
+    """After the seconds given, or more if the target asks for more; each attempt is on the account, as it happens."""
+    target = Unsteady({2: Unavailable("busy"), 3: Unavailable("busy", 7.5), 5: Unavailable("busy", 0.5)})
+    paused = []
+
+    def pause(seconds, error):
+        assert str(error) == "busy"
+        with Ledger(path, target="t") as other:
+            paused.append((seconds, *other.account()[:6]))
+
+    answers = ledger.ask(target, images(*range(6)), batch_size=2, waits=(1, 2), pause=pause)
+    np.testing.assert_array_equal(answers, logits_of(*range(6)))
+    assert target.sent == [*range(6)]
+    assert paused == [(1, 2, 2, 2, 0, 2, 0), (7.5, 2, 2, 2, 0, 4, 2), (1, 4, 4, 4, 0, 6, 4)]
+    assert ledger.account() == Account(6, 6, 6, 0, 6, 6, {"train": 6, "select": 0, "report": 0})
+
+
+def test_it_really_waits(ledger):
+    began = time.monotonic()
+    ledger.ask(Unsteady({1: Unavailable("busy", 0.1), 2: Unavailable("busy")}), images(0), waits=(0, 0.2))
+    assert 0.3 <= time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("waits", [(), (0,), (0, 0, 0)])
+def test_when_the_waits_are_used_up_the_error_goes_up(path, waits):
+    """Nothing that was answered before is lost, no budget is spent, and the next session asks for the rest."""
+    attempts = len(waits) + 1
+    target = Unsteady({call: Unavailable("the service is gone") for call in range(2, 2 + attempts)})
+    with Ledger(path, target="t", budget=6) as ledger:
+        with pytest.raises(Unavailable, match="the service is gone"):
+            ledger.ask(target, images(*range(6)), batch_size=2, waits=waits)
+        assert target.calls == 1 + attempts
+        assert ledger.account()[:6] == (2, 2, 2, 0, 2 * attempts, 2 * (attempts - 1))
+        assert ledger.spent() == 2
+    with Ledger(path, target="t", budget=6) as ledger:
+        np.testing.assert_array_equal(ledger.ask(target, images(*range(6))), logits_of(*range(6)))
+        assert ledger.account()[:6] == (6, 6, 6, 0, 2 * attempts, 2 * (attempts - 1))
+
+
+def test_other_errors_are_not_tried_again(ledger):
+    """Nor is an answer that cannot be used: asking again would bring the same."""
+    for failure in (ValueError("wrong"), ConnectionError("gone"), OSError(5, "broken")):
+        target = Unsteady({1: failure})
+        with pytest.raises(type(failure)):
+            ledger.ask(target, images(0), waits=(0, 0))
+        assert target.calls == 1
+    with pytest.raises(ValueError, match="1 images with shape"):
+        ledger.ask(lambda pixels: np.zeros(3), images(0), waits=(0, 0))
+    assert ledger.account()[:6] == (0, 0, 0, 0, 4, 0)
+
+
+def test_giving_up_while_waiting(ledger):
+    """The failed request is on record as such, and not as in flight."""
+    def stop(seconds, error):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ledger.ask(Unsteady({1: Unavailable("busy")}), images(0, 1), waits=(100,), pause=stop)
+    assert ledger.account()[:6] == (0, 0, 0, 0, 2, 0)
 
 
 # Asks for 0..99 in batches of 4; from batch `hang` on, the target does not come back.
@@ -170,7 +245,7 @@ def test_a_process_killed_while_it_asks_loses_nothing(path, ledger):
         try:
             assert process.stdout.readline() == "open\n"
             sent = [[int(n) for n in process.stdout.readline().split()] for _ in range(4)]
-            assert ledger.account() == Account(12, 12, 12, 4, {"train": 12, "select": 0, "report": 0})
+            assert ledger.account() == Account(12, 12, 12, 4, 0, 0, {"train": 12, "select": 0, "report": 0})
         finally:
             process.kill()
     assert process.returncode == -9
@@ -181,7 +256,7 @@ def test_a_process_killed_while_it_asks_loses_nothing(path, ledger):
         np.testing.assert_array_equal(later.read(images(*range(12))), logits_of(*range(12)))
         np.testing.assert_array_equal(later.ask(target, images(*range(100))), logits_of(*range(100)))
     assert sorted(target.sent) == list(range(12, 100))
-    assert ledger.account() == Account(100, 100, 100, 4, {"train": 100, "select": 0, "report": 0})
+    assert ledger.account() == Account(100, 100, 100, 4, 0, 0, {"train": 100, "select": 0, "report": 0})
 
 
 @pytest.mark.parametrize("answers", [1, 10, 30])
@@ -390,7 +465,7 @@ def test_train_and_select_share_the_budget_and_report_does_not(path):
             ledger.ask(refuse, images(4), purpose="select")
         ledger.ask(Target(), images(*range(120, 130)), purpose="report")
         assert ledger.spent() == 4
-        assert ledger.account() == Account(34, 34, 34, 0, {"train": 2, "select": 2, "report": 30})
+        assert ledger.account() == Account(34, 34, 34, 0, 0, 0, {"train": 2, "select": 2, "report": 30})
 
 
 def test_an_image_counts_for_the_purpose_that_it_was_first_answered_for(ledger):
@@ -419,7 +494,7 @@ def test_several_views_of_one_image_count_once(path):
             ledger.ask(refuse, views)
         answers = ledger.ask(Target(), views, of=of, batch_size=4)
         np.testing.assert_array_equal(answers, logits_of(*range(6)))
-        assert ledger.account() == Account(6, 2, 6, 0, {"train": 2, "select": 0, "report": 0})
+        assert ledger.account() == Account(6, 2, 6, 0, 0, 0, {"train": 2, "select": 0, "report": 0})
 
         target = Target()
         ledger.ask(target, images(6, 7), of=images(60, 50))  # further views of images that are paid for
@@ -480,7 +555,7 @@ def test_a_richer_answer_is_bought_anew_and_kept(ledger):
         target = Target(access)
         ledger.ask(target, images(0, 1, 2), access=access)
         assert target.sent == [0, 1, 2]
-        assert ledger.account() == Account(3 * calls, 3, 3, 0, {"train": 3, "select": 0, "report": 0})
+        assert ledger.account() == Account(3 * calls, 3, 3, 0, 0, 0, {"train": 3, "select": 0, "report": 0})
     for access in ACCESS:
         expected = derive(logits_of(2, 0), "logits", access)
         np.testing.assert_array_equal(ledger.ask(refuse, images(2, 0), access=access), expected)
@@ -548,7 +623,7 @@ BAD = {
 
 @pytest.mark.parametrize("spoil, message", BAD.values(), ids=BAD)
 def test_a_bad_answer_is_refused_and_the_former_ones_are_kept(path, ledger, spoil, message):
-    """It stays on the account as unanswered, and the same images can be asked again."""
+    """It stays on the account as failed, and the same images can be asked again."""
     batches = []
 
     def query(pixels):
@@ -559,7 +634,7 @@ def test_a_bad_answer_is_refused_and_the_former_ones_are_kept(path, ledger, spoi
     with pytest.raises(ValueError, match=message):
         ledger.ask(query, images(*range(6)), batch_size=2)
     assert batches == [[0, 1], [2, 3]]
-    assert ledger.account()[:4] == (2, 2, 2, 2)
+    assert ledger.account()[:6] == (2, 2, 2, 0, 2, 0)
     with Ledger(path, target="t") as later:
         assert later.count_missing(images(*range(6))) == 4
         np.testing.assert_array_equal(later.ask(Target(), images(*range(6))), logits_of(*range(6)))
@@ -578,7 +653,7 @@ def test_the_number_of_classes_stays_from_session_to_session(path, asked):
     with Ledger(path, target="t") as ledger:
         with pytest.raises(ValueError, match=r"\(1, 3\).*\b4\b"):
             ledger.ask(lambda pixels: np.ones((len(pixels), 3)), images(*asked))
-        assert ledger.account()[:4] == (2, 2, 2, 1)
+        assert ledger.account()[:6] == (2, 2, 2, 0, 1, 0)
 
 
 @pytest.mark.parametrize("content", [b"some text, longer than a header " * 9, b"\x00" * 4096, b"PK\x03\x04"])

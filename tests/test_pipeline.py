@@ -212,7 +212,7 @@ def test_budget(finished, command, tmp_path):
 def test_nothing_was_asked_twice(finished):
     """The ledger's account: every call answered a distinct image, none is in flight."""
     account = table(finished)["account"]
-    assert account == {"calls": 1797, "images": 1797, "views": 1797, "unanswered": 0,
+    assert account == {"calls": 1797, "images": 1797, "views": 1797, "unanswered": 0, "failed": 0, "retried": 0,
                        "purposes": {"train": 1437, "select": 0, "report": 360}}
     with sqlite3.connect(finished / "ledger.sqlite") as db:
         assert db.execute("SELECT COUNT(*), COUNT(DISTINCT image) FROM answers").fetchone() == (1797, 1797)

@@ -89,12 +89,13 @@ def test_same_ledger(workdirs):
     for root in (workdirs / "one", workdirs / "two"):
         with sqlite3.connect(root / "ledger.sqlite") as db:
             # A key holds the target's digest, and its weights differ in the last bit.
-            answers.append(dict(db.execute("SELECT image, scores FROM answers").fetchall()))
+            answers.append(dict(db.execute("SELECT image, scores FROM answers JOIN scores USING (row)").fetchall()))
         results = json.loads((root / "results.json").read_text())
         # Choosing by answers, two thirds of the pool are asked about before the rest, and a few for the smaller budget.
         select = results["account"]["purposes"]["select"]
         assert 958 <= select <= 958 + 48
         assert results["account"] == {"calls": 1797, "images": 1797, "views": 1797, "unanswered": 0,
+                                      "failed": 0, "retried": 0,
                                       "purposes": {"train": 1437 - select, "select": select, "report": 360}}
     assert answers[0].keys() == answers[1].keys() and len(answers[0]) == 1797
     for image, scores in answers[0].items():
@@ -125,6 +126,24 @@ def test_budget_between_rounds(workdirs, launch, tmp_path):
     with sqlite3.connect(tmp_path / "w/ledger.sqlite") as db:
         sent, = db.execute("SELECT SUM(views) FROM requests").fetchone()
     assert 48 <= sent <= 71 and all(f"{sent} of 71 queries are spent" in err for _, _, err in done)
+
+
+def test_target_elsewhere(launch, tmp_path):
+    """A Python function is called by the first process alone, once for each image, and both come to the table."""
+    (tmp_path / "own.py").write_text(
+        "import os\nfrom pathlib import Path\n\ndef scores(images):\n"
+        "    with open(Path(__file__).with_name('asked'), 'a') as log:\n"
+        "        log.write(f'{os.getpid()} {len(images)}\\n')\n"
+        "    return images.reshape(len(images), -1)[:, :10].astype('f4')\n")
+    running = launch(2, 2, "--config=configs/digits.py", "--config.seeds=(0,)", "--config.fractions=(0.05,)",
+                     "--config.inits=('none',)", "--config.also=()", "--config.distill.epochs=0.5",
+                     "--config.distill.min_steps=4", "--config.target.kind=callable",
+                     f"--config.target.path={tmp_path}/own.py:scores", f"--workdir={tmp_path}/w")
+    done = finish(running)
+    assert [status for status, _, _ in done] == [0, 0], done
+    asked = [line.split() for line in (tmp_path / "asked").read_text().splitlines()]
+    assert {process for process, _ in asked} == {str(running[0].pid)}
+    assert [int(images) for _, images in asked] == [64] * 5 + [40, 64, 7]
 
 
 def test_stop_and_go_on(launch, tmp_path):

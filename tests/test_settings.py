@@ -150,7 +150,14 @@ def test_warnings():
     ("budget", 0, "budget 0"),
     ("rounds", 0, "rounds 0 must be 1 or more"),
     ("also", ("none+margin",), "none [+] margin [+] logits [+] asked, which needs an encoder"),
-    ("target__kind", "served", "target.kind"),
+    ("target__kind", "servd", "target.kind has the unknown value 'servd'; did you mean 'served'"),
+    ("target__kind", "served", "target.kind=served needs --config.target.url=https://HOST:PORT"),
+    ("target__kind", "callable", "--config.target.path=FILE.py:function"),
+    ("target__access", "label", "target.access label is what target.kind=served and callable answer with"),
+    ("target__token_env", "s3cr3t", "must be the name of an environment variable in capitals"),
+    ("target__url", "http://me:word@host", "user's name or password"),
+    ("target__ca_file", "no.pem", "target.ca_file no.pem: no such file"),
+    ("target__rate", -1.0, "rate from 0 on"),
     ("student__arch", "resnet9", "student.arch"),
     ("pretrain__moco__batch_size", 1536, "larger than the pool of 1437"),
     ("pretrain__moco__batch_size", 97, "does not divide over 2 devices"),
@@ -174,3 +181,15 @@ def test_refused(key, value, message):
     with pytest.raises(ValueError, match=message) as caught:
         validate(digits(**{key: value}), DIGITS)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_what_a_target_does_not_show():
+    """What cannot be derived from the answers of somebody else's target is refused; what can is not."""
+    keys = dict(target__kind="callable", target__path="own.py:f")
+    for shown, levels in (("probs", ("probs", "label")), ("label", ("label",)), ("logits", ("logits", "probs"))):
+        validate(digits(**keys, target__access=shown, accesses=levels, also=()), DIGITS)
+    for shown, level in (("probs", "logits"), ("label", "probs")):
+        with pytest.raises(ValueError, match=f"accesses has '{level}', and a target of target.access={shown}"):
+            validate(digits(**keys, target__access=shown, accesses=(level,), also=()), DIGITS)
+    with pytest.raises(ValueError, match="accesses has 'probs'"):
+        validate(digits(**keys, target__access="label", accesses=("label",), also=("moco+probs",)), DIGITS)

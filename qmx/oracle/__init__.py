@@ -5,7 +5,7 @@ it reads the ledger.
 """
 
 from qmx.oracle.access import ACCESS
-from qmx.oracle.ledger import Account, BudgetSpent, Ledger
+from qmx.oracle.ledger import Account, BudgetSpent, Ledger, Unavailable
 from qmx.oracle.query import network_query
 
-__all__ = ["ACCESS", "Account", "BudgetSpent", "Ledger", "network_query"]
+__all__ = ["ACCESS", "Account", "BudgetSpent", "Ledger", "Unavailable", "network_query"]

@@ -1,6 +1,7 @@
 """Query functions: `images uint8[b, H, W, C] -> scores f32[b, N]`."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -9,6 +10,15 @@ from qmx.contract import Network, PyTree, View
 from qmx.evaluate import predict
 
 Query = Callable[[np.ndarray], np.ndarray]
+
+
+class Outside(NamedTuple):
+    """A target whose network is not ours to run."""
+
+    query: Query
+    name: str  # for people
+    sha256: str  # stands for it as the ledger's target
+
 
 # Names of ours -> the network's dtype, and how a GPU multiplies, by jax's names.
 PRECISIONS = {"float64": ("float64", "highest"), "float32": ("float32", "highest"),

@@ -8,16 +8,18 @@ import numpy as np
 from qmx.data import Source
 from qmx.data.batches import ahead
 from qmx.evaluate import ids_here
-from qmx.oracle import BudgetSpent
+from qmx.oracle import BudgetSpent, Unavailable
+from qmx.oracle.access import as_logits
 from qmx.oracle.ledger import keys_of, pixel_digests
 from qmx.oracle.query import Query
 from qmx.progress import Progress, progress
 from qmx.sharding import first, from_first, gathered
+from qmx.stages import outside
 from qmx.stages.run import Run
 from qmx.stages.target import open_ledger, preprocessing, target
 
 CHUNK = 4096  # images between two looks at the budget, 0.6 GB of them at 224 pixels
-BATCH = 256  # images in one request
+BATCH = 256  # images in one request to a target that is computed here
 
 
 def ask_about(this: Run, ask: Callable[[], Query], source: Source, ids: np.ndarray, purpose: str,
@@ -51,26 +53,36 @@ def ask_together(this: Run, ask: Callable[[], Query], images: np.ndarray, purpos
                  on_progress: Callable[[int, int], None]) -> None:
     """Answers for a chunk of images into the ledger, which the first process keeps.
 
-    The target computes in all processes: the others ask it the same batches as the ledger does, and
-    `on_progress` is called in all of them after each.
+    A target that is computed here computes in all processes: the others ask it the same batches as the ledger does. One
+    that is elsewhere is asked by the first process alone. `on_progress` is called in all of them after each batch.
     """
-    sha256 = target(this)["sha256"]
+    sha256, keys = target(this)["sha256"], this.config.target
+    elsewhere = keys.kind in outside.KINDS
+    size = keys.batch_size if elsewhere else BATCH
 
     def unanswered() -> list[int]:
         with open_ledger(this, sha256) as ledger:
-            return ledger.unanswered(images)
+            return ledger.unanswered(images, keys.access)
 
     rows = from_first(unanswered)
+    if rows:
+        ask()  # in all processes, and before anything is on record as sent
     if first():
         with open_ledger(this, sha256) as ledger:
-            ledger.ask(lambda batch: ask()(batch), images, purpose=purpose, batch_size=BATCH, on_progress=on_progress)
+            try:
+                ledger.ask(lambda batch: ask()(batch), images, purpose=purpose, access=keys.access, batch_size=size,
+                           waits=outside.waits(keys.retries), pause=partial(outside.pause, this),
+                           on_progress=on_progress)
+            except Unavailable as error:
+                raise Unavailable(f"{error} (what was answered is kept, and the same command goes on)") from None
     else:
-        for start in range(0, len(rows), BATCH):
-            ask()(images[rows[start : start + BATCH]])
-            on_progress(min(start + BATCH, len(rows)), len(rows))
+        for start in range(0, len(rows), size):
+            if not elsewhere:
+                ask()(images[rows[start : start + size]])
+            on_progress(min(start + size, len(rows)), len(rows))
 
 
-def read_answers(this: Run, keys: list[bytes], access: str = "logits") -> np.ndarray:
+def read_answers(this: Run, keys: list[bytes], access: str) -> np.ndarray:
     """The answers to images by their keys, f32[n, N], in every process."""
     sha256 = target(this)["sha256"]
 
@@ -79,6 +91,18 @@ def read_answers(this: Run, keys: list[bytes], access: str = "logits") -> np.nda
             return ledger.read_keys(keys, access)
 
     return from_first(read)
+
+
+def read_scores(this: Run, keys: list[bytes]) -> np.ndarray:
+    """All that the target shows of images by their keys, f32[n, N], as unnormalised log-probabilities."""
+    access = this.config.target.access
+    return as_logits(read_answers(this, keys, access), access)
+
+
+def shows(this: Run) -> dict:
+    """What `read_scores` depends on beside the target, as a stage's inputs."""
+    access = this.config.target.access
+    return {"shows": access} if access != "logits" else {}
 
 
 def afford(this: Run, source: Source, ids: np.ndarray) -> None:

@@ -17,7 +17,7 @@ from qmx.oracle.select import NEED_FEATURES, select
 from qmx.progress import say
 from qmx.settings import Cell, cells
 from qmx.sharding import first, from_first
-from qmx.stages.answers import ask_about, read_answers
+from qmx.stages.answers import ask_about, read_scores, shows
 from qmx.stages.encoders import features, pretrain
 from qmx.stages.rounds import in_rounds, inputs_of
 from qmx.stages.run import Run
@@ -79,7 +79,7 @@ def query(this: Run, todo: list[Cell]) -> dict:
                                         ("train", this.data.pool, ids)):
             keys[purpose] = ask_about(this, ask, source, wanted, purpose, f"query for {purpose}")
             if purpose == "report":
-                answers = read_answers(this, keys["report"])
+                answers = read_scores(this, keys["report"])
                 measured = {f"top{k}": top_k(answers, evaluation.labels, k) for k in (1, 5)}
                 if warning := unexpected(this.config.target.expect, measured, evaluation.size):
                     say(f"warning: {warning}")
@@ -93,7 +93,7 @@ def query(this: Run, todo: list[Cell]) -> dict:
         return {"images": len(ids), **measured}
 
     inputs = {"target": target(this)["sha256"], "preprocessing": preprocessing(this),
-              "images": zlib.crc32(ids.tobytes())}
+              "images": zlib.crc32(ids.tobytes()), **shows(this)}
     return this.stage("query", ".", inputs, work)
 
 

@@ -18,7 +18,7 @@ from qmx.methods import fixmatch
 from qmx.oracle.access import as_logits
 from qmx.propagate import propagate
 from qmx.settings import Cell, percent, recipe_name, recipe_of
-from qmx.stages.answers import read_answers
+from qmx.stages.answers import read_answers, read_scores, shows
 from qmx.stages.asking import evaluation_keys, pool_keys, query, selection
 from qmx.stages.encoders import features, pretrain, read_encoder
 from qmx.stages.rounds import asked_to_choose
@@ -88,11 +88,11 @@ def evaluate(this: Run, cell: Cell, todo: list[Cell]) -> dict:
         weights = read_weights(this, network, f"distill/{cell.name}/student.safetensors")
         scores = outputs(this, f"evaluate {cell.name}", network, weights, evaluation)
         query(this, todo)
-        answers = read_answers(this, evaluation_keys(this))
+        answers = read_scores(this, evaluation_keys(this))
         queries = {"train": made["queries"] - chose, "select": chose, "report": len(answers)}
         return {**cell._asdict(), "queries": queries, "calls": sum(queries.values()),
                 **compare(scores, answers, evaluation.labels), "seconds": made["seconds"], "recipe": made["recipe"]}
 
     inputs = {"student": made["sha256"], "target": target(this)["sha256"], "preprocessing": preprocessing(this),
-              **({"select": chose} if chose else {})}
+              **({"select": chose} if chose else {}), **shows(this)}
     return this.stage("evaluate", cell.name, inputs, work)

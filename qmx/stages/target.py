@@ -1,4 +1,4 @@
-"""The target: trained here, or made of weights that the user has; and the questions to it."""
+"""The target: trained here, made of weights that the user has, or elsewhere; and the questions to it."""
 
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,18 @@ from qmx.models import from_torch
 from qmx.oracle import Ledger, network_query
 from qmx.oracle.access import one_hot_logits
 from qmx.oracle.query import Query
+from qmx.stages import outside
 from qmx.stages.run import Run, plain, read_weights, root_key
 
 WEIGHTS = "target/target.safetensors"
 
 
 def target(this: Run) -> dict:
-    """The target's name, weights and network: trained on the pool's labels, or converted from PyTorch's."""
+    """The target's name and digest; its weights and network, trained on the pool's labels or converted from PyTorch's,
+    unless it is elsewhere."""
     keys = this.config.target
+    if keys.kind in outside.KINDS:
+        return this.stage("target", ".", outside.inputs_of(keys), lambda _: outside.describe(keys, this.data))
     if keys.kind == "torch":
         inputs = {"arch": keys.arch, "file": file_digest(keys.path)}
         return this.stage("target", ".", inputs, lambda directory: _convert(this, directory))
@@ -86,8 +90,10 @@ class Labels:
 
 
 def target_query(this: Run) -> Query:
-    """The query function around the target's weights."""
+    """The query function around the target's weights, or around what is elsewhere."""
     made, keys, seen = target(this), this.config.target, build.look(this.data)
+    if keys.kind in outside.KINDS:
+        return outside.query_of(keys, this.data, made["sha256"])
     network: Network = build.classifier(made["arch"], build.evaluated_in(keys.precision), seen)
     weights = read_weights(this, network, WEIGHTS)
     folded, weights = build.for_inference(made["arch"], keys.precision, seen, weights)
@@ -96,10 +102,12 @@ def target_query(this: Run) -> Query:
 
 def preprocessing(this: Run) -> str:
     """What happens between the pixels sent and the answer, for the ledger: other settings, other answers."""
+    if this.config.target.kind in outside.KINDS:
+        return "as-is"  # nothing of ours
     return f"mean {this.data.mean}, std {this.data.std}, {this.config.target.precision}"
 
 
 def open_ledger(this: Run, sha256: str) -> Ledger:
     """The ledger of the target with this digest, with the config's budget; for the first process alone."""
     return Ledger(this.workdir / "ledger.sqlite", target=sha256, preprocessing=preprocessing(this),
-                  budget=this.config.budget)
+                  budget=this.config.budget, dtype=this.config.ledger_dtype)

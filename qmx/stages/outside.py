@@ -1,0 +1,89 @@
+"""Targets that others compute: a served model, a Python function. The first process alone asks them."""
+
+import time
+from typing import Any
+
+import numpy as np
+
+from qmx.data import Dataset
+from qmx.oracle import Unavailable, function
+from qmx.oracle.query import Outside, Query
+from qmx.progress import say
+from qmx.sharding import from_first
+from qmx.stages.run import Run
+from qmx.train import Stopped
+
+KINDS = ("served", "callable")
+WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)  # seconds before each further attempt at a batch; then the last again
+
+
+def connect(keys: Any, data: Dataset) -> Outside:
+    """The target that the config's `target` names. The server is asked about it, and it is asked nothing.
+
+    Raises:
+      ValueError, Unavailable: it cannot be the target of `data`, or is not there.
+    """
+    if keys.kind == "callable":
+        return function.connect(keys.path, classes=data.classes, access=keys.access)
+    from qmx.oracle import served  # brings urllib3, which is not on every machine
+
+    return served.connect(
+        keys.url, keys.model, shape=data.shape, classes=data.classes, version=keys.version, input=keys.input,
+        output=keys.output, access=keys.access, token_env=keys.token_env, ca_file=keys.ca_file, timeout=keys.timeout,
+        rate=keys.rate)
+
+
+def describe(keys: Any, data: Dataset) -> dict:
+    """The name and digest of the target, in every process."""
+
+    def look() -> dict:
+        found = connect(keys, data)
+        return {"name": found.name, "sha256": found.sha256}
+
+    return from_first(look)
+
+
+def inputs_of(keys: Any) -> dict:
+    """What the name and digest depend on, as a stage's inputs; read from the config, so that no server is needed."""
+    if keys.kind == "callable":
+        return {"path": keys.path, "file": function.digest(keys.path)}
+    return {key: keys[key] for key in ("url", "model", "version", "input", "output")}
+
+
+def query_of(keys: Any, data: Dataset, sha256: str) -> Query:
+    """The query function of the target with this digest; to be made in all processes, and called in the first.
+
+    Raises:
+      ValueError: another one is there now.
+    """
+    made: list[Query] = []
+
+    def look() -> None:
+        found = connect(keys, data)
+        if found.sha256 != sha256:
+            raise ValueError(f"{found.name} is not what it was when this workdir was begun: its version, or what the "
+                             "server says of its inputs and outputs; take another --workdir, so that answers of two "
+                             "models are not mixed")
+        made.append(found.query)
+
+    from_first(look)
+    return made[0] if made else _not_here
+
+
+def _not_here(images: np.ndarray) -> np.ndarray:
+    raise AssertionError(f"only the first process asks, and another one has {len(images)} images to ask about")
+
+
+def waits(retries: int) -> list[float]:
+    """Seconds before each further attempt at a batch."""
+    return [*WAITS, *[WAITS[-1]] * retries][:retries]
+
+
+def pause(this: Run, seconds: float, why: Unavailable) -> None:
+    """Wait, and say why. Raises Stopped when this process is told to stop meanwhile."""
+    say(f"{why} (asked again in {seconds:g} s)")
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        if this.stopped():
+            raise Stopped(f"stopped while waiting for the target ({why})")
+        time.sleep(min(left, 0.2))

@@ -1,0 +1,211 @@
+"""A small server of the Open Inference Protocol v2, with models that go wrong, for the tests.
+
+    python tests/oip_server.py --log=FILE [--delay=SECONDS] [--binary] [--cert=PEM --key=PEM] [--token=TOKEN]
+
+Prints its port on loopback. Each fault is a model, called what it does; "digits" answers well. The log has a line for
+each inference request, written before it is answered: the time, the model, and the SHA-256 of each image's pixels.
+"""
+
+import argparse
+import collections
+import hashlib
+import json
+import socket
+import ssl
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+
+ELSEWHERE = "http://example.invalid/v2"
+
+
+def scores_of(images):
+    """Logits of digits: minus the mean squared distance to each class's mean image; uint8[b, 8, 8, 1] -> f32[b, 10]."""
+    distance = images.reshape(len(images), 1, -1).astype(np.float32) - means()
+    return (-(distance**2).mean(2) / 300).astype(np.float32)
+
+
+def means():
+    """The ten mean images, drawn with a fixed seed: no labels are needed to be a target."""
+    return np.random.default_rng(0).integers(0, 256, (10, 64)).astype(np.float32)
+
+
+# Of each model, what it says of itself; the rest is as "digits" has it.
+SAYS = {
+    "floats": {"inputs": [{"name": "image", "datatype": "FP32", "shape": [-1, 8, 8, 1]}]},
+    "channels_first": {"inputs": [{"name": "image", "datatype": "FP32", "shape": [-1, 1, 8, 8]}]},
+    "texts": {"inputs": [{"name": "image", "datatype": "BYTES", "shape": [-1]}]},
+    "two_inputs": {"inputs": [{"name": name, "datatype": "UINT8", "shape": [-1, 8, 8, 1]} for name in "ab"]},
+    "thousand": {"outputs": [{"name": "scores", "datatype": "FP32", "shape": [-1, 1000]}]},
+    "numbers": {"outputs": [{"name": "scores", "datatype": "INT64", "shape": [-1]}]},
+    "versions": {"versions": ["1", "2"]},
+    "unsaid": {"inputs": [], "outputs": [], "versions": None},
+    "odd": {"inputs": [{"title": "image"}]},
+}
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def reply(self, value, status=200, **headers):
+        body = value if isinstance(value, bytes) else json.dumps(value).encode()
+        self.send_response(status)
+        headers = {"Content_Type": "application/json", "Content_Length": len(body), **headers}
+        for name, word in headers.items():
+            if word is not None:
+                self.send_header(name.replace("_", "-"), str(word))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def allowed(self):
+        given = self.headers.get("Authorization", "")
+        if self.server.token and given != f"Bearer {self.server.token}":
+            self.reply({"error": f"not allowed with {given}"}, 401)
+            return False
+        return True
+
+    def hang_up(self):
+        self.wfile.flush()
+        self.connection.shutdown(socket.SHUT_RDWR)
+        self.close_connection = True
+
+    def do_GET(self):
+        if not self.allowed():
+            return
+        parts = self.path.strip("/").split("/")
+        if parts[0] != "v2":
+            self.reply({"error": "not here"}, 404)
+        elif parts == ["v2"]:
+            self.reply({"name": "test", "version": "1", "extensions": ["binary_tensor_data"] * self.server.binary})
+        elif len(parts) > 2 and parts[2] == "absent":
+            self.reply({"error": "Request for unknown model: 'absent' is not found"}, 404)
+        elif parts[-1] == "ready":
+            self.reply({"name": parts[2], "ready": parts[2] != "loading"})
+        else:
+            self.reply({"name": parts[2], "versions": ["1"], "platform": "test",
+                        "inputs": [{"name": "image", "datatype": "UINT8", "shape": [-1, 8, 8, 1]}],
+                        "outputs": [{"name": "scores", "datatype": "FP32", "shape": [-1, 10]}],
+                        **SAYS.get(parts[2], {})})
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if not self.allowed():
+            return
+        model = self.path.split("/")[3]
+        length = int(self.headers.get("Inference-Header-Content-Length", len(body)))
+        request = json.loads(body[:length])
+        given = request["inputs"][0]
+        assert given["datatype"] == ("FP32" if model == "floats" else "UINT8"), given["datatype"]
+        dtype = "<f4" if model == "floats" else "u1"
+        flat = np.frombuffer(body[length:], dtype) if length < len(body) else np.array(given["data"], dtype)
+        images = flat.reshape(given["shape"]).astype(np.uint8)
+        self.server.note(f"{time.time()} {model} "
+                         + " ".join(hashlib.sha256(image.tobytes()).hexdigest() for image in images))
+        time.sleep(self.server.delay)
+        self.server.met[model] += 1
+        self.answer(model, request, scores_of(images))
+
+    def answer(self, model, request, scores):
+        met, answer = self.server.met[model], {"id": request["id"], "model_name": model, "model_version": "1"}
+        if model == "slow":
+            time.sleep(3)
+        elif model == "down":
+            return self.reply({"error": "a worker died"}, 500)
+        elif model == "busy" and met < 3:
+            return self.reply({"error": "busy"}, 503, Retry_After=1)
+        elif model == "flaky" and met % 2:
+            return self.reply(b"<html>bad gateway</html>", 502)
+        elif model == "closed":
+            return self.reply({"error": "come tomorrow"}, 429, Retry_After=86400)
+        elif model == "refusing":
+            return self.reply({"error": "the input is bad"}, 400)
+        elif model == "moved":
+            return self.reply(b"", 302, Location=ELSEWHERE)
+        elif model == "hangs_up":
+            return self.hang_up()
+        elif model == "page":
+            return self.reply(b"<html>welcome</html>")
+        elif model == "nested":
+            return self.reply(b"[" * 100_000)
+        elif model == "nan":
+            scores[1, 2] = np.nan
+        elif model == "eleven":
+            scores = np.concatenate([scores, scores[:, :1]], 1)
+        elif model == "half":
+            scores = scores[: len(scores) // 2]
+        elif model == "numbers":
+            scores = scores.argmax(1)
+        elif model == "probs":
+            scores = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+        elif model == "other_id":
+            answer["id"] = "0"
+        elif model == "replaced":
+            answer["model_version"] = "2"
+        output = {"name": "logits" if model == "renamed" else "scores", "datatype": "FP32", "shape": list(scores.shape),
+                  "data": scores.ravel().tolist()}
+        if model == "numbers":
+            output["datatype"] = "INT64"
+        elif model == "null":
+            output["data"][3] = None
+        elif model == "short":
+            output["data"] = output["data"][: len(output["data"]) // 2]
+        elif model == "words":
+            output["datatype"] = "BYTES"
+        answer["outputs"] = [output]
+        if self.server.binary:
+            del output["data"]
+            tensor = np.ascontiguousarray(scores, "<i8" if model == "numbers" else "<f4").tobytes()
+            output["parameters"] = {"binary_data_size": len(tensor)}
+            # Another output before it, as a model may have.
+            answer["outputs"].insert(0, {"name": "rest", "datatype": "UINT8", "shape": [3],
+                                         "parameters": {"binary_data_size": 3}})
+            head = json.dumps(answer).encode()
+            return self.reply(head + b"abc" + tensor, Inference_Header_Content_Length=len(head))
+        body = json.dumps(answer).encode()
+        if model in ("cut", "cut_unsaid"):
+            self.reply(body[: len(body) // 2], Content_Length=len(body) if model == "cut" else None)
+            self.hang_up()
+        elif model == "drips":
+            self.reply(b"", Content_Length=len(body))
+            for place in range(len(body)):
+                self.wfile.write(body[place : place + 1])
+                time.sleep(0.05)
+        else:
+            self.reply(body)
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_):  # clients are killed here on purpose
+        pass
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--log", required=True)
+    parser.add_argument("--delay", type=float, default=0.0)
+    parser.add_argument("--binary", action="store_true")
+    parser.add_argument("--token", default="")
+    parser.add_argument("--cert")
+    parser.add_argument("--key")
+    given = parser.parse_args()
+    server = Server(("127.0.0.1", 0), Handler)
+    log = open(given.log, "a")
+    server.note = lambda line: (log.write(line + "\n"), log.flush())
+    server.delay, server.binary, server.token = given.delay, given.binary, given.token
+    server.met = collections.Counter()
+    if given.cert:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(given.cert, given.key)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    print(server.server_address[1], flush=True)
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()
