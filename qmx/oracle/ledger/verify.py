@@ -47,6 +47,8 @@ def problems(path: Path, on_progress: Callable[[int, int], None] = lambda done, 
             try:
                 check_tables(db)
             except sqlite3.OperationalError as error:
+                if path.with_name(path.name + "-wal").exists():  # where they may be, behind what is damaged
+                    return [*found, f"SQLite: {error}"]
                 raise ValueError(f"{path} cannot be used as a ledger: {error}") from None
             found += [f"SQLite: {line}" for line in _first(line for line, in db.execute("PRAGMA integrity_check(100)"))
                       if line != "ok"]
