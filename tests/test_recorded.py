@@ -49,7 +49,8 @@ def test_recorded_answers_count_when_they_are_used(tmp_path):
 
 
 def test_a_richer_answer_of_ones_own_stays(tmp_path):
-    save(tmp_path / "t.npz", TABLE._replace(scores=np.eye(4, dtype=np.float32)[[0] * 20], access=np.array(["label"] * 20)))
+    labels = np.eye(4, dtype=np.float32)[[0] * 20]
+    save(tmp_path / "t.npz", TABLE._replace(scores=labels, access=np.array(["label"] * 20)))
     with Ledger(tmp_path / "ledger.sqlite", target="owner's") as ledger:
         ledger.ask(Target(), images(0))
         enter(ledger, tmp_path / "t.npz")
