@@ -18,7 +18,7 @@ from qmx.settings import USES, base, cells, columns, distilling, encoders, leave
 from qmx.sharding import check_batch
 
 INITS = ("none", "rotation", "moco", "simsiam", "imported")
-TARGETS = ("train", "torch", "served", "callable")
+TARGETS = ("train", "torch", "served", "callable", "recorded")
 LEARN_FROM = ("scores", "labels")
 HEADS = ("mlp", "linear")
 DTYPES = ("float64", "float32", "bfloat16")
@@ -107,7 +107,7 @@ def _problems(config: Any, data: Dataset) -> Iterator[str]:
             yield str(error)
     if any(column.select == "list" for column in shown) and not config.lists:
         yield "the selection 'list' needs --config.lists, files of image names"
-    files = {"target.path": config.target.path if config.target.kind == "torch" else "",
+    files = {"target.path": config.target.path if config.target.kind in ("torch", "recorded") else "",
              "target.ca_file": config.target.ca_file,
              **{f"pretrain.{init}.path": keys.path for init, keys in config.pretrain.items()},
              **{f"lists[{place}]": path for place, path in enumerate(config.lists)}}
@@ -203,10 +203,12 @@ def _target_problems(keys: Any) -> Iterator[str]:
     if keys.kind == "torch" and not keys.path:
         yield "target.kind=torch needs the weights: --config.target.path=FILE.pth"
     if keys.kind in ("train", "served") and keys.path:
-        yield (f"target.path {keys.path} is read by target.kind=torch and callable alone; set one of them, or leave "
-               "the path out")
+        yield (f"target.path {keys.path} is read by target.kind=torch, callable and recorded alone; set one of them, "
+               "or leave the path out")
     if keys.kind == "callable" and not keys.path:
         yield "target.kind=callable needs the function: --config.target.path=FILE.py:function"
+    if keys.kind == "recorded" and not keys.path:
+        yield "target.kind=recorded needs the answers: --config.target.path=ANSWERS.npz or .parquet"
     if keys.kind == "served" and not (keys.url and keys.model):
         yield "target.kind=served needs --config.target.url=https://HOST:PORT and --config.target.model=NAME"
     yield from choice("target.access", keys.access, access.ACCESS)

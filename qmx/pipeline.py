@@ -28,8 +28,8 @@ from qmx.progress import say
 from qmx.reach import reached
 from qmx.settings import Cell, cells, encoders
 from qmx.sharding import from_first
-from qmx.stages import outside
-from qmx.stages.asking import query, selection, unexpected
+from qmx.stages import outside, recorded
+from qmx.stages.asking import chosen_up_front, query, selection, unexpected
 from qmx.stages.encoders import converted as converted_encoder
 from qmx.stages.encoders import monitor, pretrain
 from qmx.stages.run import Run, plain
@@ -85,6 +85,8 @@ def check_weights(config: Any, data: Dataset) -> None:
     not, and Unavailable if it is not there; nothing is written."""
     if config.target.kind in outside.KINDS:
         outside.describe(config.target, data)
+    if config.target.kind == "recorded":
+        recorded.refuse_missing(Path(config.target.path), data, chosen_up_front(config, data))
     if config.target.kind == "torch":
         converted_target(config.target, data)
     for init in encoders(config):

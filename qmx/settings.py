@@ -111,14 +111,16 @@ def base() -> ConfigDict:
 
     config.target = training(
         # train: on the pool's labels; torch: PyTorch weights from `path`; served: by a server of the Open Inference
-        # Protocol v2; callable: a Python function. The last two have batch_size images in a request.
+        # Protocol v2; callable: a Python function. The last two have batch_size images in a request. recorded: a table
+        # of answers, qmx/oracle/recorded.py; nothing beyond can be asked.
         kind="train",
         arch="resnet50",  # torch: checked against the weights; "" takes what they are
         seed=0,
-        path="",  # torch: .safetensors, .pth, .pth.tar; callable: FILE.py:function or module:function
+        # torch: .safetensors, .pth, .pth.tar; callable: FILE.py:function or module:function; recorded: .npz, .parquet
+        path="",
         expect=(),  # torch: top-1 and top-5 that it is known to have; a warning if it has not
         precision="float32",  # of its answers: float64 (its training's too), float32, tf32, bfloat16
-        access="logits",  # served, callable: what it answers with: logits, probs, label
+        access="logits",  # served, callable, recorded: what it answers with: logits, probs, label
         retries=5,  # served, callable: further attempts at a batch, after 1, 2, 4 .. 60 seconds or what the server says
         # served; qmx/oracle/served.py:
         url="",  # http://HOST:PORT or https://

@@ -27,7 +27,7 @@ TINY = ["--config=configs/digits.py", "--config.seeds=(0,)", "--config.fractions
 def pytest_collection_modifyitems(items):
     """With several workers: a file's tests stay together, and so do those that share the tiny run."""
     for item in items:
-        shared = item.path.stem in ("test_pipeline", "test_kill", "test_main", "test_faults")
+        shared = item.path.stem in ("test_pipeline", "test_kill", "test_main", "test_faults", "test_recorded")
         together = "commands" if shared else item.path.stem
         item.add_marker(pytest.mark.xdist_group(together))
 

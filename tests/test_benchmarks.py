@@ -108,3 +108,11 @@ def test_selection(environment):
                           "--classes=5", "--ways", *ways], cwd=ROOT, env=environment, capture_output=True, text=True,
                          check=True).stdout
     assert [*json.loads(out.splitlines()[-1])["seconds"]] == ways
+
+
+def test_ledger(environment):
+    """A time for each part."""
+    out = subprocess.run([sys.executable, "benchmarks/ledger.py", "--rows=5000", "--classes=10", "--budget"], cwd=ROOT,
+                         env=environment, capture_output=True, text=True, check=True).stdout
+    figures = json.loads(out.splitlines()[-1])
+    assert [*figures["parts"]] == ["write", "resume", "read"] and figures["file_bytes"] > 5000 * 20

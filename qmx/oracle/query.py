@@ -18,6 +18,7 @@ class Outside(NamedTuple):
     query: Query
     name: str  # for people
     sha256: str  # stands for it as the ledger's target
+    preprocessing: str = "as-is"  # what its owner does to the images; a name for the ledger
 
 
 # Names of ours -> the network's dtype, and how a GPU multiplies, by jax's names.

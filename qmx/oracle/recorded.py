@@ -66,7 +66,7 @@ def load(path: Path) -> Recorded:
         raise ValueError(f"{path} has several answers to one image; keep one of each")
     texts = {name: np.broadcast_to(columns[name], len(image)) for name in COLUMNS[2:]}
     for name in ("target", "preprocessing"):
-        if len(found := np.unique(texts[name])) > 1:
+        if len(found := np.unique(texts[name]).tolist()) > 1:
             raise ValueError(f"{path} holds answers of several {name}s, {found[0]!r} and {found[1]!r}; take one for "
                              "each table, as `python -m qmx.oracle.ledger export --target` does")
     if unknown := {*np.unique(texts["access"]).tolist()} - {*ACCESS}:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from qmx.oracle.ledger import keys_of, pixel_digests
 from qmx.oracle.query import Query
 from qmx.progress import Progress, progress
 from qmx.sharding import first, from_first, gathered
-from qmx.stages import outside
+from qmx.stages import outside, recorded
 from qmx.stages.run import Run
 from qmx.stages.target import open_ledger, preprocessing, target
 
@@ -26,12 +27,19 @@ def ask_about(this: Run, ask: Callable[[], Query], source: Source, ids: np.ndarr
               name: str) -> list[bytes]:
     """Answers for images of a source into the ledger, with progress called `name`; returns their keys."""
     keys: list[bytes] = []
+    if this.config.target.kind == "recorded":
+        from_first(partial(_enter, this))
     with progress(name, len(ids), unit="images") as shown:
         for images in read_together(source.shown, ids):
             ask_together(this, ask, images, purpose, partial(_answered, this, shown, name, len(keys), len(ids)))
             keys += keys_of(images, target(this)["sha256"], preprocessing(this))
             shown.update(len(keys))
     return keys
+
+
+def _enter(this: Run) -> None:
+    with open_ledger(this, target(this)["sha256"]) as ledger:
+        recorded.enter(ledger, Path(this.config.target.path))
 
 
 def _answered(this: Run, shown: Progress, name: str, before: int, total: int, answered: int, _: int) -> None:
@@ -65,6 +73,9 @@ def ask_together(this: Run, ask: Callable[[], Query], images: np.ndarray, purpos
             return ledger.unanswered(images, keys.access)
 
     rows = from_first(unanswered)
+    if rows and keys.kind == "recorded":
+        raise ValueError(f"{keys.path} has no answer to {len(rows)} of {len(images)} images that are asked about for "
+                         f"{purpose}; record those too, or lower --config.fractions")
     if rows:
         ask()  # in all processes, and before anything is on record as sent
     if first():

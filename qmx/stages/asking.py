@@ -131,14 +131,19 @@ def check_budget(config: Any, directory: Path, data: Dataset) -> None:
     Raises:
       ValueError: a selection that cannot be made of this pool.
     """
-    wanted = {(c.select, c.seed, c.fraction): c for c in cells(config)}.values()
-    known, largest = set[int](), 0
-    for cell in wanted:
-        size = subset_size(cell.fraction, data.pool.size)
-        largest = max(largest, size)
-        if cell.select not in NEED_FEATURES:
-            known.update(select(cell.select, data.pool, size, cell.seed, config.lists).tolist())
-    refuse_beyond(config.budget, max(len(known), largest), directory)
+    largest = max(subset_size(cell.fraction, data.pool.size) for cell in cells(config))
+    refuse_beyond(config.budget, max(len(chosen_up_front(config, data)), largest), directory)
+
+
+def chosen_up_front(config: Any, data: Dataset) -> np.ndarray:
+    """The pool's images that the grid asks about whatever the features and answers will be, i64[n], in order.
+
+    Raises:
+      ValueError: a selection that cannot be made of this pool.
+    """
+    wanted = {(c.select, c.seed, c.fraction): c for c in cells(config) if c.select not in NEED_FEATURES}.values()
+    ids = [select(c.select, data.pool, subset_size(c.fraction, data.pool.size), c.seed, config.lists) for c in wanted]
+    return np.unique(np.concatenate([*ids, np.zeros(0, np.int64)]))
 
 
 def refuse_beyond(budget: int | None, images: int, directory: Path) -> None:

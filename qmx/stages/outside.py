@@ -1,19 +1,22 @@
-"""Targets that others compute: a served model, a Python function. The first process alone asks them."""
+"""Targets that others compute, or did: a served model, a Python function, recorded answers. The first process alone
+asks them."""
 
 import time
 from typing import Any
 
 import numpy as np
 
+from qmx.checkpoint import file_digest
 from qmx.data import Dataset
 from qmx.oracle import Unavailable, function
 from qmx.oracle.query import Outside, Query
 from qmx.progress import say
 from qmx.sharding import from_first
+from qmx.stages import recorded
 from qmx.stages.run import Run
 from qmx.train import Stopped
 
-KINDS = ("served", "callable")
+KINDS = ("served", "callable", "recorded")
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)  # seconds before each further attempt at a batch; then the last again
 
 
@@ -25,6 +28,8 @@ def connect(keys: Any, data: Dataset) -> Outside:
     """
     if keys.kind == "callable":
         return function.connect(keys.path, classes=data.classes, access=keys.access)
+    if keys.kind == "recorded":
+        return recorded.connect(keys, data)
     from qmx.oracle import served  # brings urllib3, which is not on every machine
 
     return served.connect(
@@ -38,7 +43,7 @@ def describe(keys: Any, data: Dataset) -> dict:
 
     def look() -> dict:
         found = connect(keys, data)
-        return {"name": found.name, "sha256": found.sha256}
+        return {"name": found.name, "sha256": found.sha256, "preprocessing": found.preprocessing}
 
     return from_first(look)
 
@@ -47,6 +52,8 @@ def inputs_of(keys: Any) -> dict:
     """What the name and digest depend on, as a stage's inputs; read from the config, so that no server is needed."""
     if keys.kind == "callable":
         return {"path": keys.path, "file": function.digest(keys.path)}
+    if keys.kind == "recorded":
+        return {"file": file_digest(keys.path)}
     return {key: keys[key] for key in ("url", "model", "version", "input", "output")}
 
 

@@ -103,7 +103,7 @@ def target_query(this: Run) -> Query:
 def preprocessing(this: Run) -> str:
     """What happens between the pixels sent and the answer, for the ledger: other settings, other answers."""
     if this.config.target.kind in outside.KINDS:
-        return "as-is"  # nothing of ours
+        return target(this)["preprocessing"]  # nothing of ours
     return f"mean {this.data.mean}, std {this.data.std}, {this.config.target.precision}"
 
 

@@ -92,8 +92,10 @@ def verify(path: Path, out: Path) -> int:
     print("\n".join([f"{path} is damaged", *(f"  {line}" for line in found)]))
     with progress(f"recover {path.name}", 100, unit="per cent") as shown:
         back = recover(path, out, lambda done, total: shown.update(100 * done // total))
-    share = f"{back.answers} of {back.of} answers ({100 * back.answers / max(back.of, 1):.2f} %)"
-    print(f"{share} are as they were written; they are in {back.path}, and {path} is as it was")
+    share = 100 * back.answers / max(back.of, 1)
+    print(f"{back.answers} of {back.of} answers of which there are traces ({share:.2f} %) are as they were written; "
+          f"they are in {back.path}, and {path} is as it was")
+    print(f"the requests on record brought {back.asked} answers; what is missing can be asked for again")
     if back.lost_requests:
         print(f"{back.lost_requests} of them lost the record of their request; they count for train")
     return DAMAGED

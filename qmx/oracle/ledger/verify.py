@@ -26,7 +26,8 @@ class Recovered(NamedTuple):
 
     path: Path
     answers: int  # recovered; each is as it was written
-    of: int  # answers that there were, as far as their highest row number tells
+    of: int  # answers of which there are traces: the highest row number
+    asked: int  # images sent in answered requests whose records came back
     lost_requests: int  # recovered answers whose target was found by their key, and that count for "train"
 
 
@@ -39,13 +40,15 @@ def problems(path: Path, on_progress: Callable[[int, int], None] = lambda done, 
     Raises:
       ValueError: the file is whole and is no ledger.
     """
-    found = []
+    found = _cut(path)
     try:
         db = read_only(path)
         try:
             try:
                 check_tables(db)
             except sqlite3.OperationalError as error:
+                if path.with_name(path.name + "-wal").exists():  # where they may be, behind what is damaged
+                    return [*found, f"SQLite: {error}"]
                 raise ValueError(f"{path} cannot be used as a ledger: {error}") from None
             found += [f"SQLite: {line}" for line in _first(line for line, in db.execute("PRAGMA integrity_check(100)"))
                       if line != "ok"]
@@ -79,12 +82,25 @@ def recover(path: Path, out: Path, on_progress: Callable[[int, int], None] = lam
         highest = _collect(db, path, on_progress)
         lost = _keep_whole(db)
         answers = db.execute("SELECT COUNT(*) FROM answers").fetchone()[0]
+        asked = db.execute("SELECT COALESCE(SUM(views * answered), 0) FROM requests").fetchone()[0]
         db.execute("COMMIT")
         db.close()
         part.replace(out)
     finally:
         part.unlink(missing_ok=True)
-    return Recovered(out, answers, highest, lost)
+    return Recovered(out, answers, highest, asked, lost)
+
+
+def _cut(path: Path) -> list[str]:
+    """A line if the file is shorter than its head says."""
+    with open(path, "rb") as file:
+        head = file.read(32)
+    if head[:15] != b"SQLite format 3":
+        return []
+    size = int.from_bytes(head[16:18])
+    whole = (65536 if size == 1 else size) * int.from_bytes(head[28:32])
+    have = path.stat().st_size
+    return [f"the file ends after {have} of {whole} bytes"] if have < whole else []
 
 
 def _wrong_answers(db: sqlite3.Connection, on_progress: Callable[[int, int], None]) -> list[str]:

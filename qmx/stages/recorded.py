@@ -1,0 +1,77 @@
+"""Targets that are a table of recorded answers: into the ledger with them, and no question beyond."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qmx.data import Dataset, Source
+from qmx.oracle import access as levels
+from qmx.oracle.ledger import Ledger, keys_of_digests, pixel_digests
+from qmx.oracle.query import Outside
+from qmx.oracle.recorded import CHUNK, Recorded, load
+from qmx.progress import progress
+
+
+def connect(keys: Any, data: Dataset) -> Outside:
+    """The target whose answers the table at the config's `target.path` holds.
+
+    Raises:
+      ValueError: the table cannot be read, or is not of `data`'s classes, or is poorer than `target.access`.
+    """
+    table = load(Path(keys.path))
+    if table.scores.shape[1] != data.classes:
+        raise ValueError(f"{keys.path} scores {table.scores.shape[1]} classes and {data.name} has {data.classes}; they "
+                         "must be the same classes in the same order")
+    for have in np.unique(table.access).tolist():
+        if not levels.derivable(have, keys.access):
+            raise ValueError(f"{keys.path} holds answers of access {have}, which is less than "
+                             f"target.access={keys.access}; set --config.target.access={have}")
+    return Outside(_refuse, f"recorded answers of {table.target} in {Path(keys.path).name}", table.target,
+                   table.preprocessing)
+
+
+def _refuse(images: np.ndarray) -> np.ndarray:
+    raise ValueError(f"{len(images)} images have no recorded answer, and there is nobody to ask")
+
+
+def enter(ledger: Ledger, path: Path) -> None:
+    """The table's answers into the ledger, where they count for nothing until they are used."""
+    table = load(path)
+    digests = [row.tobytes() for row in table.image]
+    if not ledger.count_missing_keys(keys_of_digests(digests, ledger.target, ledger.preprocessing)):
+        return
+    with progress(f"recorded answers of {path.name}", len(digests), unit="answers") as shown:
+        for start in range(0, len(digests), CHUNK):
+            _enter_some(ledger, table, digests, slice(start, start + CHUNK))
+            shown.update(min(start + CHUNK, len(digests)))
+
+
+def _enter_some(ledger: Ledger, table: Recorded, digests: list[bytes], some: slice) -> None:
+    found, scores, access = digests[some], table.scores[some], table.access[some]
+    for level in np.unique(access):
+        places = np.flatnonzero(access == level)
+        ledger.record([found[place] for place in places], scores[places], str(level))
+
+
+def refuse_missing(path: Path, data: Dataset, ids: np.ndarray) -> None:
+    """Raise ValueError if the table lacks an evaluation image, or one of the pool's that are asked about."""
+    have = {row.tobytes() for row in load(path).image}
+    asked = {"evaluation": (data.evaluation, np.arange(data.evaluation.size)), "pool": (data.pool, ids)}
+    missing = {name: _missing(have, source, wanted, f"look for the {name} images in {path.name}")
+               for name, (source, wanted) in asked.items()}
+    if any(missing.values()):
+        told = " and ".join(f"{missing[name]} of {len(wanted)} {name} images"
+                            for name, (_, wanted) in asked.items() if missing[name])
+        raise ValueError(f"{path} has no answer to {told} that would be asked about; record those too, or lower "
+                         "--config.fractions or --config.data.limit")
+
+
+def _missing(have: set[bytes], source: Source, ids: np.ndarray, name: str) -> int:
+    missing = 0
+    with progress(name, len(ids), unit="images") as shown:
+        for start in range(0, len(ids), CHUNK):
+            some = ids[start : start + CHUNK]
+            missing += sum(digest not in have for digest in pixel_digests(source.shown(some)))
+            shown.update(start + len(some))
+    return missing

@@ -1,0 +1,116 @@
+"""Recorded answers: a table in the place of a target, from the file to the report."""
+
+import shutil
+import sqlite3
+
+import numpy as np
+import pytest
+from conftest import TINY, table
+from test_ledger import Target, images, logits_of, refuse
+
+from qmx.oracle import BudgetSpent, Ledger
+from qmx.oracle.ledger import pixel_digests
+from qmx.oracle.ledger.__main__ import main
+from qmx.oracle.recorded import Recorded, load, save
+from qmx.stages.recorded import enter
+
+DIGESTS = np.frombuffer(b"".join(pixel_digests(images(*range(20)))), np.uint8).reshape(20, 32)
+TABLE = Recorded(DIGESTS, logits_of(*range(20)), np.array(["logits"] * 20), "owner's", "as-is")
+
+
+@pytest.mark.parametrize("kind", ["npz", "parquet"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_table_comes_back(tmp_path, kind, dtype):
+    given = TABLE._replace(scores=TABLE.scores.astype(dtype), access=np.array(["logits", "probs"] * 10))
+    save(tmp_path / f"t.{kind}", given)
+    found = load(tmp_path / f"t.{kind}")
+    for name in ("image", "scores", "access"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(given, name))
+    assert found.scores.dtype == dtype and (found.target, found.preprocessing) == ("owner's", "as-is")
+
+
+def test_recorded_answers_count_when_they_are_used(tmp_path):
+    """Nothing before, nothing asked then, the budget holds, and evaluation images stay outside of it."""
+    save(tmp_path / "t.npz", TABLE)
+    with Ledger(tmp_path / "ledger.sqlite", target="owner's", budget=5) as ledger:
+        for _ in range(2):
+            enter(ledger, tmp_path / "t.npz")
+            assert ledger.account()[:6] == (0, 0, 0, 0, 0, 0) and ledger.spent() == 0
+        np.testing.assert_array_equal(ledger.ask(refuse, images(9, 8), purpose="report"), logits_of(9, 8))
+        np.testing.assert_array_equal(ledger.ask(refuse, images(3, 1, 2)), logits_of(3, 1, 2))
+        ledger.ask(refuse, images(1, 4), purpose="select")
+        assert ledger.account().purposes == {"train": 3, "select": 1, "report": 2} and ledger.account().calls == 0
+        with pytest.raises(BudgetSpent, match="4 of 5 .* 2 more"):
+            ledger.ask(refuse, images(5, 9))
+        ledger.ask(refuse, images(9))
+        assert ledger.spent() == 5
+    with Ledger(tmp_path / "ledger.sqlite", target="another") as other:
+        assert other.count_missing(images(0)) == 1
+
+
+def test_a_richer_answer_of_ones_own_stays(tmp_path):
+    labels = np.eye(4, dtype=np.float32)[[0] * 20]
+    save(tmp_path / "t.npz", TABLE._replace(scores=labels, access=np.array(["label"] * 20)))
+    with Ledger(tmp_path / "ledger.sqlite", target="owner's") as ledger:
+        ledger.ask(Target(), images(0))
+        enter(ledger, tmp_path / "t.npz")
+        np.testing.assert_array_equal(ledger.read(images(0)), logits_of(0))
+        np.testing.assert_array_equal(ledger.read(images(1), "label"), [[1, 0, 0, 0]])
+
+
+BAD = {
+    "no columns": (dict(image=DIGESTS), "scores"),
+    "pixels": (dict(image=images(*range(20))), r"image is uint8\[20, 4, 4, 1\]"),
+    "a row too few": (dict(scores=TABLE.scores[:-1]), r"scores are float32\[19, 4\]"),
+    "text for scores": (dict(scores=np.array(["a"] * 20)), "scores are <U1"),
+    "NaN": (dict(scores=TABLE.scores * np.nan), "finite"),
+    "twice": (dict(image=DIGESTS[[0] * 20]), "several answers to one image"),
+    "two targets": (dict(target=np.array(["a", "b"] * 10)), "several targets, 'a' and 'b'"),
+    "access": (dict(access=np.array("topk")), "unknown access 'topk'"),
+    "pickle": (dict(target=np.array([{"a": 1}], object)), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("change, message", BAD.values(), ids=BAD)
+def test_bad_tables_are_refused(tmp_path, change, message):
+    """In one line that names the file; nothing in it is executed."""
+    columns = change if "scores" in message and len(change) == 1 and "image" in change else {
+        **TABLE._asdict(), **change}
+    np.savez(tmp_path / "t.npz", **columns)
+    with pytest.raises(ValueError, match=message) as caught:
+        load(tmp_path / "t.npz")
+    assert "t.npz" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["t.npz", "t.parquet"])
+def test_files_that_are_no_table(tmp_path, name):
+    for content in (b"", b"PK\x03\x04 and no more", b"text"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} cannot be read as a table of answers"):
+            load(tmp_path / name)
+
+
+def test_same_table_from_recorded_answers(finished, command, tmp_path, capsys):
+    """Export, import, and the same figures without the target; then a table that lacks some answers."""
+    for kind in ("npz", "parquet"):
+        assert main(["export", str(finished / "ledger.sqlite"), str(tmp_path / f"answers.{kind}")]) == 0
+    # All but the target, whose weights are not here, and what depends on its answers.
+    shutil.copytree(finished, tmp_path / "w", ignore=shutil.ignore_patterns(
+        "ledger.sqlite*", "target", "query", "distill", "evaluate", "results.json"))
+    recorded = [*TINY, "--config.target.kind=recorded", f"--workdir={tmp_path}/w", "--update"]
+    status, _, err = command(*recorded, f"--config.target.path={tmp_path}/answers.parquet")
+    assert status == 0, err
+    new, old = table(tmp_path / "w"), table(finished)
+    assert new["rows"] == old["rows"] and new["target"]["top1"] == old["target"]["top1"]
+    assert new["account"] == {**old["account"], "calls": 0}
+    assert not [*(tmp_path / "w/target").glob("*.safetensors")]
+
+    found = load(tmp_path / "answers.npz")
+    save(tmp_path / "few.npz", found._replace(image=found.image[300:], scores=found.scores[300:],
+                                              access=found.access[300:]))
+    words = [*TINY, "--config.target.kind=recorded", f"--config.target.path={tmp_path}/few.npz"]
+    status, _, err = command(*words, f"--workdir={tmp_path}/few")
+    assert status == 2 and "300 of 360 evaluation images" in err.splitlines()[-1], err
+    assert not (tmp_path / "few").exists()
+    with sqlite3.connect(tmp_path / "w/ledger.sqlite") as db:
+        assert db.execute("SELECT COUNT(*) FROM requests WHERE failed").fetchone() == (0,)
