@@ -25,10 +25,11 @@ import statistics
 import time
 from functools import partial
 
+from limits import TIMES_FORWARD, bounds, layers, measured_peaks
+
 from qmx.main import set_xla_flags
 
 METHODS = ("distill", "moco", "simsiam", "rotation")
-TIMES_FORWARD = {"distill": 3, "moco": 4, "simsiam": 6, "rotation": 12, "infer": 1}
 
 
 def arguments() -> argparse.Namespace:
@@ -62,69 +63,6 @@ def settings(args: argparse.Namespace, gpu: bool) -> list[argparse.Namespace]:
             for chosen in (small, large, target)]
 
 
-def layers(arch, size: int, channels: int) -> list[tuple[int, int, int]]:
-    """(operations, inputs, outputs) of each convolution for one image, forward."""
-    found = []
-
-    def conv(side, entering, leaving, kernel, stride, groups=1):
-        out = -(-side // stride)
-        found.append((2 * out * out * leaving * kernel**2 * entering // groups, side**2 * entering, out**2 * leaving))
-        return out
-
-    side, width = size, arch.width
-    side = conv(side, channels, width, *((7, 2) if arch.stem == "large" else (3, 1)))
-    side = -(-side // 2) if arch.stem == "large" else side
-    for stage, count in enumerate(arch.blocks):
-        for index in range(count):
-            planes, stride = arch.width * 2**stage, 2 if stage and not index else 1
-            out = planes * 4 if arch.bottleneck else planes
-            if stride != 1 or width != out:
-                conv(side, width, out, 1, stride)
-            if arch.bottleneck:
-                inner = int(planes * arch.width_per_group / 64) * arch.groups
-                conv(side, width, inner, 1, 1)
-                side = conv(side, inner, inner, 3, stride, arch.groups)
-                conv(side, inner, out, 1, 1)
-            else:
-                side = conv(side, width, out, 3, stride)
-                conv(side, out, out, 3, 1)
-            width = out
-    return found
-
-
-def bounds(method: str, convolutions, itemsize: int, peaks: dict[str, float]) -> tuple[float, float]:
-    """(Operations, seconds at the roofline) of one image's share of a step."""
-    forward = sum(operations for operations, _, _ in convolutions)
-    passes = TIMES_FORWARD[method]
-    backwards = {"distill": 1, "moco": 1, "simsiam": 2, "rotation": 4, "infer": 0}[method]
-    seconds = 0.0
-    for operations, entering, leaving in convolutions:
-        trained = max(3 * operations / peaks["matmul"], (11 * leaving + 3 * entering) * itemsize / peaks["copy"])
-        plain = max(operations / peaks["matmul"], (leaving + entering) * itemsize / peaks["copy"])
-        seconds += backwards * trained + (passes - 3 * backwards) * plain
-    return passes * forward - backwards * convolutions[0][0], seconds
-
-
-def measured_peaks(gpu: bool) -> dict[str, float]:
-    """The best of a few: operations a second of one large matrix product, bytes a second read and written by a copy."""
-    import jax
-    import jax.numpy as jnp
-
-    def best(function, x):
-        seconds = []
-        for _ in range(6):
-            began = time.perf_counter()
-            jax.block_until_ready(function(x))
-            seconds.append(time.perf_counter() - began)
-        return min(seconds)
-
-    n = 8192 if gpu else 2048
-    a = jax.random.normal(jax.random.key(0), (n, n), jnp.bfloat16 if gpu else jnp.float32)
-    x = jax.random.normal(jax.random.key(1), ((1 << 30 if gpu else 1 << 24),), jnp.float32)
-    return {"matmul": 2 * n**3 / best(jax.jit(lambda a: a @ a), a),
-            "copy": 2 * x.nbytes / best(jax.jit(lambda x: x + 1), x)}
-
-
 def ours(args: argparse.Namespace, images, scores, gpu: bool):
     """name -> () -> (a function that does one step, seconds of compilation, bytes of memory at the peak)."""
     import jax
@@ -147,7 +85,7 @@ def ours(args: argparse.Namespace, images, scores, gpu: bool):
         if name == "distill":
             return distill.make(net(), models.classifier(scores.shape[1]), weak)
         if name == "moco":
-            return moco.make(net(stats_groups=max(args.batch // 32, 1)), models.moco_head(), strong, queue_size=args.queue)
+            return moco.make(net(stats_groups=groups(args)), models.moco_head(), strong, queue_size=args.queue)
         if name == "simsiam":
             return simsiam.make(net(zero_init=True), models.simsiam_projector(), models.simsiam_predictor(), strong)
         return rotation.make(net(), models.classifier(4), weak)
@@ -191,6 +129,11 @@ def ours(args: argparse.Namespace, images, scores, gpu: bool):
     return {**makers, "infer": infer}, with_input
 
 
+def groups(args: argparse.Namespace) -> int:
+    """Of MoCo's batch statistics, 32 images each."""
+    return max(args.batch // 32, 1)
+
+
 def timed(runs: dict, args: argparse.Namespace, wait) -> dict[str, list[float]]:
     """Seconds of a step in each block, for each of the functions, which take turns."""
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -224,7 +167,7 @@ def measure(args: argparse.Namespace, gpu: bool, peaks: dict[str, float]) -> lis
 
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         torch.backends.cudnn.benchmark = True
-        make = partial(torch_steps.steps, ARCHS[args.arch], images, scores, queue=args.queue, groups=max(args.batch // 32, 1),
+        make = partial(torch_steps.steps, ARCHS[args.arch], images, scores, queue=args.queue, groups=groups(args),
                        device="cuda" if gpu else "cpu")
         peers = {"NHWC": make(channels_last=True), "NCHW": make(channels_last=False)}
         if args.compile:
@@ -273,7 +216,8 @@ def show(row: dict) -> None:
     low, high = row["ms_quartiles"]
     memory = f"{row['memory_bytes'] / 1e6:.0f}" if row["memory_bytes"] else "?"
     cells = [f"{row['arch']} {row['size']} px, {row['batch']}", row["method"], f"{row['ms']:.1f}",
-             f"{low:.1f} .. {high:.1f}", f"{row['images_per_second']:.1f}", f"{row['tflops']:.3f}", f"{100 * row['share_of_matmul']:.0f} %",
+             f"{low:.1f} .. {high:.1f}", f"{row['images_per_second']:.1f}", f"{row['tflops']:.3f}",
+             f"{100 * row['share_of_matmul']:.0f} %",
              f"{100 * row['share_of_roofline']:.0f} %", memory, f"{row['compile_seconds']:.1f}"]
     for peer in ("eager", "compiled", "input"):
         if peer in row:
