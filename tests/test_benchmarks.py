@@ -8,13 +8,14 @@ from conftest import QUICKLY, ROOT
 
 
 def test_step_time(environment):
-    """A row for each method, with a positive time."""
+    """A row for each method and the inference, with positive times, PyTorch beside them."""
     out = subprocess.run(
-        [sys.executable, "benchmarks/step_time.py", "--batch=8", "--queue=16", "--blocks=2", "--steps=1"],
+        [sys.executable, "benchmarks/step_time.py", "--batch=8", "--queue=16", "--blocks=2", "--peer=torch",
+         "--input", "--methods", "distill", "moco", "simsiam", "rotation", "infer"],
         cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
     rows = json.loads(out.splitlines()[-1])["rows"]
-    assert [row["method"] for row in rows] == ["distill", "moco", "simsiam", "rotation"]
-    assert all(row["ms"] > 0 and row["compile_seconds"] > 0 for row in rows)
+    assert [row["method"] for row in rows] == ["distill", "moco", "simsiam", "rotation", "infer"]
+    assert all(row["ms"] > 0 and row["compile_seconds"] > 0 and row["eager"]["ratio"] > 0 for row in rows)
 
 
 def last_line(environment, *command):

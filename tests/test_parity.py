@@ -17,9 +17,10 @@ from torch_reference import F, tensor, torch, variables
 import qmx
 from qmx import losses, models, optim
 from qmx.contract import by_path
+from qmx.models.conv import convolve, plain
 from qmx.models.heads import Linear
 from qmx.models.norm import BatchNorm
-from qmx.models.resnet import ARCHS, Arch, ResNet, conv
+from qmx.models.resnet import ARCHS, Arch, Conv, ResNet
 
 close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
 
@@ -184,6 +185,24 @@ def test_batch_norm(groups, shape):
     assert after is stats
 
 
+@pytest.mark.parametrize("kernel, stride, groups", [(1, 1, 1), (1, 2, 1), (3, 1, 1), (3, 2, 1), (7, 2, 1), (1, 1, 4),
+                                                    (3, 1, 4), (3, 2, 4)])
+@pytest.mark.parametrize("side", [9, 12])
+def test_convolution(kernel, stride, groups, side):
+    """As CPUs and as other devices compute it: torch's convolution and its gradients, odd and even sides."""
+    x, weight = normal(0, 4, side, side, 8), normal(1, kernel, kernel, 8 // groups, 12)
+    tx, tw = tensor(x).requires_grad_(), tensor(weight.transpose(3, 0, 1, 2)).detach().requires_grad_()
+    ty = F.conv2d(tx, tw, None, stride, kernel // 2, 1, groups)
+    dy = normal(2, *ty.permute(0, 2, 3, 1).shape)
+    ty.backward(tensor(dy))
+    dkernel = tw.grad.permute(2, 3, 1, 0)
+    for function in (convolve, plain):
+        y, gradients = jax.vjp(lambda x, k, f=function: f(x, k, stride, groups), x, weight)
+        dx, dk = gradients(dy)
+        for ours, theirs in ((tensor(y), ty.detach()), (tensor(dx), tx.grad), (dk, dkernel)):
+            np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+
+
 def test_batch_norm_without_affine():
     """S4: as torch's `affine=False`, and without parameters."""
     layer, x = BatchNorm(affine=False), normal(0, 16, 6, shift=2)
@@ -270,7 +289,7 @@ QUANTILES = [0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99]
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_conv_init(kernel, groups):
     """torchvision's initialisation: Kaiming normal with fan_out, not divided by the groups."""
-    ours = conv(256, kernel, groups=groups, dtype=jnp.float32, name="conv").init(
+    ours = Conv(256, kernel, groups=groups, dtype=jnp.float32, name="conv").init(
         jax.random.key(1), jnp.zeros((1, 4, 4, 256)))["params"]["kernel"]
     torch.manual_seed(0)
     theirs = torch.nn.Conv2d(256, 256, kernel, groups=groups, bias=False).weight

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from qmx.contract import wide
+from qmx.models.conv import convolve
 from qmx.models.norm import BatchNorm, drawn
 
 # Kaiming normal with fan_out, as torchvision initialises every convolution.
@@ -49,13 +50,25 @@ ARCHS = {
 }
 
 
-def conv(features: int, kernel: int, stride: int = 1, groups: int = 1, *, dtype: Any, name: str,
-         bias: bool = False) -> nn.Conv:
+class Conv(nn.Module):
     """A convolution, padded by kernel // 2 on both sides as torch pads it; a bias only where norms are folded in."""
-    pad = kernel // 2  # "SAME" would pad (0, 1) at stride 2 on even sizes
-    return nn.Conv(features, (kernel, kernel), stride, [(pad, pad)] * 2, feature_group_count=groups,
-                   use_bias=bias, kernel_init=kaiming_normal, dtype=dtype,
-                   param_dtype=jnp.promote_types(dtype, jnp.float32), name=name)
+
+    features: int
+    kernel: int
+    stride: int = 1
+    groups: int = 1
+    dtype: Any = jnp.float32
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (self.kernel, self.kernel, x.shape[-1] // self.groups, self.features)
+        wide_dtype = jnp.promote_types(self.dtype, jnp.float32)
+        kernel = self.param("kernel", kaiming_normal, shape, wide_dtype)
+        y = convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.groups)
+        if self.bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,), wide_dtype).astype(self.dtype)
+        return y
 
 
 def no_norm(**_: Any) -> Callable[[jax.Array, bool], jax.Array]:
@@ -77,7 +90,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         arch = self.arch
-        convolution = partial(conv, dtype=self.dtype, bias=self.folded)
+        convolution = partial(Conv, dtype=self.dtype, bias=self.folded)
         last_scale = nn.initializers.zeros if self.zero_init else nn.initializers.ones
         if arch.bottleneck:
             inner = int(self.planes * arch.width_per_group / 64) * arch.groups
@@ -121,7 +134,7 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         norm = no_norm if self.folded else partial(BatchNorm, groups=self.stats_groups, dtype=self.dtype)
-        convolution = partial(conv, dtype=self.dtype, bias=self.folded)
+        convolution = partial(Conv, dtype=self.dtype, bias=self.folded)
         x = x.astype(self.dtype)
         if self.arch.stem == "large":
             x = convolution(self.arch.width, 7, 2, name="conv1")(x)

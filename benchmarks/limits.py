@@ -1,0 +1,72 @@
+"""What a step costs at least: the operations and bytes of a network's convolutions, and what the machine can do.
+
+Operations count padded taps too. A step's are three forwards less the first layer's input gradient, and its bytes, per
+convolution, 11 outputs + 3 inputs: what XLA moves at best with batch norm and ReLU as passes of their own.
+"""
+
+import time
+
+TIMES_FORWARD = {"distill": 3, "moco": 4, "simsiam": 6, "rotation": 12, "infer": 1}
+
+
+def layers(arch, size: int, channels: int) -> list[tuple[int, int, int]]:
+    """(operations, inputs, outputs) of each convolution for one image, forward."""
+    found = []
+
+    def conv(side, entering, leaving, kernel, stride, groups=1):
+        out = -(-side // stride)
+        found.append((2 * out * out * leaving * kernel**2 * entering // groups, side**2 * entering, out**2 * leaving))
+        return out
+
+    side, width = size, arch.width
+    side = conv(side, channels, width, *((7, 2) if arch.stem == "large" else (3, 1)))
+    side = -(-side // 2) if arch.stem == "large" else side
+    for stage, count in enumerate(arch.blocks):
+        for index in range(count):
+            planes, stride = arch.width * 2**stage, 2 if stage and not index else 1
+            out = planes * 4 if arch.bottleneck else planes
+            if stride != 1 or width != out:
+                conv(side, width, out, 1, stride)
+            if arch.bottleneck:
+                inner = int(planes * arch.width_per_group / 64) * arch.groups
+                conv(side, width, inner, 1, 1)
+                side = conv(side, inner, inner, 3, stride, arch.groups)
+                conv(side, inner, out, 1, 1)
+            else:
+                side = conv(side, width, out, 3, stride)
+                conv(side, out, out, 3, 1)
+            width = out
+    return found
+
+
+def bounds(method: str, convolutions, itemsize: int, peaks: dict[str, float]) -> tuple[float, float]:
+    """(Operations, seconds at the roofline) of one image's share of a step."""
+    forward = sum(operations for operations, _, _ in convolutions)
+    passes = TIMES_FORWARD[method]
+    backwards = {"distill": 1, "moco": 1, "simsiam": 2, "rotation": 4, "infer": 0}[method]
+    seconds = 0.0
+    for operations, entering, leaving in convolutions:
+        trained = max(3 * operations / peaks["matmul"], (11 * leaving + 3 * entering) * itemsize / peaks["copy"])
+        plain = max(operations / peaks["matmul"], (leaving + entering) * itemsize / peaks["copy"])
+        seconds += backwards * trained + (passes - 3 * backwards) * plain
+    return passes * forward - backwards * convolutions[0][0], seconds
+
+
+def measured_peaks(gpu: bool) -> dict[str, float]:
+    """The best of a few: operations a second of one large matrix product, bytes a second read and written by a copy."""
+    import jax
+    import jax.numpy as jnp
+
+    def best(function, x):
+        seconds = []
+        for _ in range(6):
+            began = time.perf_counter()
+            jax.block_until_ready(function(x))
+            seconds.append(time.perf_counter() - began)
+        return min(seconds)
+
+    n = 8192 if gpu else 2048
+    a = jax.random.normal(jax.random.key(0), (n, n), jnp.bfloat16 if gpu else jnp.float32)
+    x = jax.random.normal(jax.random.key(1), ((1 << 30 if gpu else 1 << 24),), jnp.float32)
+    return {"matmul": 2 * n**3 / best(jax.jit(lambda a: a @ a), a),
+            "copy": 2 * x.nbytes / best(jax.jit(lambda x: x + 1), x)}
