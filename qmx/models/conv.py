@@ -42,12 +42,22 @@ def _forward(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> tuple
 
 def _backward(stride: int, groups: int, kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple:
     def default(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return jax.vjp(partial(plain, stride=stride, groups=groups), x, kernel)[1](dy)
+        return _of_input(x, kernel, dy, stride, groups), _of_kernel(x, kernel, dy, stride, groups)
 
     return lax.platform_dependent(*kept, dy, cpu=partial(backward, stride=stride, groups=groups), default=default)
 
 
 convolve.defvjp(_forward, _backward)
+
+
+def _of_input(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int, groups: int) -> jax.Array:
+    """XLA's gradient of the input. A transpose and no `vjp`, which would put the forward pass there too."""
+    return jax.linear_transpose(lambda x: plain(x, kernel, stride, groups), x)(dy)[0]
+
+
+def _of_kernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int, groups: int) -> jax.Array:
+    """XLA's gradient of the kernel."""
+    return jax.linear_transpose(lambda kernel: plain(x, kernel, stride, groups), kernel)(dy)[0]
 
 
 def forward(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> jax.Array:
@@ -66,10 +76,9 @@ def backward(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int,
         return _backward_by_groups(x, kernel, dy, stride, groups)
     if kernel.shape[0] == 1:
         return _pointwise_backward(x, kernel, dy, stride)
-    dx, dkernel = jax.vjp(partial(plain, stride=stride, groups=1), x, kernel)[1](dy)
-    if kernel.shape[0] == 3 and stride == 2 and x.shape[1] % 2 == x.shape[2] % 2 == 0:
-        dx = _by_phases(kernel, dy)
-    return dx, dkernel
+    phases = kernel.shape[0] == 3 and stride == 2 and x.shape[1] % 2 == x.shape[2] % 2 == 0
+    dx = _by_phases(kernel, dy) if phases else _of_input(x, kernel, dy, stride, 1)
+    return dx, _of_kernel(x, kernel, dy, stride, 1)
 
 
 def _pointwise_backward(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int) -> tuple[jax.Array, jax.Array]:
@@ -142,7 +151,7 @@ def _backward_by_groups(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: 
         if stride == 1:
             dx = plain(gradient, weights[::-1, ::-1].transpose(0, 1, 3, 2), 1, 1)
         else:
-            dx = jax.vjp(lambda channels: plain(channels, weights, stride, 1), channels)[1](gradient)[0]
+            dx = _of_input(channels, weights, gradient, stride, 1)
         return _put(found[0], dx, group), _put(found[1], dkernel, group)
 
     return lax.fori_loop(0, groups, one, (jnp.zeros_like(x), jnp.zeros_like(kernel)))
