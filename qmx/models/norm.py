@@ -98,7 +98,7 @@ def _forward(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple:
     centred = x - mean[:, None]
     # Two passes: E[x^2] - E[x]^2 loses the variance where |mean| >> std.
     var = jnp.square(centred).mean(1)
-    y = centred * (jax.lax.rsqrt(var + EPSILON) * scale)[:, None] + bias
+    y = centred * jax.lax.rsqrt(var + EPSILON)[:, None] * scale + bias
     return (y, mean, var), (x, mean, var, scale)
 
 
