@@ -154,8 +154,14 @@ def everywhere() -> NamedSharding:
 
 def put_state(tree: PyTree) -> PyTree:
     """A tree onto every device, in buffers of its own: the step donates them."""
-    # A copy first: with several devices, device_put keeps the caller's buffer even if told not to.
-    return jax.tree.map(lambda x: jax.device_put(jnp.array(x, copy=True), everywhere()), tree)
+
+    def put(x: jax.Array) -> jax.Array:
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):  # several processes cannot device_put a key, only its data
+            return jax.random.wrap_key_data(put(jax.random.key_data(x)), impl=jax.random.key_impl(x))
+        # A copy first: with several devices, device_put keeps the caller's buffer even if told not to.
+        return jax.device_put(jnp.array(x, copy=True), everywhere())
+
+    return jax.tree.map(put, tree)
 
 
 def check_batch(batch_size: int, name: str) -> None:
