@@ -35,7 +35,7 @@ from qmx.stages.encoders import monitor, pretrain
 from qmx.stages.run import Run, plain
 from qmx.stages.students import distill, evaluate
 from qmx.stages.target import converted as converted_target
-from qmx.stages.target import open_ledger, target
+from qmx.stages.target import identity, open_ledger, target
 
 STAGES = ("target", "pretrain", "monitor", "select", "query", "distill", "evaluate", "report")
 
@@ -106,8 +106,10 @@ def write_report(this: Run, todo: list[Cell], started: list[tuple[str, int]]) ->
                  _if_done(partial(monitor, this, init, seed))) for init, seed in started]
     rows = [_if_done(partial(evaluate, this, cell, todo)) for cell in todo]
 
+    who = identity(this)
+
     def account() -> dict:
-        with open_ledger(this, made["sha256"]) as ledger:
+        with open_ledger(this, who) as ledger:
             return ledger.account()._asdict()
 
     results = {

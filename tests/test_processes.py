@@ -171,6 +171,20 @@ def test_a_dead_process_ends_the_other(launch, tmp_path):
     assert status not in (0, None) and err
 
 
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_in_one_ends_the_other(failing):
+    """Nor does an error that only one of them has leave the other waiting for it."""
+    code = ("import sys; from qmx import sharding; port, index, failing = map(int, sys.argv[1:]); "
+            "sharding.connect(f'localhost:{port}', 2, index); sharding.any_process(False); "
+            "assert index != failing, 'alone with this'; sharding.any_process(False)")
+    port = str(free_port())
+    running = [subprocess.Popen([sys.executable, "-c", code, port, str(index), str(failing)], cwd=ROOT,
+                                env={**os.environ, "JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, text=True) for index in range(2)]
+    done = finish(running, timeout=60)
+    assert all(status != 0 for status, _, _ in done) and "alone with this" in done[failing][2], done
+
+
 def wait_for(processes, path, lines):
     deadline = time.monotonic() + 200
     while not (path.exists() and len(path.read_text().splitlines()) >= lines):

@@ -17,7 +17,7 @@ from qmx.progress import Progress, progress
 from qmx.sharding import first, from_first, gathered
 from qmx.stages import outside, recorded
 from qmx.stages.run import Run
-from qmx.stages.target import open_ledger, preprocessing, target
+from qmx.stages.target import identity, open_ledger
 
 CHUNK = 4096  # images between two looks at the budget, 0.6 GB of them at 224 pixels
 BATCH = 256  # images in one request to a target that is computed here
@@ -27,18 +27,19 @@ def ask_about(this: Run, ask: Callable[[], Query], source: Source, ids: np.ndarr
               name: str) -> list[bytes]:
     """Answers for images of a source into the ledger, with progress called `name`; returns their keys."""
     keys: list[bytes] = []
+    who = identity(this)
     if this.config.target.kind == "recorded":
-        from_first(partial(_enter, this))
+        from_first(partial(_enter, this, who))
     with progress(name, len(ids), unit="images") as shown:
         for images in read_together(source.shown, ids):
             ask_together(this, ask, images, purpose, partial(_answered, this, shown, name, len(keys), len(ids)))
-            keys += keys_of(images, target(this)["sha256"], preprocessing(this))
+            keys += keys_of(images, **who)
             shown.update(len(keys))
     return keys
 
 
-def _enter(this: Run) -> None:
-    with open_ledger(this, target(this)["sha256"]) as ledger:
+def _enter(this: Run, who: dict[str, str]) -> None:
+    with open_ledger(this, who) as ledger:
         recorded.enter(ledger, Path(this.config.target.path))
 
 
@@ -64,12 +65,12 @@ def ask_together(this: Run, ask: Callable[[], Query], images: np.ndarray, purpos
     A target that is computed here computes in all processes: the others ask it the same batches as the ledger does. One
     that is elsewhere is asked by the first process alone. `on_progress` is called in all of them after each batch.
     """
-    sha256, keys = target(this)["sha256"], this.config.target
+    who, keys = identity(this), this.config.target
     elsewhere = keys.kind in outside.KINDS
     size = keys.batch_size if elsewhere else BATCH
 
     def unanswered() -> list[int]:
-        with open_ledger(this, sha256) as ledger:
+        with open_ledger(this, who) as ledger:
             return ledger.unanswered(images, keys.access)
 
     rows = from_first(unanswered)
@@ -79,7 +80,7 @@ def ask_together(this: Run, ask: Callable[[], Query], images: np.ndarray, purpos
     if rows:
         ask()  # in all processes, and before anything is on record as sent
     if first():
-        with open_ledger(this, sha256) as ledger:
+        with open_ledger(this, who) as ledger:
             try:
                 ledger.ask(lambda batch: ask()(batch), images, purpose=purpose, access=keys.access, batch_size=size,
                            waits=outside.waits(keys.retries), pause=partial(outside.pause, this),
@@ -95,10 +96,10 @@ def ask_together(this: Run, ask: Callable[[], Query], images: np.ndarray, purpos
 
 def read_answers(this: Run, keys: list[bytes], access: str) -> np.ndarray:
     """The answers to images by their keys, f32[n, N], in every process."""
-    sha256 = target(this)["sha256"]
+    who = identity(this)
 
     def read() -> np.ndarray:
-        with open_ledger(this, sha256) as ledger:
+        with open_ledger(this, who) as ledger:
             return ledger.read_keys(keys, access)
 
     return from_first(read)
@@ -123,11 +124,11 @@ def afford(this: Run, source: Source, ids: np.ndarray) -> None:
     """
     if this.config.budget is None:
         return  # the images need not be read
-    sha256 = target(this)["sha256"]
+    who = identity(this)
     digests = {digest for images in read_together(source.shown, ids) for digest in pixel_digests(images)}
 
     def refusal() -> str:
-        with open_ledger(this, sha256) as ledger:
+        with open_ledger(this, who) as ledger:
             try:
                 ledger.check_budget(digests)
             except BudgetSpent as error:

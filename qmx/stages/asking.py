@@ -21,7 +21,7 @@ from qmx.stages.answers import ask_about, read_scores, shows
 from qmx.stages.encoders import features, pretrain
 from qmx.stages.rounds import in_rounds, inputs_of
 from qmx.stages.run import Run
-from qmx.stages.target import preprocessing, target, target_query
+from qmx.stages.target import identity, target_query
 from qmx.workdir import write_arrays
 
 
@@ -92,8 +92,7 @@ def query(this: Run, todo: list[Cell]) -> dict:
             write_arrays(directory / "keys.npz", ids=ids, train=rows["train"], report=rows["report"])
         return {"images": len(ids), **measured}
 
-    inputs = {"target": target(this)["sha256"], "preprocessing": preprocessing(this),
-              "images": zlib.crc32(ids.tobytes()), **shows(this)}
+    inputs = {**identity(this), "images": zlib.crc32(ids.tobytes()), **shows(this)}
     return this.stage("query", ".", inputs, work)
 
 

@@ -16,7 +16,7 @@ from qmx.sharding import from_first
 from qmx.stages.answers import afford, ask_about, read_answers
 from qmx.stages.encoders import features, pretrain
 from qmx.stages.run import Run, plain
-from qmx.stages.target import preprocessing, target, target_query
+from qmx.stages.target import identity, target_query
 
 
 def in_rounds(this: Run, cell: Cell, budget: int) -> np.ndarray:
@@ -60,9 +60,8 @@ def in_rounds(this: Run, cell: Cell, budget: int) -> np.ndarray:
 
 def inputs_of(this: Run, cell: Cell) -> dict:
     """What the choice of `in_rounds` depends on beside the cell's seed and budget, as a stage's inputs."""
-    return {"encoder": pretrain(this, cell.init, cell.seed)["sha256"], "target": target(this)["sha256"],
-            "preprocessing": preprocessing(this), "access": cell.access, "rounds": this.config.rounds,
-            "propagation": plain(this.config.propagation)}
+    return {"encoder": pretrain(this, cell.init, cell.seed)["sha256"], **identity(this),
+            "access": cell.access, "rounds": this.config.rounds, "propagation": plain(this.config.propagation)}
 
 
 def asked_to_choose(config: Any, cell: Cell, budget: int) -> int:

@@ -23,7 +23,7 @@ from qmx.stages.asking import evaluation_keys, pool_keys, query, selection
 from qmx.stages.encoders import features, pretrain, read_encoder
 from qmx.stages.rounds import asked_to_choose
 from qmx.stages.run import Run, outputs, plain, read_weights, root_key
-from qmx.stages.target import Labels, preprocessing, target
+from qmx.stages.target import Labels, identity
 
 
 def distill(this: Run, cell: Cell, todo: list[Cell]) -> dict:
@@ -70,8 +70,7 @@ def distill(this: Run, cell: Cell, todo: list[Cell]) -> dict:
                 "recipe": recipe_name(this.config, cell) or "distill"}
 
     inputs = {"cell": cell._asdict(), "distill": plain(keys), "weak_view": plain(view),
-              "student": plain(student), "encoder": start, "target": target(this)["sha256"],
-              "preprocessing": preprocessing(this), "images": zlib.crc32(ids.tobytes()),
+              "student": plain(student), "encoder": start, **identity(this), "images": zlib.crc32(ids.tobytes()),
               **({"propagation": plain(this.config.propagation)} if cell.use == "pool" else {}),
               **({"fixmatch": plain(self_keys), "strong_view": plain(strong_view)} if cell.use == "fixmatch" else {})}
     return this.stage("distill", cell.name, inputs, work)
@@ -93,6 +92,6 @@ def evaluate(this: Run, cell: Cell, todo: list[Cell]) -> dict:
         return {**cell._asdict(), "queries": queries, "calls": sum(queries.values()),
                 **compare(scores, answers, evaluation.labels), "seconds": made["seconds"], "recipe": made["recipe"]}
 
-    inputs = {"student": made["sha256"], "target": target(this)["sha256"], "preprocessing": preprocessing(this),
-              **({"select": chose} if chose else {}), **shows(this)}
+    inputs = {"student": made["sha256"], **identity(this), **({"select": chose} if chose else {}),
+              **shows(this)}
     return this.stage("evaluate", cell.name, inputs, work)

@@ -100,14 +100,14 @@ def target_query(this: Run) -> Query:
     return network_query(folded, *weights, build.evaluation_view(seen), precision=keys.precision)
 
 
-def preprocessing(this: Run) -> str:
-    """What happens between the pixels sent and the answer, for the ledger: other settings, other answers."""
-    if this.config.target.kind in outside.KINDS:
-        return target(this)["preprocessing"]  # nothing of ours
-    return f"mean {this.data.mean}, std {this.data.std}, {this.config.target.precision}"
+def identity(this: Run) -> dict[str, str]:
+    """What tells the target's answers from others, for the ledger and as a stage's inputs: its digest, "target", and
+    what happens between the pixels sent and the answer, "preprocessing"."""
+    made, keys = target(this), this.config.target
+    ours = f"mean {this.data.mean}, std {this.data.std}, {keys.precision}"
+    return {"target": made["sha256"], "preprocessing": made["preprocessing"] if keys.kind in outside.KINDS else ours}
 
 
-def open_ledger(this: Run, sha256: str) -> Ledger:
-    """The ledger of the target with this digest, with the config's budget; for the first process alone."""
-    return Ledger(this.workdir / "ledger.sqlite", target=sha256, preprocessing=preprocessing(this),
-                  budget=this.config.budget, dtype=this.config.ledger_dtype)
+def open_ledger(this: Run, who: dict[str, str]) -> Ledger:
+    """The ledger of the target with this `identity`, with the config's budget; for the first process alone."""
+    return Ledger(this.workdir / "ledger.sqlite", **who, budget=this.config.budget, dtype=this.config.ledger_dtype)
