@@ -51,8 +51,8 @@ def main() -> int:
     asked_twice = unanswered = 0
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(root / "compiled"),
-                       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+        environment = {"JAX_COMPILATION_CACHE_DIR": str(root / "compiled"),
+                       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1", **os.environ}
 
         def start(workdir: Path) -> subprocess.Popen:
             return subprocess.Popen([*COMMAND, f"--workdir={workdir}"], env=environment, stdout=subprocess.DEVNULL,

@@ -23,9 +23,9 @@ from qmx.contract import PyTree
 # allocation's shell too, where there is one process), Open MPI's mpirun.
 LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 EVERY_DEVICE: tuple[int, ...] = ()  # that a process sees; jax takes None for one device, where a launcher started it
-# After 20 seconds a process that is silent is taken for dead, and one that ended in an error is no longer waiting for
+# After which a process that is silent is taken for dead, and one that ended in an error is no longer waiting for
 # the others to end too; either ends them. All end within moments of each other otherwise.
-TIMEOUTS = {"heartbeat_timeout_seconds": 20, "shutdown_timeout_seconds": 20}
+PATIENCE_SECONDS = 20
 
 
 class FirstFailed(ValueError):
@@ -49,11 +49,15 @@ def connect(coordinator: str = "", processes: int = 0, index: int = -1) -> None:
         if processes < 1 or not 0 <= index < processes:
             raise ValueError(f"--coordinator={coordinator} needs --processes, 1 and more, and --process, from 0 on and "
                              f"below it, not {processes} and {index}")
-        jax.distributed.initialize(coordinator, processes, index, EVERY_DEVICE, **TIMEOUTS)
+        jax.distributed.initialize(coordinator, processes, index, EVERY_DEVICE,
+                                   heartbeat_timeout_seconds=PATIENCE_SECONDS,
+                                   shutdown_timeout_seconds=PATIENCE_SECONDS)
     elif processes > 0 or index >= 0:
         raise ValueError("--processes and --process need --coordinator=HOST:PORT, the same for all of them")
     elif processes == -1 or any(int(os.environ.get(name, "1")) > 1 for name in LAUNCHERS):
-        jax.distributed.initialize(local_device_ids=None if _share_machines() else EVERY_DEVICE, **TIMEOUTS)
+        jax.distributed.initialize(local_device_ids=None if _share_machines() else EVERY_DEVICE,
+                                   heartbeat_timeout_seconds=PATIENCE_SECONDS,
+                                   shutdown_timeout_seconds=PATIENCE_SECONDS)
 
 
 def _share_machines() -> bool:

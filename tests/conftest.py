@@ -24,14 +24,6 @@ TINY = ["--config=configs/digits.py", "--config.seeds=(0,)", "--config.fractions
         "--config.pretrain.rotation.epochs=1", "--config.distill.epochs=0.5", "--config.distill.min_steps=12"]
 
 
-def pytest_collection_modifyitems(items):
-    """With several workers: a file's tests stay together, and so do those that share the tiny run."""
-    for item in items:
-        shared = item.path.stem in ("test_pipeline", "test_kill", "test_main", "test_faults", "test_recorded")
-        together = "commands" if shared else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(together))
-
-
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory):
     """For commands: one compilation cache, of all workers, so that only the first of them compiles."""

@@ -9,11 +9,8 @@ from conftest import QUICKLY, ROOT
 
 def test_step_time(environment):
     """A row for each method and the inference, with positive times, PyTorch beside them."""
-    out = subprocess.run(
-        [sys.executable, "benchmarks/step_time.py", "--batch=8", "--queue=16", "--blocks=2", "--peer=torch",
-         "--input", "--methods", "distill", "moco", "simsiam", "rotation", "infer"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
-    rows = json.loads(out.splitlines()[-1])["rows"]
+    rows = last_line(environment, "benchmarks/step_time.py", "--batch=8", "--queue=16", "--blocks=2", "--peer=torch",
+                     "--input", "--methods", "distill", "moco", "simsiam", "rotation", "infer")["rows"]
     assert [row["method"] for row in rows] == ["distill", "moco", "simsiam", "rotation", "infer"]
     assert all(row["ms"] > 0 and row["compile_seconds"] > 0 and row["eager"]["ratio"] > 0 for row in rows)
 

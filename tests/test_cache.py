@@ -170,7 +170,7 @@ def test_a_second_call_writes_only_what_is_missing(pool, tmp_path):
                                                (signal.SIGTERM, 1)])
 def test_it_can_be_stopped_at_any_time(tmp_path, number, processes):
     """And what goes on from there is what an undisturbed call writes; no worker is left behind."""
-    pool = tree(tmp_path / "train", {"n0/big.JPEG": (1000, 750), "n1/x.JPEG": (40, 30)})
+    pool = tree(tmp_path / "train", {"n0/big.JPEG": (700, 500), "n1/x.JPEG": (40, 30)})
     for k in range(400):
         Path(pool, "n0", f"{k:03}.JPEG").symlink_to(Path(pool, "n0", "big.JPEG"))
     out = tmp_path / "cache"

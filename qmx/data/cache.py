@@ -251,7 +251,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     """Returns the exit status: 0 done, 2 a mistake in one line, 75 stopped and worth calling again."""
     keys = parse(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGINT):  # the second too, which a shell has its background jobs ignore
+        signal.signal(number, signal.default_int_handler)
     try:
         if keys.verify:
             print(verify(keys.verify))
