@@ -41,7 +41,13 @@ def losses(folder):
             for name in METHODS}
 
 
-def assert_same(a, b, rtol, atol):
+# Of float32, in losses, weights, statistics and answers; and in the momenta. Of the millions of activations of a run
+# about one rounds to the other side of a ReLU's kink, which one it is depends on the machine, and its share of a
+# gradient, 1/8192 of a channel's, is then there or not. float64 has no such, and no such allowance.
+ROUNDING = {"rtol": 1e-5, "atol": 2e-6, "of_momenta": 1e-4}
+
+
+def assert_same(a, b, rtol, atol, of_momenta=None):
     """The losses of 20 steps, every leaf of the last states, the answers and the neighbours."""
     for name in METHODS:
         assert len(losses(a)[name]) == STEPS
@@ -51,13 +57,14 @@ def assert_same(a, b, rtol, atol):
             assert x.files == y.files
             for path in x.files:
                 assert x[path].dtype == y[path].dtype, path
-                np.testing.assert_allclose(y[path], x[path], rtol=rtol, atol=atol, err_msg=f"{file} {path}")
+                slack = (of_momenta or atol) if path.startswith("opt_state") else atol
+                np.testing.assert_allclose(y[path], x[path], rtol=rtol, atol=slack, err_msg=f"{file} {path}")
 
 
 @pytest.mark.parametrize("devices", [2, 4, 8])
 def test_devices(trained, devices):
     """R7, S8, M14: to float32's rounding, also where a group of statistics lies on several devices."""
-    assert_same(trained("1"), trained(f"{devices}", (devices,)), rtol=1e-5, atol=2e-6)
+    assert_same(trained("1"), trained(f"{devices}", (devices,)), **ROUNDING)
 
 
 def test_devices_in_float64(trained):
@@ -79,4 +86,4 @@ def test_resume(trained):
 
 def test_resume_on_other_devices(trained):
     """A checkpoint of four devices goes on with one."""
-    assert_same(trained("1"), trained("moved", (4, 1), stops=(7,)), rtol=1e-5, atol=2e-6)
+    assert_same(trained("1"), trained("moved", (4, 1), stops=(7,)), **ROUNDING)
