@@ -27,8 +27,8 @@ from typing import Any
 
 from qmx import build
 from qmx.data.subsets import subset_size
+from qmx.grid import cells, encoders, percent, recipe_of
 from qmx.main import load_file, set_xla_flags
-from qmx.settings import cells, encoders, percent, recipe_of
 
 CONFIG = Path(__file__).parent.parent / "configs/imagenet.py"
 POOL, EVALUATION = 1_281_167, 50_000  # ILSVRC 2012, training and validation images

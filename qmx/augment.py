@@ -193,7 +193,8 @@ def make_view(
             return jax.random.bernoulli(keys[name], jnp.float32(p))
 
         canvas = jnp.array(image.shape[:2], jnp.float32)
-        box = crop_box(keys["crop"], original, crop_scale, crop_ratio)
+        # From here on in double precision where jax is set to it: draws are the same in both, sums are not.
+        box = crop_box(keys["crop"], original, crop_scale, crop_ratio).astype(float)
         x = crop_and_resize(image / 255.0, box * jnp.tile(canvas / original, 2), size)
         if jitter_p:
             factors = jax.random.uniform(keys["factors"], (3,), jnp.float32, minval=jnp.maximum(0, 1 - strengths),
@@ -205,6 +206,7 @@ def make_view(
             x = jnp.where(happens("grey_p", grey_p), grey(x), x)
         if blur_p:
             sigma = jax.random.uniform(keys["sigma"], (), jnp.float32, minval=blur_sigma[0], maxval=blur_sigma[1])
+            sigma = sigma.astype(float)
             x = jnp.where(happens("blur_p", blur_p), gaussian_blur(x, sigma, radius), x)
         if flip_p:
             x = jnp.where(happens("flip_p", flip_p), x[:, ::-1], x)
@@ -244,4 +246,4 @@ def normalize(x: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.
     """
     if not len(mean) == len(std) == x.shape[-1]:
         raise ValueError(f"images have {x.shape[-1]} channels, mean {len(mean)} and std {len(std)}; give one for each")
-    return (x - jnp.array(mean, jnp.float32)) / jnp.array(std, jnp.float32)
+    return (x - jnp.array(mean, float)) / jnp.array(std, float)

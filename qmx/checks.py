@@ -7,6 +7,7 @@ from typing import Any
 
 from qmx.build import fixmatch_steps
 from qmx.data import Dataset, subset_size
+from qmx.grid import USES, cells, columns, encoders, recipe_name, recipe_of
 from qmx.models.resnet import ARCHS
 from qmx.optim import DECAYS, OPTIMIZERS, SCHEDULES
 from qmx.oracle import access
@@ -14,7 +15,7 @@ from qmx.oracle.address import check_address
 from qmx.oracle.ledger.content import DTYPES as LEDGER_DTYPES
 from qmx.oracle.query import PRECISIONS
 from qmx.oracle.select import SELECTS
-from qmx.settings import USES, base, cells, columns, distilling, encoders, leaves, recipe_name, recipe_of
+from qmx.settings import base, distilling, leaves
 from qmx.sharding import check_batch
 
 INITS = ("none", "rotation", "moco", "simsiam", "imported")

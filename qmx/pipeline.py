@@ -24,9 +24,9 @@ from typing import Any
 
 from qmx import report, workdir
 from qmx.data import Dataset, subset_size
+from qmx.grid import Cell, cells, encoders
 from qmx.progress import say
 from qmx.reach import reached
-from qmx.settings import Cell, cells, encoders
 from qmx.sharding import from_first
 from qmx.stages import outside, recorded
 from qmx.stages.asking import chosen_up_front, query, selection, unexpected

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from statistics import mean
 
-from qmx.settings import Column, columns
+from qmx.grid import Column, columns
 
 
 def first_reached(queries: Sequence[int], accuracy: Sequence[float], level: float) -> float | None:

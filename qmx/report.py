@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
-from qmx.settings import Column, columns, percent
+from qmx.grid import Column, columns, percent
 from qmx.workdir import write_json, write_text
 
 

@@ -724,3 +724,16 @@ def test_plain_view_is_the_normalised_image():
     single = noise(6, 6, 1)
     got = views(plain_view((0.5,), (0.25,)), single[None])[0]
     np.testing.assert_allclose(got, (single / 255 - 0.5) / 0.25, atol=1e-5)
+
+
+@pytest.mark.parametrize("view", [make_view(12), weak_view(12), plain_view()])
+def test_views_in_double_precision(view):
+    """Where jax is set to it: the same draws, and every product after them in float64, whose sums hardly round."""
+    images = np.stack([noise(12, 12, seed=i) for i in range(4)])
+    single = views(view, images)
+    with jax.enable_x64(True):
+        lowered = jax.jit(view).lower(jax.random.key(0), {"image": images})
+        double = lowered.compile()(jax.random.key(0), {"image": images})
+    assert double.dtype == np.float64
+    assert not [line for line in lowered.as_text().splitlines() if "dot_general" in line and "f32" in line]
+    np.testing.assert_allclose(double, single, atol=1e-4)

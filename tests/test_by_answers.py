@@ -12,9 +12,9 @@ from ml_collections import FrozenConfigDict
 
 from qmx.data import load
 from qmx.data.subsets import random_order
+from qmx.grid import cells
 from qmx.main import load_file
 from qmx.oracle.by_answers import BY_ANSWERS, entropy, margin, shares
-from qmx.settings import cells
 from qmx.stages.asking import selection
 from qmx.stages.run import Run
 from qmx.train import Stopped

@@ -15,9 +15,9 @@ from PIL import Image
 from safetensors.numpy import load_file
 from torch_reference import released
 
+from qmx.grid import Cell, recipe_name, recipe_of
 from qmx.main import load_file as load_config
 from qmx.models.resnet import ARCHS
-from qmx.settings import Cell, recipe_name, recipe_of
 
 CLASSES = ("n01440764", "n02102040", "n03000684")
 

@@ -9,8 +9,9 @@ from ml_collections import FrozenConfigDict
 from qmx import build
 from qmx.checks import validate, warnings
 from qmx.data import load
+from qmx.grid import cells, columns, encoders, percent
 from qmx.main import load_file
-from qmx.settings import base, cells, columns, encoders, percent
+from qmx.settings import base
 
 DIGITS = load(base().data)
 

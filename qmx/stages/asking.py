@@ -10,12 +10,12 @@ import numpy as np
 
 from qmx.data import Dataset, subset_size
 from qmx.evaluate import top_k
+from qmx.grid import Cell, cells
 from qmx.oracle import BudgetSpent, Ledger
 from qmx.oracle.by_answers import BY_ANSWERS
 from qmx.oracle.by_features import BY_FEATURES
 from qmx.oracle.select import NEED_FEATURES, select
 from qmx.progress import say
-from qmx.settings import Cell, cells
 from qmx.sharding import first, from_first
 from qmx.stages.answers import ask_about, read_scores, shows
 from qmx.stages.encoders import features, pretrain

@@ -7,11 +7,11 @@ import numpy as np
 from scipy.special import softmax
 
 from qmx.data.subsets import random_order
+from qmx.grid import Cell, percent
 from qmx.oracle.access import as_logits
 from qmx.oracle.by_answers import BY_ANSWERS, shares
 from qmx.progress import say
 from qmx.propagate import propagate
-from qmx.settings import Cell, percent
 from qmx.sharding import from_first
 from qmx.stages.answers import afford, ask_about, read_answers
 from qmx.stages.encoders import features, pretrain

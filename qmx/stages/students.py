@@ -12,12 +12,12 @@ from qmx import build
 from qmx.checkpoint import save_weights
 from qmx.data.sources import Beside, take
 from qmx.evaluate import compare
+from qmx.grid import Cell, percent, recipe_name, recipe_of
 from qmx.job import train
 from qmx.methods import distill as distillation
 from qmx.methods import fixmatch
 from qmx.oracle.access import as_logits
 from qmx.propagate import propagate
-from qmx.settings import Cell, percent, recipe_name, recipe_of
 from qmx.stages.answers import read_answers, read_scores, shows
 from qmx.stages.asking import evaluation_keys, pool_keys, query, selection
 from qmx.stages.encoders import features, pretrain, read_encoder

@@ -1,0 +1,106 @@
+"""The grid of runs that a config describes: its columns, at every fraction and seed."""
+
+from decimal import Decimal
+from itertools import product
+from typing import Any, NamedTuple
+
+from qmx.oracle import access
+from qmx.oracle.select import NEED_FEATURES, SELECTS
+
+# What a student learns from: the images that were asked about; the whole pool, where neighbours' scores stand in for
+# what was not asked (qmx/propagate.py); or both apart, where the student itself does (qmx/methods/fixmatch.py).
+USES = ("asked", "pool", "fixmatch")
+
+
+class Column(NamedTuple):
+    """One way of copying a target: a column of the table."""
+
+    init: str
+    select: str
+    access: str
+    use: str = "asked"
+
+
+class Cell(NamedTuple):
+    """One run of the grid: one student."""
+
+    init: str
+    select: str
+    access: str
+    fraction: float
+    seed: int
+    use: str = "asked"
+
+    @property
+    def name(self) -> str:
+        return f"{self.init}-{self.select}-{self.access}-{self.use}-{self.fraction:g}-seed{self.seed}"
+
+
+def recipe_name(config: Any, cell: Cell) -> str:
+    """The recipe that a cell is trained by: its name in `config.recipes`, or "" for `config.distill`.
+
+    Raises:
+      ValueError: several recipes claim the cell.
+    """
+    found = [name for name, keys in config.recipes.items()
+             if cell.init in keys.inits and keys.above < cell.fraction <= keys.up_to]
+    if len(found) > 1:
+        raise ValueError(f"recipes {' and '.join(found)} both claim init {cell.init} at {percent(cell.fraction)}; "
+                         "give them ranges of fractions that do not overlap")
+    return found[0] if found else ""
+
+
+def recipe_of(config: Any, cell: Cell) -> Any:
+    """The keys that a cell is trained by."""
+    name = recipe_name(config, cell)
+    return config.recipes[name] if name else config.distill
+
+
+def columns(config: Any) -> list[Column]:
+    """The product of the grid's axes, less what needs features and has no encoder; and those of `config.also`.
+
+    Raises:
+      ValueError: a word in `config.also` that no axis has; no column at all.
+    """
+    grid = [Column(*axes) for axes in product(*(config[axis] for axis in ("inits", "selects", "accesses", "uses")))]
+    also = [_column(words, config) for words in config["also"]]
+    if impossible := [" + ".join(column) for column in also if not _possible(column)]:
+        raise ValueError(f"also has {impossible[0]}, which needs an encoder; name one first, as in 'moco+typiclust'")
+    found = [*dict.fromkeys([*filter(_possible, grid), *also])]
+    if not found:
+        raise ValueError(f"the grid is empty: of inits {config['inits']} none has the features that selects "
+                         f"{config['selects']} and uses {config['uses']} need; add one that is pretrained")
+    return found
+
+
+def encoders(config: Any) -> list[str]:
+    """The inits that some column starts from and that are not "none"."""
+    return [*dict.fromkeys(column.init for column in columns(config) if column.init != "none")]
+
+
+def _possible(column: Column) -> bool:
+    return column.init != "none" or (column.select not in NEED_FEATURES and column.use != "pool")
+
+
+def _column(words: str, config: Any) -> Column:
+    init, *rest = words.split("+")
+    axes = {"select": SELECTS.__contains__, "access": access.known, "use": USES.__contains__}
+    chosen = {"select": config["selects"][0], "access": config["accesses"][0], "use": config["uses"][0]}
+    for word in rest:
+        axis = [axis for axis, known in axes.items() if known(word)]
+        if not axis:
+            raise ValueError(f"also has {words!r}, and {word!r} is none of "
+                             f"{', '.join([*SELECTS, *access.names(), *USES])}")
+        chosen[axis[0]] = word
+    return Column(init, **chosen)
+
+
+def cells(config: Any) -> list[Cell]:
+    """Every column at every fraction and seed, the small fractions first."""
+    return [Cell(column.init, column.select, column.access, fraction, seed, column.use)
+            for fraction, column, seed in product(config.fractions, columns(config), config.seeds)]
+
+
+def percent(fraction: float) -> str:
+    """0.01 -> "1 %", exactly."""
+    return f"{(Decimal(repr(float(fraction))) * 100).normalize():f} %"
