@@ -5,18 +5,39 @@ convolution, 11 outputs + 3 inputs: what XLA moves at best with batch norm and R
 """
 
 import time
+from typing import NamedTuple
 
 TIMES_FORWARD = {"distill": 3, "moco": 4, "simsiam": 6, "rotation": 12, "infer": 1}
 
 
-def layers(arch, size: int, channels: int) -> list[tuple[int, int, int]]:
-    """(operations, inputs, outputs) of each convolution for one image, forward."""
+class Conv(NamedTuple):
+    """One convolution of a network."""
+
+    side: int  # of its input, in pixels
+    entering: int  # channels
+    leaving: int
+    kernel: int
+    stride: int
+    groups: int
+
+    @property
+    def out(self) -> int:
+        """Side of its output."""
+        return -(-self.side // self.stride)
+
+    @property
+    def operations(self) -> int:
+        """Of one image, forward."""
+        return 2 * self.out**2 * self.leaving * self.kernel**2 * self.entering // self.groups
+
+
+def layers(arch, size: int, channels: int) -> list[Conv]:
+    """The convolutions of a network, in their order."""
     found = []
 
     def conv(side, entering, leaving, kernel, stride, groups=1):
-        out = -(-side // stride)
-        found.append((2 * out * out * leaving * kernel**2 * entering // groups, side**2 * entering, out**2 * leaving))
-        return out
+        found.append(Conv(side, entering, leaving, kernel, stride, groups))
+        return found[-1].out
 
     side, width = size, arch.width
     side = conv(side, channels, width, *((7, 2) if arch.stem == "large" else (3, 1)))
@@ -41,15 +62,16 @@ def layers(arch, size: int, channels: int) -> list[tuple[int, int, int]]:
 
 def bounds(method: str, convolutions, itemsize: int, peaks: dict[str, float]) -> tuple[float, float]:
     """(Operations, seconds at the roofline) of one image's share of a step."""
-    forward = sum(operations for operations, _, _ in convolutions)
+    forward = sum(conv.operations for conv in convolutions)
     passes = TIMES_FORWARD[method]
     backwards = {"distill": 1, "moco": 1, "simsiam": 2, "rotation": 4, "infer": 0}[method]
     seconds = 0.0
-    for operations, entering, leaving in convolutions:
-        trained = max(3 * operations / peaks["matmul"], (11 * leaving + 3 * entering) * itemsize / peaks["copy"])
-        plain = max(operations / peaks["matmul"], (leaving + entering) * itemsize / peaks["copy"])
+    for conv in convolutions:
+        entering, leaving = conv.side**2 * conv.entering, conv.out**2 * conv.leaving
+        trained = max(3 * conv.operations / peaks["matmul"], (11 * leaving + 3 * entering) * itemsize / peaks["copy"])
+        plain = max(conv.operations / peaks["matmul"], (leaving + entering) * itemsize / peaks["copy"])
         seconds += backwards * trained + (passes - 3 * backwards) * plain
-    return passes * forward - backwards * convolutions[0][0], seconds
+    return passes * forward - backwards * convolutions[0].operations, seconds
 
 
 def measured_peaks(gpu: bool) -> dict[str, float]:

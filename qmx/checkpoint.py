@@ -9,6 +9,7 @@ that goes from the newest to the first good one and removes what it passed over.
 import hashlib
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -121,11 +122,24 @@ class Checkpoints:
         if self._manager is None:
             import orbax.checkpoint as ocp
 
-            for noisy in ("absl", "asyncio"):  # a page for each save, and for each array that was not written
-                logging.getLogger(noisy).setLevel(logging.CRITICAL)
+            _hush()
             options = ocp.CheckpointManagerOptions(max_to_keep=self.keep, cleanup_tmp_directories=True)
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         return self._manager
+
+
+@cache
+def _hush() -> None:
+    """Keep orbax and tensorstore from a page for each save, and for each array that was not written."""
+    for noisy in ("absl", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    told = sys.unraisablehook
+
+    def hook(what: Any) -> None:  # a failed save closes its event loop, and then other arrays report to it
+        if str(what.exc_value) != "Event loop is closed":
+            told(what)
+
+    sys.unraisablehook = hook
 
 
 def save_weights(path: Path, tree: PyTree) -> str:

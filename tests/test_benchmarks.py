@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 from conftest import QUICKLY, ROOT
 
 
@@ -13,6 +14,17 @@ def test_step_time(environment):
                      "--input", "--methods", "distill", "moco", "simsiam", "rotation", "infer")["rows"]
     assert [row["method"] for row in rows] == ["distill", "moco", "simsiam", "rotation", "infer"]
     assert all(row["ms"] > 0 and row["compile_seconds"] > 0 and row["eager"]["ratio"] > 0 for row in rows)
+
+
+def test_convolutions(environment):
+    """A time of both sides for every part of each shape, and the sums that count a shape as often as it occurs."""
+    figures = last_line(environment, "benchmarks/convolutions.py", "--arch=resnet8", "--size=8", "--channels=1",
+                        "--batch=4", "--blocks=1")
+    assert sum(row["times"] for row in figures["rows"]) == 9  # 1 + 3 blocks of 2, and two shortcuts
+    for part, sums in figures["sums"].items():
+        for side in (0, 1):
+            wanted = sum(row["times"] * row["seconds"][part][side] for row in figures["rows"])
+            assert sums[side] == pytest.approx(wanted)
 
 
 def last_line(environment, *command):

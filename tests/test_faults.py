@@ -40,13 +40,14 @@ def test_full_disk(finished, environment, command, tmp_path, stage):
 
 
 def test_full_disk_while_saving(environment, command, tmp_path):
-    """A checkpoint that does not fit ends the training and is named, amid what orbax has to say of a file that may not
-    grow (a disk that has no room is noticed before). The same command goes on."""
+    """A checkpoint that does not fit ends the training and is named (a disk that has no room is noticed before). The
+    same command goes on."""
     words = [*MOCO, f"--workdir={tmp_path}/w", "--config.save_minutes=0.0001"]
     done = subprocess.run([sys.executable, "-m", "qmx.main", *words], cwd=ROOT, env=environment, capture_output=True,
                           text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50000, 50000)))
     assert done.returncode == 2, done
     assert re.search("^qmx: .*checkpoints: a state could not be saved: .*too large", done.stderr, re.MULTILINE)
+    assert "Traceback" not in done.stderr
     status, _, err = command(*words)
     assert status == 0 and "damaged" not in err, err
 
