@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--pool", required=True, help="npz of the 50,000 training images")
     parser.add_argument("--evaluation", required=True, help="npz of the 10,000 test images")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="how many of the 200 to train")
+    parser.add_argument("--batch", type=int, default=BATCH, help="another one is not the protocol")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON of every epoch, rewritten after each")
     given = parser.parse_args()
@@ -51,17 +52,17 @@ def main() -> None:
     view = augment.make_view(32, crop_scale=(0.08, 1.0), blur_p=0, mean=MEAN, std=STD)
     net, head = models.backbone("resnet18_small", stats_groups=8), models.classifier(128)
     method = moco.make(net, head, view, queue_size=4096, temperature=0.1, decay=0.99)
-    per_epoch = int(epoch_steps(pool.size, BATCH, drop_last=True))
+    per_epoch = int(epoch_steps(pool.size, given.batch, drop_last=True))
     steps = EPOCHS * per_epoch
     rate = optim.schedule("cosine_by_epoch", 0.06, epochs=EPOCHS, steps=steps)
     tx = optim.sgd(rate, weight_decay=5e-4)
     rng = jax.random.key(given.seed)
-    ts = put_state(init_state(method, tx, rng, {"image": images[:BATCH]}))
+    ts = put_state(init_state(method, tx, rng, {"image": images[: given.batch]}))
     step = make_step(method, tx)
     encode, plain = chain(backbone=net, head=head), augment.plain_view(MEAN, STD)
 
     def feed(start: int):
-        return batches(pool, BATCH, steps=steps, seed=given.seed, start=start, drop_last=True)
+        return batches(pool, given.batch, steps=steps, seed=given.seed, start=start, drop_last=True)
 
     results = []
     for epoch in range(1, given.epochs + 1):

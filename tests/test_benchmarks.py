@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import QUICKLY, ROOT
 
@@ -25,6 +26,19 @@ def test_convolutions(environment):
         for side in (0, 1):
             wanted = sum(row["times"] * row["seconds"][part][side] for row in figures["rows"])
             assert sums[side] == pytest.approx(wanted)
+
+
+def test_moco_cifar10(environment, tmp_path):
+    """A row for the epoch, beside the notebook's."""
+    rng = np.random.default_rng(0)
+    for name, count in (("pool", 200), ("evaluation", 16)):
+        np.savez(tmp_path / f"{name}.npz", image=rng.integers(0, 256, (count, 32, 32, 3), np.uint8),
+                 label=np.arange(count) % 10)
+    out = subprocess.run([sys.executable, "benchmarks/moco_cifar10.py", f"--pool={tmp_path}/pool.npz",
+                          f"--evaluation={tmp_path}/evaluation.npz", "--epochs=1", "--batch=64"], cwd=ROOT,
+                         env=environment, capture_output=True, text=True, check=True).stdout
+    row = json.loads(out.splitlines()[-1])
+    assert row["epoch"] == 1 and row["reference_knn_top1"] == 32.0 and 0 <= row["knn_top1"] <= 100 and row["loss"] > 0
 
 
 def last_line(environment, *command):
