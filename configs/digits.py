@@ -3,15 +3,15 @@
     python -m qmx.main --config=configs/digits.py --workdir=runs/digits
 
 Data: scikit-learn's 1,797 digits of 8 x 8 pixels, offline. Target and student: ResNet-8 (He et al.
-2016, section 4.2, n = 1). `configs/digits.py:float64` computes everything in double precision: then
-the table is the same on any number of devices and processes, where float32's rounding makes it another.
+2016, section 4.2, n = 1). All is computed in float64, so that the table is the same on any number of devices and
+processes; `configs/digits.py:float32` takes two thirds of the time and rounds to another table on each.
 """
 
 from ml_collections import ConfigDict
 
 from qmx.settings import base, chosen
 
-WORDS = ("float64",)
+WORDS = ("float32",)
 
 
 def get_config(words: str = "") -> ConfigDict:
@@ -48,6 +48,6 @@ def get_config(words: str = "") -> ConfigDict:
     # pool's true labels. The rest is EMAN's.
     config.fixmatch.update(epochs=0.0, decay=0.98)
     config.monitor.update(knn_k=5)
-    if "float64" in given:
+    if "float32" not in given:
         config.student.dtype = config.target.precision = "float64"
     return config

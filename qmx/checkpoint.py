@@ -33,7 +33,7 @@ def leaf_digests(tree: PyTree) -> dict[str, str]:
 
     def digest(leaf: Any) -> str:
         data = np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)  # no copy; bfloat16 has no buffer of its own
-        return f"{leaf.dtype} {leaf.shape} {hashlib.sha256(data).hexdigest()}"
+        return f"{leaf.dtype} {leaf.shape} {hashlib.sha256(data.data).hexdigest()}"
 
     leaves = by_path(tree)
     with ThreadPoolExecutor() as hashing:  # which leaves Python to the others

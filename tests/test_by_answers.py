@@ -187,7 +187,7 @@ def test_stopped_between_rounds(beside, tmp_path):
     shutil.rmtree(tmp_path / "w/select" / name)
     for path in (tmp_path / "w").glob("ledger.sqlite*"):
         path.unlink()
-    config = load_file(str(ROOT / "configs/digits.py"))
+    config = load_file(str(ROOT / "configs/digits.py:float32"))
     given = [word.removeprefix("--config.").split("=") for word in BESIDE if word.startswith("--config.")]
     config.update_from_flattened_dict({key: ast.literal_eval(value) for key, value in given})
     config = FrozenConfigDict(config)

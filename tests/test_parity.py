@@ -188,19 +188,23 @@ def test_batch_norm(groups, shape):
 @pytest.mark.parametrize("kernel, stride, groups", [(1, 1, 1), (1, 2, 1), (3, 1, 1), (3, 2, 1), (7, 2, 1), (1, 1, 4),
                                                     (3, 1, 4), (3, 2, 4)])
 @pytest.mark.parametrize("side", [9, 12])
-def test_convolution(kernel, stride, groups, side):
+@pytest.mark.parametrize("dtype, rtol", [("float32", 1e-5), ("float64", 1e-12)])
+def test_convolution(kernel, stride, groups, side, dtype, rtol):
     """As CPUs and as other devices compute it: torch's convolution and its gradients, odd and even sides."""
-    x, weight = normal(0, 4, side, side, 8), normal(1, kernel, kernel, 8 // groups, 12)
+    x, weight = (normal(i, *shape).astype(dtype) for i, shape in enumerate(
+        [(40, side, side, 8), (kernel, kernel, 8 // groups, 12)]))
     tx, tw = tensor(x).requires_grad_(), tensor(weight.transpose(3, 0, 1, 2)).detach().requires_grad_()
     ty = F.conv2d(tx, tw, None, stride, kernel // 2, 1, groups)
-    dy = normal(2, *ty.permute(0, 2, 3, 1).shape)
+    dy = normal(2, *ty.permute(0, 2, 3, 1).shape).astype(dtype)
     ty.backward(tensor(dy))
     dkernel = tw.grad.permute(2, 3, 1, 0)
     for function in (convolve, plain):
-        y, gradients = jax.vjp(lambda x, k, f=function: f(x, k, stride, groups), x, weight)
-        dx, dk = gradients(dy)
+        with jax.enable_x64(dtype == "float64"):
+            y, gradients = jax.vjp(lambda x, k, f=function: f(x, k, stride, groups), x, weight)
+            dx, dk = gradients(dy)
+        assert y.dtype == dx.dtype == dk.dtype == dtype
         for ours, theirs in ((tensor(y), ty.detach()), (tensor(dx), tx.grad), (dk, dkernel)):
-            np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+            np.testing.assert_allclose(ours, theirs.numpy(), rtol=rtol, atol=rtol * float(theirs.abs().max()))
 
 
 def test_batch_norm_without_affine():

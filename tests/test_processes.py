@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 
 # In float64, where the order of sums makes no difference that lasts.
-SHORT = ["--config=configs/digits.py:float64", "--config.seeds=(0,)", "--config.fractions=(0.05,1.0)",
+SHORT = ["--config=configs/digits.py", "--config.seeds=(0,)", "--config.fractions=(0.05,1.0)",
          "--config.inits=('none','moco')", "--config.also=('moco+typiclust','moco+typiclust+pool','moco+margin',"
          "'none+fixmatch')", "--config.fixmatch.epochs=1", "--config.fixmatch.mu=1",
          "--config.target.epochs=1", "--config.pretrain.moco.epochs=2",

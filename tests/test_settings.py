@@ -17,8 +17,8 @@ DIGITS = load(base().data)
 
 
 def digits(**changes):
-    """configs/digits.py with some keys changed, dots written as double underscores."""
-    config = load_file(str(ROOT / "configs/digits.py"))
+    """configs/digits.py:float32 with some keys changed, dots written as double underscores."""
+    config = load_file(str(ROOT / "configs/digits.py:float32"))
     config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
     return FrozenConfigDict(config)
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from qmx import sharding
+from qmx.models.conv import convolve
 
 
 def test_placement():
@@ -26,3 +27,20 @@ def test_batch_must_divide():
     sharding.check_batch(4 * jax.device_count(), "batch_size")
     with pytest.raises(ValueError, match=f"batch_size {2 * jax.device_count() + 1} does not divide"):
         sharding.check_batch(2 * jax.device_count() + 1, "batch_size")
+
+
+@pytest.mark.parametrize("kernel, stride, groups", [(1, 2, 1), (3, 1, 1), (3, 2, 1), (3, 2, 4)])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_convolutions_stay_where_they_are(dtype, kernel, stride, groups):
+    """Each device convolves its own images: all that goes between them is the sum of the kernel's gradient."""
+    with jax.enable_x64(dtype == "float64"):
+        x = sharding.put_batch({"x": np.ones((64, 6, 6, 8), dtype)})["x"]
+        weight = sharding.put_state(jax.numpy.ones((kernel, kernel, 8 // groups, 8), dtype))
+
+        def gradients(x, weight):
+            y, backward = jax.vjp(lambda x, weight: convolve(x, weight, stride, groups), x, weight)
+            return backward(y)
+
+        compiled = jax.jit(gradients, out_shardings=(x.sharding, weight.sharding)).lower(x, weight).compile().as_text()
+    assert "all-reduce(" in compiled
+    assert not [word for word in ("all-gather(", "all-to-all(", "collective-permute(") if word in compiled]
