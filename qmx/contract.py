@@ -9,9 +9,25 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 PyTree = Any
 Batch = dict[str, jax.Array]  # "image": uint8[B, H, W, C]; a method says what else it reads
+
+
+class Rows(NamedTuple):
+    """Several batches as numbers of rows, of tables that lie on the devices: what one dispatch trains on."""
+
+    tables: dict[str, Batch]  # by a prefix of the names in a batch, "" and "pool_": every example, [n, ...] each
+    ids: dict[str, jax.Array]  # of each table i32[T, B], the rows of T batches
+    count: np.int32  # how many of the T are trained on, the first ones
+
+    def batch(self, place: jax.Array) -> Batch:
+        """Batch number `place` of the T, gathered on the devices."""
+        batch = {prefix + name: rows[self.ids[prefix][place]]
+                 for prefix, table in self.tables.items() for name, rows in table.items()}
+        # What follows is compiled as for a batch from the host, and gives the same bits.
+        return jax.lax.optimization_barrier(batch)
 
 
 class Network(NamedTuple):

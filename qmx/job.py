@@ -10,7 +10,9 @@ from typing import TextIO
 import jax
 
 from qmx.checkpoint import Checkpoints
-from qmx.data import Source, batches
+from qmx.contract import Rows
+from qmx.data import Source
+from qmx.data.batches import feed
 from qmx.progress import progress, say
 from qmx.sharding import any_process, first, from_first, put_state
 from qmx.train import TrainState, fit
@@ -32,6 +34,7 @@ def train(
     save_seconds: float,
     watch: Callable[[int, dict[str, float]], str | None] = lambda done, metrics: None,
     stopped: Callable[[], bool] = lambda: False,
+    at_once: int | None = None,
 ) -> TrainState:
     """Train to the end, from the newest good checkpoint if an earlier call left one.
 
@@ -43,6 +46,7 @@ def train(
       save_seconds: between two checkpoints, see `qmx.train.fit`.
       watch: returns a warning about the metrics, see `qmx.health.watch`.
       source: what is trained on; its order follows `seed`, see `qmx.data.batches`.
+      at_once: steps in one dispatch, see `qmx.data.batches.feed`.
 
     Raises:
       Stopped: `stopped` said so; the state is in checkpoints/.
@@ -55,8 +59,8 @@ def train(
             ts = restored
             say(f"{name}: goes on from {checkpoints.newest()}")
 
-        def feed(start: int) -> Iterator[dict[str, jax.Array]]:
-            return batches(source, batch_size, steps=steps, seed=seed, start=start, drop_last=drop_last)
+        def batches(start: int) -> Iterator[dict[str, jax.Array] | Rows]:
+            return feed(source, batch_size, steps=steps, seed=seed, start=start, drop_last=drop_last, at_once=at_once)
 
         with _log(directory / "metrics.jsonl", int(ts.step)) as file, progress(name, steps, batch_size) as shown:
 
@@ -67,7 +71,7 @@ def train(
                     say(f"warning: {name}: {warning}")
 
             try:
-                ts = fit(step, ts, feed, rng, steps=steps, on_metrics=on_metrics, save=checkpoints.save,
+                ts = fit(step, ts, batches, rng, steps=steps, on_metrics=on_metrics, save=checkpoints.save,
                          save_seconds=save_seconds, stopped=stopped, agree=agreement())
             except FloatingPointError as error:
                 last = checkpoints.newest()

@@ -151,6 +151,35 @@ def put_batch(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     return {name: jax.make_array_from_process_local_data(split, rows) for name, rows in batch.items()}
 
 
+def put_ids(ids: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Numbers of rows, whole in every process, i[T, B] -> i32[T, B], each of the T batches split over the devices."""
+    split = NamedSharding(mesh(), PartitionSpec(None, "data"))
+    return {name: jax.make_array_from_process_local_data(
+        split, np.ascontiguousarray(rows[:, rows_here(rows.shape[1])], np.int32)) for name, rows in ids.items()}
+
+
+def put_whole(arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Arrays, the same in every process, onto every device."""
+    return {name: jax.make_array_from_process_local_data(everywhere(), array) for name, array in arrays.items()}
+
+
+# Of the memory that is free on a device, what a data set may take: a step's activations need the rest.
+SHARE_OF_MEMORY = 0.25
+
+
+def fits_everywhere(nbytes: int) -> bool:
+    """Whether so many bytes are at most `SHARE_OF_MEMORY` of what is free on each device, in all processes."""
+
+    def free(device: jax.Device) -> int:
+        stats = device.memory_stats()
+        if stats and "bytes_limit" in stats:
+            return stats["bytes_limit"] - stats["bytes_in_use"]
+        # A CPU's devices share the machine's memory.
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()
+
+    return not any_process(nbytes > SHARE_OF_MEMORY * min(map(free, jax.local_devices())))
+
+
 def everywhere() -> NamedSharding:
     """Of what is whole on every device."""
     return NamedSharding(mesh(), PartitionSpec())

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from qmx.contract import Batch, Method, PyTree
+from qmx.contract import Batch, Method, PyTree, Rows
 
 
 class TrainState(NamedTuple):
@@ -30,12 +31,16 @@ def init_state(method: Method, tx: optax.GradientTransformation, rng: jax.Array,
 def make_step(method: Method, tx: optax.GradientTransformation) -> Callable:
     """The jitted step of any method: (train_state, batch, rng) -> (train_state, metrics).
 
+    The batch may be `Rows`: then `count` steps are done in one dispatch, each on a batch gathered on the devices,
+    and each metric is [T], of which the first `count` are filled. The results are those of as many single steps, to
+    the bit where T is 1; in a loop XLA's float32 convolutions on CPUs round another way.
+
     `rng` is the run's one root key; each step folds its number in, so no randomness is stored.
     The state is donated. The metrics are f32[] on the device, "loss" and "grad_norm", the length of the
     gradient as one vector, among them.
     """
 
-    def step(ts: TrainState, batch: Batch, rng: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+    def one(ts: TrainState, batch: Batch, rng: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         rng = jax.random.fold_in(rng, ts.step)
         grad = jax.value_and_grad(method.loss, has_aux=True)
         (loss, (state, metrics)), grads = grad(ts.params, ts.state, batch, rng)
@@ -43,6 +48,24 @@ def make_step(method: Method, tx: optax.GradientTransformation) -> Callable:
         params = optax.apply_updates(ts.params, updates)
         return TrainState(ts.step + 1, params, state, opt_state), {
             "loss": loss, "grad_norm": optax.tree.norm(grads), **metrics}
+
+    def several(ts: TrainState, rows: Rows, rng: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        most = len(rows.ids[""])
+        if most == 1:  # no loop around it
+            ts, metrics = one(ts, rows.batch(jnp.int32(0)), rng)
+            return ts, jax.tree.map(lambda value: value[None], metrics)
+        like = jax.eval_shape(one, ts, jax.eval_shape(rows.batch, jnp.int32(0)), rng)[1]
+        unfilled = jax.tree.map(lambda value: jnp.zeros((most, *value.shape), value.dtype), like)
+
+        def next_one(place: jax.Array, so_far: tuple[TrainState, dict]) -> tuple[TrainState, dict]:
+            ts, metrics = one(so_far[0], rows.batch(place), rng)
+            return ts, jax.tree.map(lambda column, value: column.at[place].set(value), so_far[1], metrics)
+
+        # A number of steps that is data: one compilation serves a remainder and a run that goes on amid one.
+        return jax.lax.fori_loop(0, rows.count, next_one, (ts, unfilled))
+
+    def step(ts: TrainState, batch: Batch | Rows, rng: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        return several(ts, batch, rng) if isinstance(batch, Rows) else one(ts, batch, rng)
 
     return jax.jit(step, donate_argnums=0)
 
@@ -68,13 +91,14 @@ def fit(
 
     Args:
       step: from `make_step`.
-      batches: start -> an iterator over batches `start`, `start` + 1, ...
+      batches: start -> an iterator over batches `start`, `start` + 1, ..., or over `Rows` of them, no more of which
+        are trained on than `steps` allows.
       rng: the run's root key.
-      on_metrics: called with (steps done, metrics) for every step, one step late, so that the
+      on_metrics: called with (steps done, metrics) for every step, one dispatch late, so that the
         device never waits for the host.
       save: writes a checkpoint; called every `save_seconds` and when the run is stopped.
-      stopped: asked after each step.
-      agree: called in each step with whether this process wants to stop, and with whether it wants to
+      stopped: asked after each dispatch.
+      agree: called in each dispatch with whether this process wants to stop, and with whether it wants to
         save; says what all do. Several processes must stop and save at one step.
 
     Raises:
@@ -82,22 +106,30 @@ def fit(
       Stopped: `stopped` said so; the state was saved first, if there is a `save`.
     """
 
-    def report(done: int, metrics: dict[str, jax.Array]) -> None:
-        values = {name: float(value) for name, value in metrics.items()}
-        for name, what in (("loss", "loss"), ("grad_norm", "gradient's length")):
-            if not math.isfinite(values[name]):
-                raise FloatingPointError(f"the {what} is {values[name]} at step {done} of {steps}; "
-                                         "a lower learning rate or a warm-up may cure it")
-        on_metrics(done, values)
+    def report(before: int, count: int, metrics: dict[str, jax.Array]) -> None:
+        columns = {name: np.atleast_1d(np.asarray(value)) for name, value in metrics.items()}
+        for place in range(count):
+            done, values = before + place + 1, {name: float(column[place]) for name, column in columns.items()}
+            for name, what in (("loss", "loss"), ("grad_norm", "gradient's length")):
+                if not math.isfinite(values[name]):
+                    raise FloatingPointError(f"the {what} is {values[name]} at step {done} of {steps}; "
+                                             "a lower learning rate or a warm-up may cure it")
+            on_metrics(done, values)
 
     pending = None
     saved = time.monotonic()
-    start = int(ts.step)
-    for done, batch in zip(range(start + 1, steps + 1), batches(start), strict=False):
+    done = int(ts.step)
+    feed = iter(batches(done))
+    while done < steps and (batch := next(feed, None)) is not None:
+        count = 1
+        if isinstance(batch, Rows):
+            count = min(int(batch.count), steps - done)
+            batch = batch._replace(count=np.int32(count))
         ts, metrics = step(ts, batch, rng)
         if pending is not None:
             report(*pending)
-        pending = (done, metrics)
+        pending = (done, count, metrics)
+        done += count
         stop = agree(stopped()) and done < steps
         late = agree(time.monotonic() - saved > save_seconds)
         if save is not None and (stop or late):

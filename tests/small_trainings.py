@@ -1,9 +1,11 @@
 """Train a small one of each method with qmx's own loop, in a process of its own; see test_invariance.py.
 
-    python tests/small_trainings.py DIRECTORY STEPS [STOP]
+    python tests/small_trainings.py DIRECTORY METHODS STEPS STOP AT_ONCE
 
-Stops each training after STOP more steps, as a signal would. What is finished is left in
-DIRECTORY/METHOD: metrics.jsonl and state.npz, every leaf of the last state; and DIRECTORY/evaluation.npz.
+Stops each training after STOP more dispatches, as a signal would; 0 does not. A dispatch has AT_ONCE steps on images
+that lie on the devices, or one on images that the host brings if that is 0. What is finished is left in
+DIRECTORY/METHOD: metrics.jsonl and state.npz, every leaf of the last state; and, of the last one if it is
+distillation, DIRECTORY/evaluation.npz. METHODS are names with commas between them.
 """
 
 import sys
@@ -46,13 +48,14 @@ METHODS = {  # eight groups of four images; one group over all of them
 }
 
 
-def main(directory, steps, stop):
+def main(directory, names, steps, stop, at_once):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (80, 8, 8, 1), np.uint8)
     source = in_memory(image=images, scores=rng.normal(size=(80, 10)).astype(np.float32))
     like = source.read(np.arange(BATCH))
     pool = in_memory(image=rng.integers(0, 256, (112, 8, 8, 1), np.uint8))
-    for name, method in METHODS.items():
+    for name in names:
+        method = METHODS[name]
         tx = optim.sgd(optim.schedule("cosine", 0.01, epochs=10, steps=steps), weight_decay=1e-4)
         ts = jax.jit(lambda rng, method=method, tx=tx: init_state(method, tx, rng, like))(jax.random.key(0))
         step, asked = make_step(method, tx), count(1)
@@ -60,14 +63,15 @@ def main(directory, steps, stop):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             shown = source._replace(beside=Beside(pool, 2)) if name == "fixmatch" else source
+            shown = shown if at_once else shown._replace(nbytes=None)
             ts = train(folder, name, step, ts, jax.random.key(1), shown, batch_size=BATCH, steps=steps, seed=3,
                        drop_last=name not in ("distill", "fixmatch"), save_seconds=1e9,
-                       stopped=lambda asked=asked: next(asked) == stop)
+                       stopped=lambda asked=asked: next(asked) == stop, at_once=at_once)
         except Stopped:
             continue
         assert step._cache_size() == 1, "one compilation"
         np.savez(folder / "state.npz", **{path: np.asarray(leaf) for path, leaf in by_path(ts).items()})
-    if not stop:
+    if not stop and name == "distill":
         answers = predict(chain(backbone=NET, head=HEAD), *put_state((ts.params, ts.state)), augment.plain_view(
             (0.5,), (0.25,)), images[:51], batch_size=16)
         np.savez(directory / "evaluation.npz", answers=answers, neighbours=knn(
@@ -76,4 +80,4 @@ def main(directory, steps, stop):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 0)
+    main(Path(sys.argv[1]), sys.argv[2].split(","), *map(int, sys.argv[3:]))

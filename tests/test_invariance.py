@@ -16,17 +16,18 @@ STEPS = 20
 def trained(environment, tmp_path_factory):
     """trained(name, devices, dtype, stops) -> the folder of tests/small_trainings.py, made once.
 
-    `stops` are the steps that each process but the last does, with its own number of devices.
+    `stops` are the dispatches that each process but the last does, with its own number of devices.
     """
     root = tmp_path_factory.mktemp("trained")
 
-    def run(name, devices=(1,), dtype="float32", stops=()):
+    def run(name, devices=(1,), dtype="float32", stops=(), at_once=1, methods=METHODS):
         folder = root / name
         if not folder.exists():
             for number, stop in zip(devices, (*stops, 0), strict=True):
                 flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={number} {QUICKLY}"}
                 wide = {"JAX_ENABLE_X64": "1"} if dtype == "float64" else {}
-                words = [sys.executable, "tests/small_trainings.py", str(folder), str(STEPS), str(stop)]
+                words = [sys.executable, "tests/small_trainings.py", str(folder), ",".join(methods),
+                         *map(str, (STEPS, stop, at_once))]
                 done = subprocess.run(words, cwd=ROOT, env={**environment, **flags, **wide}, capture_output=True,
                                       text=True, timeout=280)
                 assert done.returncode == 0 and done.stdout.split() == [str(number)], done.stderr
@@ -35,10 +36,10 @@ def trained(environment, tmp_path_factory):
     return run
 
 
-def losses(folder):
+def losses(folder, methods=METHODS):
     """The losses of each step, by method."""
     return {name: [json.loads(line)["loss"] for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-            for name in METHODS}
+            for name in methods}
 
 
 # Of float32, in losses, weights, statistics and answers; and in the momenta. Of the millions of activations of a run
@@ -47,12 +48,12 @@ def losses(folder):
 ROUNDING = {"rtol": 1e-5, "atol": 2e-6, "of_momenta": 1e-4}
 
 
-def assert_same(a, b, rtol, atol, of_momenta=None):
+def assert_same(a, b, rtol, atol, of_momenta=None, methods=METHODS):
     """The losses of 20 steps, every leaf of the last states, the answers and the neighbours."""
-    for name in METHODS:
+    for name in methods:
         assert len(losses(a)[name]) == STEPS
-        np.testing.assert_allclose(losses(b)[name], losses(a)[name], rtol=rtol, atol=atol, err_msg=name)
-    for file in (*(f"{name}/state.npz" for name in METHODS), "evaluation.npz"):
+        np.testing.assert_allclose(losses(b, methods)[name], losses(a)[name], rtol=rtol, atol=atol, err_msg=name)
+    for file in (*(f"{name}/state.npz" for name in methods), *["evaluation.npz"] * ("distill" in methods)):
         with np.load(a / file) as x, np.load(b / file) as y:
             assert x.files == y.files
             for path in x.files:
@@ -87,3 +88,22 @@ def test_resume(trained):
 def test_resume_on_other_devices(trained):
     """A checkpoint of four devices goes on with one."""
     assert_same(trained("1"), trained("moved", (4, 1), stops=(7,)), **ROUNDING)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_images_on_the_devices(trained, devices):
+    """Batches that are gathered there are the host's: the same bits after as many steps."""
+    host = trained(f"{devices} from the host", (devices,), at_once=0)
+    assert_same(host, trained(f"{devices}", (devices,)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_several_steps_in_one_dispatch(trained, devices):
+    """The same bits as one in each gives, also where the run was stopped between two dispatches and went on.
+
+    In float64, whose convolutions are matrix products: XLA's float32 ones round another way in a loop.
+    """
+    how = {"methods": ("moco", "fixmatch"), "at_once": 6, "stops": (1,)}
+    pieces = trained(f"{devices} in pieces of six", (devices,) * 2, "float64", **how)
+    whole = trained(f"{devices} in float64", (devices,), "float64")
+    assert_same(whole, pieces, rtol=0, atol=0, methods=how["methods"])

@@ -11,8 +11,9 @@ from functools import lru_cache
 import jax
 import numpy as np
 
+from qmx.contract import Rows
 from qmx.data.sources import Source
-from qmx.sharding import put_batch, rows_here
+from qmx.sharding import fits_everywhere, put_batch, put_ids, put_whole, rows_here
 
 
 def epoch_steps(size: int, batch_size: int, drop_last: bool) -> float:
@@ -87,14 +88,49 @@ def batches(source: Source, batch_size: int, *, steps: int, seed: int, start: in
     Raises:
       ValueError: `drop_last` with a batch larger than the source.
     """
-    if drop_last and batch_size > source.size:
-        raise ValueError(f"batch_size {batch_size} is larger than the {source.size} images to train on")
+    _refuse_larger(source, batch_size, drop_last)
     import grain  # 1.4 s, and not on every machine that only trains on arrays of its own
 
     examples = grain.MapDataset.source(_Batches(source, batch_size, steps, seed, drop_last))[start:]
     # Whole batches go by, so a short buffer hides the reading; the default holds 500.
     ahead = examples.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4))
     return map(put_batch, ahead)
+
+
+def steps_at_once() -> int:
+    """Steps in one dispatch. On CPUs a step takes long beside its dispatch and gains nothing in a loop (measured:
+    benchmarks/README.md); elsewhere a stop signal waits for them."""
+    return 1 if jax.default_backend() == "cpu" else 32
+
+
+def feed(source: Source, batch_size: int, *, steps: int, seed: int, start: int = 0, drop_last: bool = False,
+         at_once: int | None = None) -> Iterator[dict[str, jax.Array] | Rows]:
+    """The batches of `batches`, for `qmx.train.fit`: from the devices where the source fits there, else from the host.
+
+    A source in memory that `qmx.sharding.fits_everywhere` is put on every device once, and a batch is numbers of its
+    rows: `at_once` of them, by default `steps_at_once()`, come as one `Rows`. Arguments and errors are those of
+    `batches`.
+    """
+    parts = {"": (source, 1)} | ({"pool_": (source.beside.source, source.beside.ratio)} if source.beside else {})
+    sizes = [part.nbytes for part, _ in parts.values()]
+    if None in sizes or not fits_everywhere(sum(size for size in sizes if size)):
+        yield from batches(source, batch_size, steps=steps, seed=seed, start=start, drop_last=drop_last)
+        return
+    _refuse_larger(source, batch_size, drop_last)
+    tables = {prefix: put_whole(part.all()) for prefix, (part, _) in parts.items()}
+    most = at_once or steps_at_once()
+    for first in range(start, steps, most):
+        count = min(most, steps - first)
+        numbers = [min(first + place, steps - 1) for place in range(most)]  # one shape, whatever is left
+        ids = {prefix: np.stack([
+            batch_ids(part.size, batch_size * ratio, seed, k, drop_last, BESIDE if prefix else ())
+            for k in numbers]) for prefix, (part, ratio) in parts.items()}
+        yield Rows(tables, put_ids(ids), np.int32(count))
+
+
+def _refuse_larger(source: Source, batch_size: int, drop_last: bool) -> None:
+    if drop_last and batch_size > source.size:
+        raise ValueError(f"batch_size {batch_size} is larger than the {source.size} images to train on")
 
 
 def ahead(read: Callable[[np.ndarray], np.ndarray], ids: np.ndarray, size: int) -> Iterator[tuple[int, np.ndarray]]:

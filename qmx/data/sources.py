@@ -18,6 +18,7 @@ class Source(NamedTuple):
     labels: np.ndarray  # i32[n]; empty where the arrays have none
     names: tuple[str, ...] = ()  # of the files, "n01440764/n01440764_10026.JPEG"; () where there are none
     beside: "Beside | None" = None  # what batches hold of another source too
+    nbytes: int | None = None  # of all that `read` gives, where it is in memory; None where it comes from files
 
     def all(self) -> dict[str, np.ndarray]:
         """Every example as `read` gives it, in order. For what fits in memory."""
@@ -55,6 +56,7 @@ def in_memory(**arrays: np.ndarray) -> Source:
         read=lambda ids: {name: a[ids] for name, a in arrays.items()},
         shown=lambda ids: arrays["image"][ids],
         labels=np.asarray(arrays.get("label", ()), np.int32),
+        nbytes=sum(array.nbytes for array in arrays.values()),
     )
 
 
@@ -66,4 +68,13 @@ def take(source: Source, ids: np.ndarray, **more: Any) -> Source:
         shown=lambda rows: source.shown(ids[rows]),
         labels=source.labels[ids] if len(source.labels) else source.labels,
         names=tuple(source.names[i] for i in ids) if source.names else (),
+        nbytes=_share(source, len(ids), more),
     )
+
+
+def _share(source: Source, count: int, more: dict[str, Any]) -> int | None:
+    """Bytes of `count` examples of a source in memory and of `more` beside each; None of one that is not."""
+    if source.nbytes is None:
+        return None
+    beside = sum(array[np.arange(1)].nbytes for array in more.values() if count)
+    return source.nbytes * count // max(source.size, 1) + beside * count
