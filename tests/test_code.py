@@ -12,7 +12,8 @@ from conftest import ROOT
 BELOW = {
     "contract": set(), "losses": {"contract"}, "augment": {"contract"}, "optim": {"contract"},
     "methods": {"contract", "losses", "optim", "methods"}, "models": {"contract", "checkpoint", "models"},
-    "sharding": {"contract"}, "data": {"contract", "sharding", "augment", "progress", "data"}, "evaluate": {"contract", "sharding"},
+    "sharding": {"contract"}, "data": {"contract", "sharding", "augment", "progress", "data"},
+    "evaluate": {"contract", "sharding"},
     "oracle": {"contract", "evaluate", "data", "progress", "oracle"}, "train": {"contract"},
 }
 
