@@ -22,9 +22,10 @@ import time
 from pathlib import Path
 
 COMMAND = [sys.executable, "-m", "qmx.main", "--config=configs/digits.py", "--config.seeds=(0,)",
-           "--config.fractions=(0.05,1.0)", "--config.target.epochs=2", "--config.pretrain.moco.epochs=1",
-           "--config.pretrain.simsiam.epochs=1", "--config.pretrain.rotation.epochs=1", "--config.distill.epochs=0.5",
-           "--config.distill.min_steps=12", "--config.save_minutes=0.005"]  # saves so often that kills come amid them
+           "--config.fractions=(0.05,1.0)", "--config.queries=()", "--config.target.epochs=2",
+           "--config.pretrain.moco.epochs=1", "--config.pretrain.simsiam.epochs=1",
+           "--config.pretrain.rotation.epochs=1", "--config.distill.epochs=0.5", "--config.distill.min_steps=12",
+           "--config.save_minutes=0.005"]  # saves so often that kills come amid them
 
 
 def table(workdir: Path) -> dict:

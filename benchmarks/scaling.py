@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 from qmx import build
-from qmx.data.subsets import subset_size
 from qmx.grid import cells, encoders, percent, recipe_of
 from qmx.main import load_file, set_xla_flags
 
@@ -127,16 +126,16 @@ def parts(words: str) -> list[dict[str, Any]]:
     def add(name: str, rate: str, steps: int | None, batch: int | None, images: int) -> None:
         rows.append({"part": name, "rate": rate, "steps": steps, "batch": batch, "images": images})
 
-    seeds, todo = len(config.seeds), cells(config)
+    seeds, todo = len(config.seeds), cells(config, POOL)
     for init in encoders(config):
         keys = config.pretrain[init]
         steps = build.pretrain_steps(keys, POOL) * seeds
         add(f"pretrain {init}", init, steps, keys.batch_size, steps * keys.batch_size)
-    asked = max(subset_size(cell.fraction, POOL) for cell in todo)  # the smaller subsets are parts of the largest
+    asked = max(cell.queries for cell in todo)  # the smaller subsets are parts of the largest
     add("query", "query", None, None, asked + EVALUATION)
     for cell in todo:
         keys = recipe_of(config, cell)
-        steps = build.distill_steps(keys, subset_size(cell.fraction, POOL))
+        steps = build.distill_steps(keys, cell.queries)
         add(f"distill {cell.init} {percent(cell.fraction)}", "distill", steps, keys.batch_size, steps * keys.batch_size)
     looks = (len(encoders(config)) + 1) * seeds  # each encoder and a random one see the pool
     add("evaluate, monitor", "inference", None, None, EVALUATION * len(todo) + POOL * looks)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from qmx.build import fixmatch_steps
-from qmx.data import Dataset, subset_size
-from qmx.grid import USES, cells, columns, encoders, recipe_name, recipe_of
+from qmx.data import Dataset
+from qmx.grid import USES, Cell, cells, columns, encoders, recipe_name, recipe_of
 from qmx.models.resnet import ARCHS
 from qmx.optim import DECAYS, OPTIMIZERS, SCHEDULES
 from qmx.oracle import access
@@ -42,11 +42,11 @@ def warnings(config: Any, data: Dataset) -> list[str]:
         if keys.group_size == keys.batch_size:
             found.append("pretrain.moco.group_size is the whole batch: its batch statistics tell which key belongs to "
                          "which query, and no shuffling hides it; 32 images a group is the reference's")
-    self_labelled = [cell for cell in cells(config) if cell.use == "fixmatch"]
+    pool = data.pool.size
+    self_labelled = [cell for cell in cells(config, pool) if cell.use == "fixmatch"]
     if self_labelled:
-        keys, pool = config.fixmatch, data.pool.size
-        steps = min(fixmatch_steps(recipe_of(config, cell), keys, subset_size(cell.fraction, pool), pool)
-                    for cell in self_labelled)
+        keys = config.fixmatch
+        steps = min(fixmatch_steps(recipe_of(config, cell), keys, cell.queries, pool) for cell in self_labelled)
         if 3 / (1 - keys.decay) > steps:  # less than 95 % of the teacher is what was trained
             found.append(f"fixmatch.decay {keys.decay} averages over about {1 / (1 - keys.decay):.0f} steps, and of "
                          f"{steps} steps the teacher, which is the student that is kept, sees too little; lower it, or "
@@ -70,7 +70,7 @@ def _problems(config: Any, data: Dataset) -> Iterator[str]:
         if isinstance(default, tuple) and "." in key:
             yield from _tuple_problems(key, default, values[key])
     known = {"inits": INITS, "selects": SELECTS, "uses": USES}
-    for axis in ("seeds", "fractions", "accesses", *known):
+    for axis in ("seeds", "accesses", *known):
         values = config[axis]
         if not values:
             yield f"{axis} is empty; name at least one"
@@ -84,24 +84,17 @@ def _problems(config: Any, data: Dataset) -> Iterator[str]:
     for seed in (*config.seeds, config.target.seed):
         if not isinstance(seed, int) or seed < 0:
             yield f"seed {seed!r} is not a whole number from 0 on"
-    for fraction in config.fractions:
-        if isinstance(fraction, str):
-            yield f"fractions has {fraction!r}, which is not a number"
-        try:
-            subset_size(fraction, data.pool.size)
-        except ValueError as error:
-            yield f"fractions: {error}"
     for name, keys in config.recipes.items():
         for init in keys.inits:
             yield from choice(f"recipes.{name}.inits", init, INITS)
     try:
-        shown = columns(config)
+        shown, runs = columns(config), cells(config, data.pool.size)
     except ValueError as error:
         yield str(error)
         return
     for column in shown:
         yield from choice("also", column.init, INITS)
-    for cell in cells(config):
+    for cell in runs:
         try:
             recipe_name(config, cell)
         except ValueError as error:
@@ -137,7 +130,8 @@ def _problems(config: Any, data: Dataset) -> Iterator[str]:
                    "that; lower accesses")
     yield from choice("student.arch", config.student.arch, ARCHS)
     yield from choice("student.dtype", config.student.dtype, DTYPES)
-    for name, keys in _recipes(config).items():
+    recipes = _recipes(config, runs)
+    for name, keys in recipes.items():
         yield from choice(f"{name}.learn_from", keys.learn_from, LEARN_FROM)
         for temperature in ("target_temperature", "student_temperature"):
             if not keys[temperature] > 0:
@@ -159,7 +153,7 @@ def _problems(config: Any, data: Dataset) -> Iterator[str]:
         trained["target"] = config.target
     if config.monitor.linear:
         trained["monitor.probe"] = config.monitor.probe
-    for name, keys in {**trained, **_recipes(config)}.items():
+    for name, keys in {**trained, **recipes}.items():
         yield from _training_problems(name, keys, data, whole_epochs=name.startswith("pretrain"))
     for name in ("strong_view", "weak_view"):
         yield from _view_problems(name, config[name], data)
@@ -191,10 +185,10 @@ def _fixmatch_problems(keys: Any) -> Iterator[str]:
         yield f"fixmatch.epochs {keys.epochs} must be a number of passes over the pool, or 0 for the recipe's steps"
 
 
-def _recipes(config: Any) -> dict[str, Any]:
-    """Every recipe that some cell is trained by, under the key that it stands at."""
+def _recipes(config: Any, runs: list[Cell]) -> dict[str, Any]:
+    """Every recipe that one of the runs is trained by, under the key that it stands at."""
     return {f"recipes.{name}" if name else "distill": recipe_of(config, cell)
-            for cell in cells(config) for name in [recipe_name(config, cell)]}
+            for cell in runs for name in [recipe_name(config, cell)]}
 
 
 def _target_problems(keys: Any) -> Iterator[str]:

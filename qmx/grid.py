@@ -1,9 +1,10 @@
-"""The grid of runs that a config describes: its columns, at every fraction and seed."""
+"""The grid of runs that a config describes: its columns, at every budget and seed."""
 
 from decimal import Decimal
-from itertools import product
+from itertools import pairwise, product
 from typing import Any, NamedTuple
 
+from qmx.data.subsets import subset_size
 from qmx.oracle import access
 from qmx.oracle.select import NEED_FEATURES, SELECTS
 
@@ -21,19 +22,27 @@ class Column(NamedTuple):
     use: str = "asked"
 
 
+class Budget(NamedTuple):
+    """How many images of the pool a student is given answers to: a row of the table."""
+
+    queries: int
+    fraction: float  # of the pool; where the config gives a share, that very number
+
+
 class Cell(NamedTuple):
-    """One run of the grid: one student."""
+    """One run of the grid: one student. The fields of its column and of its budget, and a seed."""
 
     init: str
     select: str
     access: str
+    use: str
+    queries: int
     fraction: float
     seed: int
-    use: str = "asked"
 
     @property
     def name(self) -> str:
-        return f"{self.init}-{self.select}-{self.access}-{self.use}-{self.fraction:g}-seed{self.seed}"
+        return f"{self.init}-{self.select}-{self.access}-{self.use}-{self.queries}-seed{self.seed}"
 
 
 def recipe_name(config: Any, cell: Cell) -> str:
@@ -45,8 +54,8 @@ def recipe_name(config: Any, cell: Cell) -> str:
     found = [name for name, keys in config.recipes.items()
              if cell.init in keys.inits and keys.above < cell.fraction <= keys.up_to]
     if len(found) > 1:
-        raise ValueError(f"recipes {' and '.join(found)} both claim init {cell.init} at {percent(cell.fraction)}; "
-                         "give them ranges of fractions that do not overlap")
+        raise ValueError(f"recipes {' and '.join(found)} both claim init {cell.init} at {cell.queries} queries, "
+                         f"a share of {cell.fraction:.2g}; give them ranges of fractions that do not overlap")
     return found[0] if found else ""
 
 
@@ -95,10 +104,47 @@ def _column(words: str, config: Any) -> Column:
     return Column(init, **chosen)
 
 
-def cells(config: Any) -> list[Cell]:
-    """Every column at every fraction and seed, the small fractions first."""
-    return [Cell(column.init, column.select, column.access, fraction, seed, column.use)
-            for fraction, column, seed in product(config.fractions, columns(config), config.seeds)]
+def budgets(config: Any, size: int) -> list[Budget]:
+    """The budgets of `config.fractions` and `config.queries` in a pool of `size` images, the small ones first.
+
+    Raises:
+      ValueError: a share or a number that this pool does not have; two budgets of one number; no budget at all.
+    """
+    given = [*((f"fractions {share}", _of_share(share, size)) for share in config.fractions),
+             *((f"queries {number}", _of_number(number, size)) for number in config.queries)]
+    if not given:
+        raise ValueError("fractions and queries are both empty; name a budget, as in --config.queries=20")
+    given.sort(key=lambda named: named[1].queries)
+    for (one, budget), (other, following) in pairwise(given):
+        if budget.queries == following.queries:
+            raise ValueError(f"{one} and {other} are both {budget.queries} of the pool's {size} images; leave one out")
+    return [budget for _, budget in given]
+
+
+def _of_share(share: Any, size: int) -> Budget:
+    if isinstance(share, bool) or not isinstance(share, int | float):
+        raise ValueError(f"fractions has {share!r}, which is not a number; 0.01 is one image in a hundred")
+    try:
+        return Budget(subset_size(share, size), float(share))
+    except ValueError as error:
+        raise ValueError(f"fractions: {error}") from None
+
+
+def _of_number(number: Any, size: int) -> Budget:
+    if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= size:
+        raise ValueError(f"queries has {number!r}; use whole numbers from 1 to {size}, which is the pool")
+    return Budget(number, number / size)
+
+
+def budget_keys(config: Any) -> str:
+    """The keys that the budgets come from, for advice: "--config.queries or --config.fractions"."""
+    return " or ".join(f"--config.{key}" for key in ("queries", "fractions") if config[key])
+
+
+def cells(config: Any, size: int) -> list[Cell]:
+    """Every column at every budget in a pool of `size` images and every seed, the small budgets first."""
+    return [Cell(*column, *budget, seed)
+            for budget, column, seed in product(budgets(config, size), columns(config), config.seeds)]
 
 
 def percent(fraction: float) -> str:

@@ -5,7 +5,7 @@ Each stage leaves an artefact in the workdir and is skipped when the same inputs
     target/                       the target's weights
     pretrain/<init>-seed<s>/      an encoder
     monitor/<init>-seed<s>/       what its features are good for
-    select/<way>-<fraction>-seed<s>/   the pool's images that are asked about; to choose by answers (margin, entropy)
+    select/<way>-<queries>-seed<s>/   the pool's images that are asked about; to choose by answers (margin, entropy)
                                        this stage asks the target too, all rounds but the last
     query/                        the rest is asked; the ledger's keys of all images that were asked about
     ledger.sqlite                 every answer of the target
@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from qmx import report, workdir
-from qmx.data import Dataset, subset_size
-from qmx.grid import Cell, cells, encoders
+from qmx.data import Dataset
+from qmx.grid import Cell, budgets, cells, encoders
 from qmx.progress import say
 from qmx.reach import reached
 from qmx.sharding import from_first
@@ -51,7 +51,7 @@ def run(config: Any, directory: Path, data: Dataset, only: str, stopped: Callabl
     """
     this = Run(config, directory, data, only, stopped, [])
     wanted = {stage: only in ("all", stage) for stage in STAGES}
-    todo = cells(config)
+    todo = cells(config, data.pool.size)
     started = [(init, seed) for init in encoders(config) for seed in config.seeds]
     if wanted["pretrain"]:  # what is brought along comes first: a wrong file is found before anything is trained
         for init, seed in started:
@@ -86,7 +86,7 @@ def check_weights(config: Any, data: Dataset) -> None:
     if config.target.kind in outside.KINDS:
         outside.describe(config.target, data)
     if config.target.kind == "recorded":
-        recorded.refuse_missing(Path(config.target.path), data, chosen_up_front(config, data))
+        recorded.refuse_missing(config, data, chosen_up_front(config, data))
     if config.target.kind == "torch":
         converted_target(config.target, data)
     for init in encoders(config):
@@ -119,7 +119,7 @@ def write_report(this: Run, todo: list[Cell], started: list[tuple[str, int]]) ->
                    "precision": None if keys.kind in outside.KINDS else keys.precision},
         "pool": {"name": this.data.name, "size": this.data.pool.size, "evaluation": evaluation.size,
                  "classes": this.data.classes, "sha256": this.data.digest,
-                 "queries": {str(f): subset_size(f, this.data.pool.size) for f in this.config.fractions}},
+                 "budgets": [budget._asdict() for budget in budgets(this.config, this.data.pool.size)]},
         "rows": [row for row in rows if row],
         "account": from_first(account),
         "monitors": [{"init": init, "seed": seed, **encoder, **looked} for init, seed, encoder, looked in monitors

@@ -4,7 +4,8 @@ import math
 from collections.abc import Sequence
 from statistics import mean
 
-from qmx.grid import Column, columns
+from qmx.grid import columns
+from qmx.report import values
 
 
 def first_reached(queries: Sequence[int], accuracy: Sequence[float], level: float) -> float | None:
@@ -35,12 +36,11 @@ def reached(results: dict) -> list[dict]:
     left out as long as some budget of it was not run. `results` is as `results.json` holds them.
     """
     target, found = results["target"]["top1"], []
-    budgets = sorted((queries, float(fraction)) for fraction, queries in results["pool"]["queries"].items())
+    queries = [budget["queries"] for budget in results["pool"]["budgets"]]
     for column in columns(results["config"]) if target is not None else ():
-        rows = [[row["top1"] for row in results["rows"] if row["fraction"] == fraction
-                 and Column(*(row[axis] for axis in Column._fields)) == column] for _, fraction in budgets]
-        if all(rows):
-            curve = [mean(row) for row in rows]
-            found += [{**column._asdict(), "share": share, "queries": first_reached(
-                [queries for queries, _ in budgets], curve, share * target)} for share in results["config"]["reach"]]
+        each = [values(results, column, number, "top1") for number in queries]
+        if all(each):
+            curve = [mean(accuracies) for accuracies in each]
+            found += [{**column._asdict(), "share": share, "queries": first_reached(queries, curve, share * target)}
+                      for share in results["config"]["reach"]]
     return found

@@ -47,10 +47,22 @@ def label(column: Column, results: dict) -> str:
     return " + ".join([column.init, *more])
 
 
-def values(results: dict, column: Column, fraction: float, metric: str) -> list[float]:
+def budget_label(results: dict, budget: dict) -> str:
+    """A row's name: "14 (1 %)" where the config gives the share, "20 (1.4 %)", to two digits, where the number."""
+    share = budget["fraction"]
+    exact = share in results["config"]["fractions"]
+    return f"{budget['queries']} ({percent(share if exact else float(f'{share:.2g}'))})"
+
+
+def asked(row: dict) -> int:
+    """The budget of a row, in images."""
+    return row["queries"]["train"] + row["queries"]["select"]
+
+
+def values(results: dict, column: Column, queries: int, metric: str) -> list[float]:
     """A metric of one cell of the table, for each seed that was run."""
     return [row[metric] for row in results["rows"]
-            if Column(*(row[axis] for axis in Column._fields)) == column and row["fraction"] == fraction]
+            if Column(*(row[axis] for axis in Column._fields)) == column and asked(row) == queries]
 
 
 def spread(numbers: list[float], digits: int = 1) -> str:
@@ -76,12 +88,12 @@ def result_tables(results: dict) -> list[Table]:
     tables = []
     for title, metrics, digits in metrics_shown:
         rows = []
-        for fraction in results["config"]["fractions"]:
+        for budget in results["pool"]["budgets"]:
             cells = []
             for column in shown:
-                each = [spread(values(results, column, fraction, metric), digits) for metric in metrics]
+                each = [spread(values(results, column, budget["queries"], metric), digits) for metric in metrics]
                 cells.append(each[0] if each[0] == "not run" else " / ".join(each))
-            rows.append([f"{queries(results, fraction)} ({percent(fraction)})", *cells])
+            rows.append([budget_label(results, budget), *cells])
         tables.append(Table(title, ["queries", *names], rows))
     tables += [*reach_tables(results), *access_tables(results, over)]
     if results["monitors"]:
@@ -103,7 +115,7 @@ def result_tables(results: dict) -> list[Table]:
 def reach_tables(results: dict) -> list[Table]:
     """The queries that reach a share of the target's accuracy, and their price if the config has one."""
     shares, price = results["config"]["reach"], results["config"]["price"]
-    smallest, largest = (limit(results["pool"]["queries"].values()) for limit in (min, max))
+    smallest, largest = (results["pool"]["budgets"][place]["queries"] for place in (0, -1))
 
     def cell(column: Column, share: float) -> str:
         number = [row["queries"] for row in results["reach"] if row["share"] == share
@@ -125,20 +137,15 @@ def access_tables(results: dict, over: str) -> list[Table]:
     groups: dict[Column, list[Column]] = {}
     for column in columns(results["config"]):
         groups.setdefault(column._replace(access=""), []).append(column)
-    fractions = results["config"]["fractions"]
+    budgets = results["pool"]["budgets"]
     return [
         Table(f"Access to the answers, {group.init} + {group.select} + {group.use}: accuracy / fidelity, top-1, "
               f"in per cent ({over})",
-              ["access", *(f"{queries(results, fraction)} ({percent(fraction)})" for fraction in fractions)],
-              [[column.access, *(" / ".join(spread(values(results, column, fraction, metric))
-                                            for metric in ("top1", "fidelity_top1")) for fraction in fractions)]
+              ["access", *(budget_label(results, budget) for budget in budgets)],
+              [[column.access, *(" / ".join(spread(values(results, column, budget["queries"], metric))
+                                            for metric in ("top1", "fidelity_top1")) for budget in budgets)]
                for column in group_columns])
         for group, group_columns in groups.items() if len(group_columns) > 1]
-
-
-def queries(results: dict, fraction: float) -> int:
-    """How many images a fraction is."""
-    return results["pool"]["queries"][str(fraction)]
 
 
 def account_notes(results: dict) -> list[str]:
@@ -162,9 +169,9 @@ def account_notes(results: dict) -> list[str]:
 def recipes_note(results: dict) -> str:
     """What the columns of one row have in common."""
     config = results["config"]
-    used = {fraction: {row["recipe"] for row in results["rows"] if row["fraction"] == fraction}
-            for fraction in config["fractions"]}
-    named = "; ".join(f"{percent(fraction)} {', '.join(sorted(recipes))}" for fraction, recipes in used.items())
+    used = {budget_label(results, budget): {row["recipe"] for row in results["rows"] if asked(row) == budget["queries"]}
+            for budget in results["pool"]["budgets"]}
+    named = "; ".join(f"{budget} {', '.join(sorted(recipes))}" for budget, recipes in used.items())
     one_recipe = all(len(recipes) < 2 for recipes in used.values())
     one_choice = len({column.select for column in columns(config)}) == 1
     shared = {(True, True): "recipe, seeds and images", (False, True): "seeds and images",
@@ -227,12 +234,12 @@ def curve(results: dict) -> bytes:
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     panels = figure.subplots(1, 2)
-    fractions = sorted(results["config"]["fractions"])
+    budgets = [budget["queries"] for budget in results["pool"]["budgets"]]
     for panel, metric, title in zip(panels, ("top1", "fidelity_top1"), ("accuracy", "fidelity"), strict=True):
         shown = columns(results["config"])
         for place, column in enumerate(shown):
             aside = 1.03 ** (place - len(shown) / 2)  # so that the bars do not hide each other
-            points = [(queries(results, f) * aside, values(results, column, f, metric)) for f in fractions]
+            points = [(queries * aside, values(results, column, queries, metric)) for queries in budgets]
             points = [(x, ys) for x, ys in points if ys]
             panel.errorbar([x for x, _ in points], [mean(ys) for _, ys in points],
                            [stdev(ys) if len(ys) > 1 else 0 for _, ys in points],
@@ -240,8 +247,7 @@ def curve(results: dict) -> bytes:
         if metric == "top1" and results["target"]["top1"] is not None:
             panel.axhline(results["target"]["top1"], color="grey", linestyle="--", label="the target")
         panel.set(xscale="log", xlabel="queries", ylabel=f"{title}, top-1 (%)", title=f"{title} against queries")
-        ticks = [queries(results, f) for f in fractions]
-        panel.set_xticks(ticks, [str(tick) for tick in ticks])
+        panel.set_xticks(budgets, [str(queries) for queries in budgets])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
     panels[0].legend()

@@ -41,7 +41,7 @@ def distilling() -> ConfigDict:
 
 
 def recipe(inits: tuple[str, ...], above: float = 0.0, up_to: float = 1.0, **changes: Any) -> ConfigDict:
-    """One of `config.recipes`: how students train that start from one of `inits`, above < fraction <= up_to.
+    """One of `config.recipes`: how students train that start from one of `inits`, above < share of the pool <= up_to.
 
     Raises:
       KeyError: a key that `distilling` does not have.
@@ -62,15 +62,17 @@ def base() -> ConfigDict:
     config.seeds = (0,)
     config.inits = ("none", "rotation", "moco", "simsiam")  # and "imported": what the student starts from
     config.selects = ("random",)  # how to choose what to ask: qmx/oracle/select.py, by_features.py, by_answers.py
-    config.lists = ()  # for the selection "list": files of image names, one file for each fraction
+    config.lists = ()  # for the selection "list": files of image names, one file for each budget
     # For those that choose by answers: how often more is asked after a random share, qmx/stages/rounds.py. Two is the
     # fewest in which answers that were chosen choose others; each costs what qmx/propagate.py does.
     config.rounds = 2
     config.accesses = ("logits",)  # what is seen of an answer, asked once and replayed: qmx/oracle/access.py, weaken.py
     config.uses = ("asked",)  # what a student learns from: "asked", the "pool" by propagation, "fixmatch" by itself
     config.also = ()  # columns beside the product: "moco+typiclust+pool"; what is not named is each axis's first
-    config.fractions = (0.01, 0.1, 1.0)  # of the pool that is asked about
-    config.budget = config_dict.placeholder(int)  # distinct images that may be asked; none is no limit
+    # How many images a student is given answers to, as shares of the pool and as numbers: one axis, all of both.
+    config.fractions = (0.01, 0.1, 1.0)
+    config.queries = ()
+    config.budget = config_dict.placeholder(int)  # distinct images that may be asked in all; none is no limit
 
     config.price = config_dict.placeholder(float)  # of 1,000 calls of the target, in any currency, for the report
     config.reach = (0.5, 0.75, 0.9, 0.95)  # shares of the target's accuracy, and the report says what reaches them
@@ -151,7 +153,7 @@ def base() -> ConfigDict:
     for keys in config.pretrain.values():
         keys.path = ""  # weights that somebody else pretrained: PyTorch's, or a qmx encoder; nothing is trained
 
-    # How students train; and, by name, how those do that `recipe` describes by their init and fraction.
+    # How students train; and, by name, how those do that `recipe` describes by their init and share of the pool.
     config.distill = distilling()
     config.recipes = ConfigDict()
 
@@ -159,7 +161,7 @@ def base() -> ConfigDict:
     config.propagation = ConfigDict(dict(neighbours=50, power=3.0, alpha=0.99))
 
     # Of the use "fixmatch", see qmx/methods/fixmatch.py. Beside what was asked the student sees the whole pool, what
-    # was asked included: so it is defined at any fraction. EMAN's values on ImageNet.
+    # was asked included: so it is defined at any budget. EMAN's values on ImageNet.
     config.fixmatch = ConfigDict(dict(
         mu=5,  # images of the pool for each that was asked, in every batch
         threshold=0.7,

@@ -20,8 +20,9 @@ ROOT = Path(__file__).parent.parent
 
 # Every part of the pipeline, for a few steps each, in the precision of most runs.
 TINY = ["--config=configs/digits.py:float32", "--config.seeds=(0,)", "--config.fractions=(0.05,1.0)",
-        "--config.target.epochs=2", "--config.pretrain.moco.epochs=1", "--config.pretrain.simsiam.epochs=1",
-        "--config.pretrain.rotation.epochs=1", "--config.distill.epochs=0.5", "--config.distill.min_steps=12"]
+        "--config.queries=()", "--config.target.epochs=2", "--config.pretrain.moco.epochs=1",
+        "--config.pretrain.simsiam.epochs=1", "--config.pretrain.rotation.epochs=1", "--config.distill.epochs=0.5",
+        "--config.distill.min_steps=12"]
 
 
 @pytest.fixture(scope="session")

@@ -111,8 +111,8 @@ def test_questions(beside):
         select = {0.05: 48, 0.1: 96}[fraction] if way == "margin" else 0
         assert row["queries"] == {"train": budget - select, "select": select, "report": 360}
         assert row["calls"] == budget + 360
-    names = [f"{way}-{fraction}-seed0" for way in ("random", "moco-margin-logits", "moco-margin-label")
-             for fraction in (0.05, 0.1)]
+    names = [f"{way}-{budget}-seed0" for way in ("random", "moco-margin-logits", "moco-margin-label")
+             for budget in (71, 143)]
     ids = {name: chosen(beside, name) for name in names}
     early = np.unique(np.concatenate([found[: {71: 48, 143: 96}[len(found)]]
                                       for name, found in ids.items() if "margin" in name]))
@@ -125,8 +125,8 @@ def test_questions(beside):
 
 def test_the_choice(beside):
     """Distinct images; the first share is the random selection's; what is chosen is not; access makes it another."""
-    for fraction, budget in ((0.05, 71), (0.1, 143)):
-        by_logits, by_label = (chosen(beside, f"moco-margin-{access}-{fraction}-seed0") for access in
+    for budget in (71, 143):
+        by_logits, by_label = (chosen(beside, f"moco-margin-{access}-{budget}-seed0") for access in
                                ("logits", "label"))
         at_random = random_order(1437, 0)
         first = shares(budget, 2)[0]
@@ -156,7 +156,7 @@ def test_alone(beside, command, tmp_path):
         assert status == 0, err
         if stage == "query":
             (tmp_path / "w/target/target.safetensors").unlink()
-    name = "moco-margin-logits-0.05-seed0"
+    name = "moco-margin-logits-71-seed0"
     np.testing.assert_array_equal(chosen(tmp_path / "w", name), chosen(beside, name))
     row, = table(tmp_path / "w")["rows"]
     assert row in table(beside)["rows"]
@@ -170,10 +170,10 @@ def test_budget_between_rounds(command, tmp_path):
     asked, sent = purposes(tmp_path / "w")
     assert asked.keys() == {"select"} and 76 < sent == asked["select"] <= 100
     assert f"{sent} of 100 queries are spent and 2" in err.splitlines()[-1]
-    assert not (tmp_path / "w/select/moco-margin-logits-0.05-seed2/result.json").exists()
+    assert not (tmp_path / "w/select/moco-margin-logits-71-seed2/result.json").exists()
     status, _, err = command(*MARGIN, SEEDS, SMALL, f"--workdir={tmp_path}/w", "--config.budget=300", "--update")
     assert status == 0, err
-    together = np.concatenate([chosen(tmp_path / "w", f"moco-margin-logits-0.05-seed{seed}") for seed in range(3)])
+    together = np.concatenate([chosen(tmp_path / "w", f"moco-margin-logits-71-seed{seed}") for seed in range(3)])
     asked, sent = purposes(tmp_path / "w")
     assert sent == sum(asked.values()) == len(set(together.tolist())) + 360
     assert table(tmp_path / "w")["account"]["purposes"] == {"train": 0, **asked}
@@ -182,7 +182,7 @@ def test_budget_between_rounds(command, tmp_path):
 def test_stopped_between_rounds(beside, tmp_path):
     """Stopped after the first round, and killed after the second: the same choice, and only what is missing is sent."""
     shutil.copytree(beside, tmp_path / "w")
-    name = "moco-margin-logits-0.05-seed0"
+    name = "moco-margin-logits-71-seed0"
     want = chosen(beside, name)
     shutil.rmtree(tmp_path / "w/select" / name)
     for path in (tmp_path / "w").glob("ledger.sqlite*"):
@@ -191,7 +191,8 @@ def test_stopped_between_rounds(beside, tmp_path):
     given = [word.removeprefix("--config.").split("=") for word in BESIDE if word.startswith("--config.")]
     config.update_from_flattened_dict({key: ast.literal_eval(value) for key, value in given})
     config = FrozenConfigDict(config)
-    cell, = (cell for cell in cells(config) if (cell.select, cell.access, cell.fraction) == ("margin", "logits", 0.05))
+    cell, = (cell for cell in cells(config, 1437)
+             if (cell.select, cell.access, cell.queries) == ("margin", "logits", 71))
 
     def go(stopped):
         return selection(Run(config, tmp_path / "w", load(config.data), "select", stopped, []), cell)

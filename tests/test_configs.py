@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 from torch_reference import released
 
-from qmx.grid import Cell, recipe_name, recipe_of
+from qmx.grid import Cell, cells, recipe_name, recipe_of
 from qmx.main import load_file as load_config
 from qmx.models.resnet import ARCHS
 
@@ -176,12 +176,11 @@ def test_recipes_of_the_table():
     predecessor's code, PCL and pytorch/examples)."""
     config = FrozenConfigDict(load_config("configs/imagenet.py"))
     found = {}
-    for init in ("none", "moco"):
-        for fraction in config.fractions:
-            keys = recipe_of(config, Cell(init, "predecessor", "logits", fraction, 0))
-            found[init, fraction] = (keys.epochs, keys.learning_rate, keys.head_learning_rate, keys.weight_decay,
-                                     keys.milestones, keys.factor, keys.warmup_epochs, any(keys.jitter))
-    assert found == {
+    for cell in cells(config, 1_281_167):
+        keys = recipe_of(config, cell)
+        found[cell.init, cell.fraction] = (keys.epochs, keys.learning_rate, keys.head_learning_rate, keys.weight_decay,
+                                           keys.milestones, keys.factor, keys.warmup_epochs, any(keys.jitter))
+    assert {key: numbers for key, numbers in found.items() if key[0] in ("none", "moco")} == {
         ("none", 0.01): (1000, 0.01, 0.01, 1e-2, (700, 800, 900), 0.1, 10, True),
         ("none", 0.1): (200, 0.1, 0.1, 1e-3, (140, 160, 180), 0.1, 5, True),
         ("none", 1.0): (90, 0.1, 0.1, 1e-4, (30, 60), 0.1, 0, True),
@@ -190,8 +189,8 @@ def test_recipes_of_the_table():
         ("moco", 1.0): (90, 0.1, 0.1, 1e-4, (30, 60), 0.1, 0, False),
     }
     best = FrozenConfigDict(load_config("configs/imagenet.py:best"))
-    assert recipe_of(best, Cell("none", "random", "logits", 0.01, 0)).weight_decay_on == "kernels"
-    assert recipe_of(best, Cell("simsiam", "random", "logits", 0.01, 0)).standardize
+    assert recipe_of(best, Cell("none", "random", "logits", "asked", 12_811, 0.01, 0)).weight_decay_on == "kernels"
+    assert recipe_of(best, Cell("simsiam", "random", "logits", "asked", 12_811, 0.01, 0)).standardize
     assert load_config("configs/imagenet.py:moco800").pretrain.moco.epochs == 800
     assert load_config("configs/imagenet.py:moco,best").inits == ("moco",)
 
@@ -216,14 +215,26 @@ def test_pretraining_protocols():
         200, 512, 0.06, 4096, 0.99, 0.1, "linear", 8)
 
 
+def test_recipes_by_number():
+    """A budget given as a number has the recipe of its share: 12,811 and 128,116 are the published 1 % and 10 %."""
+    shares, numbers = (load_config("configs/imagenet.py:none,moco") for _ in range(2))
+    numbers.fractions, numbers.queries = (), (1_281_167, 12_811, 128_116)
+    by_share, by_number = ([(cell.init, cell.queries, recipe_name(config, cell)) for cell in cells(config, 1_281_167)]
+                           for config in (shares, numbers))
+    assert by_share == by_number == [
+        (init, queries, recipe + ending)
+        for queries, ending in ((12_811, "_1"), (128_116, "_10"), (1_281_167, "_100"))
+        for init, recipe in (("none", "scratch"), ("moco", "tune"))]
+
+
 def test_recipes_must_not_overlap():
     """Each cell has one recipe, or the default one."""
     config = load_config("configs/imagenet.py")
-    cell = Cell("moco", "random", "logits", 0.05, 0)
+    cell = Cell("moco", "random", "logits", "asked", 71, 71 / 1437, 0)
     assert recipe_name(config, cell) == "tune_10"
     assert recipe_name(config, cell._replace(init="imported")) == "tune_10"
     config.recipes.tune_1.up_to = 0.1
-    with pytest.raises(ValueError, match="tune_1 and tune_10 both claim init moco at 5 %"):
+    with pytest.raises(ValueError, match="tune_1 and tune_10 both claim init moco at 71 queries, a share of 0.049"):
         recipe_name(config, cell)
     config.recipes.tune_1.inits = config.recipes.tune_10.inits = ("none",)
     assert recipe_name(config, cell) == ""

@@ -17,6 +17,7 @@ from qmx.data import SOURCES, batches, epoch_steps, random_order, subset_size
 from qmx.data.batches import BESIDE, ahead, batch_ids
 from qmx.data.sources import Beside, in_memory, take
 from qmx.data.subsets import class_balanced_order, from_list, predecessor_order
+from qmx.oracle.select import select
 
 
 def keys(source, path="", eval_path="", **more):
@@ -142,6 +143,20 @@ def test_a_list_needs_names_and_a_file(tmp_path):
         from_list(str(tmp_path / "list.txt"), ())
     with pytest.raises(ValueError, match="none.txt: No such file"):
         from_list(str(tmp_path / "none.txt"), NAMES)
+
+
+def test_each_budget_has_a_list(tmp_path):
+    """The one with as many names as the budget has images; none of that length, or two, are refused."""
+    texts = {"1.txt": "n01_5.JPEG", "2.txt": "n02_1.JPEG\nn01_5.JPEG", "2b.txt": "n01_5.JPEG\nn02_1.JPEG"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    one, two, other = (str(tmp_path / name) for name in texts)
+    pool = SimpleNamespace(size=2, names=("n01_5.JPEG", "n02_1.JPEG"))
+    for budget, ids in ((1, [0]), (2, [1, 0])):
+        np.testing.assert_array_equal(select("list", pool, budget, 0, (one, two)), ids)
+    for lists, message in (((one,), "0 of the lists have 2 images .*1.txt 1"), ((two, other), "2 of the lists have 2")):
+        with pytest.raises(ValueError, match=message + ".*one list of as many images as each budget has"):
+            select("list", pool, 2, 0, lists)
 
 
 # The order of the batches

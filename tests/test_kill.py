@@ -9,8 +9,8 @@ from conftest import TINY, table
 
 MOMENTS = ["target/metrics.jsonl", "target/target.safetensors", "pretrain/rotation-seed0/metrics.jsonl",
            "pretrain/moco-seed0/encoder.safetensors", "ledger.sqlite", "ledger.sqlite-wal",
-           "distill/moco-random-logits-asked-0.05-seed0/metrics.jsonl",
-           "evaluate/none-random-logits-asked-1-seed0/result.json", "results.json"]
+           "distill/moco-random-logits-asked-71-seed0/metrics.jsonl",
+           "evaluate/none-random-logits-asked-1437-seed0/result.json", "results.json"]
 
 
 def wait_for(process, path, lines=0):

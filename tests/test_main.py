@@ -29,6 +29,9 @@ def npz(path, n=40, **changes):
     ([DIGITS, "--config.distill.min_steps=2.5"], "config.distill.min_steps=2.5"),
     ([DIGITS, "--config.fractions=(0,)"], "fraction 0 is outside"),
     ([DIGITS, "--config.fractions=(1.5,)"], "fraction 1.5 is outside"),
+    ([DIGITS, "--config.queries=2000"], "queries has 2000; use whole numbers from 1 to 1437"),
+    ([DIGITS, "--config.queries=('20',)"], "queries has '20'; use whole numbers"),
+    ([DIGITS, "--config.queries=()", "--config.fractions=()"], "fractions and queries are both empty"),
     ([DIGITS, "--config.inits=('mocoo',)"], "unknown value 'mocoo'; did you mean 'moco'"),
     ([DIGITS, "--config.pretrain.moco.batch_size=2048"], "batch_size 2048 is larger than the pool of 1437"),
     ([DIGITS, "--config.pretrain.moco.queue_size=1000"], "queue_size 1000 is not a multiple of batch_size 128"),
@@ -80,10 +83,12 @@ def test_images_of_ones_own(command, tmp_path):
     status, out, err = command(
         DIGITS, f"--workdir={tmp_path}/w", "--config.data.source=arrays", f"--config.data.path={tmp_path}/pool.npz",
         f"--config.data.eval_path={tmp_path}/test.npz", "--config.inits=('none',)", "--config.also=()",
-        "--config.seeds=(0,)", "--config.fractions=(0.5,)", "--config.target.epochs=8", "--config.target.batch_size=16",
-        "--config.distill.min_steps=32", "--config.distill.batch_size=16")
+        "--config.seeds=(0,)", "--config.fractions=(0.5,)", "--config.queries=20", "--config.target.epochs=8",
+        "--config.target.batch_size=16", "--config.distill.min_steps=32", "--config.distill.batch_size=16")
     assert status == 0, err
-    assert "64 images of pool; evaluated on 64 others" in out and "32 (50 %)" in out
+    assert "64 images of pool; evaluated on 64 others" in out
+    rows = [line.split("|")[1].strip() for line in out.split("Accuracy, top-1 / top-5")[1].splitlines() if "%" in line]
+    assert rows[:2] == ["20 (31 %)", "32 (50 %)"]
 
 
 def test_help(capsys):

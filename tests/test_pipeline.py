@@ -18,6 +18,7 @@ def test_results(finished):
     assert results["schema"] == 1
     assert len(results["target"]["sha256"]) == 64 and 0 < results["target"]["top1"] <= results["target"]["top5"] <= 100
     assert results["pool"]["size"] == 1437 and results["pool"]["evaluation"] == 360
+    assert results["pool"]["budgets"] == [{"queries": 71, "fraction": 0.05}, {"queries": 1437, "fraction": 1.0}]
     assert results["versions"]["qmx"] == __version__
     assert results["config"]["pretrain"]["moco"]["epochs"] == 1
     axes = ("init", "select", "access", "use", "fraction", "seed")
@@ -41,10 +42,10 @@ def test_results(finished):
 def test_artefacts(finished):
     """Each stage left what the design names; the curve is a picture; nothing half-written is about."""
     for path in ("config.json", "target/target.safetensors", "pretrain/moco-seed0/encoder.safetensors",
-                 "monitor/moco-seed0/result.json", "select/random-1-seed0/ids.npz", "ledger.sqlite", "query/keys.npz",
-                 "select/moco-typiclust-0.05-seed0/ids.npz", "select/features-moco-seed0/features.npz",
-                 "distill/moco-random-logits-asked-0.05-seed0/metrics.jsonl",
-                 "evaluate/none-random-logits-asked-1-seed0/result.json", "report.md", "report.html"):
+                 "monitor/moco-seed0/result.json", "select/random-1437-seed0/ids.npz", "ledger.sqlite",
+                 "query/keys.npz", "select/moco-typiclust-71-seed0/ids.npz",
+                 "select/features-moco-seed0/features.npz", "distill/moco-random-logits-asked-71-seed0/metrics.jsonl",
+                 "evaluate/none-random-logits-asked-1437-seed0/result.json", "report.md", "report.html"):
         assert (finished / path).stat().st_size > 0, path
     assert matplotlib.image.imread(finished / "curve.png").shape[:2] == (504, 1200)
     assert not list(finished.rglob("*.part")) and not list(finished.rglob("checkpoints"))
@@ -91,7 +92,7 @@ def test_stages_out_of_order(finished, command, tmp_path):
 def test_partial_report(finished, command, tmp_path):
     """What was not run is shown as not run."""
     shutil.copytree(finished, tmp_path / "w")
-    shutil.rmtree(tmp_path / "w/evaluate/moco-random-logits-asked-1-seed0")
+    shutil.rmtree(tmp_path / "w/evaluate/moco-random-logits-asked-1437-seed0")
     status, out, _ = command(*TINY, f"--workdir={tmp_path}/w", "--stage=report")
     assert status == 0
     last = [cell.strip() for cell in out.rstrip().splitlines()[-1].strip("|").split("|")]
@@ -168,7 +169,7 @@ def test_access_levels(finished, command, tmp_path):
 
 
 def test_self_labelled_students(finished, command, tmp_path):
-    """They ask nothing new, at any fraction and from nothing too, and take as many steps as they are told."""
+    """They ask nothing new, at any budget and from nothing too, and take as many steps as they are told."""
     shutil.copytree(finished, tmp_path / "w")
     status, out, err = command(*TINY, f"--workdir={tmp_path}/w", "--config.inits=('none',)", "--update",
                                "--config.also=('none+fixmatch','moco+typiclust+fixmatch')", "--config.fixmatch.mu=2",
@@ -182,7 +183,7 @@ def test_self_labelled_students(finished, command, tmp_path):
     assert all(row["queries"] == {"train": {0.05: 71, 1: 1437}[row["fraction"]], "select": 0, "report": 360}
                for row in rows)
     assert "| none + fixmatch" in out and "| moco + typiclust + fixmatch" in out
-    folder = tmp_path / "w/distill/none-random-logits-fixmatch-0.05-seed0"
+    folder = tmp_path / "w/distill/none-random-logits-fixmatch-71-seed0"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 17 and {"agreement_top1", "confident", "pool_agreement", "pool_loss"} <= lines[0].keys()
 

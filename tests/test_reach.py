@@ -34,12 +34,19 @@ def test_the_first_time():
 
 
 def test_report(finished, command, tmp_path):
-    """The table beside the others, with prices where the config has one; by hand from the rows; only what was run."""
+    """The table beside the others, with prices where the config has one; by hand from the rows; only what was run.
+
+    The smaller budget is given as a number here and was run as the same images' share.
+    """
     shutil.copytree(finished, tmp_path / "w")
-    words = ["--config.reach=(0.1,0.5,1.0)", "--config.price=1.5", "--update"]
-    status, out, err = command(*TINY, *words, f"--workdir={tmp_path}/w", "--stage=report")
+    words = [word for word in TINY if "fractions" not in word and "queries" not in word]
+    words += ["--config.fractions=(1.0,)", "--config.queries=71", "--config.reach=(0.1,0.5,1.0)", "--config.price=1.5"]
+    status, out, err = command(*words, f"--workdir={tmp_path}/w", "--stage=report", "--update")
     assert status == 0, err
+    assert "| 71 (4.9 %)" in out and "| 1437 (100 %)" in out and "5 %)" not in out
     results = json.loads((tmp_path / "w/results.json").read_text())
+    assert results["pool"]["budgets"] == [{"queries": 71, "fraction": 71 / 1437}, {"queries": 1437, "fraction": 1.0}]
+    assert {row["fraction"] for row in results["rows"]} == {71 / 1437, 1.0} and len(results["rows"]) == 12
     assert "At 1.5 per 1,000 calls that is 2.70." in out  # of 1,797
     table = out[out.index("Queries that reach a share") :].split("\n\n")[1].splitlines()
     assert "(price at 1.5 per 1,000)" in out and [line.split("|")[1].strip() for line in table[2:]] == [
@@ -47,7 +54,7 @@ def test_report(finished, command, tmp_path):
     for row in results["reach"]:
         axes = ("init", "select", "access", "use")
         few, many = (next(r["top1"] for r in results["rows"] if r["fraction"] == fraction
-                          and all(r[axis] == row[axis] for axis in axes)) for fraction in (0.05, 1.0))
+                          and all(r[axis] == row[axis] for axis in axes)) for fraction in (71 / 1437, 1.0))
         level = row["share"] * results["target"]["top1"]
         if few >= level or many < level:
             assert row["queries"] == (71 if few >= level else None)
@@ -56,7 +63,7 @@ def test_report(finished, command, tmp_path):
             assert row["queries"] == pytest.approx(71 ** (1 - share) * 1437**share)
     assert len(results["reach"]) == 3 * 6
 
-    shutil.rmtree(tmp_path / "w/evaluate/moco-random-logits-asked-1-seed0")
-    status, out, _ = command(*TINY, *words, f"--workdir={tmp_path}/w", "--stage=report")
+    shutil.rmtree(tmp_path / "w/evaluate/moco-random-logits-asked-1437-seed0")
+    status, out, _ = command(*words, f"--workdir={tmp_path}/w", "--stage=report")
     table = out[out.index("Queries that reach a share") :].split("\n\n")[1].splitlines()
     assert status == 0 and [line.split("|")[4].strip() for line in table[2:]] == ["not run"] * 3

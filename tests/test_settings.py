@@ -9,8 +9,9 @@ from ml_collections import FrozenConfigDict
 from qmx import build
 from qmx.checks import validate, warnings
 from qmx.data import load
-from qmx.grid import cells, columns, encoders, percent
+from qmx.grid import budget_keys, budgets, cells, columns, encoders, percent
 from qmx.main import load_file
+from qmx.report import budget_label
 from qmx.settings import base
 
 DIGITS = load(base().data)
@@ -45,7 +46,7 @@ def test_recipes():
     assert build.pretrain_steps(moco, 1_281_167) == 1_000_800
     assert build.pretrain_steps(simsiam, 1_281_167) == 250_200
     assert build.distill_steps(distill, 12_811) == int(np.ceil(20 * 12_811 / 256))
-    assert build.distill_steps(digits().distill, 14) == build.distill_steps(digits().distill, 1437)
+    assert build.distill_steps(digits().distill, 20) == build.distill_steps(digits().distill, 1437)
 
 
 def test_simsiam_predictor_rate():
@@ -76,10 +77,40 @@ def test_sets_differ_in_their_recipes():
 
 
 def test_grid():
-    """The product of the axes, one name each."""
-    names = [cell.name for cell in cells(digits())]
-    assert len(names) == len(set(names)) == (4 + 2) * 3 * 3
+    """The product of the axes, one name each, which goes by the number of images; the small budgets first."""
+    grid = cells(digits(), 1437)
+    assert len(grid) == len({cell.name for cell in grid}) == (4 + 2) * 4 * 3
+    assert [cell.queries for cell in grid] == sorted([20, 50, 150, 1437] * 18)
+    assert grid[0].name == "none-random-logits-asked-20-seed0"
     assert percent(0.01) == "1 %" and percent(0.005) == "0.5 %" and percent(1.0) == "100 %"
+
+
+def test_budgets():
+    """Shares and numbers are one axis, in the order of their numbers; a share stays the number that the config has."""
+    assert budgets(digits(), 1437) == [(20, 20 / 1437), (50, 50 / 1437), (150, 150 / 1437), (1437, 1.0)]
+    assert budgets(digits(queries=(), fractions=(1, 0.01)), 1437) == [(14, 0.01), (1437, 1.0)]
+    assert budgets(digits(queries=(1437, 1), fractions=()), 1437) == [(1, 1 / 1437), (1437, 1.0)]
+    assert budgets(digits(queries=(100, 13), fractions=(0.01, 0.1)), 1437) == [
+        (13, 13 / 1437), (14, 0.01), (100, 100 / 1437), (143, 0.1)]
+    assert budgets(digits(), 2000)[-1] == (2000, 1.0), "of the pool at hand"
+
+
+def test_budget_labels():
+    """A share as the config has it; that of a number to two digits."""
+    def labels(size, **keys):
+        return [budget_label({"config": keys}, budget._asdict()) for budget in budgets(digits(**keys), size)]
+
+    assert labels(1437, queries=(20, 150, 1000), fractions=(0.125, 1)) == [
+        "20 (1.4 %)", "150 (10 %)", "179 (12.5 %)", "1000 (70 %)", "1437 (100 %)"]
+    assert labels(1437, queries=(1437,), fractions=()) == ["1437 (100 %)"]
+    assert labels(1_281_167, queries=(20,), fractions=(0.01,)) == ["20 (0.0016 %)", "12811 (1 %)"]
+
+
+def test_budget_keys():
+    """What advice names are the keys that say something."""
+    assert budget_keys(digits()) == "--config.queries or --config.fractions"
+    assert budget_keys(digits(queries=())) == "--config.fractions"
+    assert budget_keys(digits(fractions=())) == "--config.queries"
 
 
 def test_columns():
@@ -124,12 +155,36 @@ def test_warnings():
     assert "batch statistics" in warnings(digits(pretrain__moco__group_size=128), DIGITS)[0]
 
 
+def test_no_budget():
+    """Either kind may be left out, and not both."""
+    validate(digits(fractions=()), DIGITS)
+    validate(digits(queries=()), DIGITS)
+    with pytest.raises(ValueError, match="fractions and queries are both empty; name a budget, as in --config.quer"):
+        validate(digits(fractions=(), queries=()), DIGITS)
+
+
 @pytest.mark.parametrize(("key", "value", "message"), [
     ("fractions", (0.0,), "fraction 0.0 is outside"),
     ("fractions", (1.5,), "fraction 1.5 is outside"),
     ("fractions", ("a",), "'a', which is not a number"),
     ("fractions", (0.0001,), "of 1437 images is none; use at least 0.0007"),
-    ("fractions", (0.1, 0.1), "twice"),
+    ("fractions", (0.1, 0.1), "fractions 0.1 and fractions 0.1 are both 143 of the pool's 1437 images; leave one out"),
+    ("fractions", (0.1, 0.1001), "fractions 0.1 and fractions 0.1001 are both 143"),
+    ("fractions", (0.014, 1.0), "fractions 0.014 and queries 20 are both 20 of the pool's 1437 images; leave one out"),
+    ("fractions", (True,), "fractions has True, which is not a number"),
+    ("fractions", (float("nan"),), "fraction nan is outside"),
+    ("queries", (20, 20), "queries 20 and queries 20 are both 20"),
+    ("queries", (1437,), "fractions 1.0 and queries 1437 are both 1437"),
+    ("queries", (1438,), "queries has 1438; use whole numbers from 1 to 1437, which is the pool"),
+    ("queries", (0,), "queries has 0; use whole numbers from 1"),
+    ("queries", (-20,), "queries has -20; use whole numbers from 1"),
+    ("queries", (20.5,), "queries has 20.5; use whole numbers"),
+    ("queries", (20.0,), "queries has 20.0; use whole numbers"),
+    ("queries", (float("nan"),), "queries has nan; use whole numbers"),
+    ("queries", (float("inf"),), "queries has inf; use whole numbers"),
+    ("queries", (True,), "queries has True; use whole numbers"),
+    ("queries", ("20",), "queries has '20'; use whole numbers"),
+    ("queries", (None,), "queries has None; use whole numbers"),
     ("inits", ("mocov2",), "unknown value 'mocov2'; did you mean 'moco'"),
     ("inits", (), "empty"),
     ("seeds", (-1,), "seed -1"),

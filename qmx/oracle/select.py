@@ -36,7 +36,7 @@ def select(name: str, pool: Source, budget: int, seed: int, lists: tuple[str, ..
         fitting = [ids for ids in read.values() if len(ids) == budget]
         if len(fitting) != 1:
             lengths = ", ".join(f"{path} {len(ids)}" for path, ids in read.items())
-            raise ValueError(f"{len(fitting)} of the lists have {budget} images ({lengths}); there must be one for "
-                             "each of --config.fractions")
+            raise ValueError(f"{len(fitting)} of the lists have {budget} images ({lengths}); there must be one list of "
+                             "as many images as each budget has")
         return fitting[0]
     raise ValueError(f"selection {name!r} is unknown, or needs features; choose among {', '.join(SELECTS)}")

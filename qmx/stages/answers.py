@@ -9,6 +9,7 @@ import numpy as np
 from qmx.data import Source
 from qmx.data.batches import ahead
 from qmx.evaluate import ids_here
+from qmx.grid import budget_keys
 from qmx.oracle import BudgetSpent, Unavailable
 from qmx.oracle.access import as_logits
 from qmx.oracle.ledger import keys_of, pixel_digests
@@ -76,7 +77,7 @@ def ask_together(this: Run, ask: Callable[[], Query], images: np.ndarray, purpos
     rows = from_first(unanswered)
     if rows and keys.kind == "recorded":
         raise ValueError(f"{keys.path} has no answer to {len(rows)} of {len(images)} images that are asked about for "
-                         f"{purpose}; record those too, or lower --config.fractions")
+                         f"{purpose}; record those too, or lower {budget_keys(this.config)}")
     if rows:
         ask()  # in all processes, and before anything is on record as sent
     if first():

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from qmx.data import Dataset, subset_size
+from qmx.data import Dataset
 from qmx.evaluate import top_k
-from qmx.grid import Cell, cells
+from qmx.grid import Cell, budget_keys, cells
 from qmx.oracle import BudgetSpent, Ledger
 from qmx.oracle.by_answers import BY_ANSWERS
 from qmx.oracle.by_features import BY_FEATURES
@@ -26,19 +26,18 @@ from qmx.workdir import write_arrays
 
 
 def selection(this: Run, cell: Cell) -> np.ndarray:
-    """The pool's images whose answers a cell learns from, i64[budget].
+    """The pool's images whose answers a cell learns from, i64[queries].
 
     To choose by answers the target is asked here already, see `qmx.stages.rounds.in_rounds`.
     """
-    config = this.config
-    budget = subset_size(cell.fraction, this.data.pool.size)
+    config, budget = this.config, cell.queries
     inputs = {"select": cell.select, "seed": cell.seed, "budget": budget}
-    name = f"{cell.select}-{cell.fraction:g}-seed{cell.seed}"
+    name = f"{cell.select}-{budget}-seed{cell.seed}"
     if cell.select in BY_FEATURES:
         name = f"{cell.init}-{name}"
         inputs["encoder"] = pretrain(this, cell.init, cell.seed)["sha256"]
     if cell.select in BY_ANSWERS:
-        name = f"{cell.init}-{cell.select}-{cell.access}-{cell.fraction:g}-seed{cell.seed}"
+        name = f"{cell.init}-{cell.select}-{cell.access}-{budget}-seed{cell.seed}"
         inputs |= inputs_of(this, cell)
 
     def work(directory: Path) -> dict:
@@ -48,7 +47,7 @@ def selection(this: Run, cell: Cell) -> np.ndarray:
             # In one process: another machine's sums may round another way, and choose others.
             ids = from_first(lambda: way(rows, budget, np.random.default_rng(cell.seed)))
         elif cell.select in BY_ANSWERS:
-            ids = in_rounds(this, cell, budget)
+            ids = in_rounds(this, cell)
         else:
             ids = select(cell.select, this.data.pool, budget, cell.seed, config.lists)
         if first():
@@ -72,7 +71,7 @@ def query(this: Run, todo: list[Cell]) -> dict:
     evaluation = this.data.evaluation
 
     def work(directory: Path) -> dict:
-        refuse_beyond(this.config.budget, len(ids), this.workdir)
+        refuse_beyond(this.config, len(ids), this.workdir)
         keys: dict[str, list[bytes]] = {}
         ask = cache(lambda: target_query(this))
         for purpose, source, wanted in (("report", evaluation, np.arange(evaluation.size)),
@@ -130,8 +129,8 @@ def check_budget(config: Any, directory: Path, data: Dataset) -> None:
     Raises:
       ValueError: a selection that cannot be made of this pool.
     """
-    largest = max(subset_size(cell.fraction, data.pool.size) for cell in cells(config))
-    refuse_beyond(config.budget, max(len(chosen_up_front(config, data)), largest), directory)
+    largest = max(cell.queries for cell in cells(config, data.pool.size))
+    refuse_beyond(config, max(len(chosen_up_front(config, data)), largest), directory)
 
 
 def chosen_up_front(config: Any, data: Dataset) -> np.ndarray:
@@ -140,20 +139,21 @@ def chosen_up_front(config: Any, data: Dataset) -> np.ndarray:
     Raises:
       ValueError: a selection that cannot be made of this pool.
     """
-    wanted = {(c.select, c.seed, c.fraction): c for c in cells(config) if c.select not in NEED_FEATURES}.values()
-    ids = [select(c.select, data.pool, subset_size(c.fraction, data.pool.size), c.seed, config.lists) for c in wanted]
+    wanted = dict.fromkeys((cell.select, cell.queries, cell.seed) for cell in cells(config, data.pool.size)
+                           if cell.select not in NEED_FEATURES)
+    ids = [select(way, data.pool, budget, seed, config.lists) for way, budget, seed in wanted]
     return np.unique(np.concatenate([*ids, np.zeros(0, np.int64)]))
 
 
-def refuse_beyond(budget: int | None, images: int, directory: Path) -> None:
+def refuse_beyond(config: Any, images: int, directory: Path) -> None:
     """Raise BudgetSpent if so many images are more than the budget."""
-    if budget is not None and images > budget:
+    if config.budget is not None and images > config.budget:
         spent = 0
         done = directory / "target" / "result.json"
         if done.exists() and (directory / "ledger.sqlite").exists():
             sha256 = json.loads(done.read_text())["sha256"]
             with Ledger(directory / "ledger.sqlite", target=sha256) as ledger:
                 spent = ledger.spent()
-        raise BudgetSpent(f"the grid asks about {images} distinct images and the budget is {budget} "
+        raise BudgetSpent(f"the grid asks about {images} distinct images and the budget is {config.budget} "
                           f"({spent} spent so far, nothing more is asked); raise --config.budget, or lower "
-                          "--config.fractions or the number of seeds")
+                          f"{budget_keys(config)} or the number of seeds")

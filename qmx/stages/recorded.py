@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from qmx.data import Dataset, Source
+from qmx.grid import budget_keys
 from qmx.oracle import access as levels
 from qmx.oracle.ledger import Ledger, keys_of_digests, pixel_digests
 from qmx.oracle.query import Outside
@@ -54,8 +55,9 @@ def _enter_some(ledger: Ledger, table: Recorded, digests: list[bytes], some: sli
         ledger.record([found[place] for place in places], scores[places], str(level))
 
 
-def refuse_missing(path: Path, data: Dataset, ids: np.ndarray) -> None:
+def refuse_missing(config: Any, data: Dataset, ids: np.ndarray) -> None:
     """Raise ValueError if the table lacks an evaluation image, or one of the pool's that are asked about."""
+    path = Path(config.target.path)
     have = {row.tobytes() for row in load(path).image}
     asked = {"evaluation": (data.evaluation, np.arange(data.evaluation.size)), "pool": (data.pool, ids)}
     missing = {name: _missing(have, source, wanted, f"look for the {name} images in {path.name}")
@@ -64,7 +66,7 @@ def refuse_missing(path: Path, data: Dataset, ids: np.ndarray) -> None:
         told = " and ".join(f"{missing[name]} of {len(wanted)} {name} images"
                             for name, (_, wanted) in asked.items() if missing[name])
         raise ValueError(f"{path} has no answer to {told} that would be asked about; record those too, or lower "
-                         "--config.fractions or --config.data.limit")
+                         f"{budget_keys(config)} or --config.data.limit")
 
 
 def _missing(have: set[bytes], source: Source, ids: np.ndarray, name: str) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 from scipy.special import softmax
 
 from qmx.data.subsets import random_order
-from qmx.grid import Cell, percent
+from qmx.grid import Cell
 from qmx.oracle.access import as_logits
 from qmx.oracle.by_answers import BY_ANSWERS, shares
 from qmx.progress import say
@@ -19,10 +19,10 @@ from qmx.stages.run import Run, plain
 from qmx.stages.target import identity, target_query
 
 
-def in_rounds(this: Run, cell: Cell, budget: int) -> np.ndarray:
-    """The images of a cell whose way is one of `BY_ANSWERS`, i64[budget], in the order of asking.
+def in_rounds(this: Run, cell: Cell) -> np.ndarray:
+    """The images of a cell whose way is one of `BY_ANSWERS`, i64[queries], in the order of asking.
 
-    The first share of the budget is drawn at random: by the order of the selection "random", so that both columns pay
+    The first share of them is drawn at random: by the order of the selection "random", so that both columns pay
     for these images once, and as Pal et al. 2020 begin, so that what a way gains over "random" is due to answers
     alone. Then, `config.rounds` times, the answers so far are spread over the pool by `qmx.propagate` on the frozen
     features of the cell's encoder, and the way chooses the next share by them. Other than in Pal et al. no student is
@@ -42,15 +42,15 @@ def in_rounds(this: Run, cell: Cell, budget: int) -> np.ndarray:
     pool, way = this.data.pool, BY_ANSWERS[cell.select]
     rows = features(this, cell.init, cell.seed)
     ask = cache(lambda: target_query(this))
-    first, *later = shares(budget, this.config.rounds)
+    first, *later = shares(cell.queries, this.config.rounds)
     ids, keys = random_order(pool.size, cell.seed)[:first], list[bytes]()
-    say(f"{cell.select} chooses {budget} of {pool.size} images in {len(later)} rounds by the answers to those before, "
-        f"over the features of {cell.init} seed {cell.seed}")
+    say(f"{cell.select} chooses {cell.queries} of {pool.size} images in {len(later)} rounds by the answers to those "
+        f"before, over the features of {cell.init} seed {cell.seed}")
     for number, share in enumerate(later):
         new = ids[len(keys):]
         afford(this, pool, new)
         keys += ask_about(this, ask, pool, new, "select", f"query to select, {cell.init} {cell.select} {cell.access} "
-                          f"{percent(cell.fraction)} seed {cell.seed}, round {number}")
+                          f"{cell.queries} seed {cell.seed}, round {number}")
         known = softmax(as_logits(read_answers(this, keys, cell.access), cell.access), axis=1)
         spread = propagate(rows, ids, known, **this.config.propagation)
         # In one process: another machine's sums may round another way, and choose others.
@@ -64,6 +64,6 @@ def inputs_of(this: Run, cell: Cell) -> dict:
             "access": cell.access, "rounds": this.config.rounds, "propagation": plain(this.config.propagation)}
 
 
-def asked_to_choose(config: Any, cell: Cell, budget: int) -> int:
+def asked_to_choose(config: Any, cell: Cell) -> int:
     """How many of a cell's images had answers that chose others: 0 for ways that read none."""
-    return sum(shares(budget, config.rounds)[:-1]) if cell.select in BY_ANSWERS else 0
+    return sum(shares(cell.queries, config.rounds)[:-1]) if cell.select in BY_ANSWERS else 0

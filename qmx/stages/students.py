@@ -12,7 +12,7 @@ from qmx import build
 from qmx.checkpoint import save_weights
 from qmx.data.sources import Beside, take
 from qmx.evaluate import compare
-from qmx.grid import Cell, percent, recipe_name, recipe_of
+from qmx.grid import Cell, recipe_name, recipe_of
 from qmx.job import train
 from qmx.methods import distill as distillation
 from qmx.methods import fixmatch
@@ -59,17 +59,17 @@ def distill(this: Run, cell: Cell, todo: list[Cell]) -> dict:
         if cell.init != "none":
             params, state = method.start_from(ts.params, ts.state, read_encoder(this, cell.init, cell.seed))
             ts = ts._replace(params=params, state=state)
-        name = (f"distill {cell.init} {percent(cell.fraction)} {cell.select} {cell.access} {cell.use} "
-                f"seed {cell.seed}")
+        name = f"distill {cell.init} {cell.queries} {cell.select} {cell.access} {cell.use} seed {cell.seed}"
         began = time.monotonic()
         ts = train(directory, name, trainer.step, ts, rng, source, batch_size=keys.batch_size,
                    steps=steps, seed=cell.seed, drop_last=False, save_seconds=this.save_seconds,
                    stopped=this.stopped)
         digest = save_weights(directory / "student.safetensors", method.student(ts.params, ts.state))
-        return {"sha256": digest, "seconds": time.monotonic() - began, "queries": len(ids),
+        return {"sha256": digest, "seconds": time.monotonic() - began,
                 "recipe": recipe_name(this.config, cell) or "distill"}
 
-    inputs = {"cell": cell._asdict(), "distill": plain(keys), "weak_view": plain(view),
+    # By its name, without the share: 71 of 1,437 images are the same student as 5 %.
+    inputs = {"cell": cell.name, "distill": plain(keys), "weak_view": plain(view),
               "student": plain(student), "encoder": start, **identity(this), "images": zlib.crc32(ids.tobytes()),
               **({"propagation": plain(this.config.propagation)} if cell.use == "pool" else {}),
               **({"fixmatch": plain(self_keys), "strong_view": plain(strong_view)} if cell.use == "fixmatch" else {})}
@@ -79,7 +79,7 @@ def distill(this: Run, cell: Cell, todo: list[Cell]) -> dict:
 def evaluate(this: Run, cell: Cell, todo: list[Cell]) -> dict:
     """A cell's row of the table, from its last step (never the best one)."""
     made, student = distill(this, cell, todo), this.config.student
-    chose = asked_to_choose(this.config, cell, made["queries"])
+    chose = asked_to_choose(this.config, cell)
     seen, keys, evaluation = build.look(this.data), recipe_of(this.config, cell), this.data.evaluation
 
     def work(_: Path) -> dict:
@@ -88,10 +88,11 @@ def evaluate(this: Run, cell: Cell, todo: list[Cell]) -> dict:
         scores = outputs(this, f"evaluate {cell.name}", network, weights, evaluation)
         query(this, todo)
         answers = read_scores(this, evaluation_keys(this))
-        queries = {"train": made["queries"] - chose, "select": chose, "report": len(answers)}
-        return {**cell._asdict(), "queries": queries, "calls": sum(queries.values()),
-                **compare(scores, answers, evaluation.labels), "seconds": made["seconds"], "recipe": made["recipe"]}
+        queries = {"train": cell.queries - chose, "select": chose, "report": len(answers)}
+        return {"queries": queries, "calls": sum(queries.values()), **compare(scores, answers, evaluation.labels),
+                "seconds": made["seconds"], "recipe": made["recipe"]}
 
     inputs = {"student": made["sha256"], **identity(this), **({"select": chose} if chose else {}),
               **shows(this)}
-    return this.stage("evaluate", cell.name, inputs, work)
+    # Of a row the queries are told by purpose.
+    return {**cell._asdict(), **this.stage("evaluate", cell.name, inputs, work)}
