@@ -20,7 +20,7 @@ class Rows(NamedTuple):
 
     tables: dict[str, Batch]  # by a prefix of the names in a batch, "" and "pool_": every example, [n, ...] each
     ids: dict[str, jax.Array]  # of each table i32[T, B], the rows of T batches
-    count: np.int32  # how many of the T are trained on, the first ones
+    steps: np.int32  # how many of the T are trained on, the first ones
 
     def batch(self, place: jax.Array) -> Batch:
         """Batch number `place` of the T, gathered on the devices."""

@@ -28,16 +28,16 @@ def init_state(method: Method, tx: optax.GradientTransformation, rng: jax.Array,
     return TrainState(jnp.int32(0), params, state, tx.init(params))
 
 
-def make_step(method: Method, tx: optax.GradientTransformation) -> Callable:
+def make_step(method: Method, tx: optax.GradientTransformation, compiler_options: dict | None = None) -> Callable:
     """The jitted step of any method: (train_state, batch, rng) -> (train_state, metrics).
 
-    The batch may be `Rows`: then `count` steps are done in one dispatch, each on a batch gathered on the devices,
-    and each metric is [T], of which the first `count` are filled. The results are those of as many single steps, to
+    The batch may be `Rows`: then `steps` of them are done in one dispatch, each on a batch gathered on the devices,
+    and each metric is [T], of which the first `steps` are filled. The results are those of as many single steps, to
     the bit where T is 1; in a loop XLA's float32 convolutions on CPUs round another way.
 
     `rng` is the run's one root key; each step folds its number in, so no randomness is stored.
-    The state is donated. The metrics are f32[] on the device, "loss" and "grad_norm", the length of the
-    gradient as one vector, among them.
+    The state is donated. `compiler_options` are `jax.jit`'s. The metrics are f32[] on the device, "loss" and
+    "grad_norm", the length of the gradient as one vector, among them.
     """
 
     def one(ts: TrainState, batch: Batch, rng: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -62,12 +62,12 @@ def make_step(method: Method, tx: optax.GradientTransformation) -> Callable:
             return ts, jax.tree.map(lambda column, value: column.at[place].set(value), so_far[1], metrics)
 
         # A number of steps that is data: one compilation serves a remainder and a run that goes on amid one.
-        return jax.lax.fori_loop(0, rows.count, next_one, (ts, unfilled))
+        return jax.lax.fori_loop(0, rows.steps, next_one, (ts, unfilled))
 
     def step(ts: TrainState, batch: Batch | Rows, rng: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         return several(ts, batch, rng) if isinstance(batch, Rows) else one(ts, batch, rng)
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options)
 
 
 class Stopped(Exception):
@@ -123,8 +123,8 @@ def fit(
     while done < steps and (batch := next(feed, None)) is not None:
         count = 1
         if isinstance(batch, Rows):
-            count = min(int(batch.count), steps - done)
-            batch = batch._replace(count=np.int32(count))
+            count = min(int(batch.steps), steps - done)
+            batch = batch._replace(steps=np.int32(count))
         ts, metrics = step(ts, batch, rng)
         if pending is not None:
             report(*pending)

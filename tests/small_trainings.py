@@ -63,7 +63,7 @@ def main(directory, names, steps, stop, at_once):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             shown = source._replace(beside=Beside(pool, 2)) if name == "fixmatch" else source
-            shown = shown if at_once else shown._replace(nbytes=None)
+            shown = shown if at_once else shown._replace(held=None)
             ts = train(folder, name, step, ts, jax.random.key(1), shown, batch_size=BATCH, steps=steps, seed=3,
                        drop_last=name not in ("distill", "fixmatch"), save_seconds=1e9,
                        stopped=lambda asked=asked: next(asked) == stop, at_once=at_once)

@@ -112,20 +112,23 @@ def feed(source: Source, batch_size: int, *, steps: int, seed: int, start: int =
     `batches`.
     """
     parts = {"": (source, 1)} | ({"pool_": (source.beside.source, source.beside.ratio)} if source.beside else {})
-    sizes = [part.nbytes for part, _ in parts.values()]
-    if None in sizes or not fits_everywhere(sum(size for size in sizes if size)):
+    held = {prefix: part.held for prefix, (part, _) in parts.items() if part.held}
+    if len(held) < len(parts) or not fits_everywhere(sum(arrays.nbytes for arrays in held.values())):
         yield from batches(source, batch_size, steps=steps, seed=seed, start=start, drop_last=drop_last)
         return
     _refuse_larger(source, batch_size, drop_last)
-    tables = {prefix: put_whole(part.all()) for prefix, (part, _) in parts.items()}
+    tables = {prefix: put_whole(arrays) for prefix, (arrays, _) in held.items()}
     most = at_once or steps_at_once()
+
+    def rows_of(prefix: str, k: int) -> np.ndarray:
+        part, ratio = parts[prefix]
+        stream = BESIDE if prefix else ()
+        return held[prefix].rows[batch_ids(part.size, batch_size * ratio, seed, k, drop_last, stream)]
+
     for first in range(start, steps, most):
-        count = min(most, steps - first)
         numbers = [min(first + place, steps - 1) for place in range(most)]  # one shape, whatever is left
-        ids = {prefix: np.stack([
-            batch_ids(part.size, batch_size * ratio, seed, k, drop_last, BESIDE if prefix else ())
-            for k in numbers]) for prefix, (part, ratio) in parts.items()}
-        yield Rows(tables, put_ids(ids), np.int32(count))
+        ids = {prefix: np.stack([rows_of(prefix, k) for k in numbers]) for prefix in parts}
+        yield Rows(tables, put_ids(ids), np.int32(min(most, steps - first)))
 
 
 def _refuse_larger(source: Source, batch_size: int, drop_last: bool) -> None:

@@ -18,11 +18,22 @@ class Source(NamedTuple):
     labels: np.ndarray  # i32[n]; empty where the arrays have none
     names: tuple[str, ...] = ()  # of the files, "n01440764/n01440764_10026.JPEG"; () where there are none
     beside: "Beside | None" = None  # what batches hold of another source too
-    nbytes: int | None = None  # of all that `read` gives, where it is in memory; None where it comes from files
+    held: "Held | None" = None  # the arrays that `read` reads, where they are in memory; None where it reads files
 
     def all(self) -> dict[str, np.ndarray]:
         """Every example as `read` gives it, in order. For what fits in memory."""
         return self.read(np.arange(self.size))
+
+
+class Held(NamedTuple):
+    """Arrays in memory, of which a source is some rows: `read(ids)` gives `arrays[name][rows[ids]]`."""
+
+    arrays: dict[str, np.ndarray]  # of equal length
+    rows: np.ndarray  # i64[n], each at most once
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays.values())
 
 
 class Beside(NamedTuple):
@@ -51,12 +62,13 @@ def in_memory(**arrays: np.ndarray) -> Source:
     sizes = {name: len(array) for name, array in arrays.items()}
     if len(set(sizes.values())) != 1:
         raise ValueError(f"arrays differ in length: {sizes}")
+    size = next(iter(sizes.values()))
     return Source(
-        size=next(iter(sizes.values())),
+        size=size,
         read=lambda ids: {name: a[ids] for name, a in arrays.items()},
         shown=lambda ids: arrays["image"][ids],
         labels=np.asarray(arrays.get("label", ()), np.int32),
-        nbytes=sum(array.nbytes for array in arrays.values()),
+        held=Held(arrays, np.arange(size)),
     )
 
 
@@ -68,13 +80,21 @@ def take(source: Source, ids: np.ndarray, **more: Any) -> Source:
         shown=lambda rows: source.shown(ids[rows]),
         labels=source.labels[ids] if len(source.labels) else source.labels,
         names=tuple(source.names[i] for i in ids) if source.names else (),
-        nbytes=_share(source, len(ids), more),
+        held=_held(source, ids, more),
     )
 
 
-def _share(source: Source, count: int, more: dict[str, Any]) -> int | None:
-    """Bytes of `count` examples of a source in memory and of `more` beside each; None of one that is not."""
-    if source.nbytes is None:
+def _held(source: Source, ids: np.ndarray, more: dict[str, Any]) -> Held | None:
+    """The arrays of the whole source, so that all that is taken of it has tables of one shape, and one compilation."""
+    if source.held is None or len(np.unique(ids)) < len(ids):
         return None
-    beside = sum(array[np.arange(1)].nbytes for array in more.values() if count)
-    return source.nbytes * count // max(source.size, 1) + beside * count
+    rows = source.held.rows[ids]
+    length = len(next(iter(source.held.arrays.values())))
+
+    def spread_out(values: np.ndarray) -> np.ndarray:
+        whole = np.zeros((length, *values.shape[1:]), values.dtype)
+        whole[rows] = values
+        return whole
+
+    everything = np.arange(len(ids))
+    return Held({**source.held.arrays, **{name: spread_out(array[everything]) for name, array in more.items()}}, rows)
