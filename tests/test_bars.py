@@ -15,7 +15,9 @@ import pytest
 from jax.interpreters import partial_eval as pe
 
 from qmx import augment, distill, fit, init_state, make_step, moco, models, optim, rotation, simsiam
-from qmx.contract import wide
+from qmx.contract import Network, wide
+from qmx.data.batches import feed
+from qmx.data.sources import in_memory
 from qmx.models.resnet import Arch, ResNet
 from qmx.sharding import put_batch, put_state
 
@@ -292,6 +294,22 @@ def test_loop_sends_nothing_else(running):
     with jax.transfer_guard_host_to_device("disallow"), jax.transfer_guard_device_to_device("disallow"):
         fit(step, state, lambda start: iter(batches[:2]), key, steps=2, on_metrics=lambda done, _: seen.append(done))
     assert seen == [1, 2]
+
+
+def test_several_steps_in_one_dispatch():
+    """One compilation for full dispatches and for one that the number of steps cuts short; a line for every step."""
+    flat = Network(lambda rng, x: ({"w": jax.random.normal(rng, (x[0].size, 10))}, {}),
+                   lambda params, stats, x, train: (x.reshape(len(x), -1) @ params["w"], stats))
+    method = distill.make(flat, models.classifier(5), augment.plain_view())
+    rng = np.random.default_rng(0)
+    source = in_memory(image=rng.integers(0, 256, (40, 4, 4, 3), np.uint8),
+                       scores=rng.normal(size=(40, 5)).astype(np.float32))
+    state = put_state(init_state(method, TX, KEY, source.read(np.arange(8))))
+    step, seen = make_step(method, TX), []
+    state = fit(step, state, lambda start: feed(source, 8, steps=99, seed=0, start=start, at_once=3), put_state(KEY),
+                steps=7, on_metrics=lambda done, metrics: seen.append((done, metrics["loss"])))
+    assert [done for done, _ in seen] == [1, 2, 3, 4, 5, 6, 7] and int(state.step) == 7
+    assert len({loss for _, loss in seen}) == 7 and step._cache_size() == 1
 
 
 def test_lost_stop_gradient(monkeypatch):

@@ -13,8 +13,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qmx import data as qmx_data
+from qmx.contract import Rows
 from qmx.data import SOURCES, batches, epoch_steps, random_order, subset_size
-from qmx.data.batches import BESIDE, ahead, batch_ids
+from qmx.data.batches import BESIDE, ahead, batch_ids, feed
 from qmx.data.sources import Beside, in_memory, take
 from qmx.data.subsets import class_balanced_order, from_list, predecessor_order
 from qmx.oracle.select import select
@@ -257,6 +258,57 @@ def test_batches_are_arrays_split_over_the_devices():
             assert isinstance(array, jax.Array) and isinstance(array.sharding, NamedSharding)
             assert array.sharding.spec == PartitionSpec("data")
             assert array.sharding.device_set == set(jax.devices())
+
+
+# Images that lie on the devices
+
+
+def unpacked(rows):
+    """The batches that a dispatch trains on."""
+    return [jax.device_get(rows.batch(place)) for place in range(rows.steps)]
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+@pytest.mark.parametrize("start", [0, 3, 9])
+def test_numbers_of_rows_are_the_hosts_batches(at_once, start):
+    """The same examples in the same order, with what comes beside them, also where a dispatch is not full."""
+    ids = np.array([7, 3, 11, 50, 2, 40, 8])
+    scores = np.arange(14, dtype=np.float32).reshape(7, 2)
+    data = take(source(60), ids, scores=scores)._replace(beside=Beside(take(source(60), np.arange(5, 30)), 2))
+    dispatches = list(feed(data, B, steps=9, seed=3, start=start, at_once=at_once))
+    assert all(isinstance(rows, Rows) and rows.ids[""].shape == (at_once, B) for rows in dispatches)
+    got = [batch for rows in dispatches for batch in unpacked(rows)]
+    wanted = list(batches(data, B, steps=9, seed=3, start=start))
+    assert len(got) == len(wanted) == 9 - start
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in theirs:
+            np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+def test_rows_lie_on_all_devices_and_batches_are_split_over_them():
+    """Tables of one shape for all that is taken of a source: one compilation serves every budget."""
+    of_few, of_more = (next(feed(take(source(60), np.arange(size), scores=np.ones((size, 3), np.float32)), B, steps=1,
+                                 seed=0)) for size in (3, 40))
+    assert jax.tree.map(np.shape, of_few) == jax.tree.map(np.shape, of_more)
+    assert of_few.tables[""]["image"].shape[0] == 60
+    assert of_few.tables[""]["image"].sharding.spec == PartitionSpec()
+    assert of_few.ids[""].sharding.spec == PartitionSpec(None, "data")
+    assert len(jax.devices()) == 1 or not of_few.ids[""].sharding.is_fully_replicated
+
+
+def test_what_does_not_fit_or_is_in_files_comes_from_the_host(monkeypatch):
+    """More than a share of what is free on a device, no arrays, or one image twice."""
+    files, twice = source(20)._replace(held=None), take(source(20), np.array([1, 1, 2]))
+    for data in (files, source(20)._replace(beside=Beside(files, 1)), twice):
+        assert isinstance(next(feed(data, B, steps=1, seed=0)), dict)
+    monkeypatch.setattr("qmx.sharding.SHARE_OF_MEMORY", 1e-12)
+    assert isinstance(next(feed(source(20), B, steps=1, seed=0)), dict)
+
+
+def test_a_batch_larger_than_the_source_is_refused_there_too():
+    with pytest.raises(ValueError, match="batch_size 24 is larger than the 20 images"):
+        next(feed(source(20), 24, steps=1, seed=0, drop_last=True))
 
 
 def test_a_long_run_can_be_left_at_any_time():

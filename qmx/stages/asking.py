@@ -41,7 +41,9 @@ def selection(this: Run, cell: Cell) -> np.ndarray:
         inputs |= inputs_of(this, cell)
 
     def work(directory: Path) -> dict:
-        if cell.select in BY_FEATURES:
+        if cell.select in BY_FEATURES and budget == this.data.pool.size:
+            ids = np.arange(budget)  # all of them: there is nothing to choose
+        elif cell.select in BY_FEATURES:
             rows, way = features(this, cell.init, cell.seed), BY_FEATURES[cell.select]
             say(f"{cell.select} chooses {budget} of {len(rows)} images by the features of {cell.init} seed {cell.seed}")
             # In one process: another machine's sums may round another way, and choose others.
