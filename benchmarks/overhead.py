@@ -37,7 +37,7 @@ def main(args: argparse.Namespace) -> None:
     import numpy as np
 
     from qmx import augment, init_state, job, make_step, moco, models, optim
-    from qmx.data import batches
+    from qmx.data.batches import feed
     from qmx.data.sources import in_memory
     from qmx.sharding import put_state
 
@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> None:
     def bare(steps: int = steps) -> float:
         ts = put_state(begin)
         began = time.perf_counter()
-        for batch in batches(source, args.batch, **{**read, "steps": steps}):
+        for batch in feed(source, args.batch, **{**read, "steps": steps}):
             ts, metrics = step(ts, batch, rng)
         jax.block_until_ready((ts, metrics))
         return time.perf_counter() - began

@@ -125,6 +125,15 @@ def test_overhead(environment):
     assert len(figures["seconds"]) == 2 and figures["ratio"] > 0 and figures["state_bytes"] > 100_000
 
 
+def test_feeding(environment):
+    """A row for each training and way, the host's beside itself."""
+    rows = last_line(environment, "benchmarks/feeding.py", "--config=configs/digits.py:float32", "--steps=4",
+                     "--turns=1", "--at-once", "2")["rows"]
+    assert [(row["training"], row["from"]) for row in rows] == [
+        (name, way) for name in ("moco", "student") for way in ("host", "device", "device 2")]
+    assert all(row["ms"] > 0 and row["processor_ms"] > 0 for row in rows) and rows[0]["ratio"] == 1
+
+
 def test_selection(environment):
     """A time for each way."""
     ways = ["balanced", "kcenter", "typiclust", "probcover", "propagate"]
