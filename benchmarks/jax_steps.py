@@ -80,7 +80,7 @@ def method(setting: Setting, name: str, strong: View, weak: View) -> Method:
 
 def train(setting: Setting, name: str, views: tuple[View, View] | None = None,
           batches: Iterator | None = None) -> Made:
-    """The train step of a method; on one batch that is there already, or on the next of `batches`."""
+    """The train step of a method, on one batch that is there already or on those of `batches`."""
     strong, weak = views or (turned(setting), turned(setting))
     chosen = method(setting, name, strong, weak)
     tx = optim.sgd(lambda step: 0.01, weight_decay=1e-4)
