@@ -64,12 +64,13 @@ class Part(NamedTuple):
 # what does not fit.
 PARTS = {
     "machine": Part("gpu_machine:machine", 30, 60, 5, 20),
-    "steps": Part("gpu_steps:steps", 90, 3600, 15, 60),
+    "steps": Part("gpu_steps:steps", 90, 3600, 15, 90),
     "trace": Part("gpu_trace:trace", 60, 120, 15, 40),
-    "input": Part("gpu_data:photos", 100, 180, 15, 40,
+    "input": Part("gpu_data:photos", 100, 180, 15, 60,
                   ("grain", "array_record", "PIL", "ml_collections")),
-    "cifar": Part("gpu_data:cifar", 60, 600, 15, 40, ("grain",), True),
-    "story": Part("gpu_data:story", 180, 3600, 30, 80, ("grain", "ml_collections"), True),
+    "cifar": Part("gpu_data:cifar", 60, 600, 15, 60, ("grain",), True),
+    "story": Part("gpu_data:story", 180, 3600, 30, 120,
+                  ("grain", "ml_collections", "PIL", "safetensors", "sklearn", "matplotlib"), True),
 }
 TOGETHER = ("machine", "steps")
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from gpu_call import Call, die_with_parent, one_block, save, table
 
 ROOT = Path(__file__).parent.parent
+PACKAGES = ("grain", "ml_collections", "PIL", "safetensors", "sklearn.cluster", "matplotlib.pyplot")
 EVALUATED = (1, 10, 50, 100, 200)  # epochs of MoCo's curve
 # Shares of the pool, 10 to 5,000 of 50,000 images; few epochs, so that all of it is minutes.
 STORY = ("--config=configs/cifar10.py", "--config.inits=('none','moco')",
@@ -104,6 +106,8 @@ def curve_text(rows: list[dict], evaluated: tuple[int, ...]) -> str:
 
 def story(call: Call) -> str:
     """Target, MoCo, selection, students and report on CIFAR-10, by the command as users call it."""
+    for name in PACKAGES:  # what one of them lacks shows now, and not minutes later
+        import_module(name)
     pool, evaluation = images(call)
     workdir = call.work / "story"
     command = [sys.executable, "-m", "qmx.main", *(TINY_STORY if call.tiny else STORY),
@@ -146,13 +150,18 @@ def story(call: Call) -> str:
 def story_files(command: list[str], lines: list[tuple[float, str]], out: str,
                 workdir: Path | None = None, stopped: str = "") -> tuple[dict[str, Any], str]:
     """The document and the text of the story so far."""
-    stages = [{"stage": match[1], "count": int(match[2]), "unit": match[3],
-               "seconds": float(match[4]), "at": at} for at, line in lines
-              if (match := re.match(r"(.+): (\d+) (\w+) in ([\d.]+) s", line))]
+    stages: list[dict[str, Any]] = []
+    for at, line in lines:
+        if match := re.match(r"(.+): (\d+) (\w+) in ([\d.]+) s", line):
+            seconds, before = float(match[4]), stages[-1]["at"] if stages else 0.0
+            stages.append({"stage": match[1], "count": int(match[2]), "unit": match[3],
+                           "seconds": seconds, "before": max(0.0, at - seconds - before), "at": at})
     document = {"command": command[2:], "stages": stages, "stopped": stopped, "lines": lines}
-    text = [table(("stage", "count", "seconds", "ended at, s"),
-                  [(each["stage"], f"{each['count']:,} {each['unit']}", f"{each['seconds']:.1f}",
-                    f"{each['at']:.1f}") for each in stages])]
+    columns = ("stage", "count", "seconds", "before it, s", "ended at, s")
+    text = [table(columns, [(each["stage"], f"{each['count']:,} {each['unit']}",
+                             *(f"{each[key]:.1f}" for key in ("seconds", "before", "at")))
+                            for each in stages]),
+            "Before it: starting, selecting, saving, and what else has no line of its own."]
     results = workdir / "results.json" if workdir else None
     if results and results.exists():
         found = json.loads(results.read_text())

@@ -73,6 +73,8 @@ def plan(call: Call) -> list[tuple[Work, str]]:
 def steps(call: Call) -> str:
     """Measure the rows in their order; those that do not fit are named."""
     there, rates = facts(call), {}
+    if "torch" not in there:
+        call = call._replace(peers=())
     todo = plan(call)
     rows = {work.name: {"work": work._asdict()} for work, _ in todo}
     rows |= kept(call, there, rates, rows)
@@ -162,6 +164,8 @@ def opponent(setting: jax_steps.Setting, work: Work, peer: str) -> tuple[Any, Ca
     import torch
     import torch_steps
 
+    if jax.default_backend() != "cpu" and not torch.cuda.is_available():
+        raise RuntimeError("PyTorch sees no GPU")
     torch.backends.cudnn.benchmark = True
     if peer == "compiled":
         torch._dynamo.reset()
@@ -230,30 +234,30 @@ def show(call: Call, there: dict, rates: dict[str, float], rows: dict[str, dict]
     """The table so far."""
     columns = ("step", "ms (quartiles)", "images/s", "TFLOP/s", "of matmul", "of roofline", "GB",
                "compilation, s", *(f"{name}: ms, ratio, GB" for name in PEERS.values()))
-    text = table(columns, [[name, *cells(row)] for name, row in rows.items()])
-    text += ("\n\nRatio: PyTorch's time over qmx's. Rotation's images are counted before turning."
-             f" {there['card']}.")
+    unknown = "not measured" if "torch" in there else "no PyTorch"
+    text = table(columns, [
+        [name, *cells(row), *(peer_cell(row.get(peer, {}), unknown) for peer in PEERS)]
+        for name, row in rows.items()])
+    text += ("\n\nRatio: PyTorch's time over qmx's. Rotation's images are counted before turning. "
+             f"(read): compiled by an earlier call. {there['card']}.")
     save(call, "steps", {"machine": there, "rates": rates, "rows": rows}, text)
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """A row's figures as text."""
-    unknown = row.get("error", "not measured")
+    """The figures of qmx's side as text."""
     if "ms" not in row:
-        return [unknown] + ["not measured"] * 6 + [peer_cell(row, peer) for peer in PEERS]
+        return [row.get("error", "not measured"), *["not measured"] * 6]
     low, high = row["ms_quartiles"]
     return [f"{row['ms']:.4g} ({low:.4g} .. {high:.4g})", f"{row['images_per_second']:,.0f}",
             f"{row['tflops']:.3g}", f"{100 * row['share_of_matmul']:.1f} %",
             f"{100 * row['share_of_roofline']:.1f} %", gigabytes(row["memory_bytes"]),
-            f"{row['compile_seconds']:.1f}{' (read)' if row['compiled_before'] else ''}",
-            *(peer_cell(row, peer) for peer in PEERS)]
+            f"{row['compile_seconds']:.1f}{' (read)' if row['compiled_before'] else ''}"]
 
 
-def peer_cell(row: dict[str, Any], peer: str) -> str:
-    """PyTorch's figures as text."""
-    found = row.get(peer, {})
+def peer_cell(found: dict[str, Any], unknown: str) -> str:
+    """The figures of PyTorch's side as text."""
     if "ms" not in found:
-        return found.get("error", "not measured")
+        return found.get("error", unknown)
     memory = f", {gigabytes(found['memory_bytes'])}" if found["memory_bytes"] else ""
     return f"{found['ms']:.4g}, {found['ratio']:.2f}{memory}"
 

@@ -42,11 +42,11 @@ def start(out, environment, *words):
 
 
 def finish(process):
-    """(status, parts of the last call); its standard out ends with their table."""
+    """(status, parts of the last call, standard out), which ends with their table."""
     out, err = process.communicate(timeout=400)
     folder = next(word for word in process.args if word.startswith("--out=")).removeprefix("--out=")
     assert "| part " in out, out + err
-    return process.returncode, summary(folder)[-1]["parts"]
+    return process.returncode, summary(folder)[-1]["parts"], out
 
 
 def summary(folder):
@@ -66,7 +66,7 @@ def test_bare_box(alone, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(BLOCK)
     began, out = time.monotonic(), tmp_path / "out"
     process = start(out, {**alone, "PYTHONPATH": str(tmp_path)}, "--minutes=3", "--peers", "eager")
-    status, parts = finish(process)
+    status, parts, _ = finish(process)
     assert status == 0 and time.monotonic() - began < 180 + 20
     assert [said["state"] for said in parts.values()] == ["done"] * 3 + ["skipped"] * 3
     assert parts["input"]["why"].startswith("grain, array_record, PIL, ml_collections not installed")
@@ -88,18 +88,19 @@ def test_bare_box(alone, tmp_path):
         assert 0 <= trace["idle"] < 1 and 0 < len(trace["longest"]) <= 15
     assert list((out / "compiled").glob("*-cache")) and not list(out.rglob("*.part"))
 
-    # A second call finds every row, and compiles nothing.
-    process = start(out, {**alone, "PYTHONPATH": str(tmp_path)}, "--minutes=3", "--parts", "steps",
-                    "--peers", "eager")
-    status, parts = finish(process)
-    assert status == 0 and [*parts] == ["steps"] and len(summary(out)) == 2
+    # A second call finds every row; PyTorch, whose turn it is, crashes, and is left out.
+    (tmp_path / "torch.py").write_text("import os\nos.kill(os.getpid(), 11)\n")
+    process = start(out, {**alone, "PYTHONPATH": str(tmp_path)}, "--minutes=3", "--parts", "steps")
+    status, parts, said = finish(process)
+    assert "steps: crashed with status -11; once more, without PyTorch" in said
+    assert status == 0 and parts["steps"]["state"] == "done" and len(summary(out)) == 2
     assert table_of(out, "steps")["rows"] == rows
 
 
 def test_images(alone, tmp_path):
     """The parts that need images, in the tiny form of their own making."""
     process = start(tmp_path, alone, "--minutes=3", "--parts", "input", "cifar")
-    status, parts = finish(process)
+    status, parts, _ = finish(process)
     assert status == 0 and [said["state"] for said in parts.values()] == ["done", "done"]
     rates = table_of(tmp_path, "input")["images_per_second"]
     assert {"decode", "to_device", "views", "step", "training"} <= {*rates}
@@ -130,7 +131,7 @@ def test_told_to_stop(alone, tmp_path):
     while not (tmp_path / "summary.json").exists() or "running" not in str(summary(tmp_path)):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    status, parts = finish(process)
+    status, parts, _ = finish(process)
     assert status == 128 + signal.SIGTERM
     assert parts["cifar"]["state"] == "failed" and parts["cifar"]["why"] == "stopped: SIGTERM"
     assert parts["story"] == {"state": "skipped", "why": "SIGTERM"}
@@ -140,7 +141,7 @@ def test_failures(alone, tmp_path):
     """A part that fails is a line, and the next one runs; the status says that one did."""
     process = start(tmp_path, alone, "--minutes=3", "--parts", "cifar", "story",
                     f"--pool={tmp_path}/pool.npz", f"--evaluation={tmp_path}/other.npz")
-    status, parts = finish(process)
+    status, parts, _ = finish(process)
     assert status == 1 and [said["state"] for said in parts.values()] == ["failed", "failed"]
     assert parts["cifar"]["why"] == f"ValueError: {tmp_path}/pool.npz: no such file"
     assert "pool.npz: no such file" in parts["story"]["why"] and "\n" not in parts["story"]["why"]
@@ -148,7 +149,7 @@ def test_failures(alone, tmp_path):
 
 def test_no_time(alone, tmp_path):
     """What does not fit is skipped by name."""
-    status, parts = finish(start(tmp_path, alone, "--minutes=0"))
+    status, parts, _ = finish(start(tmp_path, alone, "--minutes=0"))
     assert status == 0 and {said["state"] for said in parts.values()} == {"skipped"}
     assert parts["trace"]["why"] == "0 s are left and it takes 15 at least"
     assert "| trace   | skipped |" in (tmp_path / "summary.md").read_text()
@@ -242,5 +243,6 @@ def test_story_told(benchmarks, tmp_path):
     document, text = story_files(["python", "-m", "qmx.main"], lines, "Target: ...", tmp_path)
     assert [(each["stage"], each["seconds"], each["at"]) for each in document["stages"]] == [
         ("target", 18.5, 20.0), ("query for report", 1.4, 30.0)]
+    assert [each["before"] for each in document["stages"]] == pytest.approx([1.5, 8.6])
     assert document["seconds"] == 30.0 and "| moco  | typiclust | 10      | 80.0  | 81.0" in text
     assert text.endswith("```\nTarget: ...\n```")
