@@ -208,7 +208,10 @@ def environment(given: argparse.Namespace, part: str) -> dict[str, str]:
 
 
 def run(given: argparse.Namespace, parts: list[str], deadline: float, stop: list[int]) -> None:
-    """Some parts in a process of their own, ended when its time is over; all get a state."""
+    """Some parts in a process of their own, which is ended when the time of one is over.
+
+    A part in which it ended has failed; those after it wait for another process.
+    """
     words = [word for word in sys.argv[1:] if not word.startswith("--until")]
     command = [sys.executable, __file__, *words, "--parts", *parts, "--peers", *given.peers,
                f"--until={deadline}"]
@@ -261,8 +264,8 @@ def main() -> int:
         "began": began, "minutes": given.minutes, "tiny": given.tiny, "wanted": given.parts,
         "parts": {part: {"state": "waiting"} for part in given.parts}}])
     while not stop and (todo := waiting(given.out)):
-        alone = [part for part in itertools.takewhile(lambda part: part in TOGETHER, todo)]
-        run(given, alone or todo[:1], deadline, stop)
+        together = list(itertools.takewhile(lambda part: part in TOGETHER, todo))
+        run(given, together or todo[:1], deadline, stop)
     for part in waiting(given.out):
         note(given.out, part, state="skipped", why=signal.Signals(stop[0]).name)
     states = read(given.out)[-1]["parts"]

@@ -109,7 +109,7 @@ def story(call: Call) -> str:
     for name in PACKAGES:  # what one of them lacks shows now, and not minutes later
         import_module(name)
     pool, evaluation = images(call)
-    workdir = call.work / "story"
+    workdir = call.work / ("tiny_story" if call.tiny else "story")
     command = [sys.executable, "-m", "qmx.main", *(TINY_STORY if call.tiny else STORY),
                f"--workdir={workdir}", f"--config.data.path={pool}",
                f"--config.data.eval_path={evaluation}"]
