@@ -5,6 +5,7 @@ convolution, 11 outputs + 3 inputs: what XLA moves at best with batch norm and R
 """
 
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 TIMES_FORWARD = {"distill": 3, "moco": 4, "simsiam": 6, "rotation": 12, "infer": 1}
@@ -76,19 +77,38 @@ def bounds(method: str, convolutions, itemsize: int, peaks: dict[str, float]) ->
 
 def measured_peaks(gpu: bool) -> dict[str, float]:
     """The best of a few: operations a second of one large matrix product, bytes a second read and written by a copy."""
+    n, dtype, calls = (8192, "bfloat16", 20) if gpu else (2048, "float32", 1)
+    return {"matmul": matmul_rate(n, dtype, None, calls), "copy": copy_rate(1 << 29 if gpu else 1 << 24, calls)}
+
+
+def matmul_rate(n: int, dtype: str, products: str | None, calls: int = 1) -> float:
+    """Operations a second of the product of two n x n matrices; `products` as jax.default_matmul_precision has it."""
     import jax
-    import jax.numpy as jnp
 
-    def best(function, x):
-        seconds = []
-        for _ in range(6):
-            began = time.perf_counter()
-            jax.block_until_ready(function(x))
-            seconds.append(time.perf_counter() - began)
-        return min(seconds)
+    a = jax.random.normal(jax.random.key(0), (n, n), dtype)
+    with jax.default_matmul_precision(products):
+        product = jax.jit(lambda a: a @ a).lower(a).compile()
+    return 2 * n**3 / best_seconds(lambda: product(a), calls)
 
-    n = 8192 if gpu else 2048
-    a = jax.random.normal(jax.random.key(0), (n, n), jnp.bfloat16 if gpu else jnp.float32)
-    x = jax.random.normal(jax.random.key(1), ((1 << 30 if gpu else 1 << 24),), jnp.float32)
-    return {"matmul": 2 * n**3 / best(jax.jit(lambda a: a @ a), a),
-            "copy": 2 * x.nbytes / best(jax.jit(lambda x: x + 1), x)}
+
+def copy_rate(count: int, calls: int = 1) -> float:
+    """Bytes a second that are read and written by adding one to `count` numbers in float32."""
+    import jax
+
+    x = jax.random.normal(jax.random.key(1), (count,), "float32")
+    more = jax.jit(lambda x: x + 1)
+    return 2 * x.nbytes / best_seconds(lambda: more(x), calls)
+
+
+def best_seconds(run: Callable, calls: int, blocks: int = 6) -> float:
+    """Seconds of a call in the quickest block of `calls`, at whose end the device is waited for."""
+    import jax
+
+    seconds = []
+    for _ in range(blocks):
+        began = time.perf_counter()
+        for _ in range(calls):
+            last = run()
+        jax.block_until_ready(last)
+        seconds.append((time.perf_counter() - began) / calls)
+    return min(seconds)

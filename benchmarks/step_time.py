@@ -25,11 +25,11 @@ import statistics
 import time
 from functools import partial
 
+import jax_steps
+from jax_steps import METHODS, in_turns
 from limits import TIMES_FORWARD, bounds, layers, measured_peaks
 
 from qmx.main import set_xla_flags
-
-METHODS = ("distill", "moco", "simsiam", "rotation")
 
 
 def arguments() -> argparse.Namespace:
@@ -64,89 +64,18 @@ def settings(args: argparse.Namespace, gpu: bool) -> list[argparse.Namespace]:
             for chosen in (small, large, target)]
 
 
-def ours(args: argparse.Namespace, images, scores, gpu: bool):
-    """name -> () -> (a function that does one step, seconds of compilation, bytes of memory at the peak)."""
-    import jax
-    import jax.numpy as jnp
+def with_input(setting: jax_steps.Setting, name: str) -> jax_steps.Made:
+    """A step with views cut in it, and images that come through the input pipeline."""
     import numpy as np
 
-    from qmx import augment, distill, init_state, make_step, moco, models, optim, rotation, simsiam
-    from qmx.contract import chain
-    from qmx.sharding import put_batch, put_state
+    from qmx import augment
+    from qmx.data import batches
+    from qmx.data.sources import in_memory
 
-    look = {"mean": (0.5,) * args.channels, "std": (0.25,) * args.channels}
-    dtype = jnp.bfloat16 if gpu else jnp.float32
-    net = partial(models.backbone, args.arch, dtype=dtype)
-    plain = augment.plain_view(**look)
-
-    def turned(rng, batch):
-        return plain(rng, {"image": jnp.roll(batch["image"], jax.random.randint(rng, (), 0, len(batch["image"])), 0)})
-
-    def method(name, strong, weak):
-        if name == "distill":
-            return distill.make(net(), models.classifier(scores.shape[1]), weak)
-        if name == "moco":
-            return moco.make(net(stats_groups=groups(args)), models.moco_head(), strong, queue_size=args.queue)
-        if name == "simsiam":
-            return simsiam.make(net(zero_init=True), models.simsiam_projector(), models.simsiam_predictor(), strong)
-        return rotation.make(net(), models.classifier(4), weak)
-
-    batch, root = put_batch({"image": images, "scores": scores}), jax.random.key(0)
-
-    def compile(function, *arguments):
-        began = time.perf_counter()
-        compiled = function.lower(*arguments).compile()
-        seconds, memory = time.perf_counter() - began, compiled.memory_analysis()
-        return compiled, seconds, memory and memory.temp_size_in_bytes + memory.argument_size_in_bytes
-
-    def train(name, views=(turned, turned), batches=None):
-        tx = optim.sgd(lambda step: 0.01, weight_decay=1e-4)
-        chosen = method(name, *views)
-        state = put_state(jax.jit(lambda rng: init_state(chosen, tx, rng, batch))(root))
-        step, *cost = compile(make_step(chosen, tx), state, batch, root)
-
-        def one():
-            nonlocal state
-            state, metrics = step(state, next(batches) if batches else batch, root)
-            return metrics
-        return one, *cost
-
-    def infer():
-        network = chain(backbone=net(folded=True), head=models.classifier(scores.shape[1]))
-        params, stats = jax.jit(network.init)(root, jnp.zeros((2, *images.shape[1:])))
-        step, *cost = compile(jax.jit(lambda p, b: network.apply(p, stats, plain(root, b), False)[0]), params, batch)
-        return partial(step, params, batch), *cost
-
-    def with_input(name):
-        """The step with views cut in it, and images that come through the input pipeline."""
-        from qmx.data import batches
-        from qmx.data.sources import in_memory
-
-        source = in_memory(image=np.tile(images, (4, 1, 1, 1)), scores=np.tile(scores, (4, 1)))
-        views = augment.make_view(args.size, **look), augment.weak_view(args.size, **look)
-        return train(name, views, batches(source, args.batch, steps=1 << 30, seed=0))
-
-    makers = {name: partial(train, name) for name in METHODS}
-    return {**makers, "infer": infer}, with_input
-
-
-def groups(args: argparse.Namespace) -> int:
-    """Of MoCo's batch statistics, 32 images each."""
-    return max(args.batch // 32, 1)
-
-
-def timed(runs: dict, args: argparse.Namespace, wait) -> dict[str, list[float]]:
-    """Seconds of a step in each block, for each of the functions, which take turns."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    clock = time.process_time if args.clock == "cpu" else time.perf_counter
-    for _ in range(args.blocks):
-        for name, run in runs.items():
-            began = clock()
-            for _ in range(args.steps):
-                last = run()
-            wait(name, last)
-            times[name].append((clock() - began) / args.steps)
-    return times
+    size, look = setting.images.shape[1], jax_steps.look(setting)
+    source = in_memory(image=np.tile(setting.images, (4, 1, 1, 1)), scores=np.tile(setting.scores, (4, 1)))
+    views = augment.make_view(size, **look), augment.weak_view(size, **look)
+    return jax_steps.train(setting, name, views, batches(source, len(setting.images), steps=1 << 30, seed=0))
 
 
 def measure(args: argparse.Namespace, gpu: bool, peaks: dict[str, float]) -> list[dict]:
@@ -159,7 +88,8 @@ def measure(args: argparse.Namespace, gpu: bool, peaks: dict[str, float]) -> lis
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (args.batch, args.size, args.size, args.channels), np.uint8)
     scores = rng.normal(size=(args.batch, 1000)).astype(np.float32)
-    makers, with_input = ours(args, images, scores, gpu)
+    precision = "bfloat16" if gpu else "float32"
+    setting = jax_steps.Setting(args.arch, images, scores, args.queue, precision)
     convolutions = layers(ARCHS[args.arch], args.size, args.channels)
     peers = {}
     if args.peer == "torch":
@@ -168,8 +98,8 @@ def measure(args: argparse.Namespace, gpu: bool, peaks: dict[str, float]) -> lis
 
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         torch.backends.cudnn.benchmark = True
-        make = partial(torch_steps.steps, ARCHS[args.arch], images, scores, queue=args.queue, groups=groups(args),
-                       device="cuda" if gpu else "cpu")
+        make = partial(torch_steps.steps, ARCHS[args.arch], images, scores, queue=args.queue,
+                       groups=setting.groups, device="cuda" if gpu else "cpu", precision=precision)
         peers = {"NHWC": make(channels_last=True), "NCHW": make(channels_last=False)}
         if args.compile:
             peers["compiled"] = make(channels_last=True, compiled=True)
@@ -177,31 +107,32 @@ def measure(args: argparse.Namespace, gpu: bool, peaks: dict[str, float]) -> lis
     def wait(name, last):
         jax.block_until_ready(last) if name in ("qmx", "input") else gpu and torch.cuda.synchronize()
 
+    clock = time.process_time if args.clock == "cpu" else time.perf_counter
     rows, layout = [], ""
     for name in args.methods:
-        run, seconds, memory = makers[name]()
-        runs = {"qmx": run, **{peer: made[name]() for peer, made in peers.items()}}
+        step = jax_steps.infer(setting) if name == "infer" else jax_steps.train(setting, name)
+        runs = {"qmx": step.run, **{peer: made[name]() for peer, made in peers.items()}}
         if args.input and name != "infer":
-            runs["input"] = with_input(name)[0]
+            runs["input"] = with_input(setting, name).run
         if peers:  # the eager opponent is the layout that is quicker here, in the first step that is timed
             eager = {peer: runs.pop(peer) for peer in ("NHWC", "NCHW")}
             if not layout:
-                trial = timed(eager, argparse.Namespace(blocks=3, steps=args.steps, clock=args.clock), wait)
+                trial = in_turns(eager, 3, args.steps, wait, clock)
                 layout = min(trial, key=lambda peer: min(trial[peer]))
-            runs = {"qmx": run, "eager": eager[layout], **runs}
+            runs = {"qmx": step.run, "eager": eager[layout], **runs}
             del eager
         for peer, function in runs.items():
             for _ in range(2 if gpu else 1):  # a CPU's first step is as good as any after it
                 wait(peer, function())
-        times = timed(runs, args, wait)
+        times = in_turns(runs, args.blocks, args.steps, wait, clock)
         operations, roofline = bounds(name, convolutions, 2 if gpu else 4, peaks)
         middle = {peer: statistics.median(found) for peer, found in times.items()}
         low, _, high = statistics.quantiles(times["qmx"], n=4)
         row = {"arch": args.arch, "size": args.size, "batch": args.batch, "method": name, "ms": 1000 * middle["qmx"],
                "ms_quartiles": [1000 * low, 1000 * high], "images_per_second": args.batch / middle["qmx"],
-               "tflops": operations * args.batch / middle["qmx"] / 1e12, "compile_seconds": seconds,
+               "tflops": operations * args.batch / middle["qmx"] / 1e12, "compile_seconds": step.seconds,
                "share_of_matmul": operations * args.batch / middle["qmx"] / peaks["matmul"],
-               "share_of_roofline": roofline * args.batch / middle["qmx"], "memory_bytes": memory}
+               "share_of_roofline": roofline * args.batch / middle["qmx"], "memory_bytes": step.memory}
         for peer in runs:
             if peer != "qmx":
                 row[peer] = {"ms": 1000 * middle[peer], "ratio": middle[peer] / middle["qmx"],

@@ -1,4 +1,4 @@
-"""The PyTorch side of step_time.py: the same networks and the same train steps, written as a user of PyTorch would.
+"""The PyTorch side of step_time.py and gpu.py: the same networks and train steps, as a user of PyTorch writes them.
 
 Torch's own layers and optimiser; batch norm in the same groups, the queue, the momentum encoder and the optimiser are
 all part of a step. A view is what it is on qmx's side: the batch turned by a random number of images, normalised.
@@ -75,19 +75,21 @@ def projector(width, out=2048):
     return nn.Sequential(*hidden, nn.Linear(width, out), nn.BatchNorm1d(out, affine=False))
 
 
-def steps(arch, images, scores, *, queue, device, channels_last, groups, compiled=False):
+def steps(arch, images, scores, *, queue, device, channels_last, groups, compiled=False, precision="float32"):
     """name -> a function without arguments that does one train step; or, with `infer`, one pass of the target.
 
     Args:
       arch: an `Arch` of qmx.
       images, scores: arrays, uint8[B, H, W, C] and f32[B, N].
       queue, groups: MoCo's K, and the groups of its batch norm.
+      precision: float32, tf32, or bfloat16 by autocast; the first two are settings of the whole process.
     """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "float32"
     layout = torch.channels_last if channels_last else torch.contiguous_format
     images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(memory_format=layout).to(device)
     scores = torch.from_numpy(scores).to(device)
     size, channels = len(images), images.shape[1]
-    half = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+    half = torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16")
 
     def put(net):
         net = net.to(device, memory_format=layout)
