@@ -68,7 +68,7 @@ PARTS = {
     "trace": Part("gpu_trace:trace", 60, 120, 15, 40),
     "input": Part("gpu_data:photos", 100, 180, 15, 60,
                   ("grain", "array_record", "PIL", "ml_collections")),
-    "cifar": Part("gpu_data:cifar", 60, 600, 15, 60, ("grain",), True),
+    "cifar": Part("gpu_data:cifar", 60, 600, 15, 60, ("PIL",), True),
     "story": Part("gpu_data:story", 180, 3600, 30, 120,
                   ("grain", "ml_collections", "PIL", "safetensors", "sklearn", "matplotlib"), True),
 }

@@ -22,9 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from qmx import augment, models, optim
-from qmx.contract import chain
-from qmx.data import batches, epoch_steps
+from qmx.contract import Rows, chain
+from qmx.data import epoch_steps
 from qmx.data.arrays import read_npz
+from qmx.data.batches import feed
 from qmx.data.sources import in_memory
 from qmx.evaluate import knn, predict
 from qmx.methods import moco
@@ -70,8 +71,8 @@ def curve(pool: tuple[np.ndarray, np.ndarray], evaluation: tuple[np.ndarray, np.
     step = make_step(method, tx)
     encode, plain = chain(backbone=models.backbone(arch), head=head), augment.plain_view(MEAN, STD)
 
-    def feed(start: int) -> Iterator[dict[str, jax.Array]]:
-        return batches(source, batch, steps=steps, seed=seed, start=start, drop_last=True)
+    def from_device(start: int) -> Iterator[dict[str, jax.Array] | Rows]:
+        return feed(source, batch, steps=steps, seed=seed, start=start, drop_last=True)
 
     for epoch in range(1, epochs + 1):
         losses: list[float] = []
@@ -85,7 +86,7 @@ def curve(pool: tuple[np.ndarray, np.ndarray], evaluation: tuple[np.ndarray, np.
                 losses.append(metrics["loss"])
                 shown.update(len(losses), f"loss {sum(losses) / len(losses):.3f}")
 
-            ts = fit(step, ts, feed, rng, steps=epoch * per_epoch, on_metrics=on_metrics)
+            ts = fit(step, ts, from_device, rng, steps=epoch * per_epoch, on_metrics=on_metrics)
         now = time.monotonic()
         row = {"epoch": epoch, "loss": sum(losses) / len(losses), "first_loss": losses[0],
                "last_loss": losses[-1], "seconds": now - began,
