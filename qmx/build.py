@@ -110,8 +110,9 @@ def random_backbone(arch: str, dtype: str, seen: Look) -> Callable[[jax.Array], 
                    compiler_options={"xla_backend_optimization_level": 0})
 
 
+@cache
 def variables(network: Network, seen: Look) -> Encoder:
-    """The shapes of a network's variables, for reading weights; nothing is computed."""
+    """The shapes of a network's variables, for reading weights; traced once, and nothing is computed."""
     image = jnp.zeros((2, *seen.shape))  # two, because one has no batch statistics
     return Encoder(*jax.eval_shape(lambda: network.init(jax.random.key(0), image)))
 
