@@ -51,7 +51,7 @@ def command(start):
 
     def run(*arguments):
         process = start(*arguments)
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=900)
         return process.returncode, out, err
 
     return run

@@ -46,7 +46,7 @@ def launch(environment):
     return start
 
 
-def finish(processes, timeout=300):
+def finish(processes, timeout=900):
     """(status, standard out, standard error) of each; none is left behind."""
     try:
         told = [process.communicate(timeout=timeout) for process in processes]
