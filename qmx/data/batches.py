@@ -100,8 +100,8 @@ def batches(source: Source, batch_size: int, *, steps: int, seed: int, start: in
 def steps_at_once() -> int:
     """Steps in one dispatch.
 
-    One on CPUs, where XLA's convolutions are slow in a loop (benchmarks/README.md, "Batches from the device"); elsewhere
-    so many that dispatches cost nothing. A stop signal waits for them.
+    One on CPUs, where XLA's convolutions are slow in a loop (benchmarks/README.md, "Batches from the device");
+    elsewhere so many that dispatches cost nothing. A stop signal waits for them.
     """
     return 1 if jax.default_backend() == "cpu" else 32
 
