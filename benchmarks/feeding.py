@@ -19,8 +19,6 @@ import time
 
 from qmx.main import load_file, set_xla_flags
 
-TRAININGS = ("moco", "student")
-
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__,
@@ -82,7 +80,7 @@ def main(args: argparse.Namespace) -> None:
 
         times = {way: [] for way in ways}
         for way in ways:
-            train(way, max(ways[way] or 1, 1))  # compiles
+            train(way, ways[way] or 1)  # compiles
         for _ in range(args.turns):
             for way in ways:
                 times[way].append(train(way, args.steps))

@@ -147,20 +147,23 @@ def mesh() -> Mesh:
 
 def put_batch(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """This process's rows of a batch -> the global batch, split over the devices."""
-    split = NamedSharding(mesh(), PartitionSpec("data"))
-    return {name: jax.make_array_from_process_local_data(split, rows) for name, rows in batch.items()}
+    return _put(batch, NamedSharding(mesh(), PartitionSpec("data")))
 
 
 def put_ids(ids: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """Numbers of rows, whole in every process, i[T, B] -> i32[T, B], each of the T batches split over the devices."""
-    split = NamedSharding(mesh(), PartitionSpec(None, "data"))
-    return {name: jax.make_array_from_process_local_data(
-        split, np.ascontiguousarray(rows[:, rows_here(rows.shape[1])], np.int32)) for name, rows in ids.items()}
+    here = {name: np.ascontiguousarray(rows[:, rows_here(rows.shape[1])], np.int32) for name, rows in ids.items()}
+    return _put(here, NamedSharding(mesh(), PartitionSpec(None, "data")))
 
 
 def put_whole(arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """Arrays, the same in every process, onto every device."""
-    return {name: jax.make_array_from_process_local_data(everywhere(), array) for name, array in arrays.items()}
+    return _put(arrays, everywhere())
+
+
+def _put(here: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
+    """Global arrays out of this process's parts of them."""
+    return {name: jax.make_array_from_process_local_data(sharding, part) for name, part in here.items()}
 
 
 # Of the memory that is free on a device, what a data set may take: a step's activations need the rest.
