@@ -146,7 +146,7 @@ def missing(part: str, given: argparse.Namespace) -> str:
 
 
 def there(module: str) -> bool:
-    """Whether a module can be imported; it is not."""
+    """True if a module can be imported; it is not."""
     try:
         return importlib.util.find_spec(module) is not None
     except ImportError:

@@ -87,7 +87,7 @@ def one(call: Call, work: Work) -> dict[str, Any]:
 
 
 def kernels(files: Iterable[Path]) -> Iterator[Kernel]:
-    """What ran on the streams of a device, or on a CPU the events of the program's instructions."""
+    """Events on the streams of a device, or on a CPU those of the program's instructions."""
     device = jax.default_backend() != "cpu"
     planes = [plane for path in files
               for plane in jax.profiler.ProfileData.from_file(str(path)).planes]

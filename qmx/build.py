@@ -27,7 +27,7 @@ class Trainer(NamedTuple):
 
 
 class Look(NamedTuple):
-    """What networks are told of a data set; hashable, so that compilations can be shared."""
+    """Facts of a data set that networks are told; hashable, so that compilations can be shared."""
 
     shape: tuple[int, int, int]  # H, W, C
     mean: tuple[float, ...]
@@ -119,7 +119,7 @@ def variables(network: Network, seen: Look) -> Encoder:
 
 @cache
 def evaluation_view(seen: Look) -> View:
-    """What a network is shown when it is evaluated or asked: the image, normalised."""
+    """The view of a network that is evaluated or asked: the image, normalised."""
     return plain_view(seen.mean, seen.std)
 
 

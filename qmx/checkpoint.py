@@ -113,7 +113,7 @@ class Checkpoints:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """What goes wrong in a save, as OSError, without the address of every array."""
+        """Raise the errors of a save as OSError, without the address of every array."""
         try:
             yield
         except Exception as error:  # of many kinds: orbax's, tensorstore's, the system's

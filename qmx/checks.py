@@ -1,4 +1,4 @@
-"""What is refused before any compute is spent, and what is warned of."""
+"""Refusals before any compute is spent, and warnings."""
 
 import difflib
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ def validate(config: Any, data: Dataset) -> None:
 
 
 def warnings(config: Any, data: Dataset) -> list[str]:
-    """What can be run and is likely to disappoint, a line each."""
+    """Settings that can be run and are likely to disappoint, a line each."""
     found = []
     if "moco" in encoders(config) and not config.pretrain.moco.path:
         keys = config.pretrain.moco

@@ -1,4 +1,4 @@
-"""How good a student is: accuracy, fidelity, divergence; and how good features are."""
+"""Measures of a student (accuracy, fidelity, divergence) and of features."""
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial

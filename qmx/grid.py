@@ -23,7 +23,7 @@ class Column(NamedTuple):
 
 
 class Budget(NamedTuple):
-    """How many images of the pool a student is given answers to: a row of the table."""
+    """Number of the pool's images whose answers a student is given: a row of the table."""
 
     queries: int
     fraction: float  # of the pool; where the config gives a share, that very number

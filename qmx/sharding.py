@@ -171,7 +171,7 @@ SHARE_OF_MEMORY = 0.25
 
 
 def fits_everywhere(nbytes: int) -> bool:
-    """Whether so many bytes are at most `SHARE_OF_MEMORY` of what is free on each device, in all processes."""
+    """True if so many bytes are at most `SHARE_OF_MEMORY` of the free memory of each device, in all processes."""
 
     def free(device: jax.Device) -> int:
         stats = device.memory_stats()

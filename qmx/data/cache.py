@@ -103,7 +103,7 @@ def write_shard(out: Path, number: int, made_of: dict[str, Any], where: str, rea
 
 
 def finished_shards(out: Path, made_of: dict[str, Any], photos: Photos) -> dict[str, dict[str, Any]]:
-    """What the shards that are whole say of themselves, by file name.
+    """The records that whole shards keep of themselves, by file name.
 
     Raises:
       ValueError: the folder holds something else, or a cache of other photos or settings.

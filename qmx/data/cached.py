@@ -1,4 +1,4 @@
-"""What `python -m qmx.data.cache` leaves, and reading it.
+"""The folder that `python -m qmx.data.cache` leaves, and reading it.
 
 A folder of ArrayRecord shards. A record is the photo's own height and width, two little-endian
 uint32, and the JPEG of its canvas. `manifest.json`, written last, says what the cache was made of

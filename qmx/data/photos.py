@@ -39,7 +39,7 @@ class Photos(NamedTuple):
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """Number of photos."""
         return len(self.labels)
 
     def title(self, i: int) -> str:
@@ -87,7 +87,7 @@ def decode(data: bytes, name: str) -> Image.Image:
 
 
 def oddities(data: bytes, name: str) -> tuple[str, ...]:
-    """What is unusual about a file that can be decoded, in words to be counted."""
+    """Oddities of a file that can be decoded, in words to be counted."""
     image = open_image(data, name)
     found = [{"L": "greyscale", "P": "palette", "I;16": "16-bit greyscale"}.get(image.mode, image.mode)]
     if image.mode == "RGB":

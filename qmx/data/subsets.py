@@ -46,7 +46,7 @@ def class_balanced_order(labels: np.ndarray, seed: int) -> np.ndarray:
 
 
 def rank_within(groups: np.ndarray) -> np.ndarray:
-    """How many of its own group stand before each entry; i[n] -> i64[n]."""
+    """Number of entries of its own group before each entry; i[n] -> i64[n]."""
     by_group = np.argsort(groups, kind="stable")
     starts = np.searchsorted(groups[by_group], groups[by_group])  # where each one's group begins
     rank = np.empty(len(groups), np.int64)
@@ -104,5 +104,5 @@ def from_list(path: str, names: Sequence[str]) -> np.ndarray:
 
 
 def _same(one: str, other: str) -> bool:
-    """Whether two names are one, the folders of either being left out or not."""
+    """True if two names are one, the folders of either being left out or not."""
     return one == other or one.endswith("/" + other) or other.endswith("/" + one)
