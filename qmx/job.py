@@ -72,7 +72,7 @@ def train(
 
             try:
                 ts = fit(step, ts, batches, rng, steps=steps, on_metrics=on_metrics, save=checkpoints.save,
-                         save_seconds=save_seconds, stopped=stopped, agree=agreement())
+                         save_seconds=save_seconds, stopped=stopped, agree=agreed)
             except FloatingPointError as error:
                 last = checkpoints.newest()
                 saved = f"the last good state is {last}" if last else "no state was saved before"
@@ -90,15 +90,11 @@ def _log(path: Path, start: int) -> TextIO:
     return open(path, "a", buffering=1)
 
 
-def agreement(every: int = 10) -> Callable[[bool], bool]:
-    """For `fit`: what some process wants, all do; asked once in `every` steps, as it costs them a round."""
+ASK_EVERY = 10  # steps: a question costs all processes a round
+
+
+def agreed(wanted: bool, before: int, done: int) -> bool:
+    """For `fit`: what some process wants, all do; asked after each tenth step, however many a dispatch has."""
     if jax.process_count() == 1:
-        return bool
-    calls = 0
-
-    def agree(wanted: bool) -> bool:
-        nonlocal calls
-        calls += 1
-        return calls // 2 % every == 0 and any_process(wanted)  # two questions a step
-
-    return agree
+        return wanted
+    return before // ASK_EVERY < done // ASK_EVERY and any_process(wanted)

@@ -85,7 +85,7 @@ def fit(
     save: Callable[[TrainState], None] | None = None,
     save_seconds: float = 600,
     stopped: Callable[[], bool] = lambda: False,
-    agree: Callable[[bool], bool] = bool,
+    agree: Callable[[bool, int, int], bool] = lambda wanted, before, done: wanted,
 ) -> TrainState:
     """Train until `steps` steps are done, from wherever `ts` stands.
 
@@ -98,8 +98,9 @@ def fit(
         device never waits for the host.
       save: writes a checkpoint; called every `save_seconds` and when the run is stopped.
       stopped: asked after each dispatch.
-      agree: called in each dispatch with whether this process wants to stop, and with whether it wants to
-        save; says what all do. Several processes must stop and save at one step.
+      agree: called after each dispatch with whether this process wants to stop, and with whether it wants to
+        save, each with the steps done before the dispatch and after it; says what all do. Several processes must
+        stop and save at one step.
 
     Raises:
       FloatingPointError: the loss or the gradient is not finite; says at which step. No state after it is saved.
@@ -130,8 +131,8 @@ def fit(
             report(*pending)
         pending = (done, count, metrics)
         done += count
-        stop = agree(stopped()) and done < steps
-        late = agree(time.monotonic() - saved > save_seconds)
+        stop = agree(stopped(), done - count, done) and done < steps
+        late = agree(time.monotonic() - saved > save_seconds, done - count, done)
         if save is not None and (stop or late):
             report(*pending)  # never save a state that already went wrong
             pending = None
