@@ -17,16 +17,16 @@ from gpu_call import Call, die_with_parent, one_block, save, table
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("grain", "ml_collections", "PIL", "safetensors", "sklearn.cluster", "matplotlib.pyplot")
-EVALUATED = (1, 10, 50, 100, 200)  # epochs of MoCo's curve
+EVALUATED = (1, 10, 20, 50, 100, 150, 200)  # epochs of MoCo's curve
 # Few epochs, so that all of it is minutes.
 STORY = ("--config=configs/cifar10.py", "--config.inits=('none','moco')",
          "--config.selects=('random','typiclust')", "--config.student.dtype=bfloat16",
-         "--config.fractions=()", "--config.queries=(10,40,250,500,5000)", "--config.target.epochs=30",
+         "--config.fractions=()", "--config.queries=(40,250,500,5000)", "--config.target.epochs=20",
          "--config.target.batch_size=256", "--config.target.learning_rate=0.2",
          "--config.target.warmup_epochs=2", "--config.target.nesterov=True",
-         "--config.target.precision=bfloat16", "--config.pretrain.moco.epochs=60",
-         "--config.recipes.scratch.epochs=30", "--config.recipes.scratch.min_steps=1500",
-         "--config.recipes.tune.epochs=30", "--config.recipes.tune.min_steps=1000")
+         "--config.target.precision=bfloat16", "--config.pretrain.moco.epochs=20",
+         "--config.recipes.scratch.epochs=30", "--config.recipes.scratch.min_steps=600",
+         "--config.recipes.tune.epochs=30", "--config.recipes.tune.min_steps=600")
 TINY_STORY = ("--config=configs/cifar10.py:tiny", "--config.inits=('moco',)",
               "--config.selects=('typiclust',)", "--config.fractions=()", "--config.queries=(32,)")
 

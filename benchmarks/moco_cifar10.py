@@ -76,22 +76,17 @@ def curve(pool: tuple[np.ndarray, np.ndarray], evaluation: tuple[np.ndarray, np.
 
     for epoch in range(1, epochs + 1):
         losses: list[float] = []
-        began = started = time.monotonic()
+        began = time.monotonic()
         with progress(f"epoch {epoch}", per_epoch, batch) as shown:
 
             def on_metrics(done: int, metrics: dict[str, float], losses: list[float] = losses,
                            shown: Progress = shown) -> None:
-                nonlocal started
-                started = started if losses else time.monotonic()
                 losses.append(metrics["loss"])
                 shown.update(len(losses), f"loss {sum(losses) / len(losses):.3f}")
 
             ts = fit(step, ts, from_device, rng, steps=epoch * per_epoch, on_metrics=on_metrics)
-        now = time.monotonic()
         row = {"epoch": epoch, "loss": sum(losses) / len(losses), "first_loss": losses[0],
-               "last_loss": losses[-1], "seconds": now - began,
-               # Of all steps, without what the first one, which may have compiled, took more.
-               "seconds_warm": (now - started) * per_epoch / max(per_epoch - 1, 1)}
+               "last_loss": losses[-1], "seconds": time.monotonic() - began}
         if evaluate_at is None or epoch in evaluate_at:
             began = time.monotonic()
             bank, asking = (predict(encode, ts.params, ts.state.stats, plain, x)
@@ -106,6 +101,9 @@ def curve(pool: tuple[np.ndarray, np.ndarray], evaluation: tuple[np.ndarray, np.
 def within(rows: Iterable[dict], until: float) -> Iterator[dict]:
     """The rows of a `curve` up to the epoch after which another would end after `until`.
 
+    An epoch is taken to last as long as the one before it did, so after the first, which compiles,
+    it is taken to be longer than it is.
+
     Args:
       until: on the clock of time.monotonic.
     """
@@ -113,7 +111,7 @@ def within(rows: Iterable[dict], until: float) -> Iterator[dict]:
     for row in rows:
         yield row
         evaluation = row.get("evaluation_seconds", evaluation)
-        if time.monotonic() + row["seconds_warm"] + evaluation > until:
+        if time.monotonic() + row["seconds"] + evaluation > until:
             return
 
 

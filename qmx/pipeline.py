@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from qmx import report, workdir
+from qmx import __version__, report, workdir
 from qmx.data import Dataset
 from qmx.grid import Cell, budgets, cells, encoders
 from qmx.progress import say
@@ -124,7 +124,8 @@ def write_report(this: Run, todo: list[Cell], started: list[tuple[str, int]]) ->
         "account": from_first(account),
         "monitors": [{"init": init, "seed": seed, **encoder, **looked} for init, seed, encoder, looked in monitors
                      if encoder and looked],
-        "versions": {name: version(name) for name in ("qmx", "jax", "jaxlib", "flax", "optax", "numpy", "pillow")},
+        "versions": {"qmx": __version__,  # runs in a checkout that is not installed, too
+                     **{name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy", "pillow")}},
         "config": plain(this.config),
     }
     results["reach"] = reached(results)

@@ -37,16 +37,15 @@ class Progress:
             self.bar.update(self.task, completed=done, text=f"{self._rate(done, now)} {text}")
         elif now - self.said > LINE_SECONDS and done < self.total:
             self.said = now
-            say(f"{self.name}: {done}/{self.total} {self._rate(done, now)} {text}, "
-                f"{self._left(done, now):.0f} s left")
+            say(f"{self.name}: {done}/{self.total} {self._rate(done, now)} {text}{self._left(done, now)}")
 
     def _rate(self, done: int, now: float) -> str:
         steps = done - (self.first or 0)
         return f"{steps * self.per_step / max(now - self.started, 1e-9):.0f} {self.unit}/s" if steps else ""
 
-    def _left(self, done: int, now: float) -> float:
+    def _left(self, done: int, now: float) -> str:
         steps = done - (self.first or 0)
-        return (self.total - done) * (now - self.started) / max(steps, 1)
+        return f", {(self.total - done) * (now - self.started) / steps:.0f} s left" if steps else ""
 
 
 @contextmanager
