@@ -34,16 +34,16 @@ def trainings(config, data):
     """name -> (its trainer, batch size, source)."""
     import numpy as np
 
-    from qmx import build
+    from qmx import trainers
     from qmx.data.sources import take
 
-    seen, moco, student = build.look(data), config.pretrain.moco, config.student
+    seen, moco, student = trainers.look(data), config.pretrain.moco, config.student
     scores = np.random.default_rng(0).normal(size=(data.pool.size, data.classes))
     answered = take(data.pool, np.arange(data.pool.size), scores=scores.astype(np.float32))
     return {
-        "moco": (build.pretrainer("moco", moco, student, config.strong_view, seen, 1000),
+        "moco": (trainers.pretrainer("moco", moco, student, config.strong_view, seen, 1000),
                  moco.batch_size, data.pool),
-        "student": (build.distiller(config.distill, student.arch, student.dtype, config.weak_view, seen, 1000),
+        "student": (trainers.distiller(config.distill, student.arch, student.dtype, config.weak_view, seen, 1000),
                     config.distill.batch_size, answered),
     }
 

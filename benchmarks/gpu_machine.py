@@ -11,7 +11,7 @@ import jax
 from gpu_call import Call, Skipped, save, table
 from limits import copy_rate, matmul_rate
 
-from qmx.oracle.query import PRECISIONS
+from qmx.targets.query import PRECISIONS
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "torch", "triton")
 RATES = ("bfloat16", "tf32", "float32")

@@ -116,7 +116,7 @@ def ledger(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each number of answers that are there already."""
     import numpy as np
 
-    from qmx.oracle import Ledger
+    from qmx.ledger import Ledger
 
     rng, chunk, rows = np.random.default_rng(0), min(4096, args.images[0]), []
     print("| answers there | us an answer | with a budget | account, ms |\n|---|---|---|---|")
@@ -152,7 +152,7 @@ def selection(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each number of images."""
     import numpy as np
 
-    from qmx.oracle.by_features import BY_FEATURES, unit
+    from qmx.selection.by_features import BY_FEATURES, unit
 
     ways = ("balanced", "kcenter", "typiclust")
     rng, rows = np.random.default_rng(0), []

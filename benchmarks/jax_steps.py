@@ -15,8 +15,8 @@ import numpy as np
 
 from qmx import augment, distill, init_state, make_step, moco, models, optim, rotation, simsiam
 from qmx.contract import Method, View, chain
-from qmx.oracle.query import PRECISIONS
 from qmx.sharding import put_batch, put_state
+from qmx.targets.query import PRECISIONS
 
 METHODS = ("distill", "moco", "simsiam", "rotation")
 
@@ -28,7 +28,7 @@ class Setting(NamedTuple):
     images: np.ndarray  # uint8[B, H, W, C]
     scores: np.ndarray  # f32[B, N]
     queue: int = 4096  # MoCo's K
-    precision: str = "float32"  # one of qmx.oracle.query.PRECISIONS
+    precision: str = "float32"  # one of qmx.targets.query.PRECISIONS
 
     @property
     def groups(self) -> int:

@@ -21,8 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qmx.oracle import Ledger
-from qmx.oracle.ledger import keys_of
+from qmx.ledger import Ledger, keys_of
 
 CALL = 4096  # images in one call of `ask`, as in qmx/stages/answers.py
 

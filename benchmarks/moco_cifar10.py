@@ -27,8 +27,9 @@ from qmx.data import epoch_steps
 from qmx.data.arrays import read_npz
 from qmx.data.batches import feed
 from qmx.data.sources import in_memory
-from qmx.evaluate import knn, predict
+from qmx.inference import predict
 from qmx.methods import moco
+from qmx.metrics import knn
 from qmx.progress import Progress, progress
 from qmx.sharding import put_state
 from qmx.train import fit, init_state, make_step

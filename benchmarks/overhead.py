@@ -36,7 +36,7 @@ def main(args: argparse.Namespace) -> None:
     import jax
     import numpy as np
 
-    from qmx import augment, init_state, job, make_step, moco, models, optim
+    from qmx import augment, init_state, make_step, moco, models, optim, training
     from qmx.data.batches import feed
     from qmx.data.sources import in_memory
     from qmx.sharding import put_state
@@ -71,8 +71,8 @@ def main(args: argparse.Namespace) -> None:
 
         directory.mkdir()
         began = time.perf_counter()
-        ts = job.train(directory, "training", step, begin, rng, source, batch_size=args.batch, save_seconds=seconds,
-                       stopped=stopped, **read)
+        ts = training.train(directory, "training", step, begin, rng, source, batch_size=args.batch,
+                       save_seconds=seconds, stopped=stopped, **read)
         jax.block_until_ready(ts)
         return time.perf_counter() - began, len(saved)
 

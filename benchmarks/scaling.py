@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qmx import build
+from qmx import trainers
 from qmx.grid import cells, encoders, percent, recipe_of
 from qmx.main import load_file, set_xla_flags
 
@@ -129,13 +129,13 @@ def parts(words: str) -> list[dict[str, Any]]:
     seeds, todo = len(config.seeds), cells(config, POOL)
     for init in encoders(config):
         keys = config.pretrain[init]
-        steps = build.pretrain_steps(keys, POOL) * seeds
+        steps = trainers.pretrain_steps(keys, POOL) * seeds
         add(f"pretrain {init}", init, steps, keys.batch_size, steps * keys.batch_size)
     asked = max(cell.queries for cell in todo)  # the smaller subsets are parts of the largest
     add("query", "query", None, None, asked + EVALUATION)
     for cell in todo:
         keys = recipe_of(config, cell)
-        steps = build.distill_steps(keys, cell.queries)
+        steps = trainers.distill_steps(keys, cell.queries)
         add(f"distill {cell.init} {percent(cell.fraction)}", "distill", steps, keys.batch_size, steps * keys.batch_size)
     looks = (len(encoders(config)) + 1) * seeds  # each encoder and a random one see the pool
     add("evaluate, monitor", "inference", None, None, EVALUATION * len(todo) + POOL * looks)

@@ -1,4 +1,4 @@
-"""Time of choosing what to ask by features: each way of qmx/oracle/by_features.py, and propagation.
+"""Time of choosing what to ask by features: each way of qmx/selection/by_features.py, and propagation.
 
     python benchmarks/selection.py --images=100000 --dimension=512 --budget=1000
 
@@ -13,8 +13,8 @@ import time
 
 import numpy as np
 
-from qmx.oracle.by_features import BY_FEATURES, unit
-from qmx.propagate import propagate
+from qmx.selection.by_features import BY_FEATURES, unit
+from qmx.selection.propagate import propagate
 
 
 def main() -> None:

@@ -23,7 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from qmx.oracle import Ledger, served
+from qmx.ledger import Ledger
+from qmx.targets import served
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))

@@ -11,9 +11,11 @@ __version__ = "0.1.0"
 
 from qmx import augment, losses, models, optim
 from qmx.contract import Encoder, Method, Network, chain
-from qmx.evaluate import compare, knn, predict
+from qmx.inference import predict
+from qmx.ledger import BudgetSpent, Ledger
 from qmx.methods import distill, fixmatch, moco, rotation, simsiam
-from qmx.oracle import BudgetSpent, Ledger, network_query
+from qmx.metrics import compare, knn
+from qmx.targets.query import network_query
 from qmx.train import TrainState, fit, init_state, make_step
 
 __all__ = [

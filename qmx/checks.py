@@ -5,18 +5,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qmx.build import fixmatch_steps
 from qmx.data import Dataset
 from qmx.grid import USES, Cell, cells, columns, encoders, recipe_name, recipe_of
+from qmx.ledger import access
+from qmx.ledger.content import DTYPES as LEDGER_DTYPES
 from qmx.models.resnet import ARCHS
 from qmx.optim import DECAYS, OPTIMIZERS, SCHEDULES
-from qmx.oracle import access
-from qmx.oracle.address import check_address
-from qmx.oracle.ledger.content import DTYPES as LEDGER_DTYPES
-from qmx.oracle.query import PRECISIONS
-from qmx.oracle.select import SELECTS
+from qmx.selection.select import SELECTS
 from qmx.settings import base, distilling, leaves
 from qmx.sharding import check_batch
+from qmx.targets.address import check_address
+from qmx.targets.query import PRECISIONS
+from qmx.trainers import fixmatch_steps
 
 INITS = ("none", "rotation", "moco", "simsiam", "imported")
 TARGETS = ("train", "torch", "served", "callable", "recorded")

@@ -4,12 +4,13 @@ from decimal import Decimal
 from itertools import pairwise, product
 from typing import Any, NamedTuple
 
-from qmx.data.subsets import subset_size
-from qmx.oracle import access
-from qmx.oracle.select import NEED_FEATURES, SELECTS
+from qmx.ledger import access
+from qmx.selection.orders import subset_size
+from qmx.selection.select import NEED_FEATURES, SELECTS
 
 # What a student learns from: the images that were asked about; the whole pool, where neighbours' scores stand in for
-# what was not asked (qmx/propagate.py); or both apart, where the student itself does (qmx/methods/fixmatch.py).
+# what was not asked (qmx/selection/propagate.py); or both apart, where the student itself does
+# (qmx/methods/fixmatch.py).
 USES = ("asked", "pool", "fixmatch")
 
 

@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
     except Exception as error:  # absl, ml_collections and the config file raise what they like
         return fail(explain(error), MISTAKE)
 
-    from qmx.oracle import BudgetSpent
+    from qmx.ledger import BudgetSpent
     from qmx.sharding import first
     from qmx.train import Stopped
 
@@ -123,7 +123,7 @@ def start(config: FrozenConfigDict, workdir: Path) -> str:
     from qmx import data, pipeline, sharding
     from qmx.checks import validate, warnings
     from qmx.progress import say
-    from qmx.stages.asking import check_budget
+    from qmx.stages.query import check_budget
     from qmx.workdir import claim
 
     if STAGE.value not in ("all", *pipeline.STAGES):

@@ -61,12 +61,12 @@ def base() -> ConfigDict:
     # The grid: its product is what is run, see qmx/grid.py.
     config.seeds = (0,)
     config.inits = ("none", "rotation", "moco", "simsiam")  # and "imported": what the student starts from
-    config.selects = ("random",)  # how to choose what to ask: qmx/oracle/select.py, by_features.py, by_answers.py
+    config.selects = ("random",)  # how to choose what to ask: qmx/selection/
     config.lists = ()  # for the selection "list": files of image names, one file for each budget
     # For those that choose by answers: how often more is asked after a random share, qmx/stages/rounds.py. Two is the
-    # fewest in which answers that were chosen choose others; each costs what qmx/propagate.py does.
+    # fewest in which answers that were chosen choose others; each costs what qmx/selection/propagate.py does.
     config.rounds = 2
-    config.accesses = ("logits",)  # what is seen of an answer, asked once and replayed: qmx/oracle/access.py, weaken.py
+    config.accesses = ("logits",)  # what is seen of an answer, asked once and replayed: qmx/ledger/access.py, weaken.py
     config.uses = ("asked",)  # what a student learns from: "asked", the "pool" by propagation, "fixmatch" by itself
     config.also = ()  # columns beside the product: "moco+typiclust+pool"; what is not named is each axis's first
     # How many images a student is given answers to, as shares of the pool and as numbers: one axis, all of both.
@@ -105,7 +105,7 @@ def base() -> ConfigDict:
     config.target = training(
         # train: on the pool's labels; torch: PyTorch weights from `path`; served: by a server of the Open Inference
         # Protocol v2; callable: a Python function. The last two have batch_size images in a request. recorded: a table
-        # of answers, qmx/oracle/recorded.py; nothing beyond can be asked.
+        # of answers, qmx/ledger/table.py; nothing beyond can be asked.
         kind="train",
         arch="resnet50",  # torch: checked against the weights; "" takes what they are
         seed=0,
@@ -115,7 +115,7 @@ def base() -> ConfigDict:
         precision="float32",  # of its answers: float64 (its training's too), float32, tf32, bfloat16
         access="logits",  # served, callable, recorded: what it answers with: logits, probs, label
         retries=5,  # served, callable: further attempts at a batch, after 1, 2, 4 .. 60 seconds or what the server says
-        # served; qmx/oracle/served.py:
+        # served; qmx/targets/served.py:
         url="",  # http://HOST:PORT or https://
         model="",  # its name there
         version="",  # "" is the only one that there is
@@ -157,7 +157,7 @@ def base() -> ConfigDict:
     config.distill = distilling()
     config.recipes = ConfigDict()
 
-    # Of the use "pool", see qmx/propagate.py.
+    # Of the use "pool", see qmx/selection/propagate.py.
     config.propagation = ConfigDict(dict(neighbours=50, power=3.0, alpha=0.99))
 
     # Of the use "fixmatch", see qmx/methods/fixmatch.py. Beside what was asked the student sees the whole pool, what

@@ -25,6 +25,22 @@ TINY = ["--config=configs/digits.py:float32", "--config.seeds=(0,)", "--config.f
         "--config.distill.min_steps=12"]
 
 
+MAPS = Path("/proc/self/maps")
+MANY_MAPS = 20_000  # Linux gives a process 65,530 (vm.max_map_count)
+
+
+def pytest_runtest_teardown(nextitem):
+    """Drop compiled programs before there are too many.
+
+    Each takes a few memory maps. A process at the limit of them aborts where it starts a thread, or
+    hangs.
+    """
+    if MAPS.exists() and len(MAPS.read_bytes().splitlines()) > MANY_MAPS:
+        import jax
+
+        jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory):
     """For commands: one compilation cache, of all workers, so that only the first of them compiles."""

@@ -19,11 +19,12 @@ import numpy as np
 from qmx import augment, distill, fixmatch, init_state, make_step, moco, models, optim, rotation, simsiam
 from qmx.contract import by_path, chain
 from qmx.data.sources import Beside, in_memory
-from qmx.evaluate import knn, predict
-from qmx.job import train
+from qmx.inference import predict
+from qmx.metrics import knn
 from qmx.models.resnet import Arch, ResNet
 from qmx.sharding import put_state
 from qmx.train import Stopped
+from qmx.training import train
 
 DTYPE = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
 WEAK = augment.weak_view(8, mean=(0.5,), std=(0.25,))

@@ -64,9 +64,9 @@ def test_input_pipeline(environment):
     assert min(rates.values()) > 0 and figures["reading_over_step"] > 0 and figures["training_over_step"] > 0
 
 
-def test_oracle_throughput(environment):
+def test_target_throughput(environment):
     """A rate for the target, for the ledger and for both, which is no higher than either."""
-    rates = last_line(environment, "benchmarks/oracle_throughput.py", "--arch=resnet8", "--size=8", "--images=48",
+    rates = last_line(environment, "benchmarks/target_throughput.py", "--arch=resnet8", "--size=8", "--images=48",
                       "--batch=16", "--repeats=1")["images_per_second"]
     assert [*rates] == ["inference", "keys", "ledger", "together"] and min(rates.values()) > 0
 

@@ -11,12 +11,12 @@ from conftest import ROOT, TINY, table
 from ml_collections import FrozenConfigDict
 
 from qmx.data import load
-from qmx.data.subsets import random_order
 from qmx.grid import cells
 from qmx.main import load_file
-from qmx.oracle.by_answers import BY_ANSWERS, entropy, margin, shares
-from qmx.stages.asking import selection
+from qmx.selection.by_answers import BY_ANSWERS, entropy, margin, shares
+from qmx.selection.orders import random_order
 from qmx.stages.run import Run
+from qmx.stages.select import selection
 from qmx.train import Stopped
 
 

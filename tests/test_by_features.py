@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from qmx.oracle.by_features import BY_FEATURES, balanced, k_means, kcenter, probcover, typiclust, unit
+from qmx.selection.by_features import BY_FEATURES, balanced, k_means, kcenter, probcover, typiclust, unit
 
 
 def blobs(count=4, size=30, spread=0.05, seed=0, dimension=8):

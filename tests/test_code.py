@@ -12,9 +12,10 @@ from conftest import ROOT
 BELOW = {
     "contract": set(), "losses": {"contract"}, "augment": {"contract"}, "optim": {"contract"},
     "methods": {"contract", "losses", "optim", "methods"}, "models": {"contract", "checkpoint", "models"},
-    "sharding": {"contract"}, "data": {"contract", "sharding", "augment", "progress", "data"},
-    "evaluate": {"contract", "sharding"},
-    "oracle": {"contract", "evaluate", "data", "progress", "oracle"}, "train": {"contract"},
+    "sharding": {"contract"}, "data": {"contract", "sharding", "augment", "progress", "data"}, "train": {"contract"},
+    "inference": {"contract", "sharding"}, "metrics": {"sharding"}, "diagnostics": set(),
+    "selection": {"data", "metrics", "selection"}, "ledger": {"progress", "ledger"},
+    "targets": {"contract", "inference", "checkpoint", "ledger", "targets"}, "report": {"grid", "workdir", "report"},
 }
 
 

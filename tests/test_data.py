@@ -14,11 +14,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from qmx import data as qmx_data
 from qmx.contract import Rows
-from qmx.data import SOURCES, batches, epoch_steps, random_order, subset_size
+from qmx.data import SOURCES, batches, epoch_steps
 from qmx.data.batches import BESIDE, ahead, batch_ids, feed
 from qmx.data.sources import Beside, in_memory, take
-from qmx.data.subsets import class_balanced_order, from_list, predecessor_order
-from qmx.oracle.select import select
+from qmx.selection.orders import class_balanced_order, from_list, predecessor_order, random_order, subset_size
+from qmx.selection.select import select
 
 
 def keys(source, path="", eval_path="", **more):

@@ -14,8 +14,8 @@ import pytest
 from scipy.special import softmax
 
 import qmx
-from qmx.oracle import ACCESS, Account, BudgetSpent, Ledger, Unavailable
-from qmx.oracle.access import as_logits, derive, one_hot_logits
+from qmx.ledger import Account, BudgetSpent, Ledger, Unavailable
+from qmx.ledger.access import ACCESS, as_logits, derive, one_hot_logits
 
 
 def images(*numbers):

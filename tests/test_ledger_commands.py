@@ -1,4 +1,4 @@
-"""`python -m qmx.oracle.ledger` on real files, whole and damaged; float16; two writers; a kill while it writes."""
+"""`python -m qmx.ledger` on real files, whole and damaged; float16; two writers; a kill while it writes."""
 
 import io
 import os
@@ -15,10 +15,9 @@ import pytest
 from test_ledger import Target, another_process, images, logits_of, numbers_of, refuse
 
 import qmx
-from qmx.oracle import BudgetSpent, Ledger
-from qmx.oracle.ledger import Damaged
-from qmx.oracle.ledger.__main__ import main
-from qmx.oracle.recorded import load
+from qmx.ledger import BudgetSpent, Damaged, Ledger
+from qmx.ledger.__main__ import main
+from qmx.ledger.table import load
 
 PAGE = 4096
 
@@ -90,7 +89,7 @@ def test_the_order_of_asking_does_not_matter(tmp_path):
 WRITING = """
 import sys
 import numpy as np
-from qmx.oracle import Ledger
+from qmx.ledger import Ledger
 from test_ledger import images, logits_of, numbers_of
 
 path, start, stop, step = sys.argv[1], *map(int, sys.argv[2:])
@@ -231,7 +230,7 @@ def test_one_byte(sound, path):
         file.write(bytes([byte ^ 4]))
     with Ledger(path, target="t" * 64, preprocessing="resize") as ledger:
         np.testing.assert_array_equal(ledger.read(images(733, 735)), large([733, 735]))
-        with pytest.raises(Damaged, match=r"ledger.sqlite is damaged .*python -m qmx.oracle.ledger verify .*ledger"):
+        with pytest.raises(Damaged, match=r"ledger.sqlite is damaged .*python -m qmx.ledger verify .*ledger"):
             ledger.read(images(733, 734))
     assert "1 of 1250 answers are not as they were written" in command("verify", path, f"--out={path}.x")[1]
     assert recovered(path) == ANSWERS - 1
@@ -296,7 +295,7 @@ def test_the_command(path):
     """As people call it: nothing but its output on standard out and error."""
     with Ledger(path, target="t") as ledger:
         ledger.ask(Target(), images(0))
-    done = subprocess.run([sys.executable, "-m", "qmx.oracle.ledger", "verify", path], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-m", "qmx.ledger", "verify", path], capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(Path(qmx.__file__).parents[1])})
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{path} is whole\n", "")
 
@@ -322,7 +321,7 @@ def test_export(path, tmp_path, kind):
     with Ledger(path, target="the first", preprocessing="resize") as ledger:
         scores = ledger.ask(Target(), images(0, 1, 2))
         ledger.ask(Target(), images(7), of=images(0))
-        digests = [row.tobytes() for row in np.frombuffer(b"".join(qmx.oracle.ledger.pixel_digests(images(0, 1, 2))),
+        digests = [row.tobytes() for row in np.frombuffer(b"".join(qmx.ledger.pixel_digests(images(0, 1, 2))),
                                                           np.uint8).reshape(3, 32)]
     with Ledger(path, target="the second") as ledger:
         ledger.ask(Target(), images(0))

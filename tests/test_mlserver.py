@@ -14,7 +14,8 @@ import time
 import numpy as np
 import pytest
 
-from qmx.oracle import Ledger, Unavailable, served
+from qmx.ledger import Ledger, Unavailable
+from qmx.targets import served
 
 MLSERVER = os.environ.get("MLSERVER") or shutil.which("mlserver")
 pytestmark = pytest.mark.skipif(not MLSERVER, reason="needs MLServer in an environment of its own, see above")

@@ -5,7 +5,7 @@ import pytest
 from sklearn.semi_supervised import LabelSpreading
 from test_by_features import blobs
 
-from qmx.propagate import propagate
+from qmx.selection.propagate import propagate
 
 
 def one_hot(classes, count=4):

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from conftest import TINY
 
-from qmx.reach import first_reached
+from qmx.report.reach import first_reached
 
 
 def test_between_budgets():

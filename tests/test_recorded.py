@@ -8,10 +8,9 @@ import pytest
 from conftest import TINY, table
 from test_ledger import Target, images, logits_of, refuse
 
-from qmx.oracle import BudgetSpent, Ledger
-from qmx.oracle.ledger import pixel_digests
-from qmx.oracle.ledger.__main__ import main
-from qmx.oracle.recorded import Recorded, load, save
+from qmx.ledger import BudgetSpent, Ledger, pixel_digests
+from qmx.ledger.__main__ import main
+from qmx.ledger.table import Recorded, load, save
 from qmx.stages.recorded import enter
 
 DIGESTS = np.frombuffer(b"".join(pixel_digests(images(*range(20)))), np.uint8).reshape(20, 32)

@@ -13,7 +13,8 @@ import pytest
 from conftest import ROOT, TINY
 from oip_server import scores_of
 
-from qmx.oracle import Ledger, Unavailable, function, served
+from qmx.ledger import Ledger, Unavailable
+from qmx.targets import function, served
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (24, 8, 8, 1), np.uint8)
@@ -238,7 +239,7 @@ OWN = """
 from collections import Counter
 from pathlib import Path
 import numpy as np
-from qmx.oracle import Unavailable
+from qmx.ledger import Unavailable
 
 seen = Counter()
 

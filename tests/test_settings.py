@@ -6,12 +6,12 @@ import pytest
 from conftest import ROOT
 from ml_collections import FrozenConfigDict
 
-from qmx import build
+from qmx import trainers
 from qmx.checks import validate, warnings
 from qmx.data import load
 from qmx.grid import budget_keys, budgets, cells, columns, encoders, percent
 from qmx.main import load_file
-from qmx.report import budget_label
+from qmx.report.tables import budget_label
 from qmx.settings import base
 
 DIGITS = load(base().data)
@@ -43,17 +43,18 @@ def test_recipes():
     assert (distill.target_temperature, distill.student_temperature) == (1.5, 1.0)
 
     # M17, P15: whole epochs without the last, smaller batch; the transfer set's without a seam.
-    assert build.pretrain_steps(moco, 1_281_167) == 1_000_800
-    assert build.pretrain_steps(simsiam, 1_281_167) == 250_200
-    assert build.distill_steps(distill, 12_811) == int(np.ceil(20 * 12_811 / 256))
-    assert build.distill_steps(digits().distill, 20) == build.distill_steps(digits().distill, 1437)
+    assert trainers.pretrain_steps(moco, 1_281_167) == 1_000_800
+    assert trainers.pretrain_steps(simsiam, 1_281_167) == 250_200
+    assert trainers.distill_steps(distill, 12_811) == int(np.ceil(20 * 12_811 / 256))
+    assert trainers.distill_steps(digits().distill, 20) == trainers.distill_steps(digits().distill, 1437)
 
 
 def test_simsiam_predictor_rate():
     """S7: with the flag the predictor keeps its rate to the last step while the backbone's falls; else both fall."""
     for fixed in (True, False):
         keys = digits(pretrain__simsiam__fix_predictor_rate=fixed).pretrain.simsiam
-        trainer = build.pretrainer("simsiam", keys, digits().student, digits().strong_view, build.look(DIGITS), 440)
+        trainer = trainers.pretrainer("simsiam", keys, digits().student, digits().strong_view, trainers.look(DIGITS),
+                                      440)
         ts = trainer.init(jax.random.key(0))
         last = ts._replace(step=jax.numpy.int32(439), opt_state=jax.tree.map(
             lambda x: jax.numpy.int32(439) if x.dtype == jax.numpy.int32 else x, ts.opt_state))
@@ -142,9 +143,9 @@ def test_fixmatch_steps():
     keys, fixmatch = base().distill, base().fixmatch
     assert (fixmatch.mu, fixmatch.threshold, fixmatch.weight, fixmatch.decay) == (5, 0.7, 10, 0.999)
     keys.batch_size, fixmatch.epochs = 64, 100
-    assert build.fixmatch_steps(keys, fixmatch, 12_811, 1_281_167) == int(np.ceil(100 * 1_281_167 / 320))
+    assert trainers.fixmatch_steps(keys, fixmatch, 12_811, 1_281_167) == int(np.ceil(100 * 1_281_167 / 320))
     fixmatch.epochs = 0
-    assert build.fixmatch_steps(keys, fixmatch, 12_811, 1_281_167) == build.distill_steps(keys, 12_811)
+    assert trainers.fixmatch_steps(keys, fixmatch, 12_811, 1_281_167) == trainers.distill_steps(keys, 12_811)
 
 
 def test_warnings():

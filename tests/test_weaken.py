@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
-from qmx.oracle.access import as_logits, derive, known
-from qmx.oracle.weaken import WEAKENINGS, parse, rounded, top, top_spread
+from qmx.ledger.access import as_logits, derive, known
+from qmx.ledger.weaken import WEAKENINGS, parse, rounded, top, top_spread
 
 SCORES = np.random.default_rng(0).normal(0, 3, (50, 12)).astype(np.float32)
 KEYS = [bytes([row] * 32) for row in range(50)]

@@ -3,6 +3,5 @@
 from qmx.data.batches import batches, epoch_steps
 from qmx.data.datasets import SOURCES, load
 from qmx.data.sources import Dataset, Source
-from qmx.data.subsets import random_order, subset_size
 
-__all__ = ["SOURCES", "Dataset", "Source", "batches", "epoch_steps", "load", "random_order", "subset_size"]
+__all__ = ["SOURCES", "Dataset", "Source", "batches", "epoch_steps", "load"]

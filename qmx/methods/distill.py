@@ -28,7 +28,7 @@ def make(
 
     Returns:
       A `Method`; its state is the running statistics. The batch carries "scores", f32[B, N]:
-      unnormalised log-probabilities (`qmx.oracle.access.as_logits`); the logarithm of a one-hot
+      unnormalised log-probabilities (`qmx.ledger.access.as_logits`); the logarithm of a one-hot
       row is a true label, so supervised training is this method too. Metric `agreement_top1`,
       the share of the batch on which student and scores name the same class.
     """

@@ -8,45 +8,44 @@ import numpy as np
 
 from qmx.data import Source
 from qmx.data.batches import ahead
-from qmx.evaluate import ids_here
 from qmx.grid import budget_keys
-from qmx.oracle import BudgetSpent, Unavailable
-from qmx.oracle.access import as_logits
-from qmx.oracle.ledger import keys_of, pixel_digests
-from qmx.oracle.query import Query
+from qmx.inference import ids_here
+from qmx.ledger import BudgetSpent, Unavailable, keys_of, pixel_digests
+from qmx.ledger.access import as_logits
 from qmx.progress import Progress, progress
 from qmx.sharding import first, from_first, gathered
 from qmx.stages import outside, recorded
 from qmx.stages.run import Run
 from qmx.stages.target import identity, open_ledger
+from qmx.targets.query import Query
 
 CHUNK = 4096  # images between two looks at the budget, 0.6 GB of them at 224 pixels
 BATCH = 256  # images in one request to a target that is computed here
 
 
-def ask_about(this: Run, ask: Callable[[], Query], source: Source, ids: np.ndarray, purpose: str,
+def ask_about(run: Run, ask: Callable[[], Query], source: Source, ids: np.ndarray, purpose: str,
               name: str) -> list[bytes]:
     """Answers for images of a source into the ledger, with progress called `name`; returns their keys."""
     keys: list[bytes] = []
-    who = identity(this)
-    if this.config.target.kind == "recorded":
-        from_first(partial(_enter, this, who))
+    who = identity(run)
+    if run.config.target.kind == "recorded":
+        from_first(partial(_enter, run, who))
     with progress(name, len(ids), unit="images") as shown:
         for images in read_together(source.shown, ids):
-            ask_together(this, ask, images, purpose, partial(_answered, this, shown, name, len(keys), len(ids)))
+            ask_together(run, ask, images, purpose, partial(_answered, run, shown, name, len(keys), len(ids)))
             keys += keys_of(images, **who)
             shown.update(len(keys))
     return keys
 
 
-def _enter(this: Run, who: dict[str, str]) -> None:
-    with open_ledger(this, who) as ledger:
-        recorded.enter(ledger, Path(this.config.target.path))
+def _enter(run: Run, who: dict[str, str]) -> None:
+    with open_ledger(run, who) as ledger:
+        recorded.enter(ledger, Path(run.config.target.path))
 
 
-def _answered(this: Run, shown: Progress, name: str, before: int, total: int, answered: int, _: int) -> None:
+def _answered(run: Run, shown: Progress, name: str, before: int, total: int, answered: int, _: int) -> None:
     shown.update(before + answered)
-    this.go_on(name, before + answered, total)
+    run.go_on(name, before + answered, total)
 
 
 def read_together(read: Callable[[np.ndarray], np.ndarray], ids: np.ndarray) -> Iterator[np.ndarray]:
@@ -59,32 +58,32 @@ def read_together(read: Callable[[np.ndarray], np.ndarray], ids: np.ndarray) -> 
         yield chunk
 
 
-def ask_together(this: Run, ask: Callable[[], Query], images: np.ndarray, purpose: str,
+def ask_together(run: Run, ask: Callable[[], Query], images: np.ndarray, purpose: str,
                  on_progress: Callable[[int, int], None]) -> None:
     """Answers for a chunk of images into the ledger, which the first process keeps.
 
     A target that is computed here computes in all processes: the others ask it the same batches as the ledger does. One
     that is elsewhere is asked by the first process alone. `on_progress` is called in all of them after each batch.
     """
-    who, keys = identity(this), this.config.target
+    who, keys = identity(run), run.config.target
     elsewhere = keys.kind in outside.KINDS
     size = keys.batch_size if elsewhere else BATCH
 
     def unanswered() -> list[int]:
-        with open_ledger(this, who) as ledger:
+        with open_ledger(run, who) as ledger:
             return ledger.unanswered(images, keys.access)
 
     rows = from_first(unanswered)
     if rows and keys.kind == "recorded":
         raise ValueError(f"{keys.path} has no answer to {len(rows)} of {len(images)} images that are asked about for "
-                         f"{purpose}; record those too, or lower {budget_keys(this.config)}")
+                         f"{purpose}; record those too, or lower {budget_keys(run.config)}")
     if rows:
         ask()  # in all processes, and before anything is on record as sent
     if first():
-        with open_ledger(this, who) as ledger:
+        with open_ledger(run, who) as ledger:
             try:
                 ledger.ask(lambda batch: ask()(batch), images, purpose=purpose, access=keys.access, batch_size=size,
-                           waits=outside.waits(keys.retries), pause=partial(outside.pause, this),
+                           waits=outside.waits(keys.retries), pause=partial(outside.pause, run),
                            on_progress=on_progress)
             except Unavailable as error:
                 raise Unavailable(f"{error} (what was answered is kept, and the same command goes on)") from None
@@ -95,41 +94,41 @@ def ask_together(this: Run, ask: Callable[[], Query], images: np.ndarray, purpos
             on_progress(min(start + size, len(rows)), len(rows))
 
 
-def read_answers(this: Run, keys: list[bytes], access: str) -> np.ndarray:
+def read_answers(run: Run, keys: list[bytes], access: str) -> np.ndarray:
     """The answers to images by their keys, f32[n, N], in every process."""
-    who = identity(this)
+    who = identity(run)
 
     def read() -> np.ndarray:
-        with open_ledger(this, who) as ledger:
+        with open_ledger(run, who) as ledger:
             return ledger.read_keys(keys, access)
 
     return from_first(read)
 
 
-def read_scores(this: Run, keys: list[bytes]) -> np.ndarray:
+def read_scores(run: Run, keys: list[bytes]) -> np.ndarray:
     """All that the target shows of images by their keys, f32[n, N], as unnormalised log-probabilities."""
-    access = this.config.target.access
-    return as_logits(read_answers(this, keys, access), access)
+    access = run.config.target.access
+    return as_logits(read_answers(run, keys, access), access)
 
 
-def shows(this: Run) -> dict:
+def shows(run: Run) -> dict:
     """What `read_scores` depends on beside the target, as a stage's inputs."""
-    access = this.config.target.access
+    access = run.config.target.access
     return {"shows": access} if access != "logits" else {}
 
 
-def afford(this: Run, source: Source, ids: np.ndarray) -> None:
+def afford(run: Run, source: Source, ids: np.ndarray) -> None:
     """Raise BudgetSpent, in every process, if these images together are more than the budget has left.
 
     `Ledger.ask` looks at the budget too, but only chunk by chunk, and in the first process alone.
     """
-    if this.config.budget is None:
+    if run.config.budget is None:
         return  # the images need not be read
-    who = identity(this)
+    who = identity(run)
     digests = {digest for images in read_together(source.shown, ids) for digest in pixel_digests(images)}
 
     def refusal() -> str:
-        with open_ledger(this, who) as ledger:
+        with open_ledger(run, who) as ledger:
             try:
                 ledger.check_budget(digests)
             except BudgetSpent as error:

@@ -8,12 +8,13 @@ import numpy as np
 
 from qmx.checkpoint import file_digest
 from qmx.data import Dataset
-from qmx.oracle import Unavailable, function
-from qmx.oracle.query import Outside, Query
+from qmx.ledger import Unavailable
 from qmx.progress import say
 from qmx.sharding import from_first
 from qmx.stages import recorded
 from qmx.stages.run import Run
+from qmx.targets import function
+from qmx.targets.query import Outside, Query
 from qmx.train import Stopped
 
 KINDS = ("served", "callable", "recorded")
@@ -30,7 +31,7 @@ def connect(keys: Any, data: Dataset) -> Outside:
         return function.connect(keys.path, classes=data.classes, access=keys.access)
     if keys.kind == "recorded":
         return recorded.connect(keys, data)
-    from qmx.oracle import served  # brings urllib3, which is not on every machine
+    from qmx.targets import served  # brings urllib3, which is not on every machine
 
     return served.connect(
         keys.url, keys.model, shape=data.shape, classes=data.classes, version=keys.version, input=keys.input,
@@ -86,11 +87,11 @@ def waits(retries: int) -> list[float]:
     return [*WAITS, *[WAITS[-1]] * retries][:retries]
 
 
-def pause(this: Run, seconds: float, why: Unavailable) -> None:
+def pause(run: Run, seconds: float, why: Unavailable) -> None:
     """Wait, and say why. Raises Stopped when this process is told to stop meanwhile."""
     say(f"{why} (asked again in {seconds:g} s)")
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0:
-        if this.stopped():
+        if run.stopped():
             raise Stopped(f"stopped while waiting for the target ({why})")
         time.sleep(min(left, 0.2))

@@ -7,11 +7,11 @@ import numpy as np
 
 from qmx.data import Dataset, Source
 from qmx.grid import budget_keys
-from qmx.oracle import access as levels
-from qmx.oracle.ledger import Ledger, keys_of_digests, pixel_digests
-from qmx.oracle.query import Outside
-from qmx.oracle.recorded import CHUNK, Recorded, load
+from qmx.ledger import Ledger, keys_of_digests, pixel_digests
+from qmx.ledger import access as levels
+from qmx.ledger.table import CHUNK, Recorded, load
 from qmx.progress import progress
+from qmx.targets.query import Outside
 
 
 def connect(keys: Any, data: Dataset) -> Outside:

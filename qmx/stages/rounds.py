@@ -6,30 +6,31 @@ from typing import Any
 import numpy as np
 from scipy.special import softmax
 
-from qmx.data.subsets import random_order
 from qmx.grid import Cell
-from qmx.oracle.access import as_logits
-from qmx.oracle.by_answers import BY_ANSWERS, shares
+from qmx.ledger.access import as_logits
 from qmx.progress import say
-from qmx.propagate import propagate
+from qmx.selection.by_answers import BY_ANSWERS, shares
+from qmx.selection.orders import random_order
+from qmx.selection.propagate import propagate
 from qmx.sharding import from_first
 from qmx.stages.answers import afford, ask_about, read_answers
-from qmx.stages.encoders import features, pretrain
+from qmx.stages.features import features
+from qmx.stages.pretrain import pretrain
 from qmx.stages.run import Run, plain
 from qmx.stages.target import identity, target_query
 
 
-def in_rounds(this: Run, cell: Cell) -> np.ndarray:
+def in_rounds(run: Run, cell: Cell) -> np.ndarray:
     """The images of a cell whose way is one of `BY_ANSWERS`, i64[queries], in the order of asking.
 
     The first share of them is drawn at random: by the order of the selection "random", so that both columns pay
     for these images once, and as Pal et al. 2020 begin, so that what a way gains over "random" is due to answers
-    alone. Then, `config.rounds` times, the answers so far are spread over the pool by `qmx.propagate` on the frozen
+    alone. Then, `config.rounds` times, the answers so far are spread over the pool by `propagate` on the frozen
     features of the cell's encoder, and the way chooses the next share by them. Other than in Pal et al. no student is
     trained between rounds: a round costs what `propagate` does, and the answers are what the cell's access level shows.
 
     Asks the target, for the ledger's purpose "select": about all shares but the last, whose answers choose nothing and
-    which `qmx.stages.asking.query` asks about for "train". The student learns from all of them. An image that
+    which `qmx.stages.query.query` asks about for "train". The student learns from all of them. An image that
     several columns want is paid for once and stays on the ledger's account what it was first asked for, while in the
     report's rows each column counts its own images for itself: as "select" all shares but the last, as "train" that.
 
@@ -39,29 +40,29 @@ def in_rounds(this: Run, cell: Cell) -> np.ndarray:
     Raises:
       BudgetSpent: a share is more than the ledger's budget has left; nothing of it was asked.
     """
-    pool, way = this.data.pool, BY_ANSWERS[cell.select]
-    rows = features(this, cell.init, cell.seed)
-    ask = cache(lambda: target_query(this))
-    first, *later = shares(cell.queries, this.config.rounds)
+    pool, way = run.data.pool, BY_ANSWERS[cell.select]
+    rows = features(run, cell.init, cell.seed)
+    ask = cache(lambda: target_query(run))
+    first, *later = shares(cell.queries, run.config.rounds)
     ids, keys = random_order(pool.size, cell.seed)[:first], list[bytes]()
     say(f"{cell.select} chooses {cell.queries} of {pool.size} images in {len(later)} rounds by the answers to those "
         f"before, over the features of {cell.init} seed {cell.seed}")
     for number, share in enumerate(later):
         new = ids[len(keys):]
-        afford(this, pool, new)
-        keys += ask_about(this, ask, pool, new, "select", f"query to select, {cell.init} {cell.select} {cell.access} "
+        afford(run, pool, new)
+        keys += ask_about(run, ask, pool, new, "select", f"query to select, {cell.init} {cell.select} {cell.access} "
                           f"{cell.queries} seed {cell.seed}, round {number}")
-        known = softmax(as_logits(read_answers(this, keys, cell.access), cell.access), axis=1)
-        spread = propagate(rows, ids, known, **this.config.propagation)
+        known = softmax(as_logits(read_answers(run, keys, cell.access), cell.access), axis=1)
+        spread = propagate(rows, ids, known, **run.config.propagation)
         # In one process: another machine's sums may round another way, and choose others.
         ids = np.concatenate([ids, from_first(partial(way, spread, ids, share))])
     return ids
 
 
-def inputs_of(this: Run, cell: Cell) -> dict:
+def inputs_of(run: Run, cell: Cell) -> dict:
     """What the choice of `in_rounds` depends on beside the cell's seed and budget, as a stage's inputs."""
-    return {"encoder": pretrain(this, cell.init, cell.seed)["sha256"], **identity(this),
-            "access": cell.access, "rounds": this.config.rounds, "propagation": plain(this.config.propagation)}
+    return {"encoder": pretrain(run, cell.init, cell.seed)["sha256"], **identity(run),
+            "access": cell.access, "rounds": run.config.rounds, "propagation": plain(run.config.propagation)}
 
 
 def asked_to_choose(config: Any, cell: Cell) -> int:

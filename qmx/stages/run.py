@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from qmx import build, workdir
+from qmx import trainers, workdir
 from qmx.checkpoint import load_weights
 from qmx.contract import Encoder, Network
 from qmx.data import Dataset, Source
 from qmx.data.batches import ahead
-from qmx.evaluate import ids_here, predict_batches
+from qmx.inference import ids_here, predict_batches
 from qmx.progress import progress, say
 from qmx.sharding import any_process, put_state
 from qmx.train import Stopped
@@ -60,14 +60,14 @@ class Run(NamedTuple):
             raise Stopped(f"{name} stopped after {min(done, total)} of {total} images")
 
 
-def read_weights(this: Run, network: Network, path: str) -> Encoder:
+def read_weights(run: Run, network: Network, path: str) -> Encoder:
     """A network's weights from the workdir onto the devices."""
-    return put_state(load_weights(this.workdir / path, build.variables(network, build.look(this.data))))
+    return put_state(load_weights(run.workdir / path, trainers.variables(network, trainers.look(run.data))))
 
 
-def outputs(this: Run, name: str, network: Network, variables: Encoder, source: Source) -> np.ndarray:
+def outputs(run: Run, name: str, network: Network, variables: Encoder, source: Source) -> np.ndarray:
     """What a network says of every image of a source, f32[n, D], with progress called `name`."""
-    view = build.evaluation_view(build.look(this.data))
+    view = trainers.evaluation_view(trainers.look(run.data))
     ids = ids_here(source.size)
     with progress(name, source.size) as shown:
 
@@ -76,7 +76,7 @@ def outputs(this: Run, name: str, network: Network, variables: Encoder, source: 
                 yield images
                 done *= jax.process_count()
                 shown.update(min(done, source.size))
-                this.go_on(name, done, source.size)
+                run.go_on(name, done, source.size)
 
         return predict_batches(network, variables.params, variables.stats, view, batches())[: source.size]
 

@@ -5,51 +5,52 @@ from typing import Any
 
 import numpy as np
 
-from qmx import build
+from qmx import trainers
 from qmx.checkpoint import file_digest, save_weights
 from qmx.contract import Encoder, Network
 from qmx.data import Dataset
 from qmx.data.sources import take
-from qmx.job import train
+from qmx.ledger import Ledger
+from qmx.ledger.access import one_hot_logits
 from qmx.models import from_torch
-from qmx.oracle import Ledger, network_query
-from qmx.oracle.access import one_hot_logits
-from qmx.oracle.query import Query
 from qmx.stages import outside
 from qmx.stages.run import Run, plain, read_weights, root_key
+from qmx.targets.query import Query, network_query
+from qmx.training import train
 
 WEIGHTS = "target/target.safetensors"
 
 
-def target(this: Run) -> dict:
+def target(run: Run) -> dict:
     """The target's name and digest; its weights and network, trained on the pool's labels or converted from PyTorch's,
     unless it is elsewhere."""
-    keys = this.config.target
+    keys = run.config.target
     if keys.kind in outside.KINDS:
-        return this.stage("target", ".", outside.inputs_of(keys), lambda _: outside.describe(keys, this.data))
+        return run.stage("target", ".", outside.inputs_of(keys), lambda _: outside.describe(keys, run.data))
     if keys.kind == "torch":
         inputs = {"arch": keys.arch, "file": file_digest(keys.path)}
-        return this.stage("target", ".", inputs, lambda directory: _convert(this, directory))
-    inputs = {"target": plain(keys), "weak_view": plain(this.config.weak_view)}
-    return this.stage("target", ".", inputs, lambda directory: _train(this, directory))
+        return run.stage("target", ".", inputs, lambda directory: _convert(run, directory))
+    inputs = {"target": plain(keys), "weak_view": plain(run.config.weak_view)}
+    return run.stage("target", ".", inputs, lambda directory: _train(run, directory))
 
 
-def _train(this: Run, directory: Path) -> dict:
-    keys, seen, pool = this.config.target, build.look(this.data), this.data.pool
-    source = take(pool, np.arange(pool.size), scores=Labels(pool.labels, this.data.classes))
-    steps = build.distill_steps(keys, pool.size)
-    trainer = build.distiller(keys, keys.arch, build.evaluated_in(keys.precision), this.config.weak_view, seen, steps)
+def _train(run: Run, directory: Path) -> dict:
+    keys, seen, pool = run.config.target, trainers.look(run.data), run.data.pool
+    source = take(pool, np.arange(pool.size), scores=Labels(pool.labels, run.data.classes))
+    steps = trainers.distill_steps(keys, pool.size)
+    trainer = trainers.distiller(keys, keys.arch, trainers.evaluated_in(keys.precision), run.config.weak_view, seen,
+                                 steps)
     rng = root_key(keys.seed, "target")
     ts = train(directory, "target", trainer.step, trainer.init(rng), rng, source, batch_size=keys.batch_size,
-               steps=steps, seed=keys.seed, drop_last=False, save_seconds=this.save_seconds,
-               stopped=this.stopped)
+               steps=steps, seed=keys.seed, drop_last=False, save_seconds=run.save_seconds,
+               stopped=run.stopped)
     digest = save_weights(directory / "target.safetensors", Encoder(ts.params, ts.state))
-    return {"name": f"{keys.arch} trained on {this.data.name}", "arch": keys.arch, "sha256": digest}
+    return {"name": f"{keys.arch} trained on {run.data.name}", "arch": keys.arch, "sha256": digest}
 
 
-def _convert(this: Run, directory: Path) -> dict:
-    keys = this.config.target
-    made = converted(keys, this.data)
+def _convert(run: Run, directory: Path) -> dict:
+    keys = run.config.target
+    made = converted(keys, run.data)
     weights = Encoder({"backbone": made.backbone.params, "head": made.head},
                       {"backbone": made.backbone.stats, "head": {}})
     digest = save_weights(directory / "target.safetensors", weights)
@@ -89,25 +90,25 @@ class Labels:
         return one_hot_logits(self.labels[rows], self.classes)
 
 
-def target_query(this: Run) -> Query:
+def target_query(run: Run) -> Query:
     """The query function around the target's weights, or around what is elsewhere."""
-    made, keys, seen = target(this), this.config.target, build.look(this.data)
+    made, keys, seen = target(run), run.config.target, trainers.look(run.data)
     if keys.kind in outside.KINDS:
-        return outside.query_of(keys, this.data, made["sha256"])
-    network: Network = build.classifier(made["arch"], build.evaluated_in(keys.precision), seen)
-    weights = read_weights(this, network, WEIGHTS)
-    folded, weights = build.for_inference(made["arch"], keys.precision, seen, weights)
-    return network_query(folded, *weights, build.evaluation_view(seen), precision=keys.precision)
+        return outside.query_of(keys, run.data, made["sha256"])
+    network: Network = trainers.classifier(made["arch"], trainers.evaluated_in(keys.precision), seen)
+    weights = read_weights(run, network, WEIGHTS)
+    folded, weights = trainers.for_inference(made["arch"], keys.precision, seen, weights)
+    return network_query(folded, *weights, trainers.evaluation_view(seen), precision=keys.precision)
 
 
-def identity(this: Run) -> dict[str, str]:
+def identity(run: Run) -> dict[str, str]:
     """What tells the target's answers from others, for the ledger and as a stage's inputs: its digest, "target", and
     what happens between the pixels sent and the answer, "preprocessing"."""
-    made, keys = target(this), this.config.target
-    ours = f"mean {this.data.mean}, std {this.data.std}, {keys.precision}"
+    made, keys = target(run), run.config.target
+    ours = f"mean {run.data.mean}, std {run.data.std}, {keys.precision}"
     return {"target": made["sha256"], "preprocessing": made["preprocessing"] if keys.kind in outside.KINDS else ours}
 
 
-def open_ledger(this: Run, who: dict[str, str]) -> Ledger:
+def open_ledger(run: Run, who: dict[str, str]) -> Ledger:
     """The ledger of the target with this `identity`, with the config's budget; for the first process alone."""
-    return Ledger(this.workdir / "ledger.sqlite", **who, budget=this.config.budget, dtype=this.config.ledger_dtype)
+    return Ledger(run.workdir / "ledger.sqlite", **who, budget=run.config.budget, dtype=run.config.ledger_dtype)

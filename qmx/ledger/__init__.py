@@ -1,0 +1,12 @@
+"""The ledger: every answer is paid for once, kept for good, and never asked for again.
+
+One SQLite file. `python -m qmx.ledger` looks into it, checks it, and exports its answers.
+"""
+
+from qmx.ledger.accounts import PURPOSES, Account, BudgetSpent
+from qmx.ledger.content import keys_of, keys_of_digests, pixel_digests
+from qmx.ledger.file import Damaged
+from qmx.ledger.ledger import Ledger, Unavailable
+
+__all__ = ["PURPOSES", "Account", "BudgetSpent", "Damaged", "Ledger", "Unavailable", "keys_of",
+           "keys_of_digests", "pixel_digests"]

@@ -1,0 +1,46 @@
+"""How many queries reach a share of the target's accuracy, read off the measured curve and never beyond it."""
+
+import math
+from collections.abc import Sequence
+from statistics import mean
+
+from qmx.grid import columns
+from qmx.report.tables import values
+
+
+def first_reached(queries: Sequence[int], accuracy: Sequence[float], level: float) -> float | None:
+    """The number of queries at which a curve first reaches `level`; None where it never does.
+
+    Between two measured budgets accuracy is taken as linear in the logarithm of the queries, as curves of learning
+    nearly are. Where the smallest budget is at the level already the answer is that budget: it takes at most so many.
+
+    Args:
+      queries: measured budgets, ascending.
+      accuracy: of each.
+      level: in the unit of `accuracy`.
+    """
+    if accuracy and accuracy[0] >= level:
+        return float(queries[0])
+    for place in range(1, len(queries)):
+        if accuracy[place] >= level:  # and the one before it is below
+            low, high = accuracy[place - 1 : place + 1]
+            few, many = math.log(queries[place - 1]), math.log(queries[place])
+            return math.exp(few + (many - few) * (level - low) / (high - low))
+    return None
+
+
+def reached(results: dict) -> list[dict]:
+    """For each column and each share of `config.reach`, the queries that reach it on the mean curve over the seeds.
+
+    Rows of {the column's axes, "share", "queries"}: float, or None where no measured budget reached it. A column is
+    left out as long as some budget of it was not run. `results` is as `results.json` holds them.
+    """
+    target, found = results["target"]["top1"], []
+    queries = [budget["queries"] for budget in results["pool"]["budgets"]]
+    for column in columns(results["config"]) if target is not None else ():
+        each = [values(results, column, number, "top1") for number in queries]
+        if all(each):
+            curve = [mean(accuracies) for accuracies in each]
+            found += [{**column._asdict(), "share": share, "queries": first_reached(queries, curve, share * target)}
+                      for share in results["config"]["reach"]]
+    return found

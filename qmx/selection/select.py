@@ -1,0 +1,42 @@
+"""Choice among the orders by name."""
+
+import numpy as np
+
+from qmx.data import Source
+from qmx.selection.by_answers import BY_ANSWERS
+from qmx.selection.by_features import BY_FEATURES
+from qmx.selection.orders import class_balanced_order, from_list, predecessor_order, random_order
+
+NEED_FEATURES = (*BY_FEATURES, *BY_ANSWERS)  # of an encoder
+SELECTS = ("random", "class_balanced", "list", "predecessor", *NEED_FEATURES)
+
+
+def select(name: str, pool: Source, budget: int, seed: int, lists: tuple[str, ...] = ()) -> np.ndarray:
+    """`budget` ids of the pool, i64[budget], without looking at the images.
+
+    Args:
+      name: "random"; "class_balanced", by the true labels, each class as often as the others up to
+        one; "predecessor", one shuffle with numpy's seed 1234 whatever the seed, as the code behind
+        the ImageNet table (alright-code/model-extraction-self-supervision, src/dataset.py) has it;
+        "list", the images that one of `lists` names. For one seed a smaller budget's choice lies
+        inside a larger one's, except for lists.
+      lists: text files of image names, one for each budget, which is what tells them apart.
+
+    Raises:
+      ValueError: an unknown name; no list, or several, of `budget` images.
+    """
+    if name == "random":
+        return random_order(pool.size, seed)[:budget]
+    if name == "class_balanced":
+        return class_balanced_order(pool.labels, seed)[:budget]
+    if name == "predecessor":
+        return predecessor_order(pool.size)[:budget]
+    if name == "list":
+        read = {path: from_list(path, pool.names) for path in lists}
+        fitting = [ids for ids in read.values() if len(ids) == budget]
+        if len(fitting) != 1:
+            lengths = ", ".join(f"{path} {len(ids)}" for path, ids in read.items())
+            raise ValueError(f"{len(fitting)} of the lists have {budget} images ({lengths}); there must be one list of "
+                             "as many images as each budget has")
+        return fitting[0]
+    raise ValueError(f"selection {name!r} is unknown, or needs features; choose among {', '.join(SELECTS)}")

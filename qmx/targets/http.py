@@ -1,0 +1,154 @@
+"""Requests over HTTP to a target that may be slow, broken or dear: one attempt each, at a limited rate.
+
+What is likely to pass is raised as `Unavailable`, for the ledger to ask again; anything else as ValueError.
+"""
+
+import json
+import ssl
+import time
+from collections.abc import Callable, Mapping
+from urllib.parse import urlsplit
+
+import urllib3
+
+from qmx.ledger import Unavailable
+from qmx.targets.address import bearer, check_address
+
+# (method, path, body, headers) -> the body and the headers of the answer.
+Send = Callable[[str, str, bytes | None, dict[str, str]], tuple[bytes, Mapping[str, str]]]
+
+# RFC 9110, section 15, and RFC 6585 for 429. A 500 may be a worker that died, which the next attempt does not meet.
+PASSING = (408, 429, 500, 502, 503, 504)
+LONGEST_WAIT = 600.0  # seconds; who is told to stay away for longer goes, and comes back
+LARGEST = 1 << 28  # bytes of an answer: 256 x 21,841 classes (ImageNet-21k) as JSON are half of it
+CHUNK = 1 << 16
+CURES = {
+    401: "target.token_env names the environment variable with a valid token",
+    403: "target.token_env names the environment variable with a token that may ask this",
+    404: "look at target.url, target.model and target.version",
+    413: "a smaller target.batch_size makes smaller requests",
+}
+
+
+def client(url: str, *, token_env: str = "", ca_file: str = "", timeout: float = 60.0, rate: float = 0.0) -> Send:
+    """A function that sends one request and returns the answer's body and headers, if its status is 200.
+
+    The server's certificate is always verified. No redirect is followed, and nothing is sent twice.
+
+    Args:
+      url: http or https, host, and a path if there is one before the protocol's own.
+      token_env: name of the environment variable whose value is sent as `Authorization: Bearer`. It is read for each
+        request, and is in no message.
+      ca_file: PEM certificates to trust in the place of the system's.
+      timeout: seconds for the connection, and again for the whole answer.
+      rate: requests in a second, at most; 0 is no limit.
+
+    Raises:
+      ValueError: the address is refused, there is no such variable or file; by the function: an answer that would be
+        the same the next time.
+      Unavailable: by the function: no answer, a broken one, or a status among `PASSING`.
+      ConnectionError: by the function: the server asks to be left alone for more than `LONGEST_WAIT`.
+    """
+    check_address(url, token_env)
+    bearer(token_env)
+    try:
+        trusted = ssl.create_default_context(cafile=ca_file or None)
+    except OSError as error:  # an ssl.SSLError is one
+        raise ValueError(f"target.ca_file {ca_file} cannot be read as PEM certificates: {error}") from None
+    pool = urllib3.PoolManager(ssl_context=trusted, timeout=urllib3.Timeout(connect=timeout, read=timeout))
+    pause = limiter(rate)
+
+    def send(method: str, path: str, body: bytes | None, headers: dict[str, str]) -> tuple[bytes, Mapping[str, str]]:
+        where, token = url.rstrip("/") + path, bearer(token_env)
+        allowed = {"Authorization": f"Bearer {token}"} if token else {}
+        pause()
+        try:
+            response = pool.request(method, where, body=body, headers={"User-Agent": "qmx", **headers, **allowed},
+                                    retries=False, redirect=False, preload_content=False)
+            try:
+                answer = _read(response, where, timeout)
+            finally:
+                response.close()  # a connection that was read to the end is in the pool by now, and stays open
+        except urllib3.exceptions.HTTPError as error:
+            reason = _reason(error, timeout)
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                raise ValueError(f"{url} has a certificate that is not trusted ({reason}); target.ca_file names the "
+                                 "certificates to trust") from None
+            if isinstance(error, urllib3.exceptions.NewConnectionError):
+                raise Unavailable(f"{url} cannot be reached: {reason}; does a server run at target.url?") from None
+            raise Unavailable(f"{where} gave no whole answer: {reason}") from None
+        if response.status != 200:
+            said = _said(answer).replace(token, "***") if token else _said(answer)
+            raise _refusal(where, response.status, response.headers, said)
+        return answer, response.headers
+
+    return send
+
+
+def limiter(rate: float) -> Callable[[], None]:
+    """A function that returns at most `rate` times in a second, by waiting; 0 is no limit."""
+    free = time.monotonic()
+
+    def wait() -> None:
+        nonlocal free
+        if rate:
+            time.sleep(max(free - time.monotonic(), 0))
+            free = time.monotonic() + 1 / rate
+
+    return wait
+
+
+def _read(response: urllib3.BaseHTTPResponse, where: str, timeout: float) -> bytes:
+    """The whole body. A server that sends a byte now and then meets the time-out too."""
+    body, deadline = bytearray(), time.monotonic() + timeout
+    while chunk := response.read1(CHUNK):
+        body += chunk
+        if len(body) > LARGEST:
+            raise ValueError(f"{where} answers with more than {LARGEST >> 20} MiB; {CURES[413]}")
+        if time.monotonic() > deadline:
+            raise Unavailable(f"{where} did not end its answer within {timeout:g} s")
+    return bytes(body)
+
+
+def _refusal(where: str, status: int, headers: Mapping[str, str], said: str) -> Exception:
+    """The error of a status that is not 200."""
+    text = f"{where} answered {status}{f' ({said})' if said else ''}"
+    if status in PASSING:
+        wait = _retry_after(headers.get("Retry-After"))
+        if wait and wait > LONGEST_WAIT:
+            return ConnectionError(f"{text} and asks to be left alone for more than {LONGEST_WAIT / 60:g} minutes; run "
+                                   "the same command again later")
+        return Unavailable(text, wait)
+    if 300 <= status < 400:
+        to = urlsplit(headers.get("Location", ""))
+        return ValueError(f"{text}: it sends elsewhere, to {to.scheme}://{to.hostname}{to.path}, which is not "
+                          "followed; if that is the right place, make it the target.url")
+    return ValueError(f"{text}; {CURES.get(status, 'the same request would be refused again')}")
+
+
+def _retry_after(value: str | None) -> float | None:
+    """The seconds of a Retry-After, which may be a date."""
+    try:
+        return None if value is None else urllib3.Retry(0).parse_retry_after(value)
+    except urllib3.exceptions.InvalidHeader:
+        return None
+
+
+def _said(body: bytes) -> str:
+    """What a server says of an error: the protocol's "error", else how the text begins."""
+    text = body[:2000].decode(errors="replace")
+    try:
+        text = str(json.loads(text)["error"])
+    except (ValueError, KeyError, TypeError):
+        pass
+    text = " ".join(text.split())
+    return text if len(text) < 200 else text[:200] + " ..."
+
+
+def _reason(error: BaseException, timeout: float) -> str:
+    """The innermost cause, in a few words."""
+    if isinstance(error, TimeoutError | urllib3.exceptions.ReadTimeoutError | urllib3.exceptions.ConnectTimeoutError
+                  ) and not isinstance(error, urllib3.exceptions.NewConnectionError):
+        return f"nothing came within {timeout:g} s"
+    inner = next((arg for arg in reversed(error.args) if isinstance(arg, BaseException)), error.__cause__)
+    return _reason(inner, timeout) if inner else getattr(error, "strerror", None) or str(error) or type(error).__name__

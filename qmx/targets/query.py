@@ -1,0 +1,44 @@
+"""Query functions: `images uint8[b, H, W, C] -> scores f32[b, N]`."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from qmx.contract import Network, PyTree, View
+from qmx.inference import predict
+
+Query = Callable[[np.ndarray], np.ndarray]
+
+
+class Outside(NamedTuple):
+    """A target whose network is not ours to run."""
+
+    query: Query
+    name: str  # for people
+    sha256: str  # stands for it as the ledger's target
+    preprocessing: str = "as-is"  # what its owner does to the images; a name for the ledger
+
+
+# Names of ours -> the network's dtype, and how a GPU multiplies, by jax's names.
+PRECISIONS = {"float64": ("float64", "highest"), "float32": ("float32", "highest"),
+              "tf32": ("float32", "tensorfloat32"), "bfloat16": ("bfloat16", "bfloat16")}
+
+
+def network_query(network: Network, params: PyTree, stats: PyTree, view: View, batch_size: int = 256,
+                  precision: str = "float32") -> Query:
+    """A query function around a network of our own; it answers with logits.
+
+    Args:
+      network: f32[B, S, S, C] -> f32[B, N].
+      view: makes the network's input of {"image": uint8[B, H, W, C]}; its key is fixed.
+      batch_size: shape that the network is compiled for; smaller batches are padded.
+      precision: of products and convolutions, one of `PRECISIONS`.
+    """
+
+    def query(images: np.ndarray) -> np.ndarray:
+        with jax.default_matmul_precision(PRECISIONS[precision][1]):
+            return predict(network, params, stats, view, images, batch_size)
+
+    return query

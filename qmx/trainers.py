@@ -1,0 +1,203 @@
+"""From a config to things that train: views, networks, optimisers, methods, compiled once each."""
+
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from qmx import models, optim
+from qmx.augment import make_view, plain_view
+from qmx.contract import Batch, Encoder, Method, Network, View, chain
+from qmx.data import Dataset, epoch_steps
+from qmx.methods import distill, fixmatch, linear, moco, rotation, simsiam
+from qmx.targets.query import PRECISIONS
+from qmx.train import TrainState, init_state, make_step
+
+
+class Trainer(NamedTuple):
+    """A method and its optimiser, compiled once for all runs that share them."""
+
+    method: Method
+    init: Callable[[jax.Array], TrainState]  # rng -> the state before the first step
+    step: Callable
+
+
+class Look(NamedTuple):
+    """Facts of a data set that networks are told; hashable, so that compilations can be shared."""
+
+    shape: tuple[int, int, int]  # H, W, C
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classes: int  # N
+
+
+def look(data: Dataset) -> Look:
+    """The `Look` of a data set."""
+    return Look(data.shape, data.mean, data.std, data.classes)
+
+
+def view(keys: Any, seen: Look) -> View:
+    """The view that a config's `strong_view` or `weak_view` describes."""
+    keywords = {**keys, "size": keys["size"] or seen.shape[0]}
+    return make_view(**keywords, mean=seen.mean, std=seen.std)
+
+
+def optimiser(keys: Any, steps: int, **rates: tuple[float, str]) -> optax.GradientTransformation:
+    """The optimiser of a config's training keys; `rates` gives each part its (learning rate, schedule)."""
+    schedules = {
+        part: optim.schedule(name, rate, epochs=keys.epochs, steps=steps, warmup_epochs=keys.warmup_epochs,
+                             warmup_start=keys.warmup_start, milestones=keys.milestones, factor=keys.factor)
+        for part, (rate, name) in rates.items()
+    }
+    make = optim.OPTIMIZERS[keys.optimizer]
+    return make(schedules, momentum=keys.momentum, nesterov=keys.nesterov, weight_decay=keys.weight_decay,
+                weight_decay_on=keys.weight_decay_on)
+
+
+def pretrain_steps(keys: Any, pool: int) -> int:
+    """Steps of a pretraining: whole epochs, each without its last, smaller batch."""
+    return int(keys.epochs) * int(epoch_steps(pool, keys.batch_size, drop_last=True))
+
+
+def distill_steps(keys: Any, size: int) -> int:
+    """Steps over a transfer set of `size` images: `epochs` seamless ones, but at least `min_steps`."""
+    return max(-int(-keys.epochs * epoch_steps(size, keys.batch_size, drop_last=False) // 1), keys.get("min_steps", 0))
+
+
+def fixmatch_steps(keys: Any, fixmatch_keys: Any, asked: int, pool: int) -> int:
+    """Steps of a student that labels the pool itself: its recipe's, or those of `epochs` over the pool if more."""
+    over_pool = fixmatch_keys.epochs * epoch_steps(pool, keys.batch_size * fixmatch_keys.mu, drop_last=False)
+    return max(distill_steps(keys, asked), -int(-over_pool // 1))
+
+
+def evaluated_in(dtype: str) -> str:
+    """The dtype in which a network is evaluated that was trained in `dtype`: at least float32."""
+    return "float64" if dtype == "float64" else "float32"
+
+
+@cache
+def backbone(arch: str, dtype: str, seen: Look) -> Network:
+    """A backbone as every stage but MoCo's and SimSiam's trains and runs it."""
+    del seen  # one object for each data set, on which the compilations hang
+    return models.backbone(arch, dtype=jnp.dtype(dtype))
+
+
+@cache
+def classifier(arch: str, dtype: str, seen: Look, standardize: bool = False) -> Network:
+    """f32[B, S, S, C] -> f32[B, N]: the target's network, and the student's."""
+    head = models.classifier(seen.classes, standardize=standardize)
+    return chain(backbone=backbone(arch, dtype, seen), head=head)
+
+
+def for_inference(arch: str, precision: str, seen: Look, weights: Encoder) -> tuple[Network, Encoder]:
+    """A `classifier` and its weights with the batch norm folded into the convolutions."""
+    dtype = jnp.dtype(PRECISIONS[precision][0])
+    network = chain(backbone=models.backbone(arch, dtype=dtype, folded=True), head=models.classifier(seen.classes))
+    params, stats = weights
+    folded = models.fold(params["backbone"], stats["backbone"])
+    return network, Encoder({**params, "backbone": folded.params}, {**stats, "backbone": folded.stats})
+
+
+@cache
+def random_backbone(arch: str, dtype: str, seen: Look) -> Callable[[jax.Array], tuple]:
+    """rng -> the variables of a backbone that was never trained."""
+    image = jnp.zeros((2, *seen.shape))
+    return jax.jit(lambda rng: backbone(arch, dtype, seen).init(rng, image),
+                   compiler_options={"xla_backend_optimization_level": 0})
+
+
+@cache
+def variables(network: Network, seen: Look) -> Encoder:
+    """The shapes of a network's variables, for reading weights; traced once, and nothing is computed."""
+    image = jnp.zeros((2, *seen.shape))  # two, because one has no batch statistics
+    return Encoder(*jax.eval_shape(lambda: network.init(jax.random.key(0), image)))
+
+
+@cache
+def evaluation_view(seen: Look) -> View:
+    """The view of a network that is evaluated or asked: the image, normalised."""
+    return plain_view(seen.mean, seen.std)
+
+
+@cache
+def pretrainer(name: str, keys: Any, student: Any, view_keys: Any, seen: Look, steps: int) -> Trainer:
+    """The `Trainer` of `moco`, `simsiam` or `rotation`, by its keys of the config."""
+    cut = view(view_keys, seen)
+    arch, dtype = student.arch, jnp.dtype(student.dtype)
+    follow = (keys.learning_rate, keys.schedule)
+    rates = {"backbone": follow, "head": follow}
+    if name == "moco":
+        net = models.backbone(arch, stats_groups=keys.batch_size // keys.group_size, dtype=dtype)
+        head = (models.moco_head if keys.head == "mlp" else models.classifier)(keys.features)
+        method = moco.make(net, head, cut, queue_size=keys.queue_size, temperature=keys.temperature, decay=keys.decay)
+    elif name == "simsiam":
+        net = models.backbone(arch, zero_init=True, dtype=dtype)
+        method = simsiam.make(net, models.simsiam_projector(keys.features, keys.layers),
+                              models.simsiam_predictor(keys.hidden), cut)
+        rates["predictor"] = (keys.learning_rate, "constant") if keys.fix_predictor_rate else follow
+    else:
+        method = rotation.make(backbone(arch, student.dtype, seen), models.classifier(4), cut)
+    return _trainer(method, optimiser(keys, steps, **rates), seen, keys.batch_size, scores=False)
+
+
+@cache
+def distiller(keys: Any, arch: str, dtype: str, view_keys: Any, seen: Look, steps: int) -> Trainer:
+    """The `Trainer` of a student, or of a target trained on labels (whose keys say less)."""
+    head, weak, tx, temperatures = _student(keys, view_keys, seen, steps)
+    method = distill.make(backbone(arch, dtype, seen), head, weak, **temperatures)
+    return _trainer(method, tx, seen, keys.batch_size, scores=True)
+
+
+@cache
+def self_labeller(keys: Any, fixmatch_keys: Any, arch: str, dtype: str, weak_keys: Any, strong_keys: Any, seen: Look,
+                  steps: int) -> Trainer:
+    """The `Trainer` of a student that labels the pool itself; see `qmx.methods.fixmatch`."""
+    head, weak, tx, temperatures = _student(keys, weak_keys, seen, steps)
+    method = fixmatch.make(backbone(arch, dtype, seen), head, weak, view(strong_keys, seen), **temperatures,
+                           threshold=fixmatch_keys.threshold, weight=fixmatch_keys.weight, decay=fixmatch_keys.decay)
+    return _trainer(method, tx, seen, keys.batch_size, scores=True)
+
+
+def _student(keys: Any, view_keys: Any, seen: Look,
+             steps: int) -> tuple[Network, View, optax.GradientTransformation, dict[str, float]]:
+    """The head, the weak view, the optimiser and the temperatures of a student's keys."""
+    if any(keys.get("jitter", ())):
+        view_keys = {**view_keys, "jitter": keys.jitter, "jitter_p": 1.0}
+    head = models.classifier(seen.classes, standardize=keys.get("standardize", False))
+    tx = optimiser(keys, steps, backbone=(keys.learning_rate, keys.schedule),
+                   head=(keys.get("head_learning_rate", keys.learning_rate), keys.schedule))
+    temperatures = {k: keys[k] for k in ("target_temperature", "student_temperature") if k in keys}
+    return head, view(view_keys, seen), tx, temperatures
+
+
+@cache
+def prober(keys: Any, arch: str, dtype: str, view_keys: Any, seen: Look, steps: int) -> Trainer:
+    """The `Trainer` of a linear probe."""
+    head = models.classifier(seen.classes, kernel_std=0.01)  # the reference's initialisation
+    method = linear.make(backbone(arch, dtype, seen), head, view(view_keys, seen))
+    tx = optimiser(keys, steps, head=(keys.learning_rate, keys.schedule))
+    return _trainer(method, tx, seen, keys.batch_size, scores=True)
+
+
+def _trainer(method: Method, tx: optax.GradientTransformation, seen: Look, batch_size: int, scores: bool) -> Trainer:
+    batch: Batch = {"image": jnp.zeros((batch_size, *seen.shape), jnp.uint8)}
+    if scores:
+        batch["scores"] = jnp.zeros((batch_size, seen.classes))
+    # It runs once, so it need not be compiled well: 0.6 s and not 2.7 for MoCo on digits, two cores.
+    init = jax.jit(lambda rng: init_state(method, tx, rng, batch),
+                   compiler_options={"xla_backend_optimization_level": 0})
+    return Trainer(method, init, make_step(method, tx, quickly()))
+
+
+def quickly() -> dict[str, int] | None:
+    """Compiler options for CPUs: LLVM's first level, which makes steps as quick in half the time (benchmarks/README.md,
+    "Start"), unless the user set another."""
+    if jax.default_backend() != "cpu" or "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", ""):
+        return None
+    return {"xla_backend_optimization_level": 1}
+
+

@@ -1,0 +1,100 @@
+"""One training run in a directory: its progress, its metrics, its checkpoints, and going on from them."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TextIO
+
+import jax
+
+from qmx.checkpoint import Checkpoints
+from qmx.contract import Rows
+from qmx.data import Source
+from qmx.data.batches import feed
+from qmx.progress import progress, say
+from qmx.sharding import any_process, first, from_first, put_state
+from qmx.train import TrainState, fit
+from qmx.workdir import write_text
+
+
+def train(
+    directory: Path,
+    name: str,
+    step: Callable,
+    ts: TrainState,
+    rng: jax.Array,
+    source: Source,
+    *,
+    batch_size: int,
+    steps: int,
+    seed: int,
+    drop_last: bool,
+    save_seconds: float,
+    watch: Callable[[int, dict[str, float]], str | None] = lambda done, metrics: None,
+    stopped: Callable[[], bool] = lambda: False,
+    at_once: int | None = None,
+) -> TrainState:
+    """Train to the end, from the newest good checkpoint if an earlier call left one.
+
+    Args:
+      directory: gets metrics.jsonl, a line for each step, and while it trains checkpoints/.
+      name: for the progress.
+      step, rng: see `qmx.train.make_step`.
+      ts: the state before the first step.
+      save_seconds: between two checkpoints, see `qmx.train.fit`.
+      watch: returns a warning about the metrics, see `qmx.diagnostics.watch`.
+      source: what is trained on; its order follows `seed`, see `qmx.data.batches`.
+      at_once: steps in one dispatch, see `qmx.data.batches.feed`.
+
+    Raises:
+      Stopped: `stopped` said so; the state is in checkpoints/.
+      FloatingPointError: the loss or the gradient is not finite; names the run, the step and the last checkpoint.
+    """
+    ts, rng = put_state((ts, rng))  # else each step would bring the key to every device
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        restored = checkpoints.restore(ts)
+        if restored is not None:
+            ts = restored
+            say(f"{name}: goes on from {checkpoints.newest()}")
+
+        def batches(start: int) -> Iterator[dict[str, jax.Array] | Rows]:
+            return feed(source, batch_size, steps=steps, seed=seed, start=start, drop_last=drop_last, at_once=at_once)
+
+        with _log(directory / "metrics.jsonl", int(ts.step)) as file, progress(name, steps, batch_size) as shown:
+
+            def on_metrics(done: int, metrics: dict[str, float]) -> None:
+                file.write(json.dumps({"step": done, **metrics}) + "\n")
+                shown.update(done, f"loss {metrics['loss']:.3f}")
+                if warning := watch(done, metrics):
+                    say(f"warning: {name}: {warning}")
+
+            try:
+                ts = fit(step, ts, batches, rng, steps=steps, on_metrics=on_metrics, save=checkpoints.save,
+                         save_seconds=save_seconds, stopped=stopped, agree=agreed)
+            except FloatingPointError as error:
+                last = checkpoints.newest()
+                saved = f"the last good state is {last}" if last else "no state was saved before"
+                raise FloatingPointError(f"{name}: {error}; {saved}") from None
+    from_first(lambda: shutil.rmtree(directory / "checkpoints", ignore_errors=True))
+    return ts
+
+
+def _log(path: Path, start: int) -> TextIO:
+    """The open file of the metrics, which holds those of the first `start` steps; of the first process alone."""
+    if not first():
+        return open(os.devnull, "w")
+    kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start] if start else []
+    write_text(path, "".join(line + "\n" for line in kept))
+    return open(path, "a", buffering=1)
+
+
+ASK_EVERY = 10  # steps: a question costs all processes a round
+
+
+def agreed(wanted: bool, before: int, done: int) -> bool:
+    """For `fit`: what some process wants, all do; asked after each tenth step, however many a dispatch has."""
+    if jax.process_count() == 1:
+        return wanted
+    return before // ASK_EVERY < done // ASK_EVERY and any_process(wanted)
