@@ -1,4 +1,5 @@
-"""Batches from the host against batches from the device: one training of digits, fed each way in turn.
+"""Batches from the host against batches from the device: one training of digits, fed each way in
+turn.
 
     python benchmarks/feeding.py --turns=7
 
@@ -6,9 +7,9 @@
     device     the images lie on the device; a batch is numbers of their rows, one step a dispatch
     device N   the same, N steps in one dispatch (--at-once)
 
-The network, the batch and the precision are those of configs/digits.py (or --config=FILE.py). All start from one
-state; compilation is not timed. Prints a table of medians, in milliseconds a step by the clock and of the
-processors' time, and a line of JSON.
+The network, the batch and the precision are those of configs/digits.py (or --config=FILE.py). All
+start from one state; compilation is not timed. Prints a table of medians, in milliseconds a step by
+the clock and of the processors' time, and a line of JSON.
 """
 
 import argparse
@@ -21,8 +22,9 @@ from qmx.main import load_file, set_xla_flags
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", default="configs/digits.py", help="whose pool is in memory")
     parser.add_argument("--at-once", type=int, nargs="*", default=[8], help="steps in one dispatch")
     parser.add_argument("--steps", type=int, default=48, help="of each turn")
@@ -41,10 +43,18 @@ def trainings(config, data):
     scores = np.random.default_rng(0).normal(size=(data.pool.size, data.classes))
     answered = take(data.pool, np.arange(data.pool.size), scores=scores.astype(np.float32))
     return {
-        "moco": (trainers.pretrainer("moco", moco, student, config.strong_view, seen, 1000),
-                 moco.batch_size, data.pool),
-        "student": (trainers.distiller(config.distill, student.arch, student.dtype, config.weak_view, seen, 1000),
-                    config.distill.batch_size, answered),
+        "moco": (
+            trainers.pretrainer("moco", moco, student, config.strong_view, seen, 1000),
+            moco.batch_size,
+            data.pool,
+        ),
+        "student": (
+            trainers.distiller(
+                config.distill, student.arch, student.dtype, config.weak_view, seen, 1000
+            ),
+            config.distill.batch_size,
+            answered,
+        ),
     }
 
 
@@ -64,17 +74,29 @@ def main(args: argparse.Namespace) -> None:
     data = qmx_data.load(config.data)
     ways = {"host": None, "device": 1, **{f"device {steps}": steps for steps in args.at_once}}
     rows = []
-    print("| training | fed from | ms a step | processors' ms a step | host's time over it |\n|" + "---|" * 5)
+    print(
+        "| training | fed from | ms a step | processors' ms a step | host's time over it |\n|"
+        + "---|" * 5
+    )
     for name, (trainer, size, source) in trainings(config, data).items():
         rng = put_state(jax.random.key(0))
         begin = jax.device_get(trainer.init(rng))
 
-        def train(way: str, steps: int, trainer=trainer, size=size, source=source, begin=begin, rng=rng):
+        def train(
+            way: str, steps: int, trainer=trainer, size=size, source=source, begin=begin, rng=rng
+        ):
             shown = source if ways[way] else source._replace(held=None)
             state = put_state(begin)
             began, used = time.perf_counter(), time.process_time()
-            state = fit(trainer.step, state, lambda start: feed(
-                shown, size, steps=steps, seed=0, start=start, drop_last=True, at_once=ways[way]), rng, steps=steps)
+            state = fit(
+                trainer.step,
+                state,
+                lambda start: feed(
+                    shown, size, steps=steps, seed=0, start=start, drop_last=True, at_once=ways[way]
+                ),
+                rng,
+                steps=steps,
+            )
             jax.block_until_ready(state)
             return time.perf_counter() - began, time.process_time() - used
 
@@ -85,12 +107,27 @@ def main(args: argparse.Namespace) -> None:
             for way in ways:
                 times[way].append(train(way, args.steps))
         for way, found in times.items():
-            wall, used = (1000 * statistics.median(each) / args.steps for each in zip(*found, strict=True))
-            ratio = statistics.median(host[0] / here[0] for host, here in zip(times["host"], found, strict=True))
-            rows.append({"training": name, "from": way, "ms": wall, "processor_ms": used, "ratio": ratio})
+            wall, used = (
+                1000 * statistics.median(each) / args.steps for each in zip(*found, strict=True)
+            )
+            ratio = statistics.median(
+                host[0] / here[0] for host, here in zip(times["host"], found, strict=True)
+            )
+            rows.append(
+                {"training": name, "from": way, "ms": wall, "processor_ms": used, "ratio": ratio}
+            )
             print(f"| {name} | {way} | {wall:.2f} | {used:.2f} | {ratio:.3f} |", flush=True)
-    print(json.dumps({"arguments": vars(args), "rows": rows, "jax": jax.__version__,
-                      "cores": len(os.sched_getaffinity(0)), "platform": jax.default_backend()}))
+    print(
+        json.dumps(
+            {
+                "arguments": vars(args),
+                "rows": rows,
+                "jax": jax.__version__,
+                "cores": len(os.sched_getaffinity(0)),
+                "platform": jax.default_backend(),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -66,31 +66,46 @@ PARTS = {
     "machine": Part("gpu_machine:machine", 30, 60, 5, 20),
     "steps": Part("gpu_steps:steps", 90, 3600, 15, 90),
     "trace": Part("gpu_trace:trace", 60, 120, 15, 40),
-    "input": Part("gpu_data:photos", 100, 180, 15, 60,
-                  ("grain", "array_record", "PIL", "ml_collections")),
+    "input": Part(
+        "gpu_data:photos", 100, 180, 15, 60, ("grain", "array_record", "PIL", "ml_collections")
+    ),
     "cifar": Part("gpu_data:cifar", 60, 600, 15, 60, ("PIL",), True),
-    "story": Part("gpu_data:story", 180, 3600, 30, 120,
-                  ("grain", "ml_collections", "PIL", "safetensors", "sklearn", "matplotlib"), True),
+    "story": Part(
+        "gpu_data:story",
+        180,
+        3600,
+        30,
+        120,
+        ("grain", "ml_collections", "PIL", "safetensors", "sklearn", "matplotlib"),
+        True,
+    ),
 }
 TOGETHER = ("machine", "steps")
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=8, help="for everything")
     parser.add_argument("--parts", nargs="+", default=[*PARTS], choices=PARTS)
     parser.add_argument("--out", type=Path, required=True, help="the folder of the tables")
     parser.add_argument("--tiny", action="store_true", help="all of it small, to try it on a CPU")
     parser.add_argument("--pool", default="", help="npz of CIFAR-10's training images")
     parser.add_argument("--evaluation", default="", help="npz of its test images")
-    parser.add_argument("--peers", nargs="*", default=["eager", "compiled"],
-                        choices=("eager", "compiled"), help="of PyTorch, beside the steps")
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        default=["eager", "compiled"],
+        choices=("eager", "compiled"),
+        help="of PyTorch, beside the steps",
+    )
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # of a part's process
     given = parser.parse_args()
     given.out = given.out.absolute()
-    given.pool, given.evaluation = (path and str(Path(path).absolute())
-                                    for path in (given.pool, given.evaluation))
+    given.pool, given.evaluation = (
+        path and str(Path(path).absolute()) for path in (given.pool, given.evaluation)
+    )
     given.parts = [part for part in PARTS if part in given.parts]
     return given
 
@@ -111,16 +126,27 @@ def read(out: Path) -> list[dict]:
 def keep(out: Path, calls: list[dict]) -> None:
     """The summary's two files."""
     write(out / "summary.json", json.dumps(calls, indent=1) + "\n")
-    text = "\n\n".join(f"## {call['began']}, {call['minutes']:g} minutes\n\n{lines(call['parts'])}"
-                       for call in calls)
+    text = "\n\n".join(
+        f"## {call['began']}, {call['minutes']:g} minutes\n\n{lines(call['parts'])}"
+        for call in calls
+    )
     write(out / "summary.md", f"# Calls\n\n{text}\n")
 
 
 def lines(parts: dict[str, dict]) -> str:
     """The table of one call's parts."""
-    return table(("part", "state", "seconds", ""),
-                 [(part, said["state"], f"{said['seconds']:.1f}" if "seconds" in said else "",
-                   said.get("why", "")) for part, said in parts.items()])
+    return table(
+        ("part", "state", "seconds", ""),
+        [
+            (
+                part,
+                said["state"],
+                f"{said['seconds']:.1f}" if "seconds" in said else "",
+                said.get("why", ""),
+            )
+            for part, said in parts.items()
+        ],
+    )
 
 
 def allot(part: str, later: list[str], left: float, tiny: bool) -> float | None:
@@ -169,8 +195,9 @@ def in_order(given: argparse.Namespace) -> None:
             print(f"{part}: skipped, {why}", flush=True)
             continue
         note(given.out, part, state="running", until=began + seconds)
-        call = Call(given.out, given.tiny, began + seconds, given.pool, given.evaluation,
-                    tuple(given.peers))
+        call = Call(
+            given.out, given.tiny, began + seconds, given.pool, given.evaluation, tuple(given.peers)
+        )
         module, function = PARTS[part].where.split(":")
         try:
             why = getattr(import_module(module), function)(call)
@@ -199,12 +226,18 @@ def environment(given: argparse.Namespace, part: str) -> dict[str, str]:
         flags += " --xla_backend_optimization_level=0"  # compiles in half the time
     # PyTorch's threads wait for each other in vain where others use the cores.
     threads = {"OMP_NUM_THREADS": "1"} if given.tiny else {}
-    return {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **threads, **os.environ, "PYTHONPATH": path,
-            "JAX_COMPILATION_CACHE_DIR": str(compiled), "XLA_FLAGS": flags.strip(),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": autotuned,
-            "TORCHINDUCTOR_CACHE_DIR": str(compiled / "inductor"),
-            "TRITON_CACHE_DIR": str(compiled / "triton")}
+    return {
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        **threads,
+        **os.environ,
+        "PYTHONPATH": path,
+        "JAX_COMPILATION_CACHE_DIR": str(compiled),
+        "XLA_FLAGS": flags.strip(),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": autotuned,
+        "TORCHINDUCTOR_CACHE_DIR": str(compiled / "inductor"),
+        "TRITON_CACHE_DIR": str(compiled / "triton"),
+    }
 
 
 def run(given: argparse.Namespace, parts: list[str], deadline: float, stop: list[int]) -> None:
@@ -213,11 +246,23 @@ def run(given: argparse.Namespace, parts: list[str], deadline: float, stop: list
     A part in which it ended has failed; those after it wait for another process.
     """
     words = [word for word in sys.argv[1:] if not word.startswith("--until")]
-    command = [sys.executable, __file__, *words, "--parts", *parts, "--peers", *given.peers,
-               f"--until={deadline}"]
+    command = [
+        sys.executable,
+        __file__,
+        *words,
+        "--parts",
+        *parts,
+        "--peers",
+        *given.peers,
+        f"--until={deadline}",
+    ]
     began = time.monotonic()
-    process = subprocess.Popen(command, env=environment(given, parts[0]),
-                               start_new_session=True, preexec_fn=die_with_parent)
+    process = subprocess.Popen(
+        command,
+        env=environment(given, parts[0]),
+        start_new_session=True,
+        preexec_fn=die_with_parent,
+    )
     why = ""
     while process.poll() is None:
         time.sleep(0.1)
@@ -260,9 +305,19 @@ def main() -> int:
         signal.signal(number, lambda number, frame: stop.append(number))
     given.out.mkdir(parents=True, exist_ok=True)
     began = datetime.now(UTC).isoformat(timespec="seconds")
-    keep(given.out, [*read(given.out), {
-        "began": began, "minutes": given.minutes, "tiny": given.tiny, "wanted": given.parts,
-        "parts": {part: {"state": "waiting"} for part in given.parts}}])
+    keep(
+        given.out,
+        [
+            *read(given.out),
+            {
+                "began": began,
+                "minutes": given.minutes,
+                "tiny": given.tiny,
+                "wanted": given.parts,
+                "parts": {part: {"state": "waiting"} for part in given.parts},
+            },
+        ],
+    )
     while not stop and (todo := waiting(given.out)):
         together = list(itertools.takewhile(lambda part: part in TOGETHER, todo))
         run(given, together or todo[:1], deadline, stop)

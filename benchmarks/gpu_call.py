@@ -51,8 +51,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     cells = [[str(cell).replace("|", "/") for cell in row] for row in (columns, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|",
-                      *lines[1:]])
+    return "\n".join(
+        [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]
+    )
 
 
 def reason(error: BaseException) -> str:

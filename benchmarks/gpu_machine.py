@@ -41,11 +41,17 @@ def facts(call: Call) -> dict[str, Any]:
     smi = asked("name", "driver_version", "memory.total", "power.limit", "clocks.max.sm")
     runtime = " ".join(str(getattr(device.client, "platform_version", "")).split())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"card": device.device_kind, "platform": device.platform, "devices": jax.device_count(),
-            "runtime": runtime, **{f"nvidia-smi {key}": value for key, value in smi.items()},
-            "python": platform.python_version(), "cores": len(os.sched_getaffinity(0)),
-            "host memory": f"{memory / 2**30:.0f} GiB",
-            **{name: found for name in PACKAGES if (found := installed(name))}}
+    return {
+        "card": device.device_kind,
+        "platform": device.platform,
+        "devices": jax.device_count(),
+        "runtime": runtime,
+        **{f"nvidia-smi {key}": value for key, value in smi.items()},
+        "python": platform.python_version(),
+        "cores": len(os.sched_getaffinity(0)),
+        "host memory": f"{memory / 2**30:.0f} GiB",
+        **{name: found for name in PACKAGES if (found := installed(name))},
+    }
 
 
 def installed(name: str) -> str:
@@ -108,8 +114,9 @@ def show(call: Call, there: dict, rates: dict[str, float], busy: dict[str, str])
     lines = [(f"matrix product, {name}, TFLOP/s", 1e-12 * rates.get(name, 0)) for name in RATES]
     lines.append(("copy, read and written, GB/s", 1e-9 * rates.get("copy", 0)))
     cells = [(name, f"{rate:.4g}" if rate else "not measured") for name, rate in lines]
-    text = "\n\n".join([table(("rate", "the best of six"), cells),
-                        table(("machine", ""), list(there.items()))])
+    text = "\n\n".join(
+        [table(("rate", "the best of six"), cells), table(("machine", ""), list(there.items()))]
+    )
     if busy:
         text += "\n\n" + table(("while products run", ""), list(busy.items()))
     save(call, "machine", {"machine": there, "rates": rates, "under_load": busy}, text)

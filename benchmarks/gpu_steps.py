@@ -44,8 +44,10 @@ class Work(NamedTuple):
     @property
     def name(self) -> str:
         queue = f", queue {self.queue:,}" if self.method == "moco" else ""
-        return (f"{self.method}, {self.arch}, {self.size} px, batch {self.batch}{queue}, "
-                f"{self.precision}")
+        return (
+            f"{self.method}, {self.arch}, {self.size} px, batch {self.batch}{queue}, "
+            f"{self.precision}"
+        )
 
 
 def plan(call: Call) -> list[tuple[Work, str]]:
@@ -54,19 +56,39 @@ def plan(call: Call) -> list[tuple[Work, str]]:
     if call.tiny:
         small = {"arch": one_block(), "size": 8, "batch": 8, "queue": 64}
         distil, moco, infer = (Work(name, **small) for name in ("distill", "moco", "infer"))
-        rows = [(distil, eager), (moco, eager), (infer, eager),
-                (infer._replace(precision="float32"), eager), (infer, compiled)]
+        rows = [
+            (distil, eager),
+            (moco, eager),
+            (infer, eager),
+            (infer._replace(precision="float32"), eager),
+            (infer, compiled),
+        ]
     else:
         distil, moco, simsiam, rotation = map(Work, jax_steps.METHODS)
         infer = Work("infer", arch="resnext101_32x16d")
         tf32, float32 = infer._replace(precision="tf32"), infer._replace(precision="float32")
         short, few = moco._replace(queue=4096), rotation._replace(batch=128)
         half, double = distil._replace(batch=128), distil._replace(batch=512)
-        rows = [(distil, eager), (moco, eager), (infer, eager), (simsiam, eager),
-                (distil, compiled), (few, eager), (tf32, eager), (float32, eager), (short, eager),
-                (half, eager), (double, eager), (infer, compiled), (moco, compiled),
-                (simsiam, compiled), (rotation, eager), (few, compiled), (tf32, compiled),
-                (float32, compiled)]
+        rows = [
+            (distil, eager),
+            (moco, eager),
+            (infer, eager),
+            (simsiam, eager),
+            (distil, compiled),
+            (few, eager),
+            (tf32, eager),
+            (float32, eager),
+            (short, eager),
+            (half, eager),
+            (double, eager),
+            (infer, compiled),
+            (moco, compiled),
+            (simsiam, compiled),
+            (rotation, eager),
+            (few, compiled),
+            (tf32, compiled),
+            (float32, compiled),
+        ]
     return [(work, peer) for work, peer in rows if peer == eager or peer in call.peers]
 
 
@@ -118,11 +140,17 @@ def measure(call: Call, work: Work, peer: str, rates: dict[str, float]) -> dict[
         limits = peaks(call, rates, work.precision)
         setting = make_setting(work)
         before = compilations()
-        made = (jax_steps.infer(setting) if work.method == "infer"
-                else jax_steps.train(setting, work.method))
+        made = (
+            jax_steps.infer(setting)
+            if work.method == "infer"
+            else jax_steps.train(setting, work.method)
+        )
         new = compilations() > before
-        figures: dict[str, Any] = {"compile_seconds": made.seconds, "compiled_before": not new,
-                                   "memory_bytes": made.memory}
+        figures: dict[str, Any] = {
+            "compile_seconds": made.seconds,
+            "compiled_before": not new,
+            "memory_bytes": made.memory,
+        }
         runs = {"qmx": made.run}
         block = warm(call, made.run, jax.block_until_ready)
     except Exception as error:
@@ -171,10 +199,17 @@ def opponent(setting: jax_steps.Setting, work: Work, peer: str) -> tuple[Any, Ca
     torch.backends.cudnn.benchmark = True
     if peer == "compiled":
         torch._dynamo.reset()
-    make = torch_steps.steps(ARCHS[work.arch], setting.images, setting.scores, queue=work.queue,
-                             groups=setting.groups, channels_last=True, compiled=peer == "compiled",
-                             device="cuda" if torch.cuda.is_available() else "cpu",
-                             precision=work.precision)
+    make = torch_steps.steps(
+        ARCHS[work.arch],
+        setting.images,
+        setting.scores,
+        queue=work.queue,
+        groups=setting.groups,
+        channels_last=True,
+        compiled=peer == "compiled",
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        precision=work.precision,
+    )
     return torch, make[work.method]()
 
 
@@ -213,35 +248,61 @@ def free() -> None:
 
 def of_qmx(work: Work, times: list[float], limits: dict[str, float]) -> dict[str, Any]:
     """The figures of qmx's side."""
-    operations, roofline = bounds(work.method, layers(ARCHS[work.arch], work.size, 3),
-                                  2 if work.precision == "bfloat16" else 4, limits)
+    operations, roofline = bounds(
+        work.method,
+        layers(ARCHS[work.arch], work.size, 3),
+        2 if work.precision == "bfloat16" else 4,
+        limits,
+    )
     middle = statistics.median(times)
     low, _, high = statistics.quantiles(times, n=4)
-    return {"ms": 1000 * middle, "ms_quartiles": [1000 * low, 1000 * high],
-            "images_per_second": work.batch / middle,
-            "tflops": operations * work.batch / middle / 1e12,
-            "share_of_matmul": operations * work.batch / middle / limits["matmul"],
-            "share_of_roofline": roofline * work.batch / middle}
+    return {
+        "ms": 1000 * middle,
+        "ms_quartiles": [1000 * low, 1000 * high],
+        "images_per_second": work.batch / middle,
+        "tflops": operations * work.batch / middle / 1e12,
+        "share_of_matmul": operations * work.batch / middle / limits["matmul"],
+        "share_of_roofline": roofline * work.batch / middle,
+    }
 
 
 def of_peer(times: dict[str, list[float]], peer: str, torch: Any) -> dict[str, Any]:
     """The figures of PyTorch's side, and qmx's beside it."""
     middle, ours = statistics.median(times[peer]), statistics.median(times["qmx"])
     memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    return {"ms": 1000 * middle, "qmx_ms": 1000 * ours, "ratio": middle / ours,
-            "memory_bytes": memory}
+    return {
+        "ms": 1000 * middle,
+        "qmx_ms": 1000 * ours,
+        "ratio": middle / ours,
+        "memory_bytes": memory,
+    }
 
 
 def show(call: Call, there: dict, rates: dict[str, float], rows: dict[str, dict]) -> None:
     """The table so far."""
-    columns = ("step", "ms (quartiles)", "images/s", "TFLOP/s", "of matmul", "of roofline", "GB",
-               "compilation, s", *(f"{name}: ms, ratio, GB" for name in PEERS.values()))
+    columns = (
+        "step",
+        "ms (quartiles)",
+        "images/s",
+        "TFLOP/s",
+        "of matmul",
+        "of roofline",
+        "GB",
+        "compilation, s",
+        *(f"{name}: ms, ratio, GB" for name in PEERS.values()),
+    )
     unknown = "not measured" if "torch" in there else "no PyTorch"
-    text = table(columns, [
-        [name, *cells(row), *(peer_cell(row.get(peer, {}), unknown) for peer in PEERS)]
-        for name, row in rows.items()])
-    text += ("\n\nRatio: PyTorch's time over qmx's. Rotation's images are counted before turning. "
-             f"(read): compiled by an earlier call. {there['card']}.")
+    text = table(
+        columns,
+        [
+            [name, *cells(row), *(peer_cell(row.get(peer, {}), unknown) for peer in PEERS)]
+            for name, row in rows.items()
+        ],
+    )
+    text += (
+        "\n\nRatio: PyTorch's time over qmx's. Rotation's images are counted before turning. "
+        f"(read): compiled by an earlier call. {there['card']}."
+    )
     save(call, "steps", {"machine": there, "rates": rates, "rows": rows}, text)
 
 
@@ -250,10 +311,15 @@ def cells(row: dict[str, Any]) -> list[str]:
     if "ms" not in row:
         return [row.get("error", "not measured"), *["not measured"] * 6]
     low, high = row["ms_quartiles"]
-    return [f"{row['ms']:.4g} ({low:.4g} .. {high:.4g})", f"{row['images_per_second']:,.0f}",
-            f"{row['tflops']:.3g}", f"{100 * row['share_of_matmul']:.1f} %",
-            f"{100 * row['share_of_roofline']:.1f} %", gigabytes(row["memory_bytes"]),
-            f"{row['compile_seconds']:.1f}{' (read)' if row['compiled_before'] else ''}"]
+    return [
+        f"{row['ms']:.4g} ({low:.4g} .. {high:.4g})",
+        f"{row['images_per_second']:,.0f}",
+        f"{row['tflops']:.3g}",
+        f"{100 * row['share_of_matmul']:.1f} %",
+        f"{100 * row['share_of_roofline']:.1f} %",
+        gigabytes(row["memory_bytes"]),
+        f"{row['compile_seconds']:.1f}{' (read)' if row['compiled_before'] else ''}",
+    ]
 
 
 def peer_cell(found: dict[str, Any], unknown: str) -> str:

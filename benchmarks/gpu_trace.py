@@ -28,8 +28,10 @@ CLASSES = (
     ("transposes", r"transpose|nchwtonhwc|nhwctonchw"),
     ("copies", r"\bcopy|_copy|memcpy|memset"),
     ("pooling", r"reduce.?window|select.?and.?scatter"),
-    ("convolutions", r"convolution|conv_general|convforward|convbackward|cudnn"
-                     r"|fprop|dgrad|wgrad|implicit"),
+    (
+        "convolutions",
+        r"convolution|conv_general|convforward|convbackward|cudnn" r"|fprop|dgrad|wgrad|implicit",
+    ),
     ("matrix products", r"gemm|cublas|nvjet|\bdot|matmul|cutlass"),
     ("sorting and random numbers", r"\bsort|_sort|rng|threefry|random|bits"),
 )
@@ -83,14 +85,16 @@ def one(call: Call, work: Work) -> dict[str, Any]:
         seconds = time.perf_counter() - began
     files = sorted(set(directory.rglob("*.xplane.pb")) - before)
     return summary(list(kernels(files)), program(made.compiled.as_text())) | {
-        "ms_traced": 1000 * seconds / STEPS}
+        "ms_traced": 1000 * seconds / STEPS
+    }
 
 
 def kernels(files: Iterable[Path]) -> Iterator[Kernel]:
     """Events on the streams of a device, or on a CPU those of the program's instructions."""
     device = jax.default_backend() != "cpu"
-    planes = [plane for path in files
-              for plane in jax.profiler.ProfileData.from_file(str(path)).planes]
+    planes = [
+        plane for path in files for plane in jax.profiler.ProfileData.from_file(str(path)).planes
+    ]
     for plane in planes:
         if device and not plane.name.startswith("/device:"):  # the host's, who only starts kernels
             continue
@@ -109,6 +113,7 @@ def program(text: str) -> dict[str, Instruction]:
     for line in text.splitlines():
         head = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*)", line)
         if head and (opcode := re.search(r"(?:^| )([a-z][a-z0-9\-]*)\(", head[2])):
+
             def said(pattern: str, line: str = line) -> str:
                 return match[1] if (match := re.search(pattern, line)) else ""
 
@@ -162,25 +167,63 @@ def summary(found: list[Kernel], instructions: dict[str, Instruction]) -> dict[s
     longest = sorted(single.items(), key=lambda item: -sum(item[1]))[:LONGEST]
     per_step = 1e-6 / STEPS
     return {
-        "span_ms": span * per_step, "busy_ms": busy * per_step, "kernels_ms": whole * per_step,
+        "span_ms": span * per_step,
+        "busy_ms": busy * per_step,
+        "kernels_ms": whole * per_step,
         "idle": 1 - busy / span,
-        "classes": {kind: {"ms": classes[kind] * per_step, "share": classes[kind] / whole}
-                    for kind in sorted(classes, key=classes.get, reverse=True)},
-        "longest": [{"kernel": name, "class": kind, "calls": len(times) / STEPS,
-                     "ms": sum(times) * per_step, "share": sum(times) / whole,
-                     "source": example[name, kind]} for (name, kind), times in longest]}
+        "classes": {
+            kind: {"ms": classes[kind] * per_step, "share": classes[kind] / whole}
+            for kind in sorted(classes, key=classes.get, reverse=True)
+        },
+        "longest": [
+            {
+                "kernel": name,
+                "class": kind,
+                "calls": len(times) / STEPS,
+                "ms": sum(times) * per_step,
+                "share": sum(times) / whole,
+                "source": example[name, kind],
+            }
+            for (name, kind), times in longest
+        ],
+    }
 
 
 def tables(name: str, found: dict[str, Any]) -> str:
     """A step's two tables."""
-    classes = [(kind, f"{each['ms']:.3f}", f"{100 * each['share']:.1f} %")
-               for kind, each in found["classes"].items()]
+    classes = [
+        (kind, f"{each['ms']:.3f}", f"{100 * each['share']:.1f} %")
+        for kind, each in found["classes"].items()
+    ]
     span = f"idle, of the span of {found['span_ms']:.3f} ms"
-    classes.append((span, f"{found['span_ms'] - found['busy_ms']:.3f}",
-                    f"{100 * found['idle']:.1f} %"))
-    longest = [(each["kernel"][:90], each["class"], f"{each['calls']:.4g}", f"{each['ms']:.3f}",
-                f"{100 * each['share']:.1f} %", each["source"][-60:]) for each in found["longest"]]
-    return "\n\n".join([
-        f"## {name}", table(("class", "ms a step", "of the kernels' time"), classes),
-        table(("kernel", "class", "calls a step", "ms a step", "of the kernels' time",
-               "one that it came from"), longest)])
+    classes.append(
+        (span, f"{found['span_ms'] - found['busy_ms']:.3f}", f"{100 * found['idle']:.1f} %")
+    )
+    longest = [
+        (
+            each["kernel"][:90],
+            each["class"],
+            f"{each['calls']:.4g}",
+            f"{each['ms']:.3f}",
+            f"{100 * each['share']:.1f} %",
+            each["source"][-60:],
+        )
+        for each in found["longest"]
+    ]
+    return "\n\n".join(
+        [
+            f"## {name}",
+            table(("class", "ms a step", "of the kernels' time"), classes),
+            table(
+                (
+                    "kernel",
+                    "class",
+                    "calls a step",
+                    "ms a step",
+                    "of the kernels' time",
+                    "one that it came from",
+                ),
+                longest,
+            ),
+        ]
+    )

@@ -1,12 +1,14 @@
-"""How fast photos become training batches: each part alone, all together, and against what a step consumes.
+"""How fast photos become training batches: each part alone, all together, and against what a step
+consumes.
 
     taskset -c 0 python benchmarks/input_pipeline.py --photos=400
-    python benchmarks/input_pipeline.py --photos=2000 --arch=resnet50 --dtype=bfloat16 --batch=256 --step
+    python benchmarks/input_pipeline.py --photos=2000 --arch=resnet50 --dtype=bfloat16 \\
+        --batch=256 --step
 
 It makes photos of ImageNet's usual 500 x 375 pixels and about 110 kB, writes a cache of them as
 `python -m qmx.data.cache --processes=1` does, and reads batches in random order:
 
-    write_cache   files to the cache              decode         a record's JPEG alone, in one thread
+    write_cache   files to the cache              decode         a JPEG of a record, in one thread
     read_cache    canvases from the cache         to_device      canvases onto the device
     read_files    canvases from the files         views          both of MoCo's views, on the device
     target_input  the target's own input          together       cache to views, as a training reads
@@ -65,7 +67,9 @@ def read_alone(root: Path) -> Callable[[np.ndarray], None]:
     return decode
 
 
-def measure(*, photos: int, repeats: int, batch: int, size: int, arch: str, dtype: str, step: bool) -> dict[str, Any]:
+def measure(
+    *, photos: int, repeats: int, batch: int, size: int, arch: str, dtype: str, step: bool
+) -> dict[str, Any]:
     """The rates of all parts, images in a second; see the command's own help for the arguments."""
     import jax
     import jax.numpy as jnp
@@ -100,18 +104,28 @@ def measure(*, photos: int, repeats: int, batch: int, size: int, arch: str, dtyp
             return lambda: jax.block_until_ready([work(one) for one in each][-1])
 
         def together() -> None:
-            for k, one in enumerate(batches(cached, batch, steps=steps, seed=next(made), drop_last=True)):
+            for k, one in enumerate(
+                batches(cached, batch, steps=steps, seed=next(made), drop_last=True)
+            ):
                 out = views(one, jax.random.fold_in(root_key, k))
             jax.block_until_ready(out)
 
         ways: dict[str, Callable[[], None]] = {
-            "write_cache": write, "decode": through(read_alone(root / "cache")), "read_cache": through(cached.read),
-            "read_files": through(files.read), "target_input": through(files.shown),
+            "write_cache": write,
+            "decode": through(read_alone(root / "cache")),
+            "read_cache": through(cached.read),
+            "read_files": through(files.read),
+            "target_input": through(files.shown),
             "to_device": through(lambda _: jax.block_until_ready(put_batch(host))),
-            "views": through(lambda _: views(there, root_key)), "together": together}
+            "views": through(lambda _: views(there, root_key)),
+            "together": together,
+        }
         if step:
             net = models.backbone(arch, stats_groups=max(batch // 32, 1), dtype=jnp.dtype(dtype))
-            method, tx = moco.make(net, models.moco_head(), view, queue_size=64 * batch), optim.sgd(lambda step: 0.03)
+            method, tx = (
+                moco.make(net, models.moco_head(), view, queue_size=64 * batch),
+                optim.sgd(lambda step: 0.03),
+            )
             one_step = make_step(method, tx)
             state = put_state(jax.jit(lambda: init_state(method, tx, jax.random.key(0), there))())
 
@@ -123,32 +137,54 @@ def measure(*, photos: int, repeats: int, batch: int, size: int, arch: str, dtyp
 
             ways["step"] = lambda: trained(lambda: [there] * (ROUNDS * steps))
             ways["training"] = lambda: trained(
-                lambda: batches(cached, batch, steps=ROUNDS * steps, seed=next(made), drop_last=True))
-        counts = {"write_cache": photos, "step": ROUNDS * steps * batch, "training": ROUNDS * steps * batch}
+                lambda: batches(
+                    cached, batch, steps=ROUNDS * steps, seed=next(made), drop_last=True
+                )
+            )
+        counts = {
+            "write_cache": photos,
+            "step": ROUNDS * steps * batch,
+            "training": ROUNDS * steps * batch,
+        }
         rates: dict[str, list[float]] = {name: [] for name in ways}
         for turn in range(repeats + 1):
             for name, way in ways.items():
                 began = time.perf_counter()
                 way()
                 if turn:  # the first compiles
-                    rates[name].append(counts.get(name, steps * batch) / (time.perf_counter() - began))
+                    rates[name].append(
+                        counts.get(name, steps * batch) / (time.perf_counter() - began)
+                    )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    ratios = {name: statistics.median(a / b for a, b in zip(rates[name], rates["step"], strict=True))
-              for name in ("read_cache", "training") if step}
-    return {"cores": cores, "mean_kb": mean_kb, "platform": jax.default_backend(), "jax": jax.__version__,
-            "images_per_second": {name: statistics.median(values) for name, values in rates.items()},
-            "reading_over_step": ratios.get("read_cache"), "training_over_step": ratios.get("training")}
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(rates[name], rates["step"], strict=True))
+        for name in ("read_cache", "training")
+        if step
+    }
+    return {
+        "cores": cores,
+        "mean_kb": mean_kb,
+        "platform": jax.default_backend(),
+        "jax": jax.__version__,
+        "images_per_second": {name: statistics.median(values) for name, values in rates.items()},
+        "reading_over_step": ratios.get("read_cache"),
+        "training_over_step": ratios.get("training"),
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--photos", type=int, default=400)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--size", type=int, default=224, help="side of the views in pixels")
     parser.add_argument("--step", action="store_true", help="time the step of MoCo, too")
     parser.add_argument("--arch", default="resnet50", help="of the step")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the step")
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of the step"
+    )
     given = vars(parser.parse_args())
     from qmx.main import set_xla_flags
 
@@ -158,8 +194,11 @@ def main() -> None:
     for name, value in found["images_per_second"].items():
         print(f"| {name} | {value:.0f} |")
     if given["step"]:
-        print(f"reading the cache gives {found['reading_over_step']:.1f} times what the step consumes; a training "
-              f"from it reaches {100 * found['training_over_step']:.0f} % of the step alone")
+        print(
+            f"reading the cache gives {found['reading_over_step']:.1f} times what the step"
+            f" consumes; a training from it reaches {100 * found['training_over_step']:.0f} % of"
+            " the step alone"
+        )
     print(json.dumps({"arguments": given, **found}))
 
 

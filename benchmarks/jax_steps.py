@@ -73,13 +73,18 @@ def method(setting: Setting, name: str, strong: View, weak: View) -> Method:
         net = net(stats_groups=setting.groups)
         return moco.make(net, models.moco_head(), strong, queue_size=setting.queue)
     if name == "simsiam":
-        return simsiam.make(net(zero_init=True), models.simsiam_projector(),
-                            models.simsiam_predictor(), strong)
+        return simsiam.make(
+            net(zero_init=True), models.simsiam_projector(), models.simsiam_predictor(), strong
+        )
     return rotation.make(net(), models.classifier(4), weak)
 
 
-def train(setting: Setting, name: str, views: tuple[View, View] | None = None,
-          batches: Iterator | None = None) -> Made:
+def train(
+    setting: Setting,
+    name: str,
+    views: tuple[View, View] | None = None,
+    batches: Iterator | None = None,
+) -> Made:
     """The train step of a method, on one batch that is there already or on those of `batches`."""
     strong, weak = views or (turned(setting), turned(setting))
     chosen = method(setting, name, strong, weak)
@@ -88,8 +93,10 @@ def train(setting: Setting, name: str, views: tuple[View, View] | None = None,
     root = put_state(jax.random.key(0))
     # The state is the same for every batch size, and so is the program that draws it.
     size = 2 * setting.groups if name == "moco" else 2
-    few = {key: jax.ShapeDtypeStruct((size, *rows.shape[1:]), rows.dtype)
-           for key, rows in batch.items()}
+    few = {
+        key: jax.ShapeDtypeStruct((size, *rows.shape[1:]), rows.dtype)
+        for key, rows in batch.items()
+    }
     state = put_state(jax.jit(lambda rng: init_state(chosen, tx, rng, few))(root))
     step = compiled(make_step(chosen, tx), state, batch, root)
 
@@ -124,13 +131,22 @@ def compiled(function: Callable, *arguments: Any) -> Made:
     began = time.perf_counter()
     done = function.lower(*arguments).compile()
     seconds, memory = time.perf_counter() - began, done.memory_analysis()
-    size = memory and (memory.temp_size_in_bytes + memory.argument_size_in_bytes
-                       + memory.output_size_in_bytes - memory.alias_size_in_bytes)
+    size = memory and (
+        memory.temp_size_in_bytes
+        + memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
     return Made(partial(done, *arguments), seconds, size, done)
 
 
-def in_turns(runs: dict[str, Callable], blocks: int, steps: int, wait: Callable[[str, Any], None],
-             clock: Callable[[], float] = time.perf_counter) -> dict[str, list[float]]:
+def in_turns(
+    runs: dict[str, Callable],
+    blocks: int,
+    steps: int,
+    wait: Callable[[str, Any], None],
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds of a step in each block of `steps`, for each of the functions, which take turns.
 
     Args:

@@ -1,7 +1,9 @@
-"""What a step costs at least: the operations and bytes of a network's convolutions, and what the machine can do.
+"""What a step costs at least: the operations and bytes of a network's convolutions, and what the
+machine can do.
 
-Operations count padded taps too. A step's are three forwards less the first layer's input gradient, and its bytes, per
-convolution, 11 outputs + 3 inputs: what XLA moves at best with batch norm and ReLU as passes of their own.
+Operations count padded taps too. A step's are three forwards less the first layer's input gradient,
+and its bytes, per convolution, 11 outputs + 3 inputs: what XLA moves at best with batch norm and
+ReLU as passes of their own.
 """
 
 import time
@@ -61,7 +63,9 @@ def layers(arch, size: int, channels: int) -> list[Conv]:
     return found
 
 
-def bounds(method: str, convolutions, itemsize: int, peaks: dict[str, float]) -> tuple[float, float]:
+def bounds(
+    method: str, convolutions, itemsize: int, peaks: dict[str, float]
+) -> tuple[float, float]:
     """(Operations, seconds at the roofline) of one image's share of a step."""
     forward = sum(conv.operations for conv in convolutions)
     passes = TIMES_FORWARD[method]
@@ -69,20 +73,30 @@ def bounds(method: str, convolutions, itemsize: int, peaks: dict[str, float]) ->
     seconds = 0.0
     for conv in convolutions:
         entering, leaving = conv.side**2 * conv.entering, conv.out**2 * conv.leaving
-        trained = max(3 * conv.operations / peaks["matmul"], (11 * leaving + 3 * entering) * itemsize / peaks["copy"])
-        plain = max(conv.operations / peaks["matmul"], (leaving + entering) * itemsize / peaks["copy"])
+        trained = max(
+            3 * conv.operations / peaks["matmul"],
+            (11 * leaving + 3 * entering) * itemsize / peaks["copy"],
+        )
+        plain = max(
+            conv.operations / peaks["matmul"], (leaving + entering) * itemsize / peaks["copy"]
+        )
         seconds += backwards * trained + (passes - 3 * backwards) * plain
     return passes * forward - backwards * convolutions[0].operations, seconds
 
 
 def measured_peaks(gpu: bool) -> dict[str, float]:
-    """The best of a few: operations a second of one large matrix product, bytes a second read and written by a copy."""
+    """The best of a few: operations a second of one large matrix product, bytes a second read and
+    written by a copy."""
     n, dtype, calls = (8192, "bfloat16", 20) if gpu else (2048, "float32", 1)
-    return {"matmul": matmul_rate(n, dtype, None, calls), "copy": copy_rate(1 << 29 if gpu else 1 << 24, calls)}
+    return {
+        "matmul": matmul_rate(n, dtype, None, calls),
+        "copy": copy_rate(1 << 29 if gpu else 1 << 24, calls),
+    }
 
 
 def matmul_rate(n: int, dtype: str, products: str | None, calls: int = 1) -> float:
-    """Operations a second of the product of two n x n matrices; `products` as jax.default_matmul_precision has it."""
+    """Operations a second of the product of two n x n matrices; `products` as
+    jax.default_matmul_precision has it."""
     import jax
 
     a = jax.random.normal(jax.random.key(0), (n, n), dtype)

@@ -37,13 +37,30 @@ from qmx.train import fit, init_state, make_step
 BATCH, EPOCHS, ARCH, QUEUE = 512, 200, "resnet18_small", 4096
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # the notebook's
 # The notebook's own output, asymmetric loss, 200 epochs: epoch -> (kNN %, mean loss).
-REFERENCE = {1: (32.0, 6.96), 2: (33.5, 7.25), 5: (38.0, 6.86), 10: (48.0, 5.99), 20: (61.4, 4.34),
-             50: (73.3, 3.20), 100: (78.1, 2.73), 150: (81.2, 2.43), 200: (82.6, 2.27)}
+REFERENCE = {
+    1: (32.0, 6.96),
+    2: (33.5, 7.25),
+    5: (38.0, 6.86),
+    10: (48.0, 5.99),
+    20: (61.4, 4.34),
+    50: (73.3, 3.20),
+    100: (78.1, 2.73),
+    150: (81.2, 2.43),
+    200: (82.6, 2.27),
+}
 
 
-def curve(pool: tuple[np.ndarray, np.ndarray], evaluation: tuple[np.ndarray, np.ndarray], *,
-          epochs: int = EPOCHS, batch: int = BATCH, seed: int = 0, arch: str = ARCH,
-          dtype: str = "float32", evaluate_at: Iterable[int] | None = None) -> Iterator[dict]:
+def curve(
+    pool: tuple[np.ndarray, np.ndarray],
+    evaluation: tuple[np.ndarray, np.ndarray],
+    *,
+    epochs: int = EPOCHS,
+    batch: int = BATCH,
+    seed: int = 0,
+    arch: str = ARCH,
+    dtype: str = "float32",
+    evaluate_at: Iterable[int] | None = None,
+) -> Iterator[dict]:
     """Train, and give a row after each epoch.
 
     Args:
@@ -80,21 +97,36 @@ def curve(pool: tuple[np.ndarray, np.ndarray], evaluation: tuple[np.ndarray, np.
         began = time.monotonic()
         with progress(f"epoch {epoch}", per_epoch, batch) as shown:
 
-            def on_metrics(done: int, metrics: dict[str, float], losses: list[float] = losses,
-                           shown: Progress = shown) -> None:
+            def on_metrics(
+                done: int,
+                metrics: dict[str, float],
+                losses: list[float] = losses,
+                shown: Progress = shown,
+            ) -> None:
                 losses.append(metrics["loss"])
                 shown.update(len(losses), f"loss {sum(losses) / len(losses):.3f}")
 
             ts = fit(step, ts, from_device, rng, steps=epoch * per_epoch, on_metrics=on_metrics)
-        row = {"epoch": epoch, "loss": sum(losses) / len(losses), "first_loss": losses[0],
-               "last_loss": losses[-1], "seconds": time.monotonic() - began}
+        row = {
+            "epoch": epoch,
+            "loss": sum(losses) / len(losses),
+            "first_loss": losses[0],
+            "last_loss": losses[-1],
+            "seconds": time.monotonic() - began,
+        }
         if evaluate_at is None or epoch in evaluate_at:
             began = time.monotonic()
-            bank, asking = (predict(encode, ts.params, ts.state.stats, plain, x)
-                            for x in (images, evaluation[0]))
+            bank, asking = (
+                predict(encode, ts.params, ts.state.stats, plain, x)
+                for x in (images, evaluation[0])
+            )
             found = knn(bank, labels, asking, k=200, temperature=0.1)
-            row |= {"knn_top1": 100 * float((found == evaluation[1]).mean()), "knn_k": 200,
-                    "knn_temperature": 0.1, "evaluation_seconds": time.monotonic() - began}
+            row |= {
+                "knn_top1": 100 * float((found == evaluation[1]).mean()),
+                "knn_k": 200,
+                "knn_temperature": 0.1,
+                "evaluation_seconds": time.monotonic() - began,
+            }
         row["reference_knn_top1"], row["reference_loss"] = REFERENCE.get(epoch, (None, None))
         yield row
 
@@ -117,14 +149,19 @@ def within(rows: Iterable[dict], until: float) -> Iterator[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pool", required=True, help="npz of the 50,000 training images")
     parser.add_argument("--evaluation", required=True, help="npz of the 10,000 test images")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="how many of the 200 to train")
     parser.add_argument("--evaluate-at", type=int, nargs="*", help="epochs; all by default")
-    parser.add_argument("--minutes", type=float, default=float("inf"),
-                        help="stop before the epoch that would end after these")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=float("inf"),
+        help="stop before the epoch that would end after these",
+    )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--batch", type=int, default=BATCH, help="another one is not the protocol")
     parser.add_argument("--arch", default=ARCH, help="another one is not the protocol")
@@ -135,9 +172,16 @@ def main() -> None:
 
     set_xla_flags()
     until = time.monotonic() + 60 * given.minutes
-    rows = curve(read_npz(given.pool), read_npz(given.evaluation), epochs=given.epochs,
-                 batch=given.batch, seed=given.seed, arch=given.arch, dtype=given.dtype,
-                 evaluate_at=given.evaluate_at)
+    rows = curve(
+        read_npz(given.pool),
+        read_npz(given.evaluation),
+        epochs=given.epochs,
+        batch=given.batch,
+        seed=given.seed,
+        arch=given.arch,
+        dtype=given.dtype,
+        evaluate_at=given.evaluate_at,
+    )
     results = []
     for row in within(rows, until):
         results.append(row)

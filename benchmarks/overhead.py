@@ -1,11 +1,12 @@
-"""What checkpoints and metrics cost: a MoCo training as the command runs it, against the bare steps.
+"""What checkpoints and metrics cost: a MoCo training as the command runs it, against the bare
+steps.
 
     python benchmarks/overhead.py --epochs=5 --pairs=5
 
 Both train the same network from the same state on the same batches. The bare one calls the step and
 waits at the end; the other writes a line of metrics for each step, shows its progress and saves a
-checkpoint as often as an epoch takes. They take turns, and each pair gives one ratio. Prints a table
-and, as the last line, JSON.
+checkpoint as often as an epoch takes. They take turns, and each pair gives one ratio. Prints a
+table and, as the last line, JSON.
 """
 
 import argparse
@@ -20,9 +21,13 @@ from qmx.main import set_xla_flags
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--arch", default="resnet18")
-    parser.add_argument("--size", type=int, default=32, help="side of the images and views, in pixels")
+    parser.add_argument(
+        "--size", type=int, default=32, help="side of the images and views, in pixels"
+    )
     parser.add_argument("--batch", type=int, default=64, help="global")
     parser.add_argument("--queue", type=int, default=4096, help="MoCo's K, a multiple of the batch")
     parser.add_argument("--epoch-steps", type=int, default=20)
@@ -49,7 +54,8 @@ def main(args: argparse.Namespace) -> None:
     method = moco.make(network, models.moco_head(), view, queue_size=args.queue)
     tx = optim.sgd(lambda step: 0.03, weight_decay=1e-4)
     step, steps = make_step(method, tx), args.epochs * args.epoch_steps
-    rng = put_state(jax.random.key(0))  # where the command has it, so that both take one compilation
+    # Where the command has it, so that both take one compilation.
+    rng = put_state(jax.random.key(0))
     begin = jax.device_get(init_state(method, tx, rng, {"image": images[: args.batch]}))
     read = {"steps": steps, "seed": 0, "drop_last": True}
 
@@ -71,8 +77,18 @@ def main(args: argparse.Namespace) -> None:
 
         directory.mkdir()
         began = time.perf_counter()
-        ts = training.train(directory, "training", step, begin, rng, source, batch_size=args.batch,
-                       save_seconds=seconds, stopped=stopped, **read)
+        ts = training.train(
+            directory,
+            "training",
+            step,
+            begin,
+            rng,
+            source,
+            batch_size=args.batch,
+            save_seconds=seconds,
+            stopped=stopped,
+            **read,
+        )
         jax.block_until_ready(ts)
         return time.perf_counter() - began, len(saved)
 
@@ -87,9 +103,19 @@ def main(args: argparse.Namespace) -> None:
             print(f"| {plain:.1f} | {full:.1f} | {checkpoints} | {full / plain:.3f} |", flush=True)
     ratio = statistics.median(full / plain for plain, full in times)
     print(f"median ratio {ratio:.3f}")
-    print(json.dumps({"arguments": vars(args), "seconds": times, "ratio": ratio, "checkpoints": checkpoints,
-                      "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(begin)),
-                      "cores": os.cpu_count(), "jax": jax.__version__}))
+    print(
+        json.dumps(
+            {
+                "arguments": vars(args),
+                "seconds": times,
+                "ratio": ratio,
+                "checkpoints": checkpoints,
+                "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(begin)),
+                "cores": os.cpu_count(),
+                "jax": jax.__version__,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

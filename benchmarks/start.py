@@ -1,4 +1,5 @@
-"""How long it takes to start: `import qmx` and `python -m qmx.main --help` against jax, flax.linen and optax alone.
+"""How long it takes to start: `import qmx` and `python -m qmx.main --help` against jax, flax.linen
+and optax alone.
 
     python benchmarks/start.py --runs=9
 
@@ -16,8 +17,11 @@ import subprocess
 import sys
 import time
 
-COMMANDS = {"jax, flax.linen, optax": ["-c", "import jax, flax.linen, optax"], "qmx": ["-c", "import qmx"],
-            "qmx.main --help": ["-m", "qmx.main", "--help"]}
+COMMANDS = {
+    "jax, flax.linen, optax": ["-c", "import jax, flax.linen, optax"],
+    "qmx": ["-c", "import qmx"],
+    "qmx.main --help": ["-m", "qmx.main", "--help"],
+}
 BASE = next(iter(COMMANDS))
 
 
@@ -26,27 +30,43 @@ def measure(command: list[str]) -> dict[str, float]:
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL, check=True)
     seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
-    return {"clock": seconds, "processor": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime}
+    return {
+        "clock": seconds,
+        "processor": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=9)
     runs = parser.parse_args().runs
     for command in COMMANDS.values():
         measure(command)  # reads the files into memory, and compiles them
     turns = [{name: measure(command) for name, command in COMMANDS.items()} for _ in range(runs)]
     rows = []
-    print("| start | s, clock | s, processor | ratio, clock | ratio, processor |\n|---|---|---|---|---|")
+    print(
+        "| start | s, clock | s, processor | ratio, clock | ratio, processor"
+        " |\n|---|---|---|---|---|"
+    )
     for name in COMMANDS:
         row: dict[str, object] = {"start": name}
         for by in ("clock", "processor"):
             row[f"{by}_seconds"] = statistics.median(turn[name][by] for turn in turns)
-            row[f"{by}_ratio"] = statistics.median(turn[name][by] / turn[BASE][by] for turn in turns)
+            row[f"{by}_ratio"] = statistics.median(
+                turn[name][by] / turn[BASE][by] for turn in turns
+            )
         rows.append(row)
-        print(f"| {name} | {row['clock_seconds']:.2f} | {row['processor_seconds']:.2f} | {row['clock_ratio']:.3f} "
-              f"| {row['processor_ratio']:.3f} |")
-    print(json.dumps({"runs": runs, "rows": rows, "cores": os.cpu_count(), "python": sys.version.split()[0]}))
+        print(
+            f"| {name} | {row['clock_seconds']:.2f} | {row['processor_seconds']:.2f} |"
+            f" {row['clock_ratio']:.3f} | {row['processor_ratio']:.3f} |"
+        )
+    print(
+        json.dumps(
+            {"runs": runs, "rows": rows, "cores": os.cpu_count(), "python": sys.version.split()[0]}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""How fast a target answers into a ledger: its inference alone, the ledger alone, and both as the command runs them.
+"""How fast a target answers into a ledger: its inference alone, the ledger alone, and both as the
+command runs them.
 
     python benchmarks/target_throughput.py --arch=resnet18 --size=32 --images=256
-    python benchmarks/target_throughput.py --arch=resnext101_32x16d --size=224 --images=10240 --precision=bfloat16
+    python benchmarks/target_throughput.py --arch=resnext101_32x16d --size=224 --images=10240 \\
+        --precision=bfloat16
 
 The network has random weights, its batch norms folded in as the stage `query` has them; the images
 are random. "inference" calls the query function batch by batch; "keys" hashes the pixels, twice as
@@ -23,15 +25,21 @@ from qmx.main import set_xla_flags
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--arch", default="resnet18")
     parser.add_argument("--size", type=int, default=32, help="side of the images in pixels")
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--images", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=128, help="images in a request and in a commit")
+    parser.add_argument(
+        "--batch", type=int, default=128, help="images in a request and in a commit"
+    )
     parser.add_argument("--precision", default="float32", choices=("float32", "tf32", "bfloat16"))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", help="where the ledgers are written; the system's for temporary files")
+    parser.add_argument(
+        "--folder", help="where the ledgers are written; the system's for temporary files"
+    )
     return parser.parse_args()
 
 
@@ -50,11 +58,18 @@ def main(args: argparse.Namespace) -> None:
     images = rng.integers(0, 256, (args.images, args.size, args.size, 3), np.uint8)
     seen = trainers.Look((args.size, args.size, 3), (0.5,) * 3, (0.25,) * 3, args.classes)
     network = trainers.classifier(args.arch, "float32", seen)
-    weights = jax.tree.map(lambda x: np.abs(0.05 * rng.standard_normal(x.shape, np.float32)),
-                           trainers.variables(network, seen))
+    weights = jax.tree.map(
+        lambda x: np.abs(0.05 * rng.standard_normal(x.shape, np.float32)),
+        trainers.variables(network, seen),
+    )
     folded, weights = trainers.for_inference(args.arch, args.precision, seen, weights)
-    query = network_query(folded, *put_state(Encoder(*weights)), trainers.evaluation_view(seen), args.batch,
-                          args.precision)
+    query = network_query(
+        folded,
+        *put_state(Encoder(*weights)),
+        trainers.evaluation_view(seen),
+        args.batch,
+        args.precision,
+    )
     answer = rng.standard_normal((args.batch, args.classes), np.float32)
 
     def batches() -> None:
@@ -68,8 +83,11 @@ def main(args: argparse.Namespace) -> None:
                 assert ledger.account().images == args.images
 
     ways: dict[str, Callable[[], object]] = {
-        "inference": batches, "keys": lambda: pixel_digests(images),
-        "ledger": lambda: asked(lambda batch: answer[: len(batch)]), "together": lambda: asked(query)}
+        "inference": batches,
+        "keys": lambda: pixel_digests(images),
+        "ledger": lambda: asked(lambda batch: answer[: len(batch)]),
+        "together": lambda: asked(query),
+    }
     began = time.perf_counter()
     query(images[: args.batch])
     compiled = time.perf_counter() - began
@@ -80,16 +98,30 @@ def main(args: argparse.Namespace) -> None:
             way()
             seconds[name].append(time.perf_counter() - began)
 
-    rates = {name: statistics.median(args.images / s for s in took) for name, took in seconds.items()}
-    share = statistics.median(ledger / whole for ledger, whole in zip(seconds["ledger"], seconds["together"],
-                                                                      strict=True))
+    rates = {
+        name: statistics.median(args.images / s for s in took) for name, took in seconds.items()
+    }
+    share = statistics.median(
+        ledger / whole for ledger, whole in zip(seconds["ledger"], seconds["together"], strict=True)
+    )
     print("| | images/s, median |\n|---|---|")
     for name, rate in rates.items():
         print(f"| {name} | {rate:.0f} |")
     print(f"the ledger's share of the time together: {100 * share:.1f} %")
-    print(json.dumps({"arguments": vars(args), "images_per_second": rates, "ledger_share": share,
-                      "compile_seconds": compiled, "platform": jax.devices()[0].platform,
-                      "devices": jax.device_count(), "cores": os.cpu_count(), "jax": jax.__version__}))
+    print(
+        json.dumps(
+            {
+                "arguments": vars(args),
+                "images_per_second": rates,
+                "ledger_share": share,
+                "compile_seconds": compiled,
+                "platform": jax.devices()[0].platform,
+                "devices": jax.device_count(),
+                "cores": os.cpu_count(),
+                "jax": jax.__version__,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Copy a CIFAR-10 classifier: an afternoon on one GPU, with published curves to check the methods by.
+"""Copy a CIFAR-10 classifier: an afternoon on one GPU, with published curves to check the methods
+by.
 
     python -m qmx.main --config=configs/cifar10.py --workdir=runs/cifar10 \\
         --config.data.path=train.npz --config.data.eval_path=test.npz
@@ -39,22 +40,60 @@ def get_config(words: str = "") -> ConfigDict:
     # The notebook's; the pixels' own standard deviation is 0.247, 0.243, 0.262.
     config.data.update(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
     config.strong_view.update(size=32, crop_scale=(0.08, 1.0), blur_p=0.0)
-    config.weak_view.update(size=32, crop_scale=(0.25, 1.0))  # a smaller crop of 32 pixels shows too little
+    # a smaller crop of 32 pixels shows too little.
+    config.weak_view.update(size=32, crop_scale=(0.25, 1.0))
 
     config.student.arch = "resnet18_small"
-    config.target.update(arch="resnet18_small", epochs=200.0, batch_size=128, schedule="cosine", weight_decay=5e-4)
-    config.pretrain.moco.update(epochs=200.0, batch_size=512, learning_rate=0.06, weight_decay=5e-4, head="linear",
-                                queue_size=4096, temperature=0.1, decay=0.99, group_size=64)  # 8 groups
+    config.target.update(
+        arch="resnet18_small", epochs=200.0, batch_size=128, schedule="cosine", weight_decay=5e-4
+    )
+    config.pretrain.moco.update(
+        epochs=200.0,
+        batch_size=512,
+        learning_rate=0.06,
+        weight_decay=5e-4,
+        head="linear",
+        # 8 groups.
+        queue_size=4096,
+        temperature=0.1,
+        decay=0.99,
+        group_size=64,
+    )
     # 0.03 x batch / 256
-    config.pretrain.simsiam.update(epochs=800.0, batch_size=512, learning_rate=0.06, weight_decay=5e-4, layers=2)
-    config.pretrain.rotation.update(epochs=200.0, batch_size=128, learning_rate=0.1, warmup_epochs=0.0, nesterov=True,
-                                    milestones=(60.0, 120.0, 160.0), factor=0.2, weight_decay=5e-4)
+    config.pretrain.simsiam.update(
+        epochs=800.0, batch_size=512, learning_rate=0.06, weight_decay=5e-4, layers=2
+    )
+    config.pretrain.rotation.update(
+        epochs=200.0,
+        batch_size=128,
+        learning_rate=0.1,
+        warmup_epochs=0.0,
+        nesterov=True,
+        milestones=(60.0, 120.0, 160.0),
+        factor=0.2,
+        weight_decay=5e-4,
+    )
     # Ours: cosine, and for few images as many steps as a tenth of the pool would give.
-    config.recipes.scratch = recipe(("none",), epochs=200.0, min_steps=8000, batch_size=128, schedule="cosine",
-                                    learning_rate=0.1, head_learning_rate=0.1, weight_decay_on="kernels")
-    config.recipes.tune = recipe(("rotation", "moco", "simsiam", "imported"), epochs=50.0, min_steps=2000,
-                                 batch_size=128, schedule="cosine", learning_rate=0.01, head_learning_rate=0.1,
-                                 standardize=True)
+    config.recipes.scratch = recipe(
+        ("none",),
+        epochs=200.0,
+        min_steps=8000,
+        batch_size=128,
+        schedule="cosine",
+        learning_rate=0.1,
+        head_learning_rate=0.1,
+        weight_decay_on="kernels",
+    )
+    config.recipes.tune = recipe(
+        ("rotation", "moco", "simsiam", "imported"),
+        epochs=50.0,
+        min_steps=2000,
+        batch_size=128,
+        schedule="cosine",
+        learning_rate=0.01,
+        head_learning_rate=0.1,
+        standardize=True,
+    )
     if "tiny" in given:
         tiny(config)
     return config

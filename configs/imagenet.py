@@ -1,7 +1,8 @@
 """Copy an ImageNet classifier: every cell of the result table, by the protocols of its sources.
 
-    python -m qmx.models.from_torch ig_resnext101_32x16-c6f796b0.pth target.safetensors   # optional: a look at it
-    python -m qmx.data.cache /imagenet/train /cache/train                                 # once; 33 GB
+    # Optional, a look at the weights; then the cache, once, 33 GB; then the run.
+    python -m qmx.models.from_torch ig_resnext101_32x16-c6f796b0.pth target.safetensors
+    python -m qmx.data.cache /imagenet/train /cache/train
     python -m qmx.main --config=configs/imagenet.py --workdir=runs/imagenet \\
         --config.data.path=/imagenet/train --config.data.eval_path=/imagenet/val \\
         --config.data.cache=/cache/train --config.target.path=ig_resnext101_32x16-c6f796b0.pth
@@ -25,8 +26,9 @@ of 256 pairs, 250,200 SimSiam steps of 512 pairs, 700,630 rotation steps of 128 
 each; MoCo's authors took 53 h for their 200 epochs on eight V100 in float32. One pass of the target
 over the 1.28 M images is 9.3e16 operations.
 
-What to expect, top-1 / top-5 (the slides of github.com/alright-code/model-extraction-self-supervision,
-2022, "the predecessor"; its encoders are the model zoo's of mmselfsup):
+What to expect, top-1 / top-5 (the slides of
+github.com/alright-code/model-extraction-self-supervision, 2022, "the predecessor"; its encoders are
+the model zoo's of mmselfsup):
 
     queries        none            rotation        moco            simsiam
     1 %            8.20 / 23.25    17.11 / 40.92   39.35 / 68.99   16.84 / 40.24
@@ -57,35 +59,70 @@ def get_config(words: str = "") -> ConfigDict:
     config.target.update(kind="torch", arch="resnext101_32x16d", expect=(84.2, 97.2))
     config.student.arch = "resnet50"
     config.monitor.update(knn_k=20, knn_temperature=0.07)  # mmselfsup's; others differ by 10 points
-    # The pretraining protocols are the defaults of `qmx.settings.base`: MoCo v2 200 epochs (He et al.,
-    # main_moco.py), SimSiam 100 (main_simsiam.py), rotation 70 (mmselfsup, rotation_pred).
+    # The pretraining protocols are the defaults of `qmx.settings.base`: MoCo v2 200 epochs (He et
+    # al., main_moco.py), SimSiam 100 (main_simsiam.py), rotation 70 (mmselfsup, rotation_pred).
     if "moco800" in given:
         config.pretrain.moco.epochs = 800.0
 
     best = "best" in given
     # From scratch: S4L's schedules (Zhai et al. 2019) as the predecessor's code has them. It decays
-    # batch norm and biases too, which S4L does not, and adds colour jitter. Unlike there, epochs follow
-    # each other without a seam: the code's last batch at 1 % has 11 images, and 11 images' statistics.
-    scratch = dict(inits=("none",), jitter=(0.3, 0.3, 0.3, 0.1), factor=0.1,
-                   weight_decay_on="kernels" if best else "all")
+    # batch norm and biases too, which S4L does not, and adds colour jitter. Unlike there, epochs
+    # follow each other without a seam: the code's last batch at 1 % has 11 images, and 11 images'
+    # statistics.
+    scratch = dict(
+        inits=("none",),
+        jitter=(0.3, 0.3, 0.3, 0.1),
+        factor=0.1,
+        weight_decay_on="kernels" if best else "all",
+    )
     # Fine-tuning: 20 epochs, a rate for the backbone and a larger one for the classifier (PCL).
-    # Standardised features have unit size whatever the method, so one rate serves; 0.1 is not tuned.
+    # Standardised features have unit size whatever the method, so one rate serves; 0.1 is not
+    # tuned.
     tune = dict(inits=("rotation", "moco", "simsiam", "imported"), standardize=best)
     config.recipes.scratch_1 = recipe(
-        up_to=0.02, epochs=1000.0, learning_rate=0.01, head_learning_rate=0.01, weight_decay=1e-2,
-        warmup_epochs=10.0, milestones=(700.0, 800.0, 900.0), **scratch)
+        up_to=0.02,
+        epochs=1000.0,
+        learning_rate=0.01,
+        head_learning_rate=0.01,
+        weight_decay=1e-2,
+        warmup_epochs=10.0,
+        milestones=(700.0, 800.0, 900.0),
+        **scratch,
+    )
     config.recipes.scratch_10 = recipe(
-        above=0.02, up_to=0.2, epochs=200.0, learning_rate=0.1, head_learning_rate=0.1, weight_decay=1e-3,
-        warmup_epochs=5.0, milestones=(140.0, 160.0, 180.0), **scratch)
+        above=0.02,
+        up_to=0.2,
+        epochs=200.0,
+        learning_rate=0.1,
+        head_learning_rate=0.1,
+        weight_decay=1e-3,
+        warmup_epochs=5.0,
+        milestones=(140.0, 160.0, 180.0),
+        **scratch,
+    )
     config.recipes.scratch_100 = recipe(
-        above=0.2, epochs=90.0, learning_rate=0.1, head_learning_rate=0.1, weight_decay=1e-4,
-        milestones=(30.0, 60.0), **scratch)
+        above=0.2,
+        epochs=90.0,
+        learning_rate=0.1,
+        head_learning_rate=0.1,
+        weight_decay=1e-4,
+        milestones=(30.0, 60.0),
+        **scratch,
+    )
     config.recipes.tune_1 = recipe(up_to=0.02, head_learning_rate=0.1 if best else 1.0, **tune)
     config.recipes.tune_10 = recipe(above=0.02, up_to=0.2, head_learning_rate=0.1, **tune)
-    # At 100 % the slides name the PyTorch protocol (pytorch/examples, imagenet/main.py) for all inits.
+    # At 100 % the slides name the PyTorch protocol (pytorch/examples, imagenet/main.py) for all
+    # inits.
     config.recipes.tune_100 = recipe(
-        above=0.2, epochs=90.0, learning_rate=0.1, head_learning_rate=0.1, weight_decay=1e-4,
-        milestones=(30.0, 60.0), factor=0.1, **tune)
+        above=0.2,
+        epochs=90.0,
+        learning_rate=0.1,
+        head_learning_rate=0.1,
+        weight_decay=1e-4,
+        milestones=(30.0, 60.0),
+        factor=0.1,
+        **tune,
+    )
     if "tiny" in given:
         tiny(config)
     return config

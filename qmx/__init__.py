@@ -19,7 +19,27 @@ from qmx.targets.query import network_query
 from qmx.train import TrainState, fit, init_state, make_step
 
 __all__ = [
-    "BudgetSpent", "Encoder", "Ledger", "Method", "Network", "TrainState", "augment", "chain", "compare", "distill",
-    "fit", "fixmatch", "init_state", "knn", "losses", "make_step", "moco", "models", "network_query", "optim",
-    "predict", "rotation", "simsiam",
-]  # fmt: skip
+    "BudgetSpent",
+    "Encoder",
+    "Ledger",
+    "Method",
+    "Network",
+    "TrainState",
+    "augment",
+    "chain",
+    "compare",
+    "distill",
+    "fit",
+    "fixmatch",
+    "init_state",
+    "knn",
+    "losses",
+    "make_step",
+    "moco",
+    "models",
+    "network_query",
+    "optim",
+    "predict",
+    "rotation",
+    "simsiam",
+]

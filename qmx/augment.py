@@ -33,7 +33,11 @@ def crop_box(
     """
     height, width = size[0], size[1]
     area_key, ratio_key, place_key = jax.random.split(rng, 3)
-    area = height * width * jax.random.uniform(area_key, (10,), jnp.float32, minval=scale[0], maxval=scale[1])
+    area = (
+        height
+        * width
+        * jax.random.uniform(area_key, (10,), jnp.float32, minval=scale[0], maxval=scale[1])
+    )
     low, high = jnp.log(jnp.array(ratio))
     aspect = jnp.exp(jax.random.uniform(ratio_key, (10,), jnp.float32, low, high))
     w, h = jnp.round(jnp.sqrt(area * aspect)), jnp.round(jnp.sqrt(area / aspect))
@@ -92,14 +96,18 @@ def adjust_hue(image: jax.Array, shift: jax.Array) -> jax.Array:
     value, low = image.max(-1), image.min(-1)
     chroma = value - low
     safe = jnp.where(chroma == 0, 1, chroma)
-    hue = jnp.where(value == r, (g - b) / safe, jnp.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
+    hue = jnp.where(
+        value == r, (g - b) / safe, jnp.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
+    )
     hue = jnp.mod(hue / 6 + shift, 1.0)
     # Channel n of HSV -> RGB is value - chroma * clip(min(k, 4 - k), 0, 1), k = (n + 6 hue) mod 6.
     k = jnp.mod(jnp.array([5.0, 3.0, 1.0]) + 6 * hue[..., None], 6.0)
     return value[..., None] - chroma[..., None] * jnp.clip(jnp.minimum(k, 4 - k), 0, 1)
 
 
-def colour_jitter(image: jax.Array, factors: jax.Array, hue_shift: jax.Array, order: jax.Array) -> jax.Array:
+def colour_jitter(
+    image: jax.Array, factors: jax.Array, hue_shift: jax.Array, order: jax.Array
+) -> jax.Array:
     """Brightness, contrast, saturation and hue in a given order. torchvision's `ColorJitter`.
 
     Args:
@@ -185,27 +193,51 @@ def make_view(
     radius = int(-(-4 * blur_sigma[1] // 1))  # four standard deviations
 
     def one(rng: jax.Array, image: jax.Array, original: jax.Array) -> jax.Array:
-        keys = dict(zip(
-            ("crop", "jitter_p", "factors", "hue", "order", "grey_p", "blur_p", "sigma", "flip_p"),
-            jax.random.split(rng, 9), strict=True))
+        keys = dict(
+            zip(
+                (
+                    "crop",
+                    "jitter_p",
+                    "factors",
+                    "hue",
+                    "order",
+                    "grey_p",
+                    "blur_p",
+                    "sigma",
+                    "flip_p",
+                ),
+                jax.random.split(rng, 9),
+                strict=True,
+            )
+        )
 
         def happens(name: str, p: float) -> jax.Array:
             return jax.random.bernoulli(keys[name], jnp.float32(p))
 
         canvas = jnp.array(image.shape[:2], jnp.float32)
-        # From here on in double precision where jax is set to it: draws are the same in both, sums are not.
+        # From here on in double precision where jax is set to it: draws are the same in both, sums
+        # are not.
         box = crop_box(keys["crop"], original, crop_scale, crop_ratio).astype(float)
         x = crop_and_resize(image / 255.0, box * jnp.tile(canvas / original, 2), size)
         if jitter_p:
-            factors = jax.random.uniform(keys["factors"], (3,), jnp.float32, minval=jnp.maximum(0, 1 - strengths),
-                                         maxval=1 + strengths)
-            shift = jax.random.uniform(keys["hue"], (), jnp.float32, minval=-jitter[3], maxval=jitter[3])
+            factors = jax.random.uniform(
+                keys["factors"],
+                (3,),
+                jnp.float32,
+                minval=jnp.maximum(0, 1 - strengths),
+                maxval=1 + strengths,
+            )
+            shift = jax.random.uniform(
+                keys["hue"], (), jnp.float32, minval=-jitter[3], maxval=jitter[3]
+            )
             order = jax.random.permutation(keys["order"], 4)
             x = jnp.where(happens("jitter_p", jitter_p), colour_jitter(x, factors, shift, order), x)
         if grey_p:
             x = jnp.where(happens("grey_p", grey_p), grey(x), x)
         if blur_p:
-            sigma = jax.random.uniform(keys["sigma"], (), jnp.float32, minval=blur_sigma[0], maxval=blur_sigma[1])
+            sigma = jax.random.uniform(
+                keys["sigma"], (), jnp.float32, minval=blur_sigma[0], maxval=blur_sigma[1]
+            )
             sigma = sigma.astype(float)
             x = jnp.where(happens("blur_p", blur_p), gaussian_blur(x, sigma, radius), x)
         if flip_p:
@@ -214,18 +246,34 @@ def make_view(
 
     def view(rng: jax.Array, batch: Batch) -> jax.Array:
         image = batch["image"]
-        sizes = batch.get("size", jnp.tile(jnp.array(image.shape[1:3], jnp.float32), (len(image), 1)))
+        sizes = batch.get(
+            "size", jnp.tile(jnp.array(image.shape[1:3], jnp.float32), (len(image), 1))
+        )
         x = jax.vmap(one)(jax.random.split(rng, len(image)), image, sizes)
         return normalize(x, mean, std)
 
     return view
 
 
-def weak_view(size: int, *, crop_scale: tuple[float, float] = (0.08, 1.0), flip_p: float = 0.5,
-              mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> View:
+def weak_view(
+    size: int,
+    *,
+    crop_scale: tuple[float, float] = (0.08, 1.0),
+    flip_p: float = 0.5,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> View:
     """Random resized crop and flip alone, as for supervised training; see `make_view`."""
-    return make_view(size, crop_scale=crop_scale, jitter_p=0, grey_p=0, blur_p=0, flip_p=flip_p,
-                     mean=mean, std=std)
+    return make_view(
+        size,
+        crop_scale=crop_scale,
+        jitter_p=0,
+        grey_p=0,
+        blur_p=0,
+        flip_p=flip_p,
+        mean=mean,
+        std=std,
+    )
 
 
 def plain_view(mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> View:
@@ -245,5 +293,8 @@ def normalize(x: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.
       ValueError: mean or std is not of C channels.
     """
     if not len(mean) == len(std) == x.shape[-1]:
-        raise ValueError(f"images have {x.shape[-1]} channels, mean {len(mean)} and std {len(std)}; give one for each")
+        raise ValueError(
+            f"images have {x.shape[-1]} channels, mean {len(mean)} and std {len(std)}; give one for"
+            " each"
+        )
     return (x - jnp.array(mean, float)) / jnp.array(std, float)

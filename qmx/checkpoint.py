@@ -2,8 +2,8 @@
 
 Orbax writes a step beside the others and renames it, so a kill leaves the older ones whole; it has
 no checksums, casts silently, counts any directory with a number for a name as a step, and refuses
-to save an older step than the newest. Hence the digests of all leaves beside the state, and a restore
-that goes from the newest to the first good one and removes what it passed over.
+to save an older step than the newest. Hence the digests of all leaves beside the state, and a
+restore that goes from the newest to the first good one and removes what it passed over.
 """
 
 import hashlib
@@ -32,7 +32,8 @@ def leaf_digests(tree: PyTree) -> dict[str, str]:
     """dtype, shape and SHA-256 of the bytes of every leaf, by its path."""
 
     def digest(leaf: Any) -> str:
-        data = np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)  # no copy; bfloat16 has no buffer of its own
+        # No copy; bfloat16 has no buffer of its own.
+        data = np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
         return f"{leaf.dtype} {leaf.shape} {hashlib.sha256(data.data).hexdigest()}"
 
     leaves = by_path(tree)
@@ -41,7 +42,8 @@ def leaf_digests(tree: PyTree) -> dict[str, str]:
 
 
 class Checkpoints:
-    """The last few states of one run, in a directory of their own; a context that ends when all is on the disk.
+    """The last few states of one run, in a directory of their own; a context that ends when all is
+    on the disk.
 
     Args:
       directory: made at the first save.
@@ -53,7 +55,8 @@ class Checkpoints:
         self._manager: Any = None
 
     def save(self, ts: TrainState) -> None:
-        """Write a state under its step: returns when it is copied, so that it may be donated, and writes meanwhile.
+        """Write a state under its step: returns when it is copied, so that it may be donated, and
+        writes meanwhile.
 
         What goes wrong while it writes is raised by the next call, or at the end of the context.
         """
@@ -62,12 +65,22 @@ class Checkpoints:
         step, bytes_needed = int(ts.step), sum(leaf.nbytes for leaf in jax.tree.leaves(ts))
         free = disk_usage(self.directory.parent).free
         if free < bytes_needed:  # orbax would say it in a page for each array
-            raise OSError(f"{self.directory}: no room for a state of {bytes_needed} bytes, {free} are free")
+            raise OSError(
+                f"{self.directory}: no room for a state of {bytes_needed} bytes, {free} are free"
+            )
         with self._explained():
-            saved = self._open().save(step, args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(ts), meta=ocp.args.JsonSave({"digests": leaf_digests(ts)})))
+            saved = self._open().save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(ts),
+                    meta=ocp.args.JsonSave({"digests": leaf_digests(ts)}),
+                ),
+            )
         if not saved:
-            raise OSError(f"{self.directory}: step {step} was not saved, for the newest there is {self.newest()}")
+            raise OSError(
+                f"{self.directory}: step {step} was not saved, for the newest there is"
+                f" {self.newest()}"
+            )
 
     def restore(self, like: TrainState) -> TrainState | None:
         """The newest good state, in the shapes and shardings of `like`; None if there is none.
@@ -79,18 +92,27 @@ class Checkpoints:
             return None
         import orbax.checkpoint as ocp
 
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        target = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+        )
         as_target = ocp.checkpoint_utils.construct_restore_args(target)
         for step in sorted(self._open().all_steps(), reverse=True):
             try:
-                found = self._open().restore(step, args=ocp.args.Composite(
-                    state=ocp.args.PyTreeRestore(target, restore_args=as_target), meta=ocp.args.JsonRestore()))
+                found = self._open().restore(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.PyTreeRestore(target, restore_args=as_target),
+                        meta=ocp.args.JsonRestore(),
+                    ),
+                )
                 if leaf_digests(found["state"]) == found["meta"]["digests"]:
                     return found["state"]
                 reason = "its bytes are not those that were saved"
             except Exception as error:  # orbax raises bare Exceptions for damaged files
                 reason = str(error).splitlines()[0][:200]
-            log.warning("checkpoint %s is damaged and passed over: %s", self.directory / str(step), reason)
+            log.warning(
+                "checkpoint %s is damaged and passed over: %s", self.directory / str(step), reason
+            )
             self._open().delete(step)
         return None
 
@@ -125,24 +147,31 @@ class Checkpoints:
             import orbax.checkpoint as ocp
 
             _hush()
-            # Weights hardly shrink, and zstd would take a quarter of what a save costs the steps beside it.
+            # Weights hardly shrink, and zstd would take a quarter of what a save costs the steps
+            # beside it.
             state = ocp.PyTreeCheckpointHandler(use_compression=False)
             handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
             handlers.add("state", ocp.args.PyTreeSave, state)
             handlers.add("state", ocp.args.PyTreeRestore, state)
-            options = ocp.CheckpointManagerOptions(max_to_keep=self.keep, cleanup_tmp_directories=True)
-            self._manager = ocp.CheckpointManager(self.directory, options=options, handler_registry=handlers)
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=self.keep, cleanup_tmp_directories=True
+            )
+            self._manager = ocp.CheckpointManager(
+                self.directory, options=options, handler_registry=handlers
+            )
         return self._manager
 
 
 @cache
 def _hush() -> None:
-    """Keep orbax and tensorstore from a page for each save, and for each array that was not written."""
+    """Keep orbax and tensorstore from a page for each save, and for each array that was not
+    written."""
     for noisy in ("absl", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     told = sys.unraisablehook
 
-    def hook(what: Any) -> None:  # a failed save closes its event loop, and then other arrays report to it
+    # a failed save closes its event loop, and then other arrays report to it.
+    def hook(what: Any) -> None:
         if str(what.exc_value) != "Event loop is closed":
             told(what)
 
@@ -150,7 +179,8 @@ def _hush() -> None:
 
 
 def save_weights(path: Path, tree: PyTree) -> str:
-    """Write a tree as safetensors, whole or not at all, in the first process; returns its `weights_digest`."""
+    """Write a tree as safetensors, whole or not at all, in the first process; returns its
+    `weights_digest`."""
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 

@@ -37,20 +37,31 @@ def warnings(config: Any, data: Dataset) -> list[str]:
     if "moco" in encoders(config) and not config.pretrain.moco.path:
         keys = config.pretrain.moco
         if keys.queue_size > data.pool.size:
-            found.append(f"pretrain.moco.queue_size {keys.queue_size} is larger than the pool of {data.pool.size} "
-                         "images, so that an image's own former keys are among its negatives")
+            found.append(
+                f"pretrain.moco.queue_size {keys.queue_size} is larger than the pool of"
+                f" {data.pool.size} images, so that an image's own former keys are among its"
+                " negatives"
+            )
         if keys.group_size == keys.batch_size:
-            found.append("pretrain.moco.group_size is the whole batch: its batch statistics tell which key belongs to "
-                         "which query, and no shuffling hides it; 32 images a group is the reference's")
+            found.append(
+                "pretrain.moco.group_size is the whole batch: its batch statistics tell which key"
+                " belongs to which query, and no shuffling hides it; 32 images a group is the"
+                " reference's"
+            )
     pool = data.pool.size
     self_labelled = [cell for cell in cells(config, pool) if cell.use == "fixmatch"]
     if self_labelled:
         keys = config.fixmatch
-        steps = min(fixmatch_steps(recipe_of(config, cell), keys, cell.queries, pool) for cell in self_labelled)
+        steps = min(
+            fixmatch_steps(recipe_of(config, cell), keys, cell.queries, pool)
+            for cell in self_labelled
+        )
         if 3 / (1 - keys.decay) > steps:  # less than 95 % of the teacher is what was trained
-            found.append(f"fixmatch.decay {keys.decay} averages over about {1 / (1 - keys.decay):.0f} steps, and of "
-                         f"{steps} steps the teacher, which is the student that is kept, sees too little; lower it, or "
-                         "raise fixmatch.epochs")
+            found.append(
+                f"fixmatch.decay {keys.decay} averages over about {1 / (1 - keys.decay):.0f} steps,"
+                f" and of {steps} steps the teacher, which is the student that is kept, sees too"
+                " little; lower it, or raise fixmatch.epochs"
+            )
     return found
 
 
@@ -101,10 +112,12 @@ def _problems(config: Any, data: Dataset) -> Iterator[str]:
             yield str(error)
     if any(column.select == "list" for column in shown) and not config.lists:
         yield "the selection 'list' needs --config.lists, files of image names"
-    files = {"target.path": config.target.path if config.target.kind in ("torch", "recorded") else "",
-             "target.ca_file": config.target.ca_file,
-             **{f"pretrain.{init}.path": keys.path for init, keys in config.pretrain.items()},
-             **{f"lists[{place}]": path for place, path in enumerate(config.lists)}}
+    files = {
+        "target.path": config.target.path if config.target.kind in ("torch", "recorded") else "",
+        "target.ca_file": config.target.ca_file,
+        **{f"pretrain.{init}.path": keys.path for init, keys in config.pretrain.items()},
+        **{f"lists[{place}]": path for place, path in enumerate(config.lists)},
+    }
     for key, path in files.items():
         if path and not Path(path).is_file():
             yield f"{key} {path}: no such file"
@@ -116,7 +129,10 @@ def _problems(config: Any, data: Dataset) -> Iterator[str]:
         yield f"price {config.price} must be what 1,000 calls cost, from 0 on"
     for share in config.reach:
         if not isinstance(share, int | float) or not 0 < share <= 1:
-            yield f"reach has {share!r}, which is no share of the target's accuracy above 0 and up to 1"
+            yield (
+                f"reach has {share!r}, which is no share of the target's accuracy above 0 and up"
+                " to 1"
+            )
 
     yield from choice("ledger_dtype", config.ledger_dtype, LEDGER_DTYPES)
     if not config.save_minutes > 0:
@@ -126,8 +142,10 @@ def _problems(config: Any, data: Dataset) -> Iterator[str]:
     yield from _target_problems(config.target)
     for level in {column.access for column in shown}:
         if access.known(level) and not access.derivable(config.target.access, level):
-            yield (f"accesses has {level!r}, and a target of target.access={config.target.access} shows no more than "
-                   "that; lower accesses")
+            yield (
+                f"accesses has {level!r}, and a target of target.access={config.target.access}"
+                " shows no more than that; lower accesses"
+            )
     yield from choice("student.arch", config.student.arch, ARCHS)
     yield from choice("student.dtype", config.student.dtype, DTYPES)
     recipes = _recipes(config, runs)
@@ -137,16 +155,24 @@ def _problems(config: Any, data: Dataset) -> Iterator[str]:
             if not keys[temperature] > 0:
                 yield f"{name}.{temperature} {keys[temperature]} must be above 0"
     if config.monitor.knn_k < 1 or not config.monitor.knn_temperature > 0:
-        yield (f"monitor needs knn_k >= 1 and knn_temperature > 0, not {config.monitor.knn_k} and "
-               f"{config.monitor.knn_temperature}")
+        yield (
+            f"monitor needs knn_k >= 1 and knn_temperature > 0, not {config.monitor.knn_k} and "
+            f"{config.monitor.knn_temperature}"
+        )
     graph = config.propagation
     if graph.neighbours < 1:
         yield f"propagation.neighbours {graph.neighbours} must be 1 or more"
     if not 0 < graph.alpha < 1 or not graph.power > 0:
-        yield f"propagation.alpha {graph.alpha} must be below 1 and above 0, and power {graph.power} above 0"
+        yield (
+            f"propagation.alpha {graph.alpha} must be below 1 and above 0, and power {graph.power}"
+            " above 0"
+        )
     yield from _fixmatch_problems(config.fixmatch)
-    trained = {f"pretrain.{init}": config.pretrain[init] for init in encoders(config)
-               if not config.pretrain[init].path}
+    trained = {
+        f"pretrain.{init}": config.pretrain[init]
+        for init in encoders(config)
+        if not config.pretrain[init].path
+    }
     if trained.pop("pretrain.imported", None):
         yield "the init 'imported' needs --config.pretrain.imported.path=WEIGHTS"
     if config.target.kind == "train":
@@ -161,34 +187,54 @@ def _problems(config: Any, data: Dataset) -> Iterator[str]:
         moco = config.pretrain.moco
         yield from choice("pretrain.moco.head", moco.head, HEADS)
         if moco.queue_size < 1 or moco.queue_size % moco.batch_size:
-            yield (f"pretrain.moco.queue_size {moco.queue_size} is not a multiple of batch_size {moco.batch_size}; "
-                   f"{max(moco.queue_size // moco.batch_size, 1) * moco.batch_size} is")
+            yield (
+                f"pretrain.moco.queue_size {moco.queue_size} is not a multiple of batch_size"
+                f" {moco.batch_size};"
+                f" {max(moco.queue_size // moco.batch_size, 1) * moco.batch_size} is"
+            )
         if moco.group_size < 2 or moco.batch_size % moco.group_size:
             sizes = [size for size in range(2, moco.batch_size + 1) if moco.batch_size % size == 0]
             near = sorted(sorted(sizes, key=lambda size: abs(size - moco.group_size))[:2])
-            yield (f"pretrain.moco.group_size {moco.group_size} does not divide batch_size {moco.batch_size} "
-                   f"into groups of two images and more; {' and '.join(map(str, near))} do")
+            yield (
+                f"pretrain.moco.group_size {moco.group_size} does not divide batch_size"
+                f" {moco.batch_size} into groups of two images and more;"
+                f" {' and '.join(map(str, near))} do"
+            )
         if not 0 <= moco.decay <= 1 or not moco.temperature > 0:
-            yield f"pretrain.moco needs 0 <= decay <= 1 and temperature > 0, not {moco.decay} and {moco.temperature}"
+            yield (
+                f"pretrain.moco needs 0 <= decay <= 1 and temperature > 0, not {moco.decay} and"
+                f" {moco.temperature}"
+            )
 
 
 def _fixmatch_problems(keys: Any) -> Iterator[str]:
     if keys.mu < 1:
-        yield f"fixmatch.mu {keys.mu} must be 1 or more: images of the pool for each that was asked about"
+        yield (
+            f"fixmatch.mu {keys.mu} must be 1 or more: images of the pool for each that was asked"
+            " about"
+        )
     if not 0 <= keys.threshold <= 1:
         yield f"fixmatch.threshold {keys.threshold} is not a probability"
     if not 0 <= keys.weight < float("inf"):
         yield f"fixmatch.weight {keys.weight} must be a number from 0 on"
     if not 0 <= keys.decay < 1:
-        yield f"fixmatch.decay {keys.decay} must be below 1, which freezes the teacher, and from 0 on"
+        yield (
+            f"fixmatch.decay {keys.decay} must be below 1, which freezes the teacher, and from 0 on"
+        )
     if not 0 <= keys.epochs < float("inf"):
-        yield f"fixmatch.epochs {keys.epochs} must be a number of passes over the pool, or 0 for the recipe's steps"
+        yield (
+            f"fixmatch.epochs {keys.epochs} must be a number of passes over the pool, or 0 for the"
+            " recipe's steps"
+        )
 
 
 def _recipes(config: Any, runs: list[Cell]) -> dict[str, Any]:
     """Every recipe that one of the runs is trained by, under the key that it stands at."""
-    return {f"recipes.{name}" if name else "distill": recipe_of(config, cell)
-            for cell in runs for name in [recipe_name(config, cell)]}
+    return {
+        f"recipes.{name}" if name else "distill": recipe_of(config, cell)
+        for cell in runs
+        for name in [recipe_name(config, cell)]
+    }
 
 
 def _target_problems(keys: Any) -> Iterator[str]:
@@ -198,25 +244,34 @@ def _target_problems(keys: Any) -> Iterator[str]:
     if keys.kind == "torch" and not keys.path:
         yield "target.kind=torch needs the weights: --config.target.path=FILE.pth"
     if keys.kind in ("train", "served") and keys.path:
-        yield (f"target.path {keys.path} is read by target.kind=torch, callable and recorded alone; set one of them, "
-               "or leave the path out")
+        yield (
+            f"target.path {keys.path} is read by target.kind=torch, callable and recorded alone;"
+            " set one of them, or leave the path out"
+        )
     if keys.kind == "callable" and not keys.path:
         yield "target.kind=callable needs the function: --config.target.path=FILE.py:function"
     if keys.kind == "recorded" and not keys.path:
         yield "target.kind=recorded needs the answers: --config.target.path=ANSWERS.npz or .parquet"
     if keys.kind == "served" and not (keys.url and keys.model):
-        yield "target.kind=served needs --config.target.url=https://HOST:PORT and --config.target.model=NAME"
+        yield (
+            "target.kind=served needs --config.target.url=https://HOST:PORT and"
+            " --config.target.model=NAME"
+        )
     yield from choice("target.access", keys.access, access.ACCESS)
     if keys.kind in ("train", "torch") and keys.access != "logits":
-        yield (f"target.access {keys.access} is what target.kind=served and callable answer with; of a target that is "
-               f"computed here --config.accesses shows less: ({keys.access!r},)")
+        yield (
+            f"target.access {keys.access} is what target.kind=served and callable answer with; of a"
+            f" target that is computed here --config.accesses shows less: ({keys.access!r},)"
+        )
     try:
         check_address(keys.url or "http://localhost", keys.token_env)
     except ValueError as error:
         yield str(error)
     if keys.retries < 0 or keys.rate < 0 or not keys.timeout > 0 or keys.batch_size < 1:
-        yield (f"target needs retries and rate from 0 on, timeout above 0 and batch_size from 1 on, not "
-               f"{keys.retries}, {keys.rate}, {keys.timeout} and {keys.batch_size}")
+        yield (
+            "target needs retries and rate from 0 on, timeout above 0 and batch_size from 1 on,"
+            f" not {keys.retries}, {keys.rate}, {keys.timeout} and {keys.batch_size}"
+        )
     if len(keys.expect) not in (0, 2):
         yield f"target.expect {keys.expect} must be a top-1 and a top-5 accuracy in per cent, or ()"
 
@@ -230,13 +285,19 @@ def _tuple_problems(key: str, default: tuple, value: tuple) -> Iterator[str]:
 
 def _training_problems(name: str, keys: Any, data: Dataset, whole_epochs: bool) -> Iterator[str]:
     if keys.batch_size < 2:
-        yield f"{name}.batch_size {keys.batch_size} must be two images or more, for their batch statistics"
+        yield (
+            f"{name}.batch_size {keys.batch_size} must be two images or more, for their batch"
+            " statistics"
+        )
     try:
         check_batch(keys.batch_size, f"{name}.batch_size")
     except ValueError as error:
         yield str(error)
     if keys.batch_size > data.pool.size:
-        yield f"{name}.batch_size {keys.batch_size} is larger than the pool of {data.pool.size} images"
+        yield (
+            f"{name}.batch_size {keys.batch_size} is larger than the pool of {data.pool.size}"
+            " images"
+        )
     if not keys.epochs > 0:
         yield f"{name}.epochs {keys.epochs} must be above 0"
     if whole_epochs and keys.epochs != int(keys.epochs):
@@ -245,7 +306,10 @@ def _training_problems(name: str, keys: Any, data: Dataset, whole_epochs: bool) 
         if rate in keys and not 0 <= keys[rate] < float("inf"):
             yield f"{name}.{rate} {keys[rate]} must be a number from 0 on"
     if not 0 <= keys.momentum < 1 or not keys.weight_decay >= 0:
-        yield f"{name} needs 0 <= momentum < 1 and weight_decay >= 0, not {keys.momentum} and {keys.weight_decay}"
+        yield (
+            f"{name} needs 0 <= momentum < 1 and weight_decay >= 0, not {keys.momentum} and"
+            f" {keys.weight_decay}"
+        )
     yield from choice(f"{name}.optimizer", keys.optimizer, OPTIMIZERS)
     yield from choice(f"{name}.schedule", keys.schedule, SCHEDULES)
     yield from choice(f"{name}.weight_decay_on", keys.weight_decay_on, DECAYS)
@@ -254,11 +318,17 @@ def _training_problems(name: str, keys: Any, data: Dataset, whole_epochs: bool) 
 def _view_problems(name: str, view: Any, data: Dataset) -> Iterator[str]:
     low, high = view.crop_scale
     if not 0 < low <= high <= 1:
-        yield f"{name}.crop_scale {view.crop_scale} must be two shares with 0 < smallest <= largest <= 1"
+        yield (
+            f"{name}.crop_scale {view.crop_scale} must be two shares with 0 < smallest <= largest"
+            " <= 1"
+        )
     for key in ("flip_p", "jitter_p", "grey_p", "blur_p"):
         if not 0 <= view[key] <= 1:
             yield f"{name}.{key} {view[key]} is not a probability"
     if view.size < 0:
         yield f"{name}.size {view.size} must be pixels, or 0 for the image's own"
     if not view.size and data.shape[0] != data.shape[1]:
-        yield f"{name}.size must be given, for the images are not square but {data.shape[0]} x {data.shape[1]}"
+        yield (
+            f"{name}.size must be given, for the images are not square but {data.shape[0]} x"
+            f" {data.shape[1]}"
+        )

@@ -16,16 +16,21 @@ Batch = dict[str, jax.Array]  # "image": uint8[B, H, W, C]; a method says what e
 
 
 class Rows(NamedTuple):
-    """Several batches as numbers of rows, of tables that lie on the devices: what one dispatch trains on."""
+    """Several batches as numbers of rows, of tables that lie on the devices: what one dispatch
+    trains on."""
 
-    tables: dict[str, Batch]  # by a prefix of the names in a batch, "" and "pool_": every example, [n, ...] each
+    # By a prefix of the names in a batch, "" and "pool_": every example, [n, ...] each.
+    tables: dict[str, Batch]
     ids: dict[str, jax.Array]  # of each table i32[T, B], the rows of T batches
     steps: np.int32  # how many of the T are trained on, the first ones
 
     def batch(self, place: jax.Array) -> Batch:
         """Batch number `place` of the T, gathered on the devices."""
-        batch = {prefix + name: rows[self.ids[prefix][place]]
-                 for prefix, table in self.tables.items() for name, rows in table.items()}
+        batch = {
+            prefix + name: rows[self.ids[prefix][place]]
+            for prefix, table in self.tables.items()
+            for name, rows in table.items()
+        }
         # What follows is compiled as for a batch from the host, and gives the same bits.
         return jax.lax.optimization_barrier(batch)
 
@@ -52,8 +57,8 @@ class Method(NamedTuple):
     """A way to train, as three pure functions.
 
     init:    (rng, batch) -> (params, state); only the shapes of the batch are read.
-    loss:    (params, state, batch, rng) -> (loss f32[], (state, metrics)); differentiable in params,
-             `metrics` is a flat dict of f32[] that never feeds the next step.
+    loss:    (params, state, batch, rng) -> (loss f32[], (state, metrics)), differentiable in
+             params; `metrics` is a flat dict of f32[] that never feeds the next step.
     encoder: (params, state) -> Encoder, what the next stage starts from.
 
     `params` is a dict with one entry for each part ("backbone", "head", ...), the names by which
@@ -79,8 +84,9 @@ def chain(**parts: Network) -> Network:
         for (name, part), key in zip(parts.items(), jax.random.split(rng, len(parts)), strict=True):
             params[name], stats[name] = part.init(key, x)
             # Only the shape is needed to build the next part.
-            y = jax.eval_shape(lambda p, s, x, f=part.apply: f(p, s, x, True)[0],
-                               params[name], stats[name], x)
+            y = jax.eval_shape(
+                lambda p, s, x, f=part.apply: f(p, s, x, True)[0], params[name], stats[name], x
+            )
             x = jnp.zeros(y.shape, y.dtype)
         return params, stats
 
@@ -111,10 +117,14 @@ def by_path(tree: PyTree) -> dict[str, Any]:
 
 
 def check_shapes(given: PyTree, wanted: PyTree, what: str) -> None:
-    """Raise ValueError, with every leaf that is missing, left over or of another shape, unless there is none."""
+    """Raise ValueError, with every leaf that is missing, left over or of another shape, unless
+    there is none."""
     have = {name: leaf.shape for name, leaf in by_path(given).items()}
     want = {name: leaf.shape for name, leaf in by_path(wanted).items()}
-    wrong = [f"{name} is {have.get(name, 'missing')} and should be {want.get(name, 'absent')}"
-             for name in sorted(have.keys() | want.keys()) if have.get(name) != want.get(name)]
+    wrong = [
+        f"{name} is {have.get(name, 'missing')} and should be {want.get(name, 'absent')}"
+        for name in sorted(have.keys() | want.keys())
+        if have.get(name) != want.get(name)
+    ]
     if wrong:
         raise ValueError(f"{what} is of another network: {'; '.join(wrong)}")

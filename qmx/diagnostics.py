@@ -6,12 +6,14 @@ from statistics import mean
 
 LEAK = 0.95  # mean instance accuracy of a first epoch; right runs stay far below
 COLLAPSE = 0.1  # of 1/sqrt(D), the spread that unit vectors have which point everywhere
-STUCK = 0.01  # how near to ln(K + 1), as a share of it, the mean loss of an epoch is no better than chance
+# How near to ln(K + 1), as a share of it, the mean loss of an epoch is no better than chance.
+STUCK = 0.01
 STUCK_AFTER = 200  # steps, before which that means nothing
 
 
-def watch(epoch_steps: int, dimension: int | None = None,
-          queue_size: int | None = None) -> Callable[[int, dict[str, float]], str | None]:
+def watch(
+    epoch_steps: int, dimension: int | None = None, queue_size: int | None = None
+) -> Callable[[int, dict[str, float]], str | None]:
     """A function of (step, metrics), called for each step in turn, that returns a warning or None.
 
     It warns at the end of an epoch, of each trouble once: after the first, if MoCo's queries found
@@ -42,16 +44,34 @@ def watch(epoch_steps: int, dimension: int | None = None,
     def _troubles(step: int, epoch: list[dict[str, float]]) -> Iterator[tuple[str, str]]:
         accuracy = mean(values.get("contrast_acc1", 0) for values in epoch)
         if step == epoch_steps and accuracy > LEAK:
-            yield "leak", (f"in the first epoch {100 * accuracy:.0f} % of the queries found their key: batch "
-                           "statistics or weak views give it away; look at group_size and strong_view")
+            yield (
+                "leak",
+                (
+                    f"in the first epoch {100 * accuracy:.0f} % of the queries found their key:"
+                    " batch statistics or weak views give it away; look at group_size and"
+                    " strong_view"
+                ),
+            )
         spread = epoch[-1].get("z_std", 1)
         if dimension and spread < COLLAPSE / dimension**0.5:
-            yield "collapse", (f"z_std is {spread:.2g} after step {step}, far below 1/sqrt({dimension}) = "
-                               f"{dimension**-0.5:.2g}: the features have collapsed; a lower learning rate may help")
+            yield (
+                "collapse",
+                (
+                    f"z_std is {spread:.2g} after step {step}, far below 1/sqrt({dimension}) ="
+                    f" {dimension**-0.5:.2g}: the features have collapsed; a lower learning rate"
+                    " may help"
+                ),
+            )
         if queue_size and step >= STUCK_AFTER:
             loss, chance = mean(values["loss"] for values in epoch), math.log(queue_size + 1)
             if abs(loss - chance) < STUCK * chance:
-                yield "stuck", (f"the loss is {loss:.2f} after step {step} and ln({queue_size} + 1) = {chance:.2f} is "
-                                "chance: nothing is learned; look at the learning rate and the views")
+                yield (
+                    "stuck",
+                    (
+                        f"the loss is {loss:.2f} after step {step} and ln({queue_size} + 1) ="
+                        f" {chance:.2f} is chance: nothing is learned; look at the learning rate"
+                        " and the views"
+                    ),
+                )
 
     return look

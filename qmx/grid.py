@@ -8,9 +8,9 @@ from qmx.ledger import access
 from qmx.selection.orders import subset_size
 from qmx.selection.select import NEED_FEATURES, SELECTS
 
-# What a student learns from: the images that were asked about; the whole pool, where neighbours' scores stand in for
-# what was not asked (qmx/selection/propagate.py); or both apart, where the student itself does
-# (qmx/methods/fixmatch.py).
+# What a student learns from: the images that were asked about; the whole pool, where neighbours'
+# scores stand in for what was not asked (qmx/selection/propagate.py); or both apart, where the
+# student itself does (qmx/methods/fixmatch.py).
 USES = ("asked", "pool", "fixmatch")
 
 
@@ -47,16 +47,22 @@ class Cell(NamedTuple):
 
 
 def recipe_name(config: Any, cell: Cell) -> str:
-    """The recipe that a cell is trained by: its name in `config.recipes`, or "" for `config.distill`.
+    """The recipe that a cell is trained by: its name in `config.recipes`, or "" for
+    `config.distill`.
 
     Raises:
       ValueError: several recipes claim the cell.
     """
-    found = [name for name, keys in config.recipes.items()
-             if cell.init in keys.inits and keys.above < cell.fraction <= keys.up_to]
+    found = [
+        name
+        for name, keys in config.recipes.items()
+        if cell.init in keys.inits and keys.above < cell.fraction <= keys.up_to
+    ]
     if len(found) > 1:
-        raise ValueError(f"recipes {' and '.join(found)} both claim init {cell.init} at {cell.queries} queries, "
-                         f"a share of {cell.fraction:.2g}; give them ranges of fractions that do not overlap")
+        raise ValueError(
+            f"recipes {' and '.join(found)} both claim init {cell.init} at {cell.queries} queries, "
+            f"a share of {cell.fraction:.2g}; give them ranges of fractions that do not overlap"
+        )
     return found[0] if found else ""
 
 
@@ -67,19 +73,28 @@ def recipe_of(config: Any, cell: Cell) -> Any:
 
 
 def columns(config: Any) -> list[Column]:
-    """The product of the grid's axes, less what needs features and has no encoder; and those of `config.also`.
+    """The product of the grid's axes, less what needs features and has no encoder; and those of
+    `config.also`.
 
     Raises:
       ValueError: a word in `config.also` that no axis has; no column at all.
     """
-    grid = [Column(*axes) for axes in product(*(config[axis] for axis in ("inits", "selects", "accesses", "uses")))]
+    grid = [
+        Column(*axes)
+        for axes in product(*(config[axis] for axis in ("inits", "selects", "accesses", "uses")))
+    ]
     also = [_column(words, config) for words in config["also"]]
     if impossible := [" + ".join(column) for column in also if not _possible(column)]:
-        raise ValueError(f"also has {impossible[0]}, which needs an encoder; name one first, as in 'moco+typiclust'")
+        raise ValueError(
+            f"also has {impossible[0]}, which needs an encoder; name one first, as in"
+            " 'moco+typiclust'"
+        )
     found = [*dict.fromkeys([*filter(_possible, grid), *also])]
     if not found:
-        raise ValueError(f"the grid is empty: of inits {config['inits']} none has the features that selects "
-                         f"{config['selects']} and uses {config['uses']} need; add one that is pretrained")
+        raise ValueError(
+            f"the grid is empty: of inits {config['inits']} none has the features that selects "
+            f"{config['selects']} and uses {config['uses']} need; add one that is pretrained"
+        )
     return found
 
 
@@ -95,36 +110,53 @@ def _possible(column: Column) -> bool:
 def _column(words: str, config: Any) -> Column:
     init, *rest = words.split("+")
     axes = {"select": SELECTS.__contains__, "access": access.known, "use": USES.__contains__}
-    chosen = {"select": config["selects"][0], "access": config["accesses"][0], "use": config["uses"][0]}
+    chosen = {
+        "select": config["selects"][0],
+        "access": config["accesses"][0],
+        "use": config["uses"][0],
+    }
     for word in rest:
         axis = [axis for axis, known in axes.items() if known(word)]
         if not axis:
-            raise ValueError(f"also has {words!r}, and {word!r} is none of "
-                             f"{', '.join([*SELECTS, *access.names(), *USES])}")
+            raise ValueError(
+                f"also has {words!r}, and {word!r} is none of "
+                f"{', '.join([*SELECTS, *access.names(), *USES])}"
+            )
         chosen[axis[0]] = word
     return Column(init, **chosen)
 
 
 def budgets(config: Any, size: int) -> list[Budget]:
-    """The budgets of `config.fractions` and `config.queries` in a pool of `size` images, the small ones first.
+    """The budgets of `config.fractions` and `config.queries` in a pool of `size` images, the small
+    ones first.
 
     Raises:
-      ValueError: a share or a number that this pool does not have; two budgets of one number; no budget at all.
+      ValueError: a share or a number that this pool does not have; two budgets of one number; no
+        budget at all.
     """
-    given = [*((f"fractions {share}", _of_share(share, size)) for share in config.fractions),
-             *((f"queries {number}", _of_number(number, size)) for number in config.queries)]
+    given = [
+        *((f"fractions {share}", _of_share(share, size)) for share in config.fractions),
+        *((f"queries {number}", _of_number(number, size)) for number in config.queries),
+    ]
     if not given:
-        raise ValueError("fractions and queries are both empty; name a budget, as in --config.queries=20")
+        raise ValueError(
+            "fractions and queries are both empty; name a budget, as in --config.queries=20"
+        )
     given.sort(key=lambda named: named[1].queries)
     for (one, budget), (other, following) in pairwise(given):
         if budget.queries == following.queries:
-            raise ValueError(f"{one} and {other} are both {budget.queries} of the pool's {size} images; leave one out")
+            raise ValueError(
+                f"{one} and {other} are both {budget.queries} of the pool's {size} images; leave"
+                " one out"
+            )
     return [budget for _, budget in given]
 
 
 def _of_share(share: Any, size: int) -> Budget:
     if isinstance(share, bool) or not isinstance(share, int | float):
-        raise ValueError(f"fractions has {share!r}, which is not a number; 0.01 is one image in a hundred")
+        raise ValueError(
+            f"fractions has {share!r}, which is not a number; 0.01 is one image in a hundred"
+        )
     try:
         return Budget(subset_size(share, size), float(share))
     except ValueError as error:
@@ -133,7 +165,9 @@ def _of_share(share: Any, size: int) -> Budget:
 
 def _of_number(number: Any, size: int) -> Budget:
     if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= size:
-        raise ValueError(f"queries has {number!r}; use whole numbers from 1 to {size}, which is the pool")
+        raise ValueError(
+            f"queries has {number!r}; use whole numbers from 1 to {size}, which is the pool"
+        )
     return Budget(number, number / size)
 
 
@@ -143,9 +177,12 @@ def budget_keys(config: Any) -> str:
 
 
 def cells(config: Any, size: int) -> list[Cell]:
-    """Every column at every budget in a pool of `size` images and every seed, the small budgets first."""
-    return [Cell(*column, *budget, seed)
-            for budget, column, seed in product(budgets(config, size), columns(config), config.seeds)]
+    """Every column at every budget in a pool of `size` images and every seed, the small budgets
+    first."""
+    return [
+        Cell(*column, *budget, seed)
+        for budget, column, seed in product(budgets(config, size), columns(config), config.seeds)
+    ]
 
 
 def percent(fraction: float) -> str:

@@ -12,12 +12,22 @@ from qmx.sharding import everywhere, put_batch, rows_here
 
 @cache
 def _forward(network: Network, view: View):  # one compilation for each network and view
-    return jax.jit(lambda params, stats, batch: network.apply(params, stats, view(jax.random.key(0), batch), False)[0],
-                   out_shardings=everywhere())
+    return jax.jit(
+        lambda params, stats, batch: network.apply(
+            params, stats, view(jax.random.key(0), batch), False
+        )[0],
+        out_shardings=everywhere(),
+    )
 
 
-def predict(network: Network, params: PyTree, stats: PyTree, view: View, images: np.ndarray,
-            batch_size: int = 256) -> np.ndarray:
+def predict(
+    network: Network,
+    params: PyTree,
+    stats: PyTree,
+    view: View,
+    images: np.ndarray,
+    batch_size: int = 256,
+) -> np.ndarray:
     """What a network says of each image, exactly once; uint8[n, H, W, C] -> f32[n, D]."""
     batches = (images[ids] for ids in ids_here(len(images), batch_size))
     return predict_batches(network, params, stats, view, batches)[: len(images)]
@@ -35,8 +45,9 @@ def ids_here(size: int, batch_size: int = 256) -> np.ndarray:
     return ids.reshape(-1, batch_size)[:, rows_here(batch_size)]
 
 
-def predict_batches(network: Network, params: PyTree, stats: PyTree, view: View,
-                    batches: Iterable[np.ndarray]) -> np.ndarray:
+def predict_batches(
+    network: Network, params: PyTree, stats: PyTree, view: View, batches: Iterable[np.ndarray]
+) -> np.ndarray:
     """`predict` of whole batches, this process's rows of them; all rows in all processes."""
     rows: list[np.ndarray] = []
     ahead: jax.Array | None = None

@@ -11,7 +11,9 @@ import optax
 from qmx.contract import wide
 
 
-def info_nce(q: jax.Array, k: jax.Array, queue: jax.Array, temperature: float) -> tuple[jax.Array, jax.Array]:
+def info_nce(
+    q: jax.Array, k: jax.Array, queue: jax.Array, temperature: float
+) -> tuple[jax.Array, jax.Array]:
     """InfoNCE of queries against their own key and a queue of negatives.
 
     He et al. 2020 (MoCo), equation 1: -log exp(q.k+ / T) / sum_i exp(q.k_i / T), the sum over the
@@ -64,7 +66,9 @@ def kl_target_student(
     return optax.losses.kl_divergence(log_q, p) * student_temperature**2
 
 
-def soft_cross_entropy(target: jax.Array, student: jax.Array, target_temperature: float = 1.0) -> jax.Array:
+def soft_cross_entropy(
+    target: jax.Array, student: jax.Array, target_temperature: float = 1.0
+) -> jax.Array:
     """-sum_c softmax(target / T)_c log softmax(student)_c, in nats; f32[B] from two f32[B, N].
 
     The KL divergence plus the target's own entropy: the same gradient, and for hard labels (see

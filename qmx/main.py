@@ -5,7 +5,8 @@
   --config=FILE.py[:ARGUMENT]  what to run; the keys are explained in qmx/settings.py
   --config.KEY=VALUE           another value for one key, as in --config.pretrain.moco.epochs=80
   --workdir=DIRECTORY          where everything is written, and found again by a second call
-  --stage=STAGE                one of target pretrain monitor select query distill evaluate report; default all
+  --stage=STAGE                one of target pretrain monitor select query distill evaluate report;
+                               default all
   --update                     accept a workdir of another config: keep what fits, redo the rest
   --coordinator=HOST:PORT --processes=P --process=I
                                one of several processes that run as one, the same command in each;
@@ -30,19 +31,27 @@ from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from qmx.settings import leaves
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "the config, a Python file", lock_config=True)
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "the config, a Python file", lock_config=True
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "where everything is written and found again")
 STAGE = flags.DEFINE_string("stage", "all", "all, or one stage, see --help")
 COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of the first of several processes")
-PROCESSES = flags.DEFINE_integer("processes", 0, "how many processes there are; -1 in a Kubernetes job")
+PROCESSES = flags.DEFINE_integer(
+    "processes", 0, "how many processes there are; -1 in a Kubernetes job"
+)
 PROCESS = flags.DEFINE_integer("process", -1, "which of them this is, from 0 on")
-UPDATE = flags.DEFINE_bool("update", False, "accept a workdir of another config: keep what fits, redo the rest")
+UPDATE = flags.DEFINE_bool(
+    "update", False, "accept a workdir of another config: keep what fits, redo the rest"
+)
 
 DONE, MISTAKE, SPENT, STOPPED = 0, 2, 3, 75  # exit statuses
 
 # XLA hands convolutions on CPUs to a library that runs several shapes on one core; this gives them
 # back to Eigen, which takes all cores: about 1.8 times the speed on two.
-CONVOLUTIONS_ON_ALL_CORES = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+CONVOLUTIONS_ON_ALL_CORES = (
+    "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+)
 
 
 def set_xla_flags() -> None:
@@ -53,7 +62,8 @@ def set_xla_flags() -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Run what the command line says; returns the exit status. Mistakes are one line, no traceback."""
+    """Run what the command line says; returns the exit status. Mistakes are one line, no
+    traceback."""
     if {"--help", "-h"} & set(argv):
         print(__doc__)
         return DONE
@@ -80,7 +90,8 @@ def main(argv: list[str]) -> int:
 
 
 def parse(argv: list[str]) -> tuple[FrozenConfigDict, Path]:
-    """The config with its overrides, and the workdir; raises ValueError and whatever absl raises."""
+    """The config with its overrides, and the workdir; raises ValueError and whatever absl
+    raises."""
     for word in argv[1:]:
         if word.startswith("--config="):
             check_overrides(load_file(word.partition("=")[2]), argv)
@@ -88,8 +99,10 @@ def parse(argv: list[str]) -> tuple[FrozenConfigDict, Path]:
     if len(rest) > 1:
         raise ValueError(f"{rest[1]!r} is no flag; write --config.key=value")
     if CONFIG.value is None or not WORKDIR.value:
-        raise ValueError("--config=FILE.py and --workdir=DIRECTORY are needed, as in "
-                         "python -m qmx.main --config=configs/digits.py --workdir=runs/digits")
+        raise ValueError(
+            "--config=FILE.py and --workdir=DIRECTORY are needed, as in "
+            "python -m qmx.main --config=configs/digits.py --workdir=runs/digits"
+        )
     return FrozenConfigDict(CONFIG.value), Path(WORKDIR.value).absolute()
 
 
@@ -101,8 +114,11 @@ def load_file(name: str) -> ConfigDict:
     try:
         return runpy.run_path(path)["get_config"](*[argument] if argument else [])
     except Exception as error:
-        reason = str(error).partition(" Other fields present")[0]  # ml_collections goes on with the whole config
-        raise ValueError(f"--config={name} does not load: {type(error).__name__}: {reason}") from None
+        # ml_collections goes on with the whole config.
+        reason = str(error).partition(" Other fields present")[0]
+        raise ValueError(
+            f"--config={name} does not load: {type(error).__name__}: {reason}"
+        ) from None
 
 
 def check_overrides(config: ConfigDict, argv: list[str]) -> None:
@@ -112,7 +128,9 @@ def check_overrides(config: ConfigDict, argv: list[str]) -> None:
         key = word.partition("=")[0].partition(".")[2]
         if word.startswith("--config.") and key not in known:
             close = difflib.get_close_matches(key, known, 1, cutoff=0.5)
-            raise ValueError(f"unknown config key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+            raise ValueError(
+                f"unknown config key {key!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+            )
 
 
 def start(config: FrozenConfigDict, workdir: Path) -> str:
@@ -127,30 +145,43 @@ def start(config: FrozenConfigDict, workdir: Path) -> str:
     from qmx.workdir import claim
 
     if STAGE.value not in ("all", *pipeline.STAGES):
-        raise ValueError(f"--stage={STAGE.value} is unknown; choose one of all, {', '.join(pipeline.STAGES)}")
+        raise ValueError(
+            f"--stage={STAGE.value} is unknown; choose one of all, {', '.join(pipeline.STAGES)}"
+        )
     if "float64" in (config.student.dtype, config.target.precision):
         jax.config.update("jax_enable_x64", True)
     sharding.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value)
     images = data.load(config.data)
     validate(config, images)
-    if STAGE.value not in ("all", "target", "pretrain", "monitor", "select") and not workdir.exists():
-        raise ValueError(f"--stage={STAGE.value} needs what earlier stages leave in {workdir}, and it does not exist")
+    if (
+        STAGE.value not in ("all", "target", "pretrain", "monitor", "select")
+        and not workdir.exists()
+    ):
+        raise ValueError(
+            f"--stage={STAGE.value} needs what earlier stages leave in {workdir}, and it does not"
+            " exist"
+        )
     check_budget(config, workdir, images)
-    if not (workdir / "config.json").exists():  # else it was done before; it takes seconds for a large network
+    # Else it was done before; it takes seconds for a large network.
+    if not (workdir / "config.json").exists():
         pipeline.check_weights(config, images)
     claim(workdir, json.loads(config.to_json()), UPDATE.value)
-    if jax.config.values["jax_compilation_cache_dir"] is None:  # so that a call after a kill compiles nothing anew
+    # So that a call after a kill compiles nothing anew.
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
     several = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    say(f"{jax.device_count()} {jax.devices()[0].platform} device(s){several}, jax {jax.__version__}; "
-        f"writing to {workdir}")
+    say(
+        f"{jax.device_count()} {jax.devices()[0].platform} device(s){several}, jax"
+        f" {jax.__version__}; writing to {workdir}"
+    )
     for warning in warnings(config, images):
         say(f"warning: {warning}")
     return pipeline.run(config, workdir, images, STAGE.value, stop_on_signals())
 
 
 def stop_on_signals() -> Callable[[], bool]:
-    """A function that says whether SIGTERM or SIGINT came; the second one ends the program at once."""
+    """A function that says whether SIGTERM or SIGINT came; the second one ends the program at
+    once."""
     seen: list[int] = []
     reader, writer = os.pipe()
     os.set_blocking(writer, False)

@@ -41,7 +41,10 @@ def compare(student: np.ndarray, target: np.ndarray, labels: np.ndarray) -> dict
       ValueError: the student's scores are not all finite.
     """
     if not np.isfinite(student).all():
-        raise ValueError(f"the student's scores are not finite for {int((~np.isfinite(student)).any(1).sum())} images")
+        raise ValueError(
+            f"the student's scores are not finite for {int((~np.isfinite(student)).any(1).sum())}"
+            " images"
+        )
     from scipy.special import log_softmax  # it would take a sixth of the time of `import qmx`
 
     first = target.argmax(1)
@@ -57,29 +60,42 @@ def compare(student: np.ndarray, target: np.ndarray, labels: np.ndarray) -> dict
     }
 
 
-def knn(bank: np.ndarray, bank_labels: np.ndarray, queries: np.ndarray, k: int = 5,
-        temperature: float = 0.1) -> np.ndarray:
-    """The class of each query by its k nearest features, weighted; f32[n, D], i32[n], f32[m, D] -> i32[m].
+def knn(
+    bank: np.ndarray,
+    bank_labels: np.ndarray,
+    queries: np.ndarray,
+    k: int = 5,
+    temperature: float = 0.1,
+) -> np.ndarray:
+    """The class of each query by its k nearest features, weighted; f32[n, D], i32[n], f32[m, D] ->
+    i32[m].
 
     Neighbours by cosine similarity s, each voting with exp(s / temperature). Wu et al. 2018
     (*Instance Discrimination*), section 3.4; the MoCo CIFAR notebook takes k 200.
     """
-    queries, bank = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (queries, bank))
+    queries, bank = (
+        x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (queries, bank)
+    )
     classes = int(bank_labels.max()) + 1
     found = []
     for near, ids in nearest(bank, queries, min(k, len(bank))):
-        weight = np.exp((near - near.max(1, keepdims=True)) / temperature)  # the nearest weighs 1: no overflow
+        # The nearest weighs 1: no overflow.
+        weight = np.exp((near - near.max(1, keepdims=True)) / temperature)
         votes = np.zeros((len(ids), classes))
         np.add.at(votes, (np.arange(len(ids))[:, None], bank_labels[ids]), weight)
         found.append(votes.argmax(1))
     return np.concatenate(found).astype(np.int32)
 
 
-def nearest(bank: np.ndarray, queries: np.ndarray, k: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The k most similar rows of a bank, best first, by chunks of the queries; f32[n, D], f32[m, D], k <= n.
+def nearest(
+    bank: np.ndarray, queries: np.ndarray, k: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The k most similar rows of a bank, best first, by chunks of the queries; f32[n, D], f32[m,
+    D], k <= n.
 
     Yields:
-      (dot products f32[c, k], rows of the bank i32[c, k]) of c queries after the other, m in all; exact.
+      (dot products f32[c, k], rows of the bank i32[c, k]) of c queries after the other, m in all;
+      exact.
     """
     devices = jax.device_count()
     # Each device searches its share of the bank; rows that fill it up are too far from everything.
@@ -101,12 +117,16 @@ def _nearest(k: int) -> Callable:
     return jax.jit(partial(_k_nearest, k=k), out_shardings=everywhere())
 
 
-def _k_nearest(queries: jax.Array, shares: dict[str, jax.Array], k: int) -> tuple[jax.Array, jax.Array]:
+def _k_nearest(
+    queries: jax.Array, shares: dict[str, jax.Array], k: int
+) -> tuple[jax.Array, jax.Array]:
     """The k most similar rows, best first: (similarity, number), each [q, k]; exact."""
-    bank, real = shares["bank"], shares["real"]  # f32[devices, n / devices, D], bool[devices, n / devices]
+    # F32[devices, n / devices, D], bool[devices, n / devices].
+    bank, real = shares["bank"], shares["real"]
     similarity = jnp.einsum("qd,snd->sqn", queries, bank, precision="highest")
     similarity = jnp.where(real[:, None], similarity, -jnp.inf)
-    near, place = jax.lax.top_k(similarity, min(k, bank.shape[1]))  # of each share, then of all of them
+    # Of each share, then of all of them.
+    near, place = jax.lax.top_k(similarity, min(k, bank.shape[1]))
     place = place + jnp.arange(bank.shape[0])[:, None, None] * bank.shape[1]
     near, place = (jnp.moveaxis(x, 0, 1).reshape(len(queries), -1) for x in (near, place))
     near, best = jax.lax.top_k(near, k)
@@ -125,7 +145,8 @@ def held_out(size: int) -> np.ndarray:
 
 
 def held_out_knn(features: np.ndarray, labels: np.ndarray, k: int, temperature: float) -> float:
-    """Accuracy of `knn` in per cent, when the `held_out` part asks the others; f32[n, D], i32[n]."""
+    """Accuracy of `knn` in per cent, when the `held_out` part asks the others; f32[n, D],
+    i32[n]."""
     asking = held_out(len(features))
     found = knn(features[~asking], labels[~asking], features[asking], k, temperature)
     return 100.0 * float((found == labels[asking]).mean())

@@ -51,7 +51,8 @@ def schedule(
         raise ValueError(f"schedule {name!r} is unknown; choose one of {', '.join(SCHEDULES)}")
 
     def first_steps(whole_epochs: Iterable[float]) -> np.ndarray:
-        # Whole steps, found here in float64: on the device, float32 would miss the boundary by some steps.
+        # Whole steps, found here in float64: on the device, float32 would miss the boundary by some
+        # steps.
         return np.ceil(np.round(np.array(list(whole_epochs)) * steps / epochs, 6)).astype(np.int32)
 
     if name == "cosine_by_epoch":
@@ -97,11 +98,12 @@ def sgd(
     Args:
       rates: one schedule for all parameters, or one for each top-level part of `params`
         ("backbone", "head", ...).
-      weight_decay_on: "all" parameters, batch-norm scales and biases too (MoCo, SimSiam, torchvision), or
-        "kernels" only (S4L).
+      weight_decay_on: "all" parameters, batch-norm scales and biases too (MoCo, SimSiam,
+        torchvision), or "kernels" only (S4L).
 
     Raises:
-      ValueError: an unknown `weight_decay_on`; at the first call, a part of params that has no rate.
+      ValueError: an unknown `weight_decay_on`; at the first call, a part of params that has no
+        rate.
     """
     return _momentum_sgd(rates, momentum, nesterov, weight_decay, weight_decay_on)
 
@@ -114,7 +116,8 @@ def lars(
     weight_decay: float = 0.0,
     weight_decay_on: str = "all",
 ) -> optax.GradientTransformation:
-    """SGD whose gradient is scaled by 0.001 |w| / |g| first, for each parameter; arguments as `sgd`.
+    """SGD whose gradient is scaled by 0.001 |w| / |g| first, for each parameter; arguments as
+    `sgd`.
 
     Source: You et al. 2017, as apex's `LARC(trust_coefficient=0.001, clip=False)` in the SimSiam
     reference's linear evaluation: biases too, and no scaling where |w| or |g| is 0.
@@ -134,9 +137,12 @@ def _momentum_sgd(
     weight_decay_on: str,
     *scaling: optax.GradientTransformation,
 ) -> optax.GradientTransformation:
-    """Decay, `scaling`, momentum and rate; for all parameters, or for each top-level part with its own rate."""
+    """Decay, `scaling`, momentum and rate; for all parameters, or for each top-level part with its
+    own rate."""
     if weight_decay_on not in DECAYS:
-        raise ValueError(f"weight_decay_on {weight_decay_on!r} is unknown; choose one of {', '.join(DECAYS)}")
+        raise ValueError(
+            f"weight_decay_on {weight_decay_on!r} is unknown; choose one of {', '.join(DECAYS)}"
+        )
     mask = kernels_only if weight_decay_on == "kernels" else None
 
     def one(rate: optax.Schedule) -> optax.GradientTransformation:

@@ -5,9 +5,10 @@ Each stage leaves an artefact in the workdir and is skipped when the same inputs
     target/                       the target's weights
     pretrain/<init>-seed<s>/      an encoder
     monitor/<init>-seed<s>/       what its features are good for
-    select/<way>-<queries>-seed<s>/   the pool's images that are asked about; to choose by answers (margin, entropy)
-                                       this stage asks the target too, all rounds but the last
-    query/                        the rest is asked; the ledger's keys of all images that were asked about
+    select/<way>-<queries>-seed<s>/   the pool's images that are asked about; to choose by answers
+                                      (margin, entropy) this stage asks the target too, all rounds
+                                      but the last
+    query/                        the rest is asked; the ledger's keys of all images asked about
     ledger.sqlite                 every answer of the target
     distill/<cell>/               a student
     evaluate/<cell>/              its row of the table
@@ -52,7 +53,8 @@ def run(config: Any, directory: Path, data: Dataset, only: str, stopped: Callabl
     wanted = {stage: only in ("all", stage) for stage in STAGES}
     todo = cells(config, data.pool.size)
     started = [(init, seed) for init in encoders(config) for seed in config.seeds]
-    if wanted["pretrain"]:  # what is brought along comes first: a wrong file is found before anything is trained
+    # What is brought along comes first: a wrong file is found before anything is trained.
+    if wanted["pretrain"]:
         for init, seed in started:
             if config.pretrain[init].path:
                 pretrain(run, init, seed)
@@ -80,8 +82,8 @@ def run(config: Any, directory: Path, data: Dataset, only: str, stopped: Callabl
 
 
 def check_weights(config: Any, data: Dataset) -> None:
-    """Raise ValueError for weights files that the config names and that do not fit, or a target elsewhere that does
-    not, and Unavailable if it is not there; nothing is written."""
+    """Raise ValueError for weights files that the config names and that do not fit, or a target
+    elsewhere that does not, and Unavailable if it is not there; nothing is written."""
     if config.target.kind in outside.KINDS:
         outside.describe(config.target, data)
     if config.target.kind == "recorded":

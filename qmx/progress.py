@@ -37,11 +37,18 @@ class Progress:
             self.bar.update(self.task, completed=done, text=f"{self._rate(done, now)} {text}")
         elif now - self.said > LINE_SECONDS and done < self.total:
             self.said = now
-            say(f"{self.name}: {done}/{self.total} {self._rate(done, now)} {text}{self._left(done, now)}")
+            say(
+                f"{self.name}: {done}/{self.total} {self._rate(done, now)}"
+                f" {text}{self._left(done, now)}"
+            )
 
     def _rate(self, done: int, now: float) -> str:
         steps = done - (self.first or 0)
-        return f"{steps * self.per_step / max(now - self.started, 1e-9):.0f} {self.unit}/s" if steps else ""
+        return (
+            f"{steps * self.per_step / max(now - self.started, 1e-9):.0f} {self.unit}/s"
+            if steps
+            else ""
+        )
 
     def _left(self, done: int, now: float) -> str:
         steps = done - (self.first or 0)
@@ -63,8 +70,13 @@ def progress(name: str, total: int, per_step: int = 1, unit: str = "images") -> 
         from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-                   TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+        )
         with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
             shown = Progress(name, total, per_step, unit, bar)
             yield shown
@@ -73,4 +85,5 @@ def progress(name: str, total: int, per_step: int = 1, unit: str = "images") -> 
         yield shown
     seconds = time.monotonic() - began
     if per_step > 1 or seconds > 1:  # a training, or something that one waited for
-        say(f"{name}: {total} {'steps' if per_step > 1 else unit} in {seconds:.1f} s {shown.text}".rstrip())
+        noun = "steps" if per_step > 1 else unit
+        say(f"{name}: {total} {noun} in {seconds:.1f} s {shown.text}".rstrip())

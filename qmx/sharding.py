@@ -1,4 +1,5 @@
-"""The mesh, and batches and state onto it; one process or several. The only file that knows devices.
+"""The mesh, and batches and state onto it; one process or several. The only file that knows
+devices.
 
 One axis, "data": batches are split along it, everything else is on every device. XLA places the
 collectives; methods and networks never see a device, and the result does not depend on how many
@@ -22,9 +23,11 @@ from qmx.contract import PyTree
 # What a launcher says of how many processes a job has: SLURM's srun (SLURM_NTASKS is set in an
 # allocation's shell too, where there is one process), Open MPI's mpirun.
 LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-EVERY_DEVICE: tuple[int, ...] = ()  # that a process sees; jax takes None for one device, where a launcher started it
-# After which a process that is silent is taken for dead, and one that ended in an error is no longer waiting for
-# the others to end too; either ends them. All end within moments of each other otherwise.
+# That a process sees; jax takes None for one device, where a launcher started it.
+EVERY_DEVICE: tuple[int, ...] = ()
+# After which a process that is silent is taken for dead, and one that ended in an error is no
+# longer waiting for the others to end too; either ends them. All end within moments of each other
+# otherwise.
 PATIENCE_SECONDS = 20
 
 
@@ -36,35 +39,51 @@ def connect(coordinator: str = "", processes: int = 0, index: int = -1) -> None:
     """Join the processes of one job, before anything else is done with jax.
 
     Args:
-      coordinator: HOST:PORT of the first process, `processes` their number, `index` this one's. Left
-        out, jax finds all three where SLURM or Open MPI started several processes, or in a
-        Kubernetes job (processes -1, needs the package `kubernetes`); otherwise there is one process.
-        A process uses every device that it sees, but where SLURM or Open MPI started several on one
-        machine, each uses the GPU of its own number there.
+      coordinator: HOST:PORT of the first process, `processes` their number, `index` this one's.
+        Left out, jax finds all three where SLURM or Open MPI started several processes, or in a
+        Kubernetes job (processes -1, needs the package `kubernetes`); otherwise there is one
+        process. A process uses every device that it sees, but where SLURM or Open MPI started
+        several on one machine, each uses the GPU of its own number there.
 
     Raises:
       ValueError: only some of the three are given.
     """
     if coordinator:
         if processes < 1 or not 0 <= index < processes:
-            raise ValueError(f"--coordinator={coordinator} needs --processes, 1 and more, and --process, from 0 on and "
-                             f"below it, not {processes} and {index}")
-        jax.distributed.initialize(coordinator, processes, index, EVERY_DEVICE,
-                                   heartbeat_timeout_seconds=PATIENCE_SECONDS,
-                                   shutdown_timeout_seconds=PATIENCE_SECONDS)
+            raise ValueError(
+                f"--coordinator={coordinator} needs --processes, 1 and more, and --process, from 0"
+                f" on and below it, not {processes} and {index}"
+            )
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            index,
+            EVERY_DEVICE,
+            heartbeat_timeout_seconds=PATIENCE_SECONDS,
+            shutdown_timeout_seconds=PATIENCE_SECONDS,
+        )
     elif processes > 0 or index >= 0:
-        raise ValueError("--processes and --process need --coordinator=HOST:PORT, the same for all of them")
+        raise ValueError(
+            "--processes and --process need --coordinator=HOST:PORT, the same for all of them"
+        )
     elif processes == -1 or any(int(os.environ.get(name, "1")) > 1 for name in LAUNCHERS):
-        jax.distributed.initialize(local_device_ids=None if _share_machines() else EVERY_DEVICE,
-                                   heartbeat_timeout_seconds=PATIENCE_SECONDS,
-                                   shutdown_timeout_seconds=PATIENCE_SECONDS)
+        jax.distributed.initialize(
+            local_device_ids=None if _share_machines() else EVERY_DEVICE,
+            heartbeat_timeout_seconds=PATIENCE_SECONDS,
+            shutdown_timeout_seconds=PATIENCE_SECONDS,
+        )
 
 
 def _share_machines() -> bool:
     """Whether SLURM or Open MPI started several of this job's processes on one machine."""
-    said = {name: int(os.environ.get(name, "1")) for name in (
-        "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "OMPI_COMM_WORLD_LOCAL_SIZE")}
-    return said["SLURM_STEP_NUM_TASKS"] > said["SLURM_STEP_NUM_NODES"] or said["OMPI_COMM_WORLD_LOCAL_SIZE"] > 1
+    said = {
+        name: int(os.environ.get(name, "1"))
+        for name in ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "OMPI_COMM_WORLD_LOCAL_SIZE")
+    }
+    return (
+        said["SLURM_STEP_NUM_TASKS"] > said["SLURM_STEP_NUM_NODES"]
+        or said["OMPI_COMM_WORLD_LOCAL_SIZE"] > 1
+    )
 
 
 def first() -> bool:
@@ -73,7 +92,8 @@ def first() -> bool:
 
 
 def rows_here(batch_size: int) -> slice:
-    """This process's rows of a global batch: a block, so that the order does not depend on how many there are."""
+    """This process's rows of a global batch: a block, so that the order does not depend on how many
+    there are."""
     local = batch_size // jax.process_count()
     return slice(local * jax.process_index(), local * (jax.process_index() + 1))
 
@@ -88,7 +108,8 @@ def any_process(flag: bool) -> bool:
 
 
 def from_first(make: Callable[[], Any]) -> Any:
-    """What `make` returns in the first process, JSON or one array, in all of them; `make` runs there alone.
+    """What `make` returns in the first process, JSON or one array, in all of them; `make` runs
+    there alone.
 
     Raises:
       FirstFailed: in the others, where `make` raised in the first.
@@ -103,8 +124,11 @@ def from_first(make: Callable[[], Any]) -> Any:
         except Exception as error:  # told to the others, who would wait for ever
             failed = error
     is_array = isinstance(value, np.ndarray)
-    head = {"failed": None if failed is None else str(failed),
-            "array": [value.dtype.str, value.shape] if is_array else None, "json": None if is_array else value}
+    head = {
+        "failed": None if failed is None else str(failed),
+        "array": [value.dtype.str, value.shape] if is_array else None,
+        "json": None if is_array else value,
+    }
     head = json.loads(_bytes_from_first(json.dumps(head).encode()))
     if failed is not None:
         raise failed
@@ -151,8 +175,12 @@ def put_batch(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
 
 
 def put_ids(ids: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Numbers of rows, whole in every process, i[T, B] -> i32[T, B], each of the T batches split over the devices."""
-    here = {name: np.ascontiguousarray(rows[:, rows_here(rows.shape[1])], np.int32) for name, rows in ids.items()}
+    """Numbers of rows, whole in every process, i[T, B] -> i32[T, B], each of the T batches split
+    over the devices."""
+    here = {
+        name: np.ascontiguousarray(rows[:, rows_here(rows.shape[1])], np.int32)
+        for name, rows in ids.items()
+    }
     return _put(here, NamedSharding(mesh(), PartitionSpec(None, "data")))
 
 
@@ -163,22 +191,28 @@ def put_whole(arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
 
 def _put(here: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
     """Global arrays out of this process's parts of them."""
-    return {name: jax.make_array_from_process_local_data(sharding, part) for name, part in here.items()}
+    return {
+        name: jax.make_array_from_process_local_data(sharding, part) for name, part in here.items()
+    }
 
 
-# Of the memory that is free on a device, what a data set may take: a step's activations need the rest.
+# Of the memory that is free on a device, what a data set may take: a step's activations need the
+# rest.
 SHARE_OF_MEMORY = 0.25
 
 
 def fits_everywhere(nbytes: int) -> bool:
-    """True if so many bytes are at most `SHARE_OF_MEMORY` of the free memory of each device, in all processes."""
+    """True if so many bytes are at most `SHARE_OF_MEMORY` of the free memory of each device, in all
+    processes."""
 
     def free(device: jax.Device) -> int:
         stats = device.memory_stats()
         if stats and "bytes_limit" in stats:
             return stats["bytes_limit"] - stats["bytes_in_use"]
         # A CPU's devices share the machine's memory.
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()
+        return (
+            os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()
+        )
 
     return not any_process(nbytes > SHARE_OF_MEMORY * min(map(free, jax.local_devices())))
 
@@ -192,9 +226,13 @@ def put_state(tree: PyTree) -> PyTree:
     """A tree onto every device, in buffers of its own: the step donates them."""
 
     def put(x: jax.Array) -> jax.Array:
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):  # several processes cannot device_put a key, only its data
-            return jax.random.wrap_key_data(put(jax.random.key_data(x)), impl=jax.random.key_impl(x))
-        # A copy first: with several devices, device_put keeps the caller's buffer even if told not to.
+        # Several processes cannot device_put a key, only its data.
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(
+                put(jax.random.key_data(x)), impl=jax.random.key_impl(x)
+            )
+        # A copy first: with several devices, device_put keeps the caller's buffer even if told not
+        # to.
         return jax.device_put(jnp.array(x, copy=True), everywhere())
 
     return jax.tree.map(put, tree)
@@ -205,5 +243,7 @@ def check_batch(batch_size: int, name: str) -> None:
     devices = jax.device_count()
     if batch_size % devices:
         below, above = batch_size // devices * devices, -(-batch_size // devices) * devices
-        raise ValueError(f"{name} {batch_size} does not divide over {devices} devices; "
-                         f"use {f'{below} or {above}' if below else above}")
+        raise ValueError(
+            f"{name} {batch_size} does not divide over {devices} devices; "
+            f"use {f'{below} or {above}' if below else above}"
+        )

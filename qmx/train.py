@@ -22,34 +22,46 @@ class TrainState(NamedTuple):
     opt_state: PyTree
 
 
-def init_state(method: Method, tx: optax.GradientTransformation, rng: jax.Array, batch: Batch) -> TrainState:
+def init_state(
+    method: Method, tx: optax.GradientTransformation, rng: jax.Array, batch: Batch
+) -> TrainState:
     """The state before the first step; of `batch` only the shapes are read."""
     params, state = method.init(rng, batch)
     return TrainState(jnp.int32(0), params, state, tx.init(params))
 
 
-def make_step(method: Method, tx: optax.GradientTransformation, compiler_options: dict | None = None) -> Callable:
+def make_step(
+    method: Method, tx: optax.GradientTransformation, compiler_options: dict | None = None
+) -> Callable:
     """The jitted step of any method: (train_state, batch, rng) -> (train_state, metrics).
 
-    The batch may be `Rows`: then `steps` of them are done in one dispatch, each on a batch gathered on the devices,
-    and each metric is [T], of which the first `steps` are filled. The results are those of as many single steps, to
-    the bit where T is 1; in a loop XLA's float32 convolutions on CPUs round another way.
+    The batch may be `Rows`: then `steps` of them are done in one dispatch, each on a batch gathered
+    on the devices, and each metric is [T], of which the first `steps` are filled. The results are
+    those of as many single steps, to the bit where T is 1; in a loop XLA's float32 convolutions on
+    CPUs round another way.
 
-    `rng` is the run's one root key; each step folds its number in, so no randomness is stored.
-    The state is donated. `compiler_options` are `jax.jit`'s. The metrics are f32[] on the device, "loss" and
-    "grad_norm", the length of the gradient as one vector, among them.
+    `rng` is the run's one root key; each step folds its number in, so no randomness is stored. The
+    state is donated. `compiler_options` are `jax.jit`'s. The metrics are f32[] on the device,
+    "loss" and "grad_norm", the length of the gradient as one vector, among them.
     """
 
-    def one(ts: TrainState, batch: Batch, rng: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+    def one(
+        ts: TrainState, batch: Batch, rng: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         rng = jax.random.fold_in(rng, ts.step)
         grad = jax.value_and_grad(method.loss, has_aux=True)
         (loss, (state, metrics)), grads = grad(ts.params, ts.state, batch, rng)
         updates, opt_state = tx.update(grads, ts.opt_state, ts.params)
         params = optax.apply_updates(ts.params, updates)
         return TrainState(ts.step + 1, params, state, opt_state), {
-            "loss": loss, "grad_norm": optax.tree.norm(grads), **metrics}
+            "loss": loss,
+            "grad_norm": optax.tree.norm(grads),
+            **metrics,
+        }
 
-    def several(ts: TrainState, rows: Rows, rng: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+    def several(
+        ts: TrainState, rows: Rows, rng: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         most = len(rows.ids[""])
         if most == 1:  # no loop around it
             ts, metrics = one(ts, rows.batch(jnp.int32(0)), rng)
@@ -59,12 +71,17 @@ def make_step(method: Method, tx: optax.GradientTransformation, compiler_options
 
         def next_one(place: jax.Array, so_far: tuple[TrainState, dict]) -> tuple[TrainState, dict]:
             ts, metrics = one(so_far[0], rows.batch(place), rng)
-            return ts, jax.tree.map(lambda column, value: column.at[place].set(value), so_far[1], metrics)
+            return ts, jax.tree.map(
+                lambda column, value: column.at[place].set(value), so_far[1], metrics
+            )
 
-        # A number of steps that is data: one compilation serves a remainder and a run that goes on amid one.
+        # A number of steps that is data: one compilation serves a remainder and a run that goes on
+        # amid one.
         return jax.lax.fori_loop(0, rows.steps, next_one, (ts, unfilled))
 
-    def step(ts: TrainState, batch: Batch | Rows, rng: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(
+        ts: TrainState, batch: Batch | Rows, rng: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         return several(ts, batch, rng) if isinstance(batch, Rows) else one(ts, batch, rng)
 
     return jax.jit(step, donate_argnums=0, compiler_options=compiler_options)
@@ -91,30 +108,36 @@ def fit(
 
     Args:
       step: from `make_step`.
-      batches: start -> an iterator over batches `start`, `start` + 1, ..., or over `Rows` of them, no more of which
-        are trained on than `steps` allows.
+      batches: start -> an iterator over batches `start`, `start` + 1, ..., or over `Rows` of them,
+        no more of which are trained on than `steps` allows.
       rng: the run's root key.
       on_metrics: called with (steps done, metrics) for every step, one dispatch late, so that the
         device never waits for the host.
       save: writes a checkpoint; called every `save_seconds` and when the run is stopped.
       stopped: asked after each dispatch.
-      agree: called after each dispatch with whether this process wants to stop, and with whether it wants to
-        save, each with the steps done before the dispatch and after it; says what all do. Several processes must
-        stop and save at one step.
+      agree: called after each dispatch with whether this process wants to stop, and with whether it
+        wants to save, each with the steps done before the dispatch and after it; says what all do.
+        Several processes must stop and save at one step.
 
     Raises:
-      FloatingPointError: the loss or the gradient is not finite; says at which step. No state after it is saved.
+      FloatingPointError: the loss or the gradient is not finite; says at which step. No state after
+        it is saved.
       Stopped: `stopped` said so; the state was saved first, if there is a `save`.
     """
 
     def report(before: int, count: int, metrics: dict[str, jax.Array]) -> None:
         columns = {name: np.atleast_1d(np.asarray(value)) for name, value in metrics.items()}
         for place in range(count):
-            done, values = before + place + 1, {name: float(column[place]) for name, column in columns.items()}
+            done, values = (
+                before + place + 1,
+                {name: float(column[place]) for name, column in columns.items()},
+            )
             for name, what in (("loss", "loss"), ("grad_norm", "gradient's length")):
                 if not math.isfinite(values[name]):
-                    raise FloatingPointError(f"the {what} is {values[name]} at step {done} of {steps}; "
-                                             "a lower learning rate or a warm-up may cure it")
+                    raise FloatingPointError(
+                        f"the {what} is {values[name]} at step {done} of {steps}; "
+                        "a lower learning rate or a warm-up may cure it"
+                    )
             on_metrics(done, values)
 
     pending = None

@@ -47,15 +47,29 @@ def view(keys: Any, seen: Look) -> View:
 
 
 def optimiser(keys: Any, steps: int, **rates: tuple[float, str]) -> optax.GradientTransformation:
-    """The optimiser of a config's training keys; `rates` gives each part its (learning rate, schedule)."""
+    """The optimiser of a config's training keys; `rates` gives each part its (learning rate,
+    schedule)."""
     schedules = {
-        part: optim.schedule(name, rate, epochs=keys.epochs, steps=steps, warmup_epochs=keys.warmup_epochs,
-                             warmup_start=keys.warmup_start, milestones=keys.milestones, factor=keys.factor)
+        part: optim.schedule(
+            name,
+            rate,
+            epochs=keys.epochs,
+            steps=steps,
+            warmup_epochs=keys.warmup_epochs,
+            warmup_start=keys.warmup_start,
+            milestones=keys.milestones,
+            factor=keys.factor,
+        )
         for part, (rate, name) in rates.items()
     }
     make = optim.OPTIMIZERS[keys.optimizer]
-    return make(schedules, momentum=keys.momentum, nesterov=keys.nesterov, weight_decay=keys.weight_decay,
-                weight_decay_on=keys.weight_decay_on)
+    return make(
+        schedules,
+        momentum=keys.momentum,
+        nesterov=keys.nesterov,
+        weight_decay=keys.weight_decay,
+        weight_decay_on=keys.weight_decay_on,
+    )
 
 
 def pretrain_steps(keys: Any, pool: int) -> int:
@@ -64,13 +78,20 @@ def pretrain_steps(keys: Any, pool: int) -> int:
 
 
 def distill_steps(keys: Any, size: int) -> int:
-    """Steps over a transfer set of `size` images: `epochs` seamless ones, but at least `min_steps`."""
-    return max(-int(-keys.epochs * epoch_steps(size, keys.batch_size, drop_last=False) // 1), keys.get("min_steps", 0))
+    """Steps over a transfer set of `size` images: `epochs` seamless ones, but at least
+    `min_steps`."""
+    return max(
+        -int(-keys.epochs * epoch_steps(size, keys.batch_size, drop_last=False) // 1),
+        keys.get("min_steps", 0),
+    )
 
 
 def fixmatch_steps(keys: Any, fixmatch_keys: Any, asked: int, pool: int) -> int:
-    """Steps of a student that labels the pool itself: its recipe's, or those of `epochs` over the pool if more."""
-    over_pool = fixmatch_keys.epochs * epoch_steps(pool, keys.batch_size * fixmatch_keys.mu, drop_last=False)
+    """Steps of a student that labels the pool itself: its recipe's, or those of `epochs` over the
+    pool if more."""
+    over_pool = fixmatch_keys.epochs * epoch_steps(
+        pool, keys.batch_size * fixmatch_keys.mu, drop_last=False
+    )
     return max(distill_steps(keys, asked), -int(-over_pool // 1))
 
 
@@ -93,26 +114,36 @@ def classifier(arch: str, dtype: str, seen: Look, standardize: bool = False) -> 
     return chain(backbone=backbone(arch, dtype, seen), head=head)
 
 
-def for_inference(arch: str, precision: str, seen: Look, weights: Encoder) -> tuple[Network, Encoder]:
+def for_inference(
+    arch: str, precision: str, seen: Look, weights: Encoder
+) -> tuple[Network, Encoder]:
     """A `classifier` and its weights with the batch norm folded into the convolutions."""
     dtype = jnp.dtype(PRECISIONS[precision][0])
-    network = chain(backbone=models.backbone(arch, dtype=dtype, folded=True), head=models.classifier(seen.classes))
+    network = chain(
+        backbone=models.backbone(arch, dtype=dtype, folded=True),
+        head=models.classifier(seen.classes),
+    )
     params, stats = weights
     folded = models.fold(params["backbone"], stats["backbone"])
-    return network, Encoder({**params, "backbone": folded.params}, {**stats, "backbone": folded.stats})
+    return network, Encoder(
+        {**params, "backbone": folded.params}, {**stats, "backbone": folded.stats}
+    )
 
 
 @cache
 def random_backbone(arch: str, dtype: str, seen: Look) -> Callable[[jax.Array], tuple]:
     """rng -> the variables of a backbone that was never trained."""
     image = jnp.zeros((2, *seen.shape))
-    return jax.jit(lambda rng: backbone(arch, dtype, seen).init(rng, image),
-                   compiler_options={"xla_backend_optimization_level": 0})
+    return jax.jit(
+        lambda rng: backbone(arch, dtype, seen).init(rng, image),
+        compiler_options={"xla_backend_optimization_level": 0},
+    )
 
 
 @cache
 def variables(network: Network, seen: Look) -> Encoder:
-    """The shapes of a network's variables, for reading weights; traced once, and nothing is computed."""
+    """The shapes of a network's variables, for reading weights; traced once, and nothing is
+    computed."""
     image = jnp.zeros((2, *seen.shape))  # two, because one has no batch statistics
     return Encoder(*jax.eval_shape(lambda: network.init(jax.random.key(0), image)))
 
@@ -124,7 +155,9 @@ def evaluation_view(seen: Look) -> View:
 
 
 @cache
-def pretrainer(name: str, keys: Any, student: Any, view_keys: Any, seen: Look, steps: int) -> Trainer:
+def pretrainer(
+    name: str, keys: Any, student: Any, view_keys: Any, seen: Look, steps: int
+) -> Trainer:
     """The `Trainer` of `moco`, `simsiam` or `rotation`, by its keys of the config."""
     cut = view(view_keys, seen)
     arch, dtype = student.arch, jnp.dtype(student.dtype)
@@ -133,11 +166,22 @@ def pretrainer(name: str, keys: Any, student: Any, view_keys: Any, seen: Look, s
     if name == "moco":
         net = models.backbone(arch, stats_groups=keys.batch_size // keys.group_size, dtype=dtype)
         head = (models.moco_head if keys.head == "mlp" else models.classifier)(keys.features)
-        method = moco.make(net, head, cut, queue_size=keys.queue_size, temperature=keys.temperature, decay=keys.decay)
+        method = moco.make(
+            net,
+            head,
+            cut,
+            queue_size=keys.queue_size,
+            temperature=keys.temperature,
+            decay=keys.decay,
+        )
     elif name == "simsiam":
         net = models.backbone(arch, zero_init=True, dtype=dtype)
-        method = simsiam.make(net, models.simsiam_projector(keys.features, keys.layers),
-                              models.simsiam_predictor(keys.hidden), cut)
+        method = simsiam.make(
+            net,
+            models.simsiam_projector(keys.features, keys.layers),
+            models.simsiam_predictor(keys.hidden),
+            cut,
+        )
         rates["predictor"] = (keys.learning_rate, "constant") if keys.fix_predictor_rate else follow
     else:
         method = rotation.make(backbone(arch, student.dtype, seen), models.classifier(4), cut)
@@ -153,23 +197,44 @@ def distiller(keys: Any, arch: str, dtype: str, view_keys: Any, seen: Look, step
 
 
 @cache
-def self_labeller(keys: Any, fixmatch_keys: Any, arch: str, dtype: str, weak_keys: Any, strong_keys: Any, seen: Look,
-                  steps: int) -> Trainer:
+def self_labeller(
+    keys: Any,
+    fixmatch_keys: Any,
+    arch: str,
+    dtype: str,
+    weak_keys: Any,
+    strong_keys: Any,
+    seen: Look,
+    steps: int,
+) -> Trainer:
     """The `Trainer` of a student that labels the pool itself; see `qmx.methods.fixmatch`."""
     head, weak, tx, temperatures = _student(keys, weak_keys, seen, steps)
-    method = fixmatch.make(backbone(arch, dtype, seen), head, weak, view(strong_keys, seen), **temperatures,
-                           threshold=fixmatch_keys.threshold, weight=fixmatch_keys.weight, decay=fixmatch_keys.decay)
+    method = fixmatch.make(
+        backbone(arch, dtype, seen),
+        head,
+        weak,
+        view(strong_keys, seen),
+        **temperatures,
+        threshold=fixmatch_keys.threshold,
+        weight=fixmatch_keys.weight,
+        decay=fixmatch_keys.decay,
+    )
     return _trainer(method, tx, seen, keys.batch_size, scores=True)
 
 
-def _student(keys: Any, view_keys: Any, seen: Look,
-             steps: int) -> tuple[Network, View, optax.GradientTransformation, dict[str, float]]:
+def _student(
+    keys: Any, view_keys: Any, seen: Look, steps: int
+) -> tuple[Network, View, optax.GradientTransformation, dict[str, float]]:
     """The head, the weak view, the optimiser and the temperatures of a student's keys."""
     if any(keys.get("jitter", ())):
         view_keys = {**view_keys, "jitter": keys.jitter, "jitter_p": 1.0}
     head = models.classifier(seen.classes, standardize=keys.get("standardize", False))
-    tx = optimiser(keys, steps, backbone=(keys.learning_rate, keys.schedule),
-                   head=(keys.get("head_learning_rate", keys.learning_rate), keys.schedule))
+    tx = optimiser(
+        keys,
+        steps,
+        backbone=(keys.learning_rate, keys.schedule),
+        head=(keys.get("head_learning_rate", keys.learning_rate), keys.schedule),
+    )
     temperatures = {k: keys[k] for k in ("target_temperature", "student_temperature") if k in keys}
     return head, view(view_keys, seen), tx, temperatures
 
@@ -183,21 +248,26 @@ def prober(keys: Any, arch: str, dtype: str, view_keys: Any, seen: Look, steps: 
     return _trainer(method, tx, seen, keys.batch_size, scores=True)
 
 
-def _trainer(method: Method, tx: optax.GradientTransformation, seen: Look, batch_size: int, scores: bool) -> Trainer:
+def _trainer(
+    method: Method, tx: optax.GradientTransformation, seen: Look, batch_size: int, scores: bool
+) -> Trainer:
     batch: Batch = {"image": jnp.zeros((batch_size, *seen.shape), jnp.uint8)}
     if scores:
         batch["scores"] = jnp.zeros((batch_size, seen.classes))
-    # It runs once, so it need not be compiled well: 0.6 s and not 2.7 for MoCo on digits, two cores.
-    init = jax.jit(lambda rng: init_state(method, tx, rng, batch),
-                   compiler_options={"xla_backend_optimization_level": 0})
+    # It runs once, so it need not be compiled well: 0.6 s and not 2.7 for MoCo on digits, two
+    # cores.
+    init = jax.jit(
+        lambda rng: init_state(method, tx, rng, batch),
+        compiler_options={"xla_backend_optimization_level": 0},
+    )
     return Trainer(method, init, make_step(method, tx, quickly()))
 
 
 def quickly() -> dict[str, int] | None:
-    """Compiler options for CPUs: LLVM's first level, which makes steps as quick in half the time (benchmarks/README.md,
-    "Start"), unless the user set another."""
-    if jax.default_backend() != "cpu" or "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", ""):
+    """Compiler options for CPUs: LLVM's first level, which makes steps as quick in half the time
+    (benchmarks/README.md, "Start"), unless the user set another."""
+    if jax.default_backend() != "cpu" or "xla_backend_optimization_level" in os.environ.get(
+        "XLA_FLAGS", ""
+    ):
         return None
     return {"xla_backend_optimization_level": 1}
-
-

@@ -1,4 +1,5 @@
-"""One training run in a directory: its progress, its metrics, its checkpoints, and going on from them."""
+"""One training run in a directory: its progress, its metrics, its checkpoints, and going on from
+them."""
 
 import json
 import os
@@ -50,7 +51,8 @@ def train(
 
     Raises:
       Stopped: `stopped` said so; the state is in checkpoints/.
-      FloatingPointError: the loss or the gradient is not finite; names the run, the step and the last checkpoint.
+      FloatingPointError: the loss or the gradient is not finite; names the run, the step and the
+        last checkpoint.
     """
     ts, rng = put_state((ts, rng))  # else each step would bring the key to every device
     with Checkpoints(directory / "checkpoints") as checkpoints:
@@ -60,9 +62,20 @@ def train(
             say(f"{name}: goes on from {checkpoints.newest()}")
 
         def batches(start: int) -> Iterator[dict[str, jax.Array] | Rows]:
-            return feed(source, batch_size, steps=steps, seed=seed, start=start, drop_last=drop_last, at_once=at_once)
+            return feed(
+                source,
+                batch_size,
+                steps=steps,
+                seed=seed,
+                start=start,
+                drop_last=drop_last,
+                at_once=at_once,
+            )
 
-        with _log(directory / "metrics.jsonl", int(ts.step)) as file, progress(name, steps, batch_size) as shown:
+        with (
+            _log(directory / "metrics.jsonl", int(ts.step)) as file,
+            progress(name, steps, batch_size) as shown,
+        ):
 
             def on_metrics(done: int, metrics: dict[str, float]) -> None:
                 file.write(json.dumps({"step": done, **metrics}) + "\n")
@@ -71,8 +84,18 @@ def train(
                     say(f"warning: {name}: {warning}")
 
             try:
-                ts = fit(step, ts, batches, rng, steps=steps, on_metrics=on_metrics, save=checkpoints.save,
-                         save_seconds=save_seconds, stopped=stopped, agree=agreed)
+                ts = fit(
+                    step,
+                    ts,
+                    batches,
+                    rng,
+                    steps=steps,
+                    on_metrics=on_metrics,
+                    save=checkpoints.save,
+                    save_seconds=save_seconds,
+                    stopped=stopped,
+                    agree=agreed,
+                )
             except FloatingPointError as error:
                 last = checkpoints.newest()
                 saved = f"the last good state is {last}" if last else "no state was saved before"
@@ -82,10 +105,15 @@ def train(
 
 
 def _log(path: Path, start: int) -> TextIO:
-    """The open file of the metrics, which holds those of the first `start` steps; of the first process alone."""
+    """The open file of the metrics, which holds those of the first `start` steps; of the first
+    process alone."""
     if not first():
         return open(os.devnull, "w")
-    kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start] if start else []
+    kept = (
+        [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start]
+        if start
+        else []
+    )
     write_text(path, "".join(line + "\n" for line in kept))
     return open(path, "a", buffering=1)
 
@@ -94,7 +122,8 @@ ASK_EVERY = 10  # steps: a question costs all processes a round
 
 
 def agreed(wanted: bool, before: int, done: int) -> bool:
-    """For `fit`: what some process wants, all do; asked after each tenth step, however many a dispatch has."""
+    """For `fit`: what some process wants, all do; asked after each tenth step, however many a
+    dispatch has."""
     if jax.process_count() == 1:
         return wanted
     return before // ASK_EVERY < done // ASK_EVERY and any_process(wanted)

@@ -56,8 +56,13 @@ def write_json(path: Path, value: Any) -> None:
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     """Where two JSON values differ, as "key: old value here, new value there"."""
     if isinstance(old, dict) and isinstance(new, dict):
-        return [line for key in sorted(old.keys() | new.keys())
-                for line in differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)]
+        return [
+            line
+            for key in sorted(old.keys() | new.keys())
+            for line in differences(
+                old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key
+            )
+        ]
     return [] if old == new else [f"{prefix}: {json.dumps(old)} there, {json.dumps(new)} now"]
 
 
@@ -65,8 +70,13 @@ class NotDone(ValueError):
     """A stage whose result is missing, or of other inputs, and which is not this call's to do."""
 
 
-def stage(directory: Path, inputs: dict, run: Callable[[], dict], say: Callable[[str], None],
-          refuse: str | None = None) -> dict:
+def stage(
+    directory: Path,
+    inputs: dict,
+    run: Callable[[], dict],
+    say: Callable[[str], None],
+    refuse: str | None = None,
+) -> dict:
     """The result of a stage: the one on the disk if the same inputs made it, else a new one.
 
     Args:
@@ -78,8 +88,8 @@ def stage(directory: Path, inputs: dict, run: Callable[[], dict], say: Callable[
       refuse: if given, why `run` is not to be called.
 
     Returns:
-      What `run` returned. It is written down last, so that a stage which was killed is not taken for
-      done; what it left is kept for going on, if the inputs are still the same.
+      What `run` returned. It is written down last, so that a stage which was killed is not taken
+      for done; what it left is kept for going on, if the inputs are still the same.
 
     Raises:
       NotDone: there is no result of these inputs, and `refuse` says why none is made.
@@ -88,7 +98,11 @@ def stage(directory: Path, inputs: dict, run: Callable[[], dict], say: Callable[
     begun, done = directory / "inputs.json", directory / "result.json"
 
     def find() -> dict | None:
-        changed = differences(json.loads(begun.read_text()), inputs) if begun.exists() else ["it was never begun"]
+        changed = (
+            differences(json.loads(begun.read_text()), inputs)
+            if begun.exists()
+            else ["it was never begun"]
+        )
         if not changed and done.exists():
             return json.loads(done.read_text())
         if refuse:
@@ -96,7 +110,8 @@ def stage(directory: Path, inputs: dict, run: Callable[[], dict], say: Callable[
         if changed:
             if done.exists():
                 say(f"{directory.name} is done again, because {changed[0]}")
-            shutil.rmtree(directory, ignore_errors=True)  # also the checkpoints of a run that other inputs began
+            # Also the checkpoints of a run that other inputs began.
+            shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True, exist_ok=True)
         write_json(begun, inputs)
         return None
@@ -130,8 +145,11 @@ def claim(workdir: Path, config: dict, update: bool) -> None:
             changed = differences(json.loads(path.read_text()), config)
             if changed:
                 more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-                raise Mismatch(f"{workdir} was made with another config: {changed[0]}{more}; take another --workdir, "
-                               "or give --update to keep the stages that still fit and do the others again")
+                raise Mismatch(
+                    f"{workdir} was made with another config: {changed[0]}{more}; take another"
+                    " --workdir, or give --update to keep the stages that still fit and do the"
+                    " others again"
+                )
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(path, config)
 

@@ -11,7 +11,11 @@ import sys
 from pathlib import Path
 
 QUICKLY = "--xla_backend_optimization_level=0"
-GIVEN = os.environ.get("XLA_FLAGS", "--xla_force_host_platform_device_count=2").replace(QUICKLY, "").strip()
+GIVEN = (
+    os.environ.get("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    .replace(QUICKLY, "")
+    .strip()
+)
 os.environ["XLA_FLAGS"] = f"{GIVEN} {QUICKLY}"  # a worker inherits it, so it was taken out first
 
 import pytest  # noqa: E402
@@ -19,10 +23,18 @@ import pytest  # noqa: E402
 ROOT = Path(__file__).parent.parent
 
 # Every part of the pipeline, for a few steps each, in the precision of most runs.
-TINY = ["--config=configs/digits.py:float32", "--config.seeds=(0,)", "--config.fractions=(0.05,1.0)",
-        "--config.queries=()", "--config.target.epochs=2", "--config.pretrain.moco.epochs=1",
-        "--config.pretrain.simsiam.epochs=1", "--config.pretrain.rotation.epochs=1", "--config.distill.epochs=0.5",
-        "--config.distill.min_steps=12"]
+TINY = [
+    "--config=configs/digits.py:float32",
+    "--config.seeds=(0,)",
+    "--config.fractions=(0.05,1.0)",
+    "--config.queries=()",
+    "--config.target.epochs=2",
+    "--config.pretrain.moco.epochs=1",
+    "--config.pretrain.simsiam.epochs=1",
+    "--config.pretrain.rotation.epochs=1",
+    "--config.distill.epochs=0.5",
+    "--config.distill.min_steps=12",
+]
 
 
 MAPS = Path("/proc/self/maps")
@@ -43,11 +55,16 @@ def pytest_runtest_teardown(nextitem):
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory):
-    """For commands: one compilation cache, of all workers, so that only the first of them compiles."""
+    """For commands: one compilation cache, of all workers, so that only the first of them
+    compiles."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    return {**os.environ, "XLA_FLAGS": GIVEN, "JAX_COMPILATION_CACHE_DIR": str(shared / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+    return {
+        **os.environ,
+        "XLA_FLAGS": GIVEN,
+        "JAX_COMPILATION_CACHE_DIR": str(shared / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    }
 
 
 @pytest.fixture(scope="session")
@@ -55,8 +72,14 @@ def start(environment):
     """start(*arguments) -> the running command, its standard out and error as text pipes."""
 
     def popen(*arguments):
-        return subprocess.Popen([sys.executable, "-m", "qmx.main", *map(str, arguments)], cwd=ROOT, env=environment,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            [sys.executable, "-m", "qmx.main", *map(str, arguments)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     return popen
 

@@ -1,9 +1,11 @@
 """A small server of the Open Inference Protocol v2, with models that go wrong, for the tests.
 
-    python tests/oip_server.py --log=FILE [--delay=SECONDS] [--binary] [--cert=PEM --key=PEM] [--token=TOKEN]
+    python tests/oip_server.py --log=FILE [--delay=SECONDS] [--binary] [--cert=PEM --key=PEM]
+        [--token=TOKEN]
 
-Prints its port on loopback. Each fault is a model, called what it does; "digits" answers well. The log has a line for
-each inference request, written before it is answered: the time, the model, and the SHA-256 of each image's pixels.
+Prints its port on loopback. Each fault is a model, called what it does; "digits" answers well. The
+log has a line for each inference request, written before it is answered: the time, the model, and
+the SHA-256 of each image's pixels.
 """
 
 import argparse
@@ -21,7 +23,8 @@ ELSEWHERE = "http://example.invalid/v2"
 
 
 def scores_of(images):
-    """Logits of digits: minus the mean squared distance to each class's mean image; uint8[b, 8, 8, 1] -> f32[b, 10]."""
+    """Logits of digits: minus the mean squared distance to each class's mean image; uint8[b, 8, 8,
+    1] -> f32[b, 10]."""
     distance = images.reshape(len(images), 1, -1).astype(np.float32) - means()
     return (-(distance**2).mean(2) / 300).astype(np.float32)
 
@@ -36,7 +39,9 @@ SAYS = {
     "floats": {"inputs": [{"name": "image", "datatype": "FP32", "shape": [-1, 8, 8, 1]}]},
     "channels_first": {"inputs": [{"name": "image", "datatype": "FP32", "shape": [-1, 1, 8, 8]}]},
     "texts": {"inputs": [{"name": "image", "datatype": "BYTES", "shape": [-1]}]},
-    "two_inputs": {"inputs": [{"name": name, "datatype": "UINT8", "shape": [-1, 8, 8, 1]} for name in "ab"]},
+    "two_inputs": {
+        "inputs": [{"name": name, "datatype": "UINT8", "shape": [-1, 8, 8, 1]} for name in "ab"]
+    },
     "thousand": {"outputs": [{"name": "scores", "datatype": "FP32", "shape": [-1, 1000]}]},
     "numbers": {"outputs": [{"name": "scores", "datatype": "INT64", "shape": [-1]}]},
     "versions": {"versions": ["1", "2"]},
@@ -80,16 +85,28 @@ class Handler(BaseHTTPRequestHandler):
         if parts[0] != "v2":
             self.reply({"error": "not here"}, 404)
         elif parts == ["v2"]:
-            self.reply({"name": "test", "version": "1", "extensions": ["binary_tensor_data"] * self.server.binary})
+            self.reply(
+                {
+                    "name": "test",
+                    "version": "1",
+                    "extensions": ["binary_tensor_data"] * self.server.binary,
+                }
+            )
         elif len(parts) > 2 and parts[2] == "absent":
             self.reply({"error": "Request for unknown model: 'absent' is not found"}, 404)
         elif parts[-1] == "ready":
             self.reply({"name": parts[2], "ready": parts[2] != "loading"})
         else:
-            self.reply({"name": parts[2], "versions": ["1"], "platform": "test",
-                        "inputs": [{"name": "image", "datatype": "UINT8", "shape": [-1, 8, 8, 1]}],
-                        "outputs": [{"name": "scores", "datatype": "FP32", "shape": [-1, 10]}],
-                        **SAYS.get(parts[2], {})})
+            self.reply(
+                {
+                    "name": parts[2],
+                    "versions": ["1"],
+                    "platform": "test",
+                    "inputs": [{"name": "image", "datatype": "UINT8", "shape": [-1, 8, 8, 1]}],
+                    "outputs": [{"name": "scores", "datatype": "FP32", "shape": [-1, 10]}],
+                    **SAYS.get(parts[2], {}),
+                }
+            )
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -101,16 +118,29 @@ class Handler(BaseHTTPRequestHandler):
         given = request["inputs"][0]
         assert given["datatype"] == ("FP32" if model == "floats" else "UINT8"), given["datatype"]
         dtype = "<f4" if model == "floats" else "u1"
-        flat = np.frombuffer(body[length:], dtype) if length < len(body) else np.array(given["data"], dtype)
+        flat = (
+            np.frombuffer(body[length:], dtype)
+            if length < len(body)
+            else np.array(given["data"], dtype)
+        )
         images = flat.reshape(given["shape"]).astype(np.uint8)
-        self.server.note(f"{time.time()} {model} "
-                         + " ".join(hashlib.sha256(image.tobytes()).hexdigest() for image in images))
+        self.server.note(
+            f"{time.time()} {model} "
+            + " ".join(hashlib.sha256(image.tobytes()).hexdigest() for image in images)
+        )
         time.sleep(self.server.delay)
         self.server.met[model] += 1
         self.answer(model, request, scores_of(images))
 
     def answer(self, model, request, scores):
-        met, answer = self.server.met[model], {"id": request["id"], "model_name": model, "model_version": "1"}
+        met, answer = (
+            self.server.met[model],
+            {
+                "id": request["id"],
+                "model_name": model,
+                "model_version": "1",
+            },
+        )
         if model == "slow":
             time.sleep(3)
         elif model == "down":
@@ -145,8 +175,12 @@ class Handler(BaseHTTPRequestHandler):
             answer["id"] = "0"
         elif model == "replaced":
             answer["model_version"] = "2"
-        output = {"name": "logits" if model == "renamed" else "scores", "datatype": "FP32", "shape": list(scores.shape),
-                  "data": scores.ravel().tolist()}
+        output = {
+            "name": "logits" if model == "renamed" else "scores",
+            "datatype": "FP32",
+            "shape": list(scores.shape),
+            "data": scores.ravel().tolist(),
+        }
         if model == "numbers":
             output["datatype"] = "INT64"
         elif model == "null":
@@ -161,8 +195,15 @@ class Handler(BaseHTTPRequestHandler):
             tensor = np.ascontiguousarray(scores, "<i8" if model == "numbers" else "<f4").tobytes()
             output["parameters"] = {"binary_data_size": len(tensor)}
             # Another output before it, as a model may have.
-            answer["outputs"].insert(0, {"name": "rest", "datatype": "UINT8", "shape": [3],
-                                         "parameters": {"binary_data_size": 3}})
+            answer["outputs"].insert(
+                0,
+                {
+                    "name": "rest",
+                    "datatype": "UINT8",
+                    "shape": [3],
+                    "parameters": {"binary_data_size": 3},
+                },
+            )
             head = json.dumps(answer).encode()
             return self.reply(head + b"abc" + tensor, Inference_Header_Content_Length=len(head))
         body = json.dumps(answer).encode()

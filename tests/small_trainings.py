@@ -1,11 +1,13 @@
-"""Train a small one of each method with qmx's own loop, in a process of its own; see test_invariance.py.
+"""Train a small one of each method with qmx's own loop, in a process of its own; see
+test_invariance.py.
 
     python tests/small_trainings.py DIRECTORY METHODS STEPS STOP AT_ONCE
 
-Stops each training after STOP more dispatches, as a signal would; 0 does not. A dispatch has AT_ONCE steps on images
-that lie on the devices, or one on images that the host brings if that is 0. What is finished is left in
-DIRECTORY/METHOD: metrics.jsonl and state.npz, every leaf of the last state; and, of the last one if it is
-distillation, DIRECTORY/evaluation.npz. METHODS are names with commas between them.
+Stops each training after STOP more dispatches, as a signal would; 0 does not. A dispatch has
+AT_ONCE steps on images that lie on the devices, or one on images that the host brings if that is 0.
+What is finished is left in DIRECTORY/METHOD: metrics.jsonl and state.npz, every leaf of the last
+state; and, of the last one if it is distillation, DIRECTORY/evaluation.npz. METHODS are names with
+commas between them.
 """
 
 import sys
@@ -16,7 +18,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qmx import augment, distill, fixmatch, init_state, make_step, moco, models, optim, rotation, simsiam
+from qmx import (
+    augment,
+    distill,
+    fixmatch,
+    init_state,
+    make_step,
+    moco,
+    models,
+    optim,
+    rotation,
+    simsiam,
+)
 from qmx.contract import by_path, chain
 from qmx.data.sources import Beside, in_memory
 from qmx.inference import predict
@@ -40,10 +53,13 @@ def network(groups):
 NET, HEAD = network(1), models.classifier(10)
 METHODS = {  # eight groups of four images; one group over all of them
     "moco": moco.make(network(8), models.moco_head(16), VIEW, queue_size=2 * BATCH, decay=0.9),
-    "simsiam": simsiam.make(NET, models.simsiam_projector(16, 2), models.simsiam_predictor(8), VIEW),
+    "simsiam": simsiam.make(
+        NET, models.simsiam_projector(16, 2), models.simsiam_predictor(8), VIEW
+    ),
     "rotation": rotation.make(NET, models.classifier(4), VIEW),
-    # Before "distill", whose network is evaluated. The scores say nothing, so that it is never very sure. Both views
-    # without colours, whose float32 rounds another way for other numbers of images on a device.
+    # Before "distill", whose network is evaluated. The scores say nothing, so that it is never very
+    # sure. Both views without colours, whose float32 rounds another way for other numbers of images
+    # on a device.
     "fixmatch": fixmatch.make(NET, HEAD, WEAK, WEAK, threshold=0.15, weight=1.0, decay=0.9),
     "distill": distill.make(NET, HEAD, VIEW),
 }
@@ -58,25 +74,49 @@ def main(directory, names, steps, stop, at_once):
     for name in names:
         method = METHODS[name]
         tx = optim.sgd(optim.schedule("cosine", 0.01, epochs=10, steps=steps), weight_decay=1e-4)
-        ts = jax.jit(lambda rng, method=method, tx=tx: init_state(method, tx, rng, like))(jax.random.key(0))
+        ts = jax.jit(lambda rng, method=method, tx=tx: init_state(method, tx, rng, like))(
+            jax.random.key(0)
+        )
         step, asked = make_step(method, tx), count(1)
         folder = directory / name
         folder.mkdir(parents=True, exist_ok=True)
         try:
             shown = source._replace(beside=Beside(pool, 2)) if name == "fixmatch" else source
             shown = shown if at_once else shown._replace(held=None)
-            ts = train(folder, name, step, ts, jax.random.key(1), shown, batch_size=BATCH, steps=steps, seed=3,
-                       drop_last=name not in ("distill", "fixmatch"), save_seconds=1e9,
-                       stopped=lambda asked=asked: next(asked) == stop, at_once=at_once)
+            ts = train(
+                folder,
+                name,
+                step,
+                ts,
+                jax.random.key(1),
+                shown,
+                batch_size=BATCH,
+                steps=steps,
+                seed=3,
+                drop_last=name not in ("distill", "fixmatch"),
+                save_seconds=1e9,
+                stopped=lambda asked=asked: next(asked) == stop,
+                at_once=at_once,
+            )
         except Stopped:
             continue
         assert step._cache_size() == 1, "one compilation"
-        np.savez(folder / "state.npz", **{path: np.asarray(leaf) for path, leaf in by_path(ts).items()})
+        np.savez(
+            folder / "state.npz", **{path: np.asarray(leaf) for path, leaf in by_path(ts).items()}
+        )
     if not stop and name == "distill":
-        answers = predict(chain(backbone=NET, head=HEAD), *put_state((ts.params, ts.state)), augment.plain_view(
-            (0.5,), (0.25,)), images[:51], batch_size=16)
-        np.savez(directory / "evaluation.npz", answers=answers, neighbours=knn(
-            answers[:40], np.arange(40) % 10, answers[40:], k=5))
+        answers = predict(
+            chain(backbone=NET, head=HEAD),
+            *put_state((ts.params, ts.state)),
+            augment.plain_view((0.5,), (0.25,)),
+            images[:51],
+            batch_size=16,
+        )
+        np.savez(
+            directory / "evaluation.npz",
+            answers=answers,
+            neighbours=knn(answers[:40], np.arange(40) % 10, answers[40:], k=5),
+        )
     print(jax.device_count())
 
 

@@ -36,7 +36,8 @@ LUMA = np.array([0.299, 0.587, 0.114])
 RAW = {"mean": (0, 0, 0), "std": (1, 1, 1)}
 WHOLE = {"crop_scale": (1, 1), "crop_ratio": (1, 1)}  # of a square image
 STILL = {"jitter_p": 0, "grey_p": 0, "blur_p": 0, "flip_p": 0}
-UNLIKELY = 1e-6  # a right implementation fails a test of a distribution this seldom, whatever the key
+# a right implementation fails a test of a distribution this seldom, whatever the key.
+UNLIKELY = 1e-6
 
 
 def noise(height, width, channels=3, seed=0):
@@ -61,12 +62,17 @@ def unpillow(image):
 
 @functools.lru_cache
 def quick(function, static=()):
-    """jit without the compiler's optimisations, as everything here compiles far longer than it runs."""
-    return jax.jit(function, static_argnums=static, compiler_options={"xla_backend_optimization_level": 0})
+    """jit without the compiler's optimisations, as everything here compiles far longer than it
+    runs."""
+    return jax.jit(
+        function, static_argnums=static, compiler_options={"xla_backend_optimization_level": 0}
+    )
 
 
 def crop(image, box, size):
-    return quick(crop_and_resize, 2)(jnp.asarray(image, jnp.float32), jnp.array(box, jnp.float32), size)
+    return quick(crop_and_resize, 2)(
+        jnp.asarray(image, jnp.float32), jnp.array(box, jnp.float32), size
+    )
 
 
 cached_view = functools.lru_cache(make_view)  # the tests that share a view share its compilation
@@ -84,7 +90,10 @@ def repeat(image, count):
 def assert_share(happened, p):
     """As many as a binomial of probability p gives, within five standard deviations."""
     happened = np.asarray(happened)
-    assert abs(happened.mean() - p) <= 5 * math.sqrt(p * (1 - p) / happened.size), (happened.mean(), p)
+    assert abs(happened.mean() - p) <= 5 * math.sqrt(p * (1 - p) / happened.size), (
+        happened.mean(),
+        p,
+    )
 
 
 def assert_uniform(values, low, high):
@@ -95,7 +104,9 @@ def assert_uniform(values, low, high):
 
 def assert_same_distribution(values, wanted):
     """The mean and the quantiles. Ties, as of whole pixels, only make the second more lenient."""
-    error = 5 * math.hypot(np.std(values) / math.sqrt(len(values)), np.std(wanted) / math.sqrt(len(wanted)))
+    error = 5 * math.hypot(
+        np.std(values) / math.sqrt(len(values)), np.std(wanted) / math.sqrt(len(wanted))
+    )
     assert abs(np.mean(values) - np.mean(wanted)) <= error
     assert scipy.stats.ks_2samp(values, wanted, method="asymp").pvalue > UNLIKELY
 
@@ -164,7 +175,11 @@ def test_crop_matches_pillow(box, size, channels):
     """Pillow's crop, then resize with antialias; Pillow rounds twice to uint8 (D5)."""
     image = noise(40, 56, channels)
     top, left, height, width = box
-    wanted = pillow(image).crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BILINEAR)
+    wanted = (
+        pillow(image)
+        .crop((left, top, left + width, top + height))
+        .resize((size, size), Image.Resampling.BILINEAR)
+    )
     got = crop(image / 255, box, size)
     assert got.shape == (size, size, channels)
     np.testing.assert_allclose(got, unpillow(wanted), atol=1.5 * LEVEL)
@@ -176,7 +191,9 @@ def test_crop_matches_torch(box, size):
     image = np.float32(noise(40, 56) / 255)
     top, left, height, width = box
     cut = torch.from_numpy(image[top : top + height, left : left + width]).permute(2, 0, 1)[None]
-    wanted = torch.nn.functional.interpolate(cut, (size, size), mode="bilinear", antialias=True, align_corners=False)
+    wanted = torch.nn.functional.interpolate(
+        cut, (size, size), mode="bilinear", antialias=True, align_corners=False
+    )
     got = crop(image, box, size)
     np.testing.assert_allclose(got, wanted[0].permute(1, 2, 0).numpy(), atol=1e-5)
 
@@ -208,13 +225,16 @@ def draw_boxes(count, height, width, scale, ratio, seed=0):
     return np.asarray(quick(jax.vmap(lambda key: crop_box(key, size, scale, ratio)))(keys))
 
 
-@pytest.mark.parametrize("height, width, scale, ratio", [
-    (224, 224, (0.2, 1), (3 / 4, 4 / 3)),
-    (375, 500, (0.08, 1), (3 / 4, 4 / 3)),
-    (32, 32, (0.2, 1), (3 / 4, 4 / 3)),
-    (90, 210, (0.2, 1), (3 / 4, 4 / 3)),  # several tries fail, and sometimes all of them
-    (120, 80, (0.3, 0.5), (0.5, 1)),
-])
+@pytest.mark.parametrize(
+    "height, width, scale, ratio",
+    [
+        (224, 224, (0.2, 1), (3 / 4, 4 / 3)),
+        (375, 500, (0.08, 1), (3 / 4, 4 / 3)),
+        (32, 32, (0.2, 1), (3 / 4, 4 / 3)),
+        (90, 210, (0.2, 1), (3 / 4, 4 / 3)),  # several tries fail, and sometimes all of them
+        (120, 80, (0.3, 0.5), (0.5, 1)),
+    ],
+)
 def test_crop_box_has_the_distribution_of_torchvision(height, width, scale, ratio):
     """Share of the area, aspect ratio, sides and place over many draws (D3)."""
     count = 10_000
@@ -233,7 +253,8 @@ def test_crop_box_has_the_distribution_of_torchvision(height, width, scale, rati
 
 @pytest.mark.parametrize("height, width", [(64, 48), (375, 500), (7, 9)])
 def test_crop_box_is_inside_the_image(height, width):
-    """Whole pixels, inside, with an area and a ratio in their ranges but for the rounding of the sides."""
+    """Whole pixels, inside, with an area and a ratio in their ranges but for the rounding of the
+    sides."""
     scale, ratio = (0.2, 1), (3 / 4, 4 / 3)
     top, left, h, w = draw_boxes(5000, height, width, scale, ratio).T
     for values in (top, left, h, w):
@@ -251,28 +272,38 @@ def test_crop_box_reaches_every_place():
     boxes = draw_boxes(8000, 12, 12, (0.25, 0.25), (1, 1))
     np.testing.assert_array_equal(boxes[:, 2:], 6)
     for column in range(2):
-        assert scipy.stats.chisquare(np.bincount(np.int64(boxes[:, column]), minlength=7)).pvalue > UNLIKELY
+        assert (
+            scipy.stats.chisquare(np.bincount(np.int64(boxes[:, column]), minlength=7)).pvalue
+            > UNLIKELY
+        )
     pairs = np.bincount(np.int64(7 * boxes[:, 0] + boxes[:, 1]), minlength=49)
     assert scipy.stats.chisquare(pairs).pvalue > UNLIKELY
 
 
-@pytest.mark.parametrize("height, width, scale, wanted", [
-    (10, 200, (0.2, 1), (0, 93, 10, 13)),
-    (200, 10, (0.2, 1), (93, 0, 13, 10)),
-    (9, 10, (1.3, 1.3), (0, 0, 9, 10)),  # no box of such an area fits; the ratio does
-])
+@pytest.mark.parametrize(
+    "height, width, scale, wanted",
+    [
+        (10, 200, (0.2, 1), (0, 93, 10, 13)),
+        (200, 10, (0.2, 1), (93, 0, 13, 10)),
+        (9, 10, (1.3, 1.3), (0, 0, 9, 10)),  # no box of such an area fits; the ratio does
+    ],
+)
 def test_crop_box_falls_back_to_the_centre(height, width, scale, wanted):
-    """Where no try fits, the largest central box within the ratio, as torchvision's, for every key."""
+    """Where no try fits, the largest central box within the ratio, as torchvision's, for every
+    key."""
     boxes = draw_boxes(100, height, width, scale, (3 / 4, 4 / 3))
     np.testing.assert_array_equal(boxes, np.broadcast_to(wanted, boxes.shape))
-    np.testing.assert_array_equal(reference_boxes(1, height, width, scale, (3 / 4, 4 / 3))[0], wanted)
+    np.testing.assert_array_equal(
+        reference_boxes(1, height, width, scale, (3 / 4, 4 / 3))[0], wanted
+    )
 
 
 # Geometry of a view, read off an image whose colours are its coordinates.
 
 
 def coordinates(side):
-    """uint8[side, side, 3]: red is the place along the width and green along the height, over 256, exactly."""
+    """uint8[side, side, 3]: red is the place along the width and green along the height, over 256,
+    exactly."""
     assert 256 % side == 0
     centre = (np.arange(side) + 0.5) * (256 / side)
     red, green = np.meshgrid(centre, centre)
@@ -280,9 +311,11 @@ def coordinates(side):
 
 
 def read_boxes(out):
-    """(top, left, height, width) of each view of `coordinates`, in shares of the image, and whether it is mirrored.
+    """(top, left, height, width) of each view of `coordinates`, in shares of the image, and whether
+    it is mirrored.
 
-    Exact where nothing is shrunk; the middle half is read, as an enlarged crop is flat at its edges.
+    Exact where nothing is shrunk; the middle half is read, as an enlarged crop is flat at its
+    edges.
     """
     size = out.shape[1]
     first, last = size // 4, 3 * size // 4
@@ -290,13 +323,16 @@ def read_boxes(out):
     x, y = ramps[..., 0].mean(1), ramps[..., 1].mean(2)
     slopes = [(line[:, last] - line[:, first]) / (last - first) for line in (y, x)]
     mirrored = slopes[1] < 0
-    starts = [line[:, first] - (first + 0.5) * slope for line, slope in zip((y, x), slopes, strict=True)]
+    starts = [
+        line[:, first] - (first + 0.5) * slope for line, slope in zip((y, x), slopes, strict=True)
+    ]
     left = np.where(mirrored, starts[1] + size * slopes[1], starts[1])
     return np.stack([starts[0], left, size * slopes[0], size * abs(slopes[1])], -1), mirrored
 
 
 def test_crop_is_drawn_in_the_pixels_of_the_original():
-    """On a squashed canvas the box has whole pixels, area and ratio of the original image (D3, D5)."""
+    """On a squashed canvas the box has whole pixels, area and ratio of the original image (D3,
+    D5)."""
     count, side, height, width = 400, 64, 120, 400
     size = np.float32([[height, width]] * count)
     view = make_view(side, **STILL, **RAW)
@@ -306,7 +342,9 @@ def test_crop_is_drawn_in_the_pixels_of_the_original():
     wanted = reference_boxes(10_000, height, width, (0.2, 1), (3 / 4, 4 / 3))
     for column in range(4):
         assert_same_distribution(np.round(boxes[:, column]), wanted[:, column])
-    assert_same_distribution(np.round(boxes[:, 2]) * np.round(boxes[:, 3]), wanted[:, 2] * wanted[:, 3])
+    assert_same_distribution(
+        np.round(boxes[:, 2]) * np.round(boxes[:, 3]), wanted[:, 2] * wanted[:, 3]
+    )
 
 
 def test_crop_of_a_squashed_canvas_looks_like_the_crop_of_the_original():
@@ -315,7 +353,9 @@ def test_crop_of_a_squashed_canvas_looks_like_the_crop_of_the_original():
     y, x = (np.mgrid[:height, :width] + 0.5) / np.array([height, width])[:, None, None]
     waves = 127 + 80 * np.sin(6 * x) * np.cos(5 * y)
     original = [Image.fromarray(np.float32(channel)) for channel in (256 * x, 256 * y, waves)]
-    canvas = np.stack([channel.resize((256, 256), Image.Resampling.BILINEAR) for channel in original], -1)
+    canvas = np.stack(
+        [channel.resize((256, 256), Image.Resampling.BILINEAR) for channel in original], -1
+    )
     canvas = np.uint8(np.round(np.clip(canvas, 0, 255)))
     sizes = np.float32([[height, width]] * count)
     out = views(make_view(size, **STILL, **RAW), repeat(canvas, count), size=sizes)
@@ -324,19 +364,28 @@ def test_crop_of_a_squashed_canvas_looks_like_the_crop_of_the_original():
     boxes = np.round(boxes * [height, width, height, width]).astype(int)
     assert len(np.unique(boxes, axis=0)) == count
     for (top, left, h, w), got in zip(boxes, out, strict=True):
-        cut = [channel.crop((left, top, left + w, top + h)).resize((size, size), Image.Resampling.BILINEAR)
-               for channel in original]
+        cut = [
+            channel.crop((left, top, left + w, top + h)).resize(
+                (size, size), Image.Resampling.BILINEAR
+            )
+            for channel in original
+        ]
         np.testing.assert_allclose(got, np.stack(cut, -1) / 255, atol=0.015)
 
 
 def test_every_example_has_a_size_of_its_own():
-    """The boxes of one batch are whole pixels of four different images; a whole image is found again."""
+    """The boxes of one batch are whole pixels of four different images; a whole image is found
+    again."""
     sizes = np.float32([[30, 90], [64, 64], [500, 333], [41, 70]])
-    boxes, _ = read_boxes(views(make_view(64, **STILL, **RAW), repeat(coordinates(64), 4), size=sizes))
+    boxes, _ = read_boxes(
+        views(make_view(64, **STILL, **RAW), repeat(coordinates(64), 4), size=sizes)
+    )
     boxes *= sizes[:, [0, 1, 0, 1]]
     np.testing.assert_allclose(boxes, np.round(boxes), atol=0.05)
     view = make_view(16, crop_scale=(1, 1), crop_ratio=(3, 3), **STILL, **RAW)
-    out = views(view, repeat(noise(16, 16), 4), size=np.float32([[30, 90], [1, 3], [7, 21], [100, 300]]))
+    out = views(
+        view, repeat(noise(16, 16), 4), size=np.float32([[30, 90], [1, 3], [7, 21], [100, 300]])
+    )
     np.testing.assert_allclose(out, repeat(noise(16, 16) / 255, 4), atol=1e-4)
 
 
@@ -360,7 +409,8 @@ BLENDS = [(0, ImageEnhance.Brightness), (1, ImageEnhance.Contrast), (2, ImageEnh
 @pytest.mark.parametrize("factor", [0, 0.35, 0.6, 1, 1.25, 1.4, 1.8])
 @pytest.mark.parametrize("op, enhance", BLENDS)
 def test_blends_match_pillow(op, enhance, factor):
-    """Brightness, contrast and saturation; Pillow rounds the other image and cuts the result to uint8 (D3, D4)."""
+    """Brightness, contrast and saturation; Pillow rounds the other image and cuts the result to
+    uint8 (D3, D4)."""
     image = np.concatenate([noise(16, 24), smooth(16, 24)])
     x = np.float32(image / 255)
     luma = np.float32(x @ LUMA)[..., None]
@@ -374,7 +424,8 @@ def test_blends_match_pillow(op, enhance, factor):
 
 
 def hard_colours():
-    """Primaries, ties of two channels, greys, black, white, and colours that are almost grey; f32[8, 8, 3]."""
+    """Primaries, ties of two channels, greys, black, white, and colours that are almost grey;
+    f32[8, 8, 3]."""
     corners = list(itertools.product([0, 0.5, 1], repeat=3))
     almost = [(0.5, 0.5, 0.5 + LEVEL), (0.5 + LEVEL, 0.5, 0.5), (LEVEL, 0, 0), (1, 1 - LEVEL, 1)]
     random = np.random.default_rng(0).uniform(size=(64 - len(corners) - len(almost), 3))
@@ -396,29 +447,41 @@ def test_hue_matches_pillow(steps):
     hue, saturation, value = pillow(image).convert("HSV").split()
     turned = Image.fromarray(np.uint8((np.int64(hue) + steps) % 256))
     wanted = unpillow(Image.merge("HSV", (turned, saturation, value)).convert("RGB"))
-    error = np.abs(np.asarray(quick(adjust_hue)(np.float32(image / 255), np.float32(steps / 255))) - wanted)
+    error = np.abs(
+        np.asarray(quick(adjust_hue)(np.float32(image / 255), np.float32(steps / 255))) - wanted
+    )
     assert error.max() < 13 * LEVEL and error.mean() < 3 * LEVEL
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_jitter_applies_the_four_in_every_order(channels):
-    """All 24 orders, one operation after another, each clipped; strong factors, so that the order matters (D3, D4)."""
+    """All 24 orders, one operation after another, each clipped; strong factors, so that the order
+    matters (D3, D4)."""
     image = hard_colours()[..., :channels]
     orders = np.array(list(itertools.permutations(range(4))))
     factors, shift = np.float32([1.4, 1.7, 0.4]), 0.15
     got = quick(jax.vmap(colour_jitter, (None, None, None, 0)))(
         jnp.asarray(image), jnp.array(factors), jnp.float32(shift), jnp.asarray(orders)
     )
-    wanted = np.stack([reference_jitter(np.float64(image), factors, shift, order) for order in orders])
+    wanted = np.stack(
+        [reference_jitter(np.float64(image), factors, shift, order) for order in orders]
+    )
     np.testing.assert_allclose(got, wanted, atol=3e-5)
     if channels == 3:  # the test can tell: brightness or hue, moved, changes the outcome
-        assert np.abs(wanted[:, None] - wanted[None]).max((2, 3, 4))[np.triu_indices(24, 1)].mean() > 0.05
+        assert (
+            np.abs(wanted[:, None] - wanted[None]).max((2, 3, 4))[np.triu_indices(24, 1)].mean()
+            > 0.05
+        )
 
 
 def test_jitter_leaves_what_it_must():
-    """Factors of 1 and no shift change nothing; saturation and hue change nothing in a grey image."""
+    """Factors of 1 and no shift change nothing; saturation and hue change nothing in a grey
+    image."""
+
     def jitter(image, factors, shift):
-        return quick(colour_jitter)(image, np.float32(factors), np.float32(shift), np.array([2, 0, 3, 1]))
+        return quick(colour_jitter)(
+            image, np.float32(factors), np.float32(shift), np.array([2, 0, 3, 1])
+        )
 
     image = hard_colours()
     single = image[..., :1]
@@ -437,17 +500,22 @@ def test_jitter_leaves_what_it_must():
 def test_blur_matches_scipy(shape, sigma, channels):
     """A Gaussian cut off at the radius, the edge repeated (D3)."""
     image, radius = noise(*shape, channels) / 255, 8
-    wanted = scipy.ndimage.gaussian_filter(image, (sigma, sigma, 0), mode="nearest", truncate=radius / sigma)
+    wanted = scipy.ndimage.gaussian_filter(
+        image, (sigma, sigma, 0), mode="nearest", truncate=radius / sigma
+    )
     got = quick(gaussian_blur, 2)(np.float32(image), np.float32(sigma), radius)
     np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("sigma", [0.5, 1, 2])
 def test_blur_matches_pillow(sigma):
-    """The same strength as Pillow's GaussianBlur, which approximates a Gaussian by boxes on uint8 (D3)."""
+    """The same strength as Pillow's GaussianBlur, which approximates a Gaussian by boxes on uint8
+    (D3)."""
     image = np.kron(noise(8, 8), np.ones((6, 6, 1), np.uint8))
     wanted = unpillow(pillow(image).filter(ImageFilter.GaussianBlur(sigma)))
-    error = np.abs(np.asarray(quick(gaussian_blur, 2)(np.float32(image / 255), np.float32(sigma), 8)) - wanted)
+    error = np.abs(
+        np.asarray(quick(gaussian_blur, 2)(np.float32(image / 255), np.float32(sigma), 8)) - wanted
+    )
     assert error.max() < 8 * LEVEL and error.mean() < 1.5 * LEVEL
 
 
@@ -466,7 +534,8 @@ def affine_colours():
 
 
 def read_operations(out):
-    """Whether each view of `affine_colours` is grey, blurred, mirrored, and changed in brightness (see below)."""
+    """Whether each view of `affine_colours` is grey, blurred, mirrored, and changed in brightness
+    (see below)."""
     luma = out @ LUMA
     step = luma[:, :, 4:].mean((1, 2)) - luma[:, :, :4].mean((1, 2))
     signs = (-1.0) ** np.add.outer(np.arange(8), np.arange(8) + 1)
@@ -482,20 +551,28 @@ def test_default_recipe_happens_as_often_as_published():
     count = 10_000
     # A blur of less than half a pixel would not be seen.
     view = make_view(8, **WHOLE, **RAW, blur_sigma=(0.5, 2.0))
-    is_grey, is_blurred, is_mirrored, is_changed = read_operations(views(view, repeat(affine_colours(), count)))
+    is_grey, is_blurred, is_mirrored, is_changed = read_operations(
+        views(view, repeat(affine_colours(), count))
+    )
     is_jittered = is_changed[~is_blurred]  # a blur changes the mean too
     for happened, p in ((is_grey, 0.2), (is_blurred, 0.5), (is_mirrored, 0.5), (is_jittered, 0.8)):
         assert_share(happened, p)
     for one, other, p in (
-        (is_grey, is_blurred, 0.1), (is_grey, is_mirrored, 0.1), (is_blurred, is_mirrored, 0.25),
-        (is_jittered, is_grey[~is_blurred], 0.16), (is_jittered, is_mirrored[~is_blurred], 0.4),
+        (is_grey, is_blurred, 0.1),
+        (is_grey, is_mirrored, 0.1),
+        (is_blurred, is_mirrored, 0.25),
+        (is_jittered, is_grey[~is_blurred], 0.16),
+        (is_jittered, is_mirrored[~is_blurred], 0.4),
     ):
         assert_share(one & other, p)
 
 
-@pytest.mark.parametrize("name, index", [("grey_p", 0), ("blur_p", 1), ("flip_p", 2), ("jitter_p", 3)])
+@pytest.mark.parametrize(
+    "name, index", [("grey_p", 0), ("blur_p", 1), ("flip_p", 2), ("jitter_p", 3)]
+)
 def test_each_operation_alone(name, index):
-    """With the probability of one at 0.3 and of the others at 0, it happens to 0.3, and they to none (D3)."""
+    """With the probability of one at 0.3 and of the others at 0, it happens to 0.3, and they to
+    none (D3)."""
     count = 2000
     view = make_view(8, **WHOLE, **RAW, blur_sigma=(0.5, 2.0), **(STILL | {name: 0.3}))
     out = views(view, repeat(affine_colours(), count))
@@ -511,19 +588,25 @@ def test_each_operation_alone(name, index):
 def test_probability_of_one_always_happens(one):
     """The other end: jitter, grey and flip in every view; 1 is as good as 1.0, as 0 is."""
     view = make_view(8, **WHOLE, **RAW, jitter_p=one, grey_p=one, blur_p=0, flip_p=one)
-    is_grey, is_blurred, is_mirrored, is_changed = read_operations(views(view, repeat(affine_colours(), 500)))
+    is_grey, is_blurred, is_mirrored, is_changed = read_operations(
+        views(view, repeat(affine_colours(), 500))
+    )
     assert is_grey.all() and is_mirrored.all() and not is_blurred.any() and is_changed.mean() > 0.99
 
 
 # The whole view: how strong.
 
 
-@pytest.mark.parametrize("strengths, low, high", [
-    ({}, (0.6, 0.6, 0.6, -0.1), (1.4, 1.4, 1.4, 0.1)),
-    ({"jitter": (0.3, 1.5, 0.2, 0.05)}, (0.7, 0, 0.8, -0.05), (1.3, 2.5, 1.2, 0.05)),
-])
+@pytest.mark.parametrize(
+    "strengths, low, high",
+    [
+        ({}, (0.6, 0.6, 0.6, -0.1), (1.4, 1.4, 1.4, 0.1)),
+        ({"jitter": (0.3, 1.5, 0.2, 0.05)}, (0.7, 0, 0.8, -0.05), (1.3, 2.5, 1.2, 0.05)),
+    ],
+)
 def test_jitter_draws(strengths, low, high, monkeypatch):
-    """Factors uniform in 1 - s .. 1 + s but not below 0, hue in -s .. s, all 24 orders, each apart (D3)."""
+    """Factors uniform in 1 - s .. 1 + s but not below 0, hue in -s .. s, all 24 orders, each apart
+    (D3)."""
     place = np.array([64, 16, 4, 1])
 
     def show_draws(image, factors, hue_shift, order):
@@ -538,24 +621,31 @@ def test_jitter_draws(strengths, low, high, monkeypatch):
     for drawn, *ends in zip(draws, low, high, strict=False):
         assert_uniform(drawn, *ends)
     codes, counts = np.unique(draws[4], return_counts=True)
-    np.testing.assert_array_equal(codes, sorted(np.array(order) @ place for order in itertools.permutations(range(4))))
+    np.testing.assert_array_equal(
+        codes, sorted(np.array(order) @ place for order in itertools.permutations(range(4)))
+    )
     assert scipy.stats.chisquare(counts).pvalue > UNLIKELY
     correlation = np.corrcoef(draws)[np.triu_indices(5, 1)]
     assert np.abs(correlation).max() < 6 / math.sqrt(draws.shape[1])
 
 
 def test_blur_is_uniform_in_its_range():
-    """The standard deviation, read off a single white pixel: 0.1 .. 2 pixels, whenever a blur happens (D3)."""
+    """The standard deviation, read off a single white pixel: 0.1 .. 2 pixels, whenever a blur
+    happens (D3)."""
     image = np.zeros((17, 17, 3), np.uint8)
     image[8, 8] = 255
-    out = views(make_view(17, **WHOLE, **RAW, **(STILL | {"blur_p": 0.5})), repeat(image, 1500))[..., 0]
-    # Two neighbours of a Gaussian are as exp(-1 / (2 sigma^2)); below 0.3 the second is all but nothing.
+    out = views(make_view(17, **WHOLE, **RAW, **(STILL | {"blur_p": 0.5})), repeat(image, 1500))[
+        ..., 0
+    ]
+    # Two neighbours of a Gaussian are as exp(-1 / (2 sigma^2)); below 0.3 the second is all but
+    # nothing.
     ratio = np.clip(np.float64(out[:, 8, 9]) / out[:, 8, 8], 1e-30, None)
     sigma = np.sqrt(-0.5 / np.log(ratio))
     seen = sigma > 0.3
     assert_share(seen, 0.5 * 1.7 / 1.9)
     assert_uniform(sigma[seen], 0.3, 2)
-    np.testing.assert_allclose(out, out.transpose(0, 2, 1), atol=1e-6)  # as much along one axis as the other
+    # As much along one axis as the other.
+    np.testing.assert_allclose(out, out.transpose(0, 2, 1), atol=1e-6)
     np.testing.assert_allclose(out.sum((1, 2)), 1, atol=1e-3)
 
 
@@ -571,7 +661,8 @@ def test_blur_of_a_view_matches_scipy():
 
 
 def test_contrast_is_taken_of_the_crop():
-    """Jitter comes after the crop: contrast leaves the crop's mean grey where it is, not the image's (D3)."""
+    """Jitter comes after the crop: contrast leaves the crop's mean grey where it is, not the
+    image's (D3)."""
     image = repeat(np.uint8(0.5 * coordinates(16) + 60), 32)
     crops = views(cached_view(16, **RAW, **STILL), image)
     out = views(make_view(16, jitter=(0, 0.4, 0, 0), **RAW, **(STILL | {"jitter_p": 1.0})), image)
@@ -597,10 +688,13 @@ def test_flip_mirrors_left_and_right():
 
 
 def test_view_is_normalised():
-    """Less the mean, by the standard deviation, of each channel; the defaults are ImageNet's (D4)."""
+    """Less the mean, by the standard deviation, of each channel; the defaults are ImageNet's
+    (D4)."""
     image = noise(8, 8)
     wanted = (image / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-    np.testing.assert_allclose(views(make_view(8, **WHOLE, **STILL), image[None])[0], wanted, atol=1e-5)
+    np.testing.assert_allclose(
+        views(make_view(8, **WHOLE, **STILL), image[None])[0], wanted, atol=1e-5
+    )
     wanted = (image / 255 - [0.1, 0.2, 0.3]) / [0.5, 1, 2]
     view = make_view(8, **WHOLE, **STILL, mean=(0.1, 0.2, 0.3), std=(0.5, 1, 2))
     np.testing.assert_allclose(views(view, image[None])[0], wanted, atol=1e-5)
@@ -610,7 +704,8 @@ def test_view_is_normalised():
 
 
 def test_two_keys_are_two_views():
-    """Two keys, as of query and key or of two epochs, differ in every example; one key is one view (D2)."""
+    """Two keys, as of query and key or of two epochs, differ in every example; one key is one view
+    (D2)."""
     images = np.stack([noise(16, 16, seed=i) for i in range(32)])
     one, two, again = (views(cached_view(16), images, seed) for seed in (0, 1, 0))
     np.testing.assert_array_equal(one, again)
@@ -628,7 +723,8 @@ def test_both_views_come_from_the_same_image():
     """The index of an image, carried in its grey, comes out of both views at its place (D1)."""
     index = np.random.default_rng(0).permutation(256)
     images = np.broadcast_to(np.uint8(index)[:, None, None, None], (256, 8, 8, 3))
-    view = make_view(8, jitter=(0, 0.4, 0.4, 0.1), **RAW)  # without brightness a plain grey stays as it is
+    # Without brightness a plain grey stays as it is.
+    view = make_view(8, jitter=(0, 0.4, 0.4, 0.1), **RAW)
     for seed in (0, 1):
         read = 255 * views(view, images, seed)
         np.testing.assert_allclose(read, images, atol=0.1)
@@ -659,7 +755,9 @@ def test_size_of_the_canvas_is_the_default_size():
     """Without batch["size"] the crop is drawn in the canvas's own pixels."""
     images = repeat(noise(16, 24), 8)
     view = cached_view(16, **RAW, **STILL)
-    np.testing.assert_allclose(views(view, images), views(view, images, size=np.float32([[16, 24]] * 8)), atol=1e-6)
+    np.testing.assert_allclose(
+        views(view, images), views(view, images, size=np.float32([[16, 24]] * 8)), atol=1e-6
+    )
 
 
 # Shapes and extremes.
@@ -679,10 +777,13 @@ def test_extreme_images_are_finite():
     red, halves = black.copy(), black.copy()
     red[..., 0], halves[:, 8:] = 255, 255
     kinds = np.stack([black, white, red, halves])
-    out = views(make_view(16, **RAW, jitter=(0.8, 0.8, 0.8, 0.5)), np.repeat(kinds, 64, 0)).reshape(4, 64, 16, 16, 3)
+    out = views(make_view(16, **RAW, jitter=(0.8, 0.8, 0.8, 0.5)), np.repeat(kinds, 64, 0)).reshape(
+        4, 64, 16, 16, 3
+    )
     assert np.isfinite(out).all() and out.min() >= -1e-5 and out.max() <= 1 + 1e-5
     np.testing.assert_allclose(out[0], 0, atol=1e-5)  # black can only stay black
-    np.testing.assert_allclose(out[1].min((1, 2, 3)), out[1].max((1, 2, 3)), atol=1e-5)  # white becomes one grey
+    # White becomes one grey.
+    np.testing.assert_allclose(out[1].min((1, 2, 3)), out[1].max((1, 2, 3)), atol=1e-5)
 
 
 def test_thin_images_are_finite():
@@ -728,12 +829,15 @@ def test_plain_view_is_the_normalised_image():
 
 @pytest.mark.parametrize("view", [make_view(12), weak_view(12), plain_view()])
 def test_views_in_double_precision(view):
-    """Where jax is set to it: the same draws, and every product after them in float64, whose sums hardly round."""
+    """Where jax is set to it: the same draws, and every product after them in float64, whose sums
+    hardly round."""
     images = np.stack([noise(12, 12, seed=i) for i in range(4)])
     single = views(view, images)
     with jax.enable_x64(True):
         lowered = jax.jit(view).lower(jax.random.key(0), {"image": images})
         double = lowered.compile()(jax.random.key(0), {"image": images})
     assert double.dtype == np.float64
-    assert not [line for line in lowered.as_text().splitlines() if "dot_general" in line and "f32" in line]
+    assert not [
+        line for line in lowered.as_text().splitlines() if "dot_general" in line and "f32" in line
+    ]
     np.testing.assert_allclose(double, single, atol=1e-4)

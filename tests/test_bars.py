@@ -1,8 +1,9 @@
-"""What a step costs, without a clock: operations, convolutions, bytes given back, dtypes, layouts, traces.
+"""What a step costs, without a clock: operations, convolutions, bytes given back, dtypes, layouts,
+traces.
 
-The steps are those of ResNet-50 at 224 pixels with bfloat16 convolutions, traced and lowered but never
-compiled, so that the figures are the same on every machine. What a step should cost is worked out here
-from the papers' layers; each bar is also shown something that must not pass it.
+The steps are those of ResNet-50 at 224 pixels with bfloat16 convolutions, traced and lowered but
+never compiled, so that the figures are the same on every machine. What a step should cost is worked
+out here from the papers' layers; each bar is also shown something that must not pass it.
 """
 
 from collections import Counter
@@ -28,28 +29,36 @@ TX = optim.sgd(lambda step: 0.01, weight_decay=1e-4)
 
 
 def make(name, network=models.backbone, view=None, features=2048, hidden=512, queue=QUEUE, **keys):
-    """A method on the backbones that `network(**keys)` makes; by default ResNet-50, and a view that costs nothing."""
+    """A method on the backbones that `network(**keys)` makes; by default ResNet-50, and a view that
+    costs nothing."""
     view = view or augment.plain_view()
     net = partial(network, **keys) if keys else partial(network, "resnet50", dtype=jnp.bfloat16)
     return {
         "distill": lambda: distill.make(net(), models.classifier(1000), view),
         "moco": lambda: moco.make(net(stats_groups=2), models.moco_head(), view, queue_size=queue),
-        "simsiam": lambda: simsiam.make(net(zero_init=True), models.simsiam_projector(features),
-                                        models.simsiam_predictor(hidden), view),
+        "simsiam": lambda: simsiam.make(
+            net(zero_init=True),
+            models.simsiam_projector(features),
+            models.simsiam_predictor(hidden),
+            view,
+        ),
         "rotation": lambda: rotation.make(net(), models.classifier(4), view),
     }[name]()
 
 
 def arguments(method, side=SIDE):
     """The shapes of what a step takes."""
-    batch = {"image": jax.ShapeDtypeStruct((BATCH, side, side, 3), jnp.uint8),
-             "scores": jax.ShapeDtypeStruct((BATCH, 1000), jnp.float32)}
+    batch = {
+        "image": jax.ShapeDtypeStruct((BATCH, side, side, 3), jnp.uint8),
+        "scores": jax.ShapeDtypeStruct((BATCH, 1000), jnp.float32),
+    }
     return jax.eval_shape(lambda: init_state(method, TX, KEY, batch)), batch, KEY
 
 
 @cache
 def traced(name):
-    """(the step's jaxpr without what nothing reads, the step lowered, the state's shapes) of a method on ResNet-50."""
+    """(the step's jaxpr without what nothing reads, the step lowered, the state's shapes) of a
+    method on ResNet-50."""
     method = make(name)
     given = arguments(method)
     trace = make_step(method, TX).trace(*given)
@@ -59,7 +68,8 @@ def traced(name):
 
 
 def equations(jaxpr):
-    """Every equation of a jaxpr and of those inside it; of a choice by platform what every other platform gets.
+    """Every equation of a jaxpr and of those inside it; of a choice by platform what every other
+    platform gets.
 
     What CPUs get instead is in the lowered step, whose operations are counted too.
     """
@@ -79,7 +89,8 @@ def equations(jaxpr):
 
 
 def taps(out, kernel, stride, low, pixels, spread=1, apart=1):
-    """How many products one axis of a convolution makes, those with padding or between spread pixels left out."""
+    """How many products one axis of a convolution makes, those with padding or between spread
+    pixels left out."""
     at = np.arange(out)[:, None] * stride + np.arange(kernel) * apart - low
     return int(((at >= 0) & (at <= (pixels - 1) * spread) & (at % spread == 0)).sum())
 
@@ -99,17 +110,28 @@ def macs(eqn):
     where, spec = keys["dimension_numbers"], range(len(out) - 2)
     products = out[where.out_spec[0]] * out[where.out_spec[1]] * kernel[where.rhs_spec[1]]
     for i in spec:
-        products *= taps(out[where.out_spec[2 + i]], kernel[where.rhs_spec[2 + i]], keys["window_strides"][i],
-                         keys["padding"][i][0], image[where.lhs_spec[2 + i]], keys["lhs_dilation"][i],
-                         keys["rhs_dilation"][i])
+        products *= taps(
+            out[where.out_spec[2 + i]],
+            kernel[where.rhs_spec[2 + i]],
+            keys["window_strides"][i],
+            keys["padding"][i][0],
+            image[where.lhs_spec[2 + i]],
+            keys["lhs_dilation"][i],
+            keys["rhs_dilation"][i],
+        )
     return products // keys["batch_group_count"]
 
 
 def resnet50(side=SIDE):
-    """(multiplications without padding, with it) of each convolution for one image. He et al. 2016, table 1."""
+    """(multiplications without padding, with it) of each convolution for one image. He et al. 2016,
+    table 1."""
+
     def layer(inputs, outputs, kernel, stride, pixels):
         out = pixels // stride
-        return tuple(inputs * outputs * n**2 for n in (taps(out, kernel, stride, kernel // 2, pixels), out * kernel))
+        return tuple(
+            inputs * outputs * n**2
+            for n in (taps(out, kernel, stride, kernel // 2, pixels), out * kernel)
+        )
 
     yield layer(3, 64, 7, 2, side)
     inputs, pixels = 64, side // 4
@@ -125,29 +147,43 @@ def resnet50(side=SIDE):
             inputs, pixels = 4 * planes, pixels // stride
 
 
-HEADS = {  # each Linear's multiplications: He et al. 2016; MoCo v2, section 3; SimSiam, section 3; Gidaris et al. 2018
-    "distill": [2048 * 1000], "moco": [2048 * 2048, 2048 * 128],
-    "simsiam": [2048 * 2048] * 3 + [2048 * 512, 512 * 2048], "rotation": [2048 * 4],
+# Each Linear's multiplications: He et al. 2016; MoCo v2, section 3; SimSiam, section 3; Gidaris et
+# al. 2018.
+HEADS = {
+    "distill": [2048 * 1000],
+    "moco": [2048 * 2048, 2048 * 128],
+    "simsiam": [2048 * 2048] * 3 + [2048 * 512, 512 * 2048],
+    "rotation": [2048 * 4],
 }
 
 
 def expected(name):
-    """(multiplications of a step for an image, least and most; matrix products and convolutions of a step).
+    """(multiplications of a step for an image, least and most; matrix products and convolutions of
+    a step).
 
-    Every layer is multiplied three times, forward, for its input's gradient and for its kernel's, but that the
-    images need no gradient. MoCo adds a forward pass, the keys', and the logits, forward and for the queries.
-    Least counts no product with padding, most all of them.
+    Every layer is multiplied three times, forward, for its input's gradient and for its kernel's,
+    but that the images need no gradient. MoCo adds a forward pass, the keys', and the logits,
+    forward and for the queries. Least counts no product with padding, most all of them.
     """
     bounds = []
     for padded in (0, 1):
         convolutions = [layer[padded] for layer in resnet50()]
         forward = sum(convolutions) + sum(HEADS[name])
         train = 3 * forward - convolutions[0]
-        bounds.append({"distill": train, "moco": train + forward + 2 * QUEUE * 128, "simsiam": 2 * train,
-                       "rotation": 4 * train}[name])
+        bounds.append(
+            {
+                "distill": train,
+                "moco": train + forward + 2 * QUEUE * 128,
+                "simsiam": 2 * train,
+                "rotation": 4 * train,
+            }[name]
+        )
     layers = 53 + len(HEADS[name])
     each = 3 * layers - 1
-    return *bounds, {"distill": each, "moco": each + layers + 2, "simsiam": 2 * each, "rotation": each}[name]
+    return (
+        *bounds,
+        {"distill": each, "moco": each + layers + 2, "simsiam": 2 * each, "rotation": each}[name],
+    )
 
 
 def contractions(jaxpr):
@@ -156,7 +192,8 @@ def contractions(jaxpr):
 
 
 def test_published_operations():
-    """The figures that all the rest is derived from: 4.09 G for the network, and 53 convolutions."""
+    """The figures that all the rest is derived from: 4.09 G for the network, and 53
+    convolutions."""
     layers = list(resnet50())
     assert len(layers) == 53
     assert sum(padded for _, padded in layers) + 2048 * 1000 == pytest.approx(4.089e9, rel=1e-3)
@@ -164,17 +201,23 @@ def test_published_operations():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_operations(name):
-    """No more multiplications than the method needs: no forward pass twice, no gradient that nobody asked for."""
+    """No more multiplications than the method needs: no forward pass twice, no gradient that nobody
+    asked for."""
     least, most, count = expected(name)
     jaxpr, lowered, _ = traced(name)
     found = contractions(jaxpr)
-    # A 1x1 convolution may be written as a matrix product, and a 3x3 as one over padded patches: the bounds hold.
+    # A 1x1 convolution may be written as a matrix product, and a 3x3 as one over padded patches:
+    # the bounds hold.
     assert least <= sum(found) / BATCH <= most
     assert len(found) == count
     kinds = Counter(eqn.primitive.name for eqn in equations(jaxpr))
-    assert kinds["conv_general_dilated"] <= {"distill": 158, "moco": 211, "simsiam": 316, "rotation": 158}[name]
+    assert (
+        kinds["conv_general_dilated"]
+        <= {"distill": 158, "moco": 211, "simsiam": 316, "rotation": 158}[name]
+    )
     cost = lowered.cost_analysis()
-    # XLA counts what is done to each number too, which is 0.4 % of it (jax 0.10 to 0.12), and leaves out the padding.
+    # XLA counts what is done to each number too, which is 0.4 % of it (jax 0.10 to 0.12), and
+    # leaves out the padding.
     assert 2 * least < cost["flops"] / BATCH < 2 * most * 1.02
 
 
@@ -188,11 +231,16 @@ def test_views_are_cheap():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_state_is_donated(name):
-    """Each array of the state may be written over in place; ResNet-50's is of the size that it should be."""
+    """Each array of the state may be written over in place; ResNet-50's is of the size that it
+    should be."""
     _, lowered, state = traced(name)
     leaves = jax.tree.leaves(state)
     assert lowered.as_text().count("tf.aliasing_output") == len(leaves)
-    floats = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating))
+    floats = sum(
+        leaf.size * leaf.dtype.itemsize
+        for leaf in leaves
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    )
     if name == "distill":  # parameters and momentum, means and variances, 4 bytes each
         assert floats == 4 * (2 * 25_557_032 + 2 * 26_560)
 
@@ -206,7 +254,15 @@ def audit(jaxpr, dtype):
         name = eqn.primitive.name
         if name == "conv_general_dilated" and floats != {str(jnp.dtype(dtype))}:
             found.append(f"a convolution of {sorted(floats)}")
-        if name in ("reduce_sum", "reduce_max", "log", "exp", "rsqrt", "div", "cumsum") and floats - {"float32"}:
+        if name in (
+            "reduce_sum",
+            "reduce_max",
+            "log",
+            "exp",
+            "rsqrt",
+            "div",
+            "cumsum",
+        ) and floats - {"float32"}:
             found.append(f"{name} of {sorted(floats)}")
         if any(word in name for word in ("callback", "debug", "infeed", "outfeed")):
             found.append(f"{name}: the step waits for the host")
@@ -221,7 +277,11 @@ def layout(jaxpr):
     for eqn in equations(jaxpr):
         if eqn.primitive.name == "conv_general_dilated":
             where = eqn.params["dimension_numbers"]
-            if (where.lhs_spec, where.rhs_spec, where.out_spec) != ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2)):
+            if (where.lhs_spec, where.rhs_spec, where.out_spec) != (
+                (0, 3, 1, 2),
+                (3, 2, 0, 1),
+                (0, 3, 1, 2),
+            ):
                 found.append(f"a convolution that is not NHWC, HWIO: {where}")
             if any(low != high for low, high in eqn.params["padding"]):
                 found.append(f"padding that is not symmetric: {eqn.params['padding']}")
@@ -232,7 +292,8 @@ def layout(jaxpr):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_dtypes(name):
-    """Convolutions in bfloat16, forward and backward; sums, logarithms, parameters and their like in float32."""
+    """Convolutions in bfloat16, forward and backward; sums, logarithms, parameters and their like
+    in float32."""
     jaxpr, _, state = traced(name)
     assert audit(jaxpr, jnp.bfloat16) == []
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state)} <= {"float32", "int32"}
@@ -240,15 +301,19 @@ def test_dtypes(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_layout(name):
-    """Images stay NHWC from end to end, kernels HWIO, and every convolution is padded alike on both sides."""
+    """Images stay NHWC from end to end, kernels HWIO, and every convolution is padded alike on both
+    sides."""
     method = make(name)
     state, batch, _ = arguments(method)
     forward = jax.make_jaxpr(method.loss)(state.params, state.state, batch, KEY).jaxpr
     # A quarter turn is a transpose of the images, and there are two that turn sideways.
     turns = {"rotation": [f"a transpose of float32[{BATCH},{SIDE},{SIDE},3]"] * 2}.get(name, [])
     assert layout(forward) == turns
-    whole = Counter(eqn.primitive.name for eqn in equations(traced(name)[0])
-                    if eqn.invars and getattr(eqn.invars[0].aval, "ndim", 0) > 3)
+    whole = Counter(
+        eqn.primitive.name
+        for eqn in equations(traced(name)[0])
+        if eqn.invars and getattr(eqn.invars[0].aval, "ndim", 0) > 3
+    )
     assert whole["transpose"] == len(turns)  # nor does a gradient turn anything
 
 
@@ -259,17 +324,28 @@ def small(**keys):
 
 @pytest.fixture(scope="module", params=METHODS)
 def running(request):
-    """(step, any state, batches) of a method on a small network and 8-pixel images, on the tests' devices."""
+    """(step, any state, batches) of a method on a small network and 8-pixel images, on the tests'
+    devices."""
     method = make(request.param, small, augment.plain_view(), 16, 8, dtype=jnp.float32)
     rng = np.random.default_rng(0)
-    batches = [put_batch({"image": rng.integers(0, 256, (BATCH, 8, 8, 3), np.uint8),
-                          "scores": rng.normal(size=(BATCH, 1000)).astype(np.float32)}) for _ in range(3)]
-    state = jax.tree.map(lambda x: np.abs(0.1 * rng.normal(size=x.shape)).astype(x.dtype), arguments(method, 8)[0])
+    batches = [
+        put_batch(
+            {
+                "image": rng.integers(0, 256, (BATCH, 8, 8, 3), np.uint8),
+                "scores": rng.normal(size=(BATCH, 1000)).astype(np.float32),
+            }
+        )
+        for _ in range(3)
+    ]
+    state = jax.tree.map(
+        lambda x: np.abs(0.1 * rng.normal(size=x.shape)).astype(x.dtype), arguments(method, 8)[0]
+    )
     return make_step(method, TX), state, batches
 
 
 def test_one_trace_and_no_transfer(running):
-    """Steps are traced once and take nothing from the host; all bytes of the old state go to the new one."""
+    """Steps are traced once and take nothing from the host; all bytes of the old state go to the
+    new one."""
     step, state, batches = running
     old, key = put_state((state, KEY))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(old))
@@ -291,23 +367,44 @@ def test_loop_sends_nothing_else(running):
     step, state, batches = running
     state, key = put_state((state, KEY))
     seen = []
-    with jax.transfer_guard_host_to_device("disallow"), jax.transfer_guard_device_to_device("disallow"):
-        fit(step, state, lambda start: iter(batches[:2]), key, steps=2, on_metrics=lambda done, _: seen.append(done))
+    with (
+        jax.transfer_guard_host_to_device("disallow"),
+        jax.transfer_guard_device_to_device("disallow"),
+    ):
+        fit(
+            step,
+            state,
+            lambda start: iter(batches[:2]),
+            key,
+            steps=2,
+            on_metrics=lambda done, _: seen.append(done),
+        )
     assert seen == [1, 2]
 
 
 def test_several_steps_in_one_dispatch():
-    """One compilation for full dispatches and for one that the number of steps cuts short; a line for every step."""
-    flat = Network(lambda rng, x: ({"w": jax.random.normal(rng, (x[0].size, 10))}, {}),
-                   lambda params, stats, x, train: (x.reshape(len(x), -1) @ params["w"], stats))
+    """One compilation for full dispatches and for one that the number of steps cuts short; a line
+    for every step."""
+    flat = Network(
+        lambda rng, x: ({"w": jax.random.normal(rng, (x[0].size, 10))}, {}),
+        lambda params, stats, x, train: (x.reshape(len(x), -1) @ params["w"], stats),
+    )
     method = distill.make(flat, models.classifier(5), augment.plain_view())
     rng = np.random.default_rng(0)
-    source = in_memory(image=rng.integers(0, 256, (40, 4, 4, 3), np.uint8),
-                       scores=rng.normal(size=(40, 5)).astype(np.float32))
+    source = in_memory(
+        image=rng.integers(0, 256, (40, 4, 4, 3), np.uint8),
+        scores=rng.normal(size=(40, 5)).astype(np.float32),
+    )
     state = put_state(init_state(method, TX, KEY, source.read(np.arange(8))))
     step, seen = make_step(method, TX), []
-    state = fit(step, state, lambda start: feed(source, 8, steps=99, seed=0, start=start, at_once=3), put_state(KEY),
-                steps=7, on_metrics=lambda done, metrics: seen.append((done, metrics["loss"])))
+    state = fit(
+        step,
+        state,
+        lambda start: feed(source, 8, steps=99, seed=0, start=start, at_once=3),
+        put_state(KEY),
+        steps=7,
+        on_metrics=lambda done, metrics: seen.append((done, metrics["loss"])),
+    )
     assert [done for done, _ in seen] == [1, 2, 3, 4, 5, 6, 7] and int(state.step) == 7
     assert len({loss for _, loss in seen}) == 7 and step._cache_size() == 1
 
@@ -317,8 +414,11 @@ def test_lost_stop_gradient(monkeypatch):
     monkeypatch.setattr(jax.lax, "stop_gradient", lambda x: x)
     method = make("moco")
     state, batch, _ = arguments(method)
-    found = contractions(jax.make_jaxpr(jax.grad(method.loss, has_aux=True))(
-        state.params, state.state, batch, KEY).jaxpr)
+    found = contractions(
+        jax.make_jaxpr(jax.grad(method.loss, has_aux=True))(
+            state.params, state.state, batch, KEY
+        ).jaxpr
+    )
     least, most, count = expected("moco")
     assert sum(found) / BATCH > 1.4 * most and len(found) > count
 
@@ -340,21 +440,34 @@ def test_lost_donation():
 
 
 def test_upcast():
-    """A network in float32, a sum in bfloat16, images turned over, a pad on one side: each is named."""
+    """A network in float32, a sum in bfloat16, images turned over, a pad on one side: each is
+    named."""
     method = make("distill", dtype=jnp.float32, arch="resnet50")
     state, batch, _ = arguments(method)
-    wrong = audit(jax.make_jaxpr(method.loss)(state.params, state.state, batch, KEY).jaxpr, jnp.bfloat16)
+    wrong = audit(
+        jax.make_jaxpr(method.loss)(state.params, state.state, batch, KEY).jaxpr, jnp.bfloat16
+    )
     assert wrong == ["a convolution of ['float32']"] * 53
 
     def odd(x, kernel):
-        y = jax.lax.conv_general_dilated(x.transpose(0, 3, 1, 2), kernel, (2, 2), "SAME",
-                                         dimension_numbers=("NCHW", "HWIO", "NCHW"))
+        y = jax.lax.conv_general_dilated(
+            x.transpose(0, 3, 1, 2),
+            kernel,
+            (2, 2),
+            "SAME",
+            dimension_numbers=("NCHW", "HWIO", "NCHW"),
+        )
         jax.debug.print("{}", wide(y).sum())
         return jax.lax.reduce_sum_p.bind(y, axes=(0, 1, 2, 3), out_sharding=None)
 
     x, kernel = jnp.zeros((2, 8, 8, 4), jnp.bfloat16), jnp.zeros((3, 3, 4, 4), jnp.bfloat16)
     jaxpr = jax.make_jaxpr(odd)(x, kernel).jaxpr
     assert [words.split(":")[0] for words in layout(jaxpr)] == [
-        "a transpose of bfloat16[2,8,8,4]", "a convolution that is not NHWC, HWIO", "padding that is not symmetric"]
+        "a transpose of bfloat16[2,8,8,4]",
+        "a convolution that is not NHWC, HWIO",
+        "padding that is not symmetric",
+    ]
     assert audit(jaxpr, jnp.bfloat16) == [
-        "debug_print: the step waits for the host", "reduce_sum of ['bfloat16']"]
+        "debug_print: the step waits for the host",
+        "reduce_sum of ['bfloat16']",
+    ]

@@ -11,16 +11,39 @@ from conftest import QUICKLY, ROOT
 
 def test_step_time(environment):
     """A row for each method and the inference, with positive times, PyTorch beside them."""
-    rows = last_line(environment, "benchmarks/step_time.py", "--batch=8", "--queue=16", "--blocks=2", "--peer=torch",
-                     "--input", "--methods", "distill", "moco", "simsiam", "rotation", "infer")["rows"]
+    rows = last_line(
+        environment,
+        "benchmarks/step_time.py",
+        "--batch=8",
+        "--queue=16",
+        "--blocks=2",
+        "--peer=torch",
+        "--input",
+        "--methods",
+        "distill",
+        "moco",
+        "simsiam",
+        "rotation",
+        "infer",
+    )["rows"]
     assert [row["method"] for row in rows] == ["distill", "moco", "simsiam", "rotation", "infer"]
-    assert all(row["ms"] > 0 and row["compile_seconds"] > 0 and row["eager"]["ratio"] > 0 for row in rows)
+    assert all(
+        row["ms"] > 0 and row["compile_seconds"] > 0 and row["eager"]["ratio"] > 0 for row in rows
+    )
 
 
 def test_convolutions(environment):
-    """A time of both sides for every part of each shape, and the sums that count a shape as often as it occurs."""
-    figures = last_line(environment, "benchmarks/convolutions.py", "--arch=resnet8", "--size=8", "--channels=1",
-                        "--batch=4", "--blocks=1")
+    """A time of both sides for every part of each shape, and the sums that count a shape as often
+    as it occurs."""
+    figures = last_line(
+        environment,
+        "benchmarks/convolutions.py",
+        "--arch=resnet8",
+        "--size=8",
+        "--channels=1",
+        "--batch=4",
+        "--blocks=1",
+    )
     assert sum(row["times"] for row in figures["rows"]) == 9  # 1 + 3 blocks of 2, and two shortcuts
     for part, sums in figures["sums"].items():
         for side in (0, 1):
@@ -29,24 +52,47 @@ def test_convolutions(environment):
 
 
 def test_moco_cifar10(environment, tmp_path):
-    """A row for each epoch, the neighbours asked where they should be, beside the notebook's figures."""
+    """A row for each epoch, the neighbours asked where they should be, beside the notebook's
+    figures."""
     rng = np.random.default_rng(0)
     for name, count in (("pool", 200), ("evaluation", 16)):
-        np.savez(tmp_path / f"{name}.npz", image=rng.integers(0, 256, (count, 32, 32, 3), np.uint8),
-                 label=np.arange(count) % 10)
-    lines = printed(environment, "benchmarks/moco_cifar10.py", f"--pool={tmp_path}/pool.npz",
-                    f"--evaluation={tmp_path}/evaluation.npz", "--epochs=2", "--batch=64", "--arch=resnet8",
-                    "--dtype=bfloat16", "--evaluate-at", "2")
+        np.savez(
+            tmp_path / f"{name}.npz",
+            image=rng.integers(0, 256, (count, 32, 32, 3), np.uint8),
+            label=np.arange(count) % 10,
+        )
+    lines = printed(
+        environment,
+        "benchmarks/moco_cifar10.py",
+        f"--pool={tmp_path}/pool.npz",
+        f"--evaluation={tmp_path}/evaluation.npz",
+        "--epochs=2",
+        "--batch=64",
+        "--arch=resnet8",
+        "--dtype=bfloat16",
+        "--evaluate-at",
+        "2",
+    )
     first, second = map(json.loads, lines)
     assert first["epoch"] == 1 and "knn_top1" not in first and first["reference_loss"] == 6.96
-    assert second["reference_knn_top1"] == 33.5 and 0 <= second["knn_top1"] <= 100 and second["loss"] > 0
+    assert (
+        second["reference_knn_top1"] == 33.5
+        and 0 <= second["knn_top1"] <= 100
+        and second["loss"] > 0
+    )
 
 
 def printed(environment, *command):
     """The lines that a benchmark prints, compiled quickly rather than well."""
     quickly = {**environment, "XLA_FLAGS": f"{environment['XLA_FLAGS']} {QUICKLY}"}
-    return subprocess.run([sys.executable, *command], cwd=ROOT, env=quickly, capture_output=True, text=True,
-                          check=True).stdout.splitlines()
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=quickly,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
 
 
 def last_line(environment, *command):
@@ -55,31 +101,76 @@ def last_line(environment, *command):
 
 
 def test_input_pipeline(environment):
-    """A rate for each part of the way from photos to views, for all together, and for the step that consumes them."""
-    figures = last_line(environment, "benchmarks/input_pipeline.py", "--photos=12", "--repeats=1", "--batch=4",
-                        "--size=16", "--step", "--arch=resnet8")
+    """A rate for each part of the way from photos to views, for all together, and for the step that
+    consumes them."""
+    figures = last_line(
+        environment,
+        "benchmarks/input_pipeline.py",
+        "--photos=12",
+        "--repeats=1",
+        "--batch=4",
+        "--size=16",
+        "--step",
+        "--arch=resnet8",
+    )
     rates = figures["images_per_second"]
-    assert [*rates] == ["write_cache", "decode", "read_cache", "read_files", "target_input", "to_device", "views",
-                        "together", "step", "training"]
-    assert min(rates.values()) > 0 and figures["reading_over_step"] > 0 and figures["training_over_step"] > 0
+    assert [*rates] == [
+        "write_cache",
+        "decode",
+        "read_cache",
+        "read_files",
+        "target_input",
+        "to_device",
+        "views",
+        "together",
+        "step",
+        "training",
+    ]
+    assert (
+        min(rates.values()) > 0
+        and figures["reading_over_step"] > 0
+        and figures["training_over_step"] > 0
+    )
 
 
 def test_target_throughput(environment):
     """A rate for the target, for the ledger and for both, which is no higher than either."""
-    rates = last_line(environment, "benchmarks/target_throughput.py", "--arch=resnet8", "--size=8", "--images=48",
-                      "--batch=16", "--repeats=1")["images_per_second"]
+    rates = last_line(
+        environment,
+        "benchmarks/target_throughput.py",
+        "--arch=resnet8",
+        "--size=8",
+        "--images=48",
+        "--batch=16",
+        "--repeats=1",
+    )["images_per_second"]
     assert [*rates] == ["inference", "keys", "ledger", "together"] and min(rates.values()) > 0
 
 
 def test_scaling(environment):
-    """A row for each number of devices; the table's hours are images over rates, and nothing is invented."""
-    figures = last_line(environment, "benchmarks/scaling.py", "--devices", "2", "--size=8", "--batch=8",
-                        "--queue=16", "--steps=1", "--blocks=1", "--turns=1", "--words=none,moco",
-                        "--rates", "moco=1000", "query=500")
+    """A row for each number of devices; the table's hours are images over rates, and nothing is
+    invented."""
+    figures = last_line(
+        environment,
+        "benchmarks/scaling.py",
+        "--devices",
+        "2",
+        "--size=8",
+        "--batch=8",
+        "--queue=16",
+        "--steps=1",
+        "--blocks=1",
+        "--turns=1",
+        "--words=none,moco",
+        "--rates",
+        "moco=1000",
+        "query=500",
+    )
     assert [row["devices"] for row in figures["rows"]] == [2]
     table = {row["part"]: row for row in figures["table"]}
     pretrained = table["pretrain moco"]
-    assert pretrained["steps"] == 200 * (1_281_167 // 256)  # He et al. 2020: 200 epochs of whole batches
+    # He et al. 2020: 200 epochs of whole batches.
+    assert pretrained["steps"] == 200 * (1_281_167 // 256)
     assert pretrained["hours_on_1"] == pretrained["steps"] * 256 / 1000 / 3600
     assert table["query"]["hours_on_1"] == (1_281_167 + 50_000) / 500 / 3600
     assert {row["hours_on_8"] for row in figures["table"]} == {None}
@@ -87,35 +178,70 @@ def test_scaling(environment):
 
 
 def test_scaling_refuses(environment, tmp_path):
-    """Rates of another network, of no known name, or that are no numbers: one line each, before anything is timed."""
+    """Rates of another network, of no known name, or that are no numbers: one line each, before
+    anything is timed."""
     other = tmp_path / "step_time.json"
     other.write_text(json.dumps({"arguments": {"arch": "resnet8", "size": 8}, "rows": []}))
     for words in (["--rates-from", str(other)], ["--rates", "mocco=1"], ["--rates", "moco=fast"]):
-        done = subprocess.run([sys.executable, "benchmarks/scaling.py", *words], cwd=ROOT, env=environment,
-                              capture_output=True, text=True)
-        assert done.returncode == 1 and done.stderr.startswith("scaling: --rates") and done.stderr.count("\n") == 1
+        done = subprocess.run(
+            [sys.executable, "benchmarks/scaling.py", *words],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert (
+            done.returncode == 1
+            and done.stderr.startswith("scaling: --rates")
+            and done.stderr.count("\n") == 1
+        )
 
 
 def test_start(environment):
     """The three ratios, of which the first is one."""
     rows = last_line(environment, "benchmarks/start.py", "--runs=1")["rows"]
-    assert rows[0]["clock_ratio"] == 1 and len(rows) == 3 and all(row["processor_ratio"] > 0 for row in rows)
+    assert (
+        rows[0]["clock_ratio"] == 1
+        and len(rows) == 3
+        and all(row["processor_ratio"] > 0 for row in rows)
+    )
 
 
 def test_growth(environment):
     """A row for each size of each of what grows."""
-    figures = last_line(environment, "benchmarks/growth.py", "--arch=resnet8", "--size=8", "--batch=8",
-                        "--queues", "16", "--steps=1", "--turns=1", "--batches", "8", "--images", "200", "400",
-                        "--budget=10")
-    assert [row["queue"] for row in figures["queue"]] == [16] and figures["memory"][0]["temp_bytes"] > 0
+    figures = last_line(
+        environment,
+        "benchmarks/growth.py",
+        "--arch=resnet8",
+        "--size=8",
+        "--batch=8",
+        "--queues",
+        "16",
+        "--steps=1",
+        "--turns=1",
+        "--batches",
+        "8",
+        "--images",
+        "200",
+        "400",
+        "--budget=10",
+    )
+    assert [row["queue"] for row in figures["queue"]] == [16] and figures["memory"][0][
+        "temp_bytes"
+    ] > 0
     for part, size in (("ledger", "answers"), ("selection", "images")):
         assert [row[size] for row in figures[part]] == [200, 400]
 
 
 def test_faults(environment):
     """After a kill the same command goes on to the same table."""
-    done = subprocess.run([sys.executable, "benchmarks/faults.py", "--kills=1"], cwd=ROOT, env=environment,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "benchmarks/faults.py", "--kills=1"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["kills"] == 1 and figures["runs"] == 1 and not figures["images_asked_twice"]
@@ -123,34 +249,79 @@ def test_faults(environment):
 
 def test_overhead(environment):
     """A ratio for each pair, of trainings that both went to the end."""
-    out = subprocess.run([sys.executable, "benchmarks/overhead.py", "--arch=resnet8", "--size=8", "--batch=16",
-                          "--queue=32", "--epoch-steps=4", "--epochs=2", "--pairs=2"],
-                         cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [
+            sys.executable,
+            "benchmarks/overhead.py",
+            "--arch=resnet8",
+            "--size=8",
+            "--batch=16",
+            "--queue=32",
+            "--epoch-steps=4",
+            "--epochs=2",
+            "--pairs=2",
+        ],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     figures = json.loads(out.splitlines()[-1])
-    assert len(figures["seconds"]) == 2 and figures["ratio"] > 0 and figures["state_bytes"] > 100_000
+    assert (
+        len(figures["seconds"]) == 2 and figures["ratio"] > 0 and figures["state_bytes"] > 100_000
+    )
 
 
 def test_feeding(environment):
     """A row for each training and way, the host's beside itself."""
-    rows = last_line(environment, "benchmarks/feeding.py", "--config=configs/digits.py:float32", "--steps=4",
-                     "--turns=1", "--at-once", "2")["rows"]
+    rows = last_line(
+        environment,
+        "benchmarks/feeding.py",
+        "--config=configs/digits.py:float32",
+        "--steps=4",
+        "--turns=1",
+        "--at-once",
+        "2",
+    )["rows"]
     assert [(row["training"], row["from"]) for row in rows] == [
-        (name, way) for name in ("moco", "student") for way in ("host", "device", "device 2")]
+        (name, way) for name in ("moco", "student") for way in ("host", "device", "device 2")
+    ]
     assert all(row["ms"] > 0 and row["processor_ms"] > 0 for row in rows) and rows[0]["ratio"] == 1
 
 
 def test_selection(environment):
     """A time for each way."""
     ways = ["balanced", "kcenter", "typiclust", "probcover", "propagate"]
-    out = subprocess.run([sys.executable, "benchmarks/selection.py", "--images=300", "--dimension=8", "--budget=20",
-                          "--classes=5", "--ways", *ways], cwd=ROOT, env=environment, capture_output=True, text=True,
-                         check=True).stdout
+    out = subprocess.run(
+        [
+            sys.executable,
+            "benchmarks/selection.py",
+            "--images=300",
+            "--dimension=8",
+            "--budget=20",
+            "--classes=5",
+            "--ways",
+            *ways,
+        ],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert [*json.loads(out.splitlines()[-1])["seconds"]] == ways
 
 
 def test_ledger(environment):
     """A time for each part."""
-    out = subprocess.run([sys.executable, "benchmarks/ledger.py", "--rows=5000", "--classes=10", "--budget"], cwd=ROOT,
-                         env=environment, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "benchmarks/ledger.py", "--rows=5000", "--classes=10", "--budget"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     figures = json.loads(out.splitlines()[-1])
     assert [*figures["parts"]] == ["write", "resume", "read"] and figures["file_bytes"] > 5000 * 20

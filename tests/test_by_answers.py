@@ -1,4 +1,5 @@
-"""Choosing by answers: against closed forms, and in the real command: its questions, its account, its kills."""
+"""Choosing by answers: against closed forms, and in the real command: its questions, its account,
+its kills."""
 
 import ast
 import shutil
@@ -34,7 +35,8 @@ def certainty(way, p):
 @pytest.mark.parametrize("way", BY_ANSWERS)
 @pytest.mark.parametrize("number", [1, 17, 160])
 def test_the_least_certain(way, number):
-    """As many as asked for, none twice and none again, the least certain of the others, in that order."""
+    """As many as asked for, none twice and none again, the least certain of the others, in that
+    order."""
     p, asked = predicted(), np.random.default_rng(1).permutation(200)[:40]
     ids = BY_ANSWERS[way](p, asked, number)
     assert ids.dtype == np.int64 and len(ids) == number == len(set(ids.tolist()))
@@ -54,7 +56,8 @@ def test_they_differ():
 
 @pytest.mark.parametrize("way", BY_ANSWERS)
 def test_ties(way):
-    """Equal ones in the pool's order, the asked ones left out; all certain or all uniform is such a tie."""
+    """Equal ones in the pool's order, the asked ones left out; all certain or all uniform is such a
+    tie."""
     for row in (np.full(4, 0.25), np.eye(4)[1]):
         p = np.tile(row.astype(np.float32), (30, 1))
         assert BY_ANSWERS[way](p, np.array([0, 2, 5]), 4).tolist() == [1, 3, 4, 6]
@@ -69,7 +72,11 @@ def test_shares():
     for budget in range(1, 40):
         for rounds in range(1, 12):
             found = shares(budget, rounds)
-            assert sum(found) == budget and len(found) == min(rounds + 1, budget) and max(found) - min(found) <= 1
+            assert (
+                sum(found) == budget
+                and len(found) == min(rounds + 1, budget)
+                and max(found) - min(found) <= 1
+            )
 
 
 # Without those that are given anew below: tuples given twice would be joined.
@@ -77,7 +84,13 @@ SHORT = [word for word in TINY if not word.startswith(("--config.seeds", "--conf
 MARGIN = [*SHORT, "--config.inits=('moco',)", "--config.selects=('margin',)", "--config.also=()"]
 SEED, SEEDS = "--config.seeds=(0,)", "--config.seeds=(0,1,2)"
 SMALL, BOTH = "--config.fractions=(0.05,)", "--config.fractions=(0.05,0.1)"
-BESIDE = [*SHORT, SEED, BOTH, "--config.inits=('moco',)", "--config.also=('moco+margin','moco+margin+label')"]
+BESIDE = [
+    *SHORT,
+    SEED,
+    BOTH,
+    "--config.inits=('moco',)",
+    "--config.also=('moco+margin','moco+margin+label')",
+]
 
 
 def chosen(workdir, name):
@@ -88,7 +101,11 @@ def chosen(workdir, name):
 def purposes(workdir):
     """Images of each purpose in the ledger, and how many images were sent in all."""
     with sqlite3.connect(workdir / "ledger.sqlite") as db:
-        by_purpose = dict(db.execute("SELECT purpose, COUNT(*) FROM answers JOIN requests ON request = id GROUP BY 1"))
+        by_purpose = dict(
+            db.execute(
+                "SELECT purpose, COUNT(*) FROM answers JOIN requests ON request = id GROUP BY 1"
+            )
+        )
         return by_purpose, db.execute("SELECT COALESCE(SUM(views), 0) FROM requests").fetchone()[0]
 
 
@@ -102,7 +119,8 @@ def beside(command, tmp_path_factory):
 
 
 def test_questions(beside):
-    """A row's questions add up to its budget, the account to the distinct images; none is sent twice."""
+    """A row's questions add up to its budget, the account to the distinct images; none is sent
+    twice."""
     results = table(beside)
     rows = {(row["select"], row["access"], row["fraction"]): row for row in results["rows"]}
     assert len(rows) == 6
@@ -111,23 +129,39 @@ def test_questions(beside):
         select = {0.05: 48, 0.1: 96}[fraction] if way == "margin" else 0
         assert row["queries"] == {"train": budget - select, "select": select, "report": 360}
         assert row["calls"] == budget + 360
-    names = [f"{way}-{budget}-seed0" for way in ("random", "moco-margin-logits", "moco-margin-label")
-             for budget in (71, 143)]
+    names = [
+        f"{way}-{budget}-seed0"
+        for way in ("random", "moco-margin-logits", "moco-margin-label")
+        for budget in (71, 143)
+    ]
     ids = {name: chosen(beside, name) for name in names}
-    early = np.unique(np.concatenate([found[: {71: 48, 143: 96}[len(found)]]
-                                      for name, found in ids.items() if "margin" in name]))
+    early = np.unique(
+        np.concatenate(
+            [
+                found[: {71: 48, 143: 96}[len(found)]]
+                for name, found in ids.items()
+                if "margin" in name
+            ]
+        )
+    )
     every = np.unique(np.concatenate(list(ids.values())))
     account = results["account"]
-    assert account["purposes"] == {"train": len(every) - len(early), "select": len(early), "report": 360}
+    assert account["purposes"] == {
+        "train": len(every) - len(early),
+        "select": len(early),
+        "report": 360,
+    }
     assert account["calls"] == account["images"] == account["views"] == len(every) + 360
     assert account["unanswered"] == 0
 
 
 def test_the_choice(beside):
-    """Distinct images; the first share is the random selection's; what is chosen is not; access makes it another."""
+    """Distinct images; the first share is the random selection's; what is chosen is not; access
+    makes it another."""
     for budget in (71, 143):
-        by_logits, by_label = (chosen(beside, f"moco-margin-{access}-{budget}-seed0") for access in
-                               ("logits", "label"))
+        by_logits, by_label = (
+            chosen(beside, f"moco-margin-{access}-{budget}-seed0") for access in ("logits", "label")
+        )
         at_random = random_order(1437, 0)
         first = shares(budget, 2)[0]
         for ids in (by_logits, by_label):
@@ -146,41 +180,61 @@ def test_again_asks_nothing(beside, command):
 
 
 def test_alone(beside, command, tmp_path):
-    """P2, P3: one column at one budget, stage by stage in its own workdir, chooses the same and learns the same."""
+    """P2, P3: one column at one budget, stage by stage in its own workdir, chooses the same and
+    learns the same."""
     for stage in ("target", "pretrain", "select"):
-        status, _, err = command(*MARGIN, SEED, SMALL, f"--workdir={tmp_path}/w", f"--stage={stage}")
+        status, _, err = command(
+            *MARGIN, SEED, SMALL, f"--workdir={tmp_path}/w", f"--stage={stage}"
+        )
         assert status == 0, err
-    assert purposes(tmp_path / "w") == ({"select": 48}, 48), "all rounds but the last were asked in this stage"
+    assert purposes(tmp_path / "w") == (
+        {"select": 48},
+        48,
+    ), "all rounds but the last were asked in this stage"
     for stage in ("query", "monitor", "distill", "evaluate", "report"):
-        status, _, err = command(*MARGIN, SEED, SMALL, f"--workdir={tmp_path}/w", f"--stage={stage}")
+        status, _, err = command(
+            *MARGIN, SEED, SMALL, f"--workdir={tmp_path}/w", f"--stage={stage}"
+        )
         assert status == 0, err
         if stage == "query":
             (tmp_path / "w/target/target.safetensors").unlink()
     name = "moco-margin-logits-71-seed0"
     np.testing.assert_array_equal(chosen(tmp_path / "w", name), chosen(beside, name))
-    row, = table(tmp_path / "w")["rows"]
+    (row,) = table(tmp_path / "w")["rows"]
     assert row in table(beside)["rows"]
-    assert table(tmp_path / "w")["account"]["purposes"] == {"train": 23, "select": 48, "report": 360}
+    assert table(tmp_path / "w")["account"]["purposes"] == {
+        "train": 23,
+        "select": 48,
+        "report": 360,
+    }
 
 
 def test_budget_between_rounds(command, tmp_path):
-    """Status 3 before a round that the budget does not hold, nothing of it sent; a larger one goes on from there."""
-    status, out, err = command(*MARGIN, SEEDS, SMALL, f"--workdir={tmp_path}/w", "--config.budget=100")
+    """Status 3 before a round that the budget does not hold, nothing of it sent; a larger one goes
+    on from there."""
+    status, out, err = command(
+        *MARGIN, SEEDS, SMALL, f"--workdir={tmp_path}/w", "--config.budget=100"
+    )
     assert status == 3 and not out, err
     asked, sent = purposes(tmp_path / "w")
     assert asked.keys() == {"select"} and 76 < sent == asked["select"] <= 100
     assert f"{sent} of 100 queries are spent and 2" in err.splitlines()[-1]
     assert not (tmp_path / "w/select/moco-margin-logits-71-seed2/result.json").exists()
-    status, _, err = command(*MARGIN, SEEDS, SMALL, f"--workdir={tmp_path}/w", "--config.budget=300", "--update")
+    status, _, err = command(
+        *MARGIN, SEEDS, SMALL, f"--workdir={tmp_path}/w", "--config.budget=300", "--update"
+    )
     assert status == 0, err
-    together = np.concatenate([chosen(tmp_path / "w", f"moco-margin-logits-71-seed{seed}") for seed in range(3)])
+    together = np.concatenate(
+        [chosen(tmp_path / "w", f"moco-margin-logits-71-seed{seed}") for seed in range(3)]
+    )
     asked, sent = purposes(tmp_path / "w")
     assert sent == sum(asked.values()) == len(set(together.tolist())) + 360
     assert table(tmp_path / "w")["account"]["purposes"] == {"train": 0, **asked}
 
 
 def test_stopped_between_rounds(beside, tmp_path):
-    """Stopped after the first round, and killed after the second: the same choice, and only what is missing is sent."""
+    """Stopped after the first round, and killed after the second: the same choice, and only what is
+    missing is sent."""
     shutil.copytree(beside, tmp_path / "w")
     name = "moco-margin-logits-71-seed0"
     want = chosen(beside, name)
@@ -188,14 +242,21 @@ def test_stopped_between_rounds(beside, tmp_path):
     for path in (tmp_path / "w").glob("ledger.sqlite*"):
         path.unlink()
     config = load_file(str(ROOT / "configs/digits.py:float32"))
-    given = [word.removeprefix("--config.").split("=") for word in BESIDE if word.startswith("--config.")]
+    given = [
+        word.removeprefix("--config.").split("=") for word in BESIDE if word.startswith("--config.")
+    ]
     config.update_from_flattened_dict({key: ast.literal_eval(value) for key, value in given})
     config = FrozenConfigDict(config)
-    cell, = (cell for cell in cells(config, 1437)
-             if (cell.select, cell.access, cell.queries) == ("margin", "logits", 71))
+    (cell,) = (
+        cell
+        for cell in cells(config, 1437)
+        if (cell.select, cell.access, cell.queries) == ("margin", "logits", 71)
+    )
 
     def go(stopped):
-        return selection(Run(config, tmp_path / "w", load(config.data), "select", stopped, []), cell)
+        return selection(
+            Run(config, tmp_path / "w", load(config.data), "select", stopped, []), cell
+        )
 
     with pytest.raises(Stopped, match="round 0"):
         go(lambda: True)

@@ -1,9 +1,18 @@
-"""Choosing what to ask by features: against plain loops, and on blobs whose answer is plain to see."""
+"""Choosing what to ask by features: against plain loops, and on blobs whose answer is plain to
+see."""
 
 import numpy as np
 import pytest
 
-from qmx.selection.by_features import BY_FEATURES, balanced, k_means, kcenter, probcover, typiclust, unit
+from qmx.selection.by_features import (
+    BY_FEATURES,
+    balanced,
+    k_means,
+    kcenter,
+    probcover,
+    typiclust,
+    unit,
+)
 
 
 def blobs(count=4, size=30, spread=0.05, seed=0, dimension=8):
@@ -11,7 +20,10 @@ def blobs(count=4, size=30, spread=0.05, seed=0, dimension=8):
     rng = np.random.default_rng(seed)
     centres = np.eye(dimension)[:count]
     of = np.repeat(np.arange(count), size)
-    return unit((centres[of] + spread * rng.normal(size=(len(of), dimension))).astype(np.float32)), of
+    return (
+        unit((centres[of] + spread * rng.normal(size=(len(of), dimension))).astype(np.float32)),
+        of,
+    )
 
 
 def chosen(way, features, budget, seed=0):
@@ -38,7 +50,8 @@ def test_one_of_each(way):
 
 
 def test_balanced_shares():
-    """Where the blobs are of unequal size, each is asked about once; and clusters share equally, up to one."""
+    """Where the blobs are of unequal size, each is asked about once; and clusters share equally, up
+    to one."""
     features, of = blobs()
     kept = np.concatenate([np.flatnonzero(of == blob)[: 6 + 8 * blob] for blob in range(4)])
     clusters = k_means(features[kept], 4, np.random.default_rng(0))
@@ -50,7 +63,8 @@ def test_balanced_shares():
 
 
 def test_typiclust_is_the_densest():
-    """A blob's choice has the least mean distance to its 20 nearest within the blob, by a plain loop."""
+    """A blob's choice has the least mean distance to its 20 nearest within the blob, by a plain
+    loop."""
     features, of = blobs(spread=0.2)
     for i in typiclust(features, 4, np.random.default_rng(0)):
         members = np.flatnonzero(of == of[i])
@@ -68,7 +82,8 @@ def test_typiclust_leaves_outliers():
 
 
 def test_kcenter_against_a_loop():
-    """Each image is the farthest from those before it, and a smaller budget's choice begins a larger one's."""
+    """Each image is the farthest from those before it, and a smaller budget's choice begins a
+    larger one's."""
     features, _ = blobs(spread=0.3)
     ids = kcenter(features, 40, np.random.default_rng(3))
     for place in range(1, 40):
@@ -78,7 +93,8 @@ def test_kcenter_against_a_loop():
 
 
 def test_probcover_covers():
-    """Each image's ball adds at least as many images as any other's would, with the radius that the choice implies."""
+    """Each image's ball adds at least as many images as any other's would, with the radius that the
+    choice implies."""
     features, of = blobs(spread=0.02)
     ids = probcover(features, 4, np.random.default_rng(0))
     similarity = features @ features.T
@@ -93,7 +109,8 @@ def test_probcover_covers():
 
 
 def test_duplicates():
-    """The same image many times over: other images are chosen as long as there are such, and never one twice."""
+    """The same image many times over: other images are chosen as long as there are such, and never
+    one twice."""
     features = np.concatenate([np.tile(blobs(1, 1)[0], (50, 1)), blobs(4, 5)[0]])
     for way in BY_FEATURES:
         ids = chosen(way, features, 60)

@@ -1,4 +1,5 @@
-"""The cache of squashed photos: what is in it, stopping at any time, and everything that can be wrong with it."""
+"""The cache of squashed photos: what is in it, stopping at any time, and everything that can be
+wrong with it."""
 
 import json
 import os
@@ -26,8 +27,12 @@ from qmx.data.photos import canvas, shown
 
 FILES = {f"n{c}/{c}_{i:02}.JPEG": (40 + 3 * i, 30 + 5 * c) for c in range(3) for i in range(7)}
 BROKEN = {"n0/0_03.JPEG": WHOLE[:900], "n1/1_05.JPEG": b"", "n2/2_06.JPEG": b"404 not found"}
-ODD = {"n0/0_01.JPEG": encoded(photo(50, 20, "L")), "n1/1_01.JPEG": encoded(photo(50, 20, "CMYK")),
-       "n2/2_01.JPEG": encoded(photo(50, 20), "PNG"), "n2/2_02.JPEG": turned(6)}
+ODD = {
+    "n0/0_01.JPEG": encoded(photo(50, 20, "L")),
+    "n1/1_01.JPEG": encoded(photo(50, 20, "CMYK")),
+    "n2/2_01.JPEG": encoded(photo(50, 20), "PNG"),
+    "n2/2_02.JPEG": turned(6),
+}
 
 
 @pytest.fixture
@@ -49,8 +54,13 @@ def files(folder):
 
 
 def run(*words):
-    return subprocess.run([sys.executable, "-m", "qmx.data.cache", *map(str, words)], cwd=ROOT, capture_output=True,
-                          text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-m", "qmx.data.cache", *map(str, words)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def refused(capsys, message, *words):
@@ -65,10 +75,13 @@ def refused(capsys, message, *words):
 
 
 def test_canvases_and_sizes_come_back(pool, evaluation, tmp_path):
-    """Within JPEG's loss, in any order, with the sizes exact; what is shown still comes from the files."""
+    """Within JPEG's loss, in any order, with the sizes exact; what is shown still comes from the
+    files."""
     make(pool, tmp_path / "cache")
     plain = load("folder", pool, evaluation, canvas=32, crop=24, resize=30)
-    quick = load("folder", pool, evaluation, canvas=32, crop=24, resize=30, cache=str(tmp_path / "cache"))
+    quick = load(
+        "folder", pool, evaluation, canvas=32, crop=24, resize=30, cache=str(tmp_path / "cache")
+    )
     assert quick.digest != plain.digest, "its canvases are not the files' to the last bit"
     rest = {"pool": None, "evaluation": None, "digest": ""}
     assert quick._replace(**rest) == plain._replace(**rest)
@@ -82,8 +95,14 @@ def test_canvases_and_sizes_come_back(pool, evaluation, tmp_path):
     assert error.max() < 5 and error.min() > 0
     np.testing.assert_array_equal(quick.pool.shown(ids), plain.pool.shown(ids))
     for batch in batches(quick.pool, 4, steps=4, seed=0):
-        rows = quick.pool.read(np.array([int(np.flatnonzero(np.all(want["size"] == size, 1))[0])
-                                         for size in np.asarray(batch["size"])]))
+        rows = quick.pool.read(
+            np.array(
+                [
+                    int(np.flatnonzero(np.all(want["size"] == size, 1))[0])
+                    for size in np.asarray(batch["size"])
+                ]
+            )
+        )
         assert rows["image"].shape == batch["image"].shape
 
 
@@ -98,9 +117,14 @@ def test_a_record_is_two_numbers_and_a_jpeg(pool, tmp_path):
     record = shard.read([3])[0]
     name = listing(pool)[0].names[8]
     image = Image.open(Path(pool, name))
-    assert SIZE.unpack_from(record) == image.size[::-1] == (int.from_bytes(record[:4], "little"),
-                                                            int.from_bytes(record[4:8], "little"))
-    assert record[8:] == encoded(Image.fromarray(canvas(image, 32)[0]), quality=75, subsampling="4:4:4")
+    assert (
+        SIZE.unpack_from(record)
+        == image.size[::-1]
+        == (int.from_bytes(record[:4], "little"), int.from_bytes(record[4:8], "little"))
+    )
+    assert record[8:] == encoded(
+        Image.fromarray(canvas(image, 32)[0]), quality=75, subsampling="4:4:4"
+    )
 
 
 def test_any_number_of_processes_writes_the_same_files(pool, tmp_path):
@@ -116,14 +140,27 @@ def test_unreadable_photos_are_named_and_left_out(pool, evaluation, tmp_path, ca
     tree(pool, BROKEN)
     manifest = make(pool, tmp_path / "cache")
     assert manifest["images"] == 21 and manifest["count"] == 18
-    assert [(i, name) for i, name, _ in manifest["broken"]] == [(3, "n0/0_03.JPEG"), (12, "n1/1_05.JPEG"),
-                                                                (20, "n2/2_06.JPEG")]
-    assert all(re.search(f"^[^/]*{what}", reason) for what, (*_, reason) in zip(
-        ("truncated", "empty", "not an image"), manifest["broken"], strict=True))
-    data = load("folder", pool, evaluation, canvas=32, resize=30, crop=24, cache=str(tmp_path / "cache"))
-    assert ("3 of 21 images are unreadable and left out: n0/0_03.JPEG, n1/1_05.JPEG, n2/2_06.JPEG"
-            in capsys.readouterr().err)
-    assert data.pool.size == 18 and data.pool.names == tuple(name for name in sorted(FILES) if name not in BROKEN)
+    assert [(i, name) for i, name, _ in manifest["broken"]] == [
+        (3, "n0/0_03.JPEG"),
+        (12, "n1/1_05.JPEG"),
+        (20, "n2/2_06.JPEG"),
+    ]
+    assert all(
+        re.search(f"^[^/]*{what}", reason)
+        for what, (*_, reason) in zip(
+            ("truncated", "empty", "not an image"), manifest["broken"], strict=True
+        )
+    )
+    data = load(
+        "folder", pool, evaluation, canvas=32, resize=30, crop=24, cache=str(tmp_path / "cache")
+    )
+    assert (
+        "3 of 21 images are unreadable and left out: n0/0_03.JPEG, n1/1_05.JPEG, n2/2_06.JPEG"
+        in capsys.readouterr().err
+    )
+    assert data.pool.size == 18 and data.pool.names == tuple(
+        name for name in sorted(FILES) if name not in BROKEN
+    )
     rows, pixels = data.pool.all(), data.pool.shown(np.arange(18))
     for row, name in enumerate(data.pool.names):
         image = Image.open(Path(pool, name))
@@ -137,7 +174,12 @@ def test_odd_photos_are_counted(pool, tmp_path, capsys):
     tree(pool, ODD)
     assert main([pool, str(tmp_path / "cache"), "--side=32", "--processes=1"]) == 0
     manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())
-    assert manifest["odd"] == {"CMYK": 1, "EXIF-rotated, used as stored": 1, "PNG named JPEG": 1, "greyscale": 1}
+    assert manifest["odd"] == {
+        "CMYK": 1,
+        "EXIF-rotated, used as stored": 1,
+        "PNG named JPEG": 1,
+        "greyscale": 1,
+    }
     assert not manifest["broken"] and manifest["pillow"] == [__import__("PIL").__version__]
     out = capsys.readouterr().out
     assert "21 images in 1 shards" in out and "1 greyscale" in out
@@ -150,7 +192,11 @@ def test_a_second_call_writes_only_what_is_missing(pool, tmp_path):
     whole = tmp_path / "cache"
     make(pool, whole)
     want = files(whole)
-    before = {path.name: path.stat().st_mtime_ns for path in whole.iterdir() if path.name.startswith("shard")}
+    before = {
+        path.name: path.stat().st_mtime_ns
+        for path in whole.iterdir()
+        if path.name.startswith("shard")
+    }
     (whole / "shard-00001.json").unlink()  # killed between a shard and its JSON
     (whole / "shard-00003.array_record").unlink()
     (whole / "shard-00003.json").write_text("{")
@@ -158,16 +204,24 @@ def test_a_second_call_writes_only_what_is_missing(pool, tmp_path):
     (whole / "shard-00002.array_record.part").write_bytes(b"killed while writing")
     (whole / "manifest.json").unlink()
     make(pool, whole)
-    assert {name: content for name, content in files(whole).items() if not name.endswith(".part")} == want
-    after = {path.name: path.stat().st_mtime_ns for path in whole.iterdir() if path.name.startswith("shard")}
+    assert {
+        name: content for name, content in files(whole).items() if not name.endswith(".part")
+    } == want
+    after = {
+        path.name: path.stat().st_mtime_ns
+        for path in whole.iterdir()
+        if path.name.startswith("shard")
+    }
     for number in (0, 2):
         assert after[f"shard-{number:05}.array_record"] == before[f"shard-{number:05}.array_record"]
     for number in (1, 3, 4):
         assert after[f"shard-{number:05}.array_record"] > before[f"shard-{number:05}.array_record"]
 
 
-@pytest.mark.parametrize("number, processes", [(signal.SIGKILL, 2), (signal.SIGTERM, 2), (signal.SIGINT, 1),
-                                               (signal.SIGTERM, 1)])
+@pytest.mark.parametrize(
+    "number, processes",
+    [(signal.SIGKILL, 2), (signal.SIGTERM, 2), (signal.SIGINT, 1), (signal.SIGTERM, 1)],
+)
 def test_it_can_be_stopped_at_any_time(tmp_path, number, processes):
     """And what goes on from there is what an undisturbed call writes; no worker is left behind."""
     pool = tree(tmp_path / "train", {"n0/big.JPEG": (700, 500), "n1/x.JPEG": (40, 30)})
@@ -175,8 +229,12 @@ def test_it_can_be_stopped_at_any_time(tmp_path, number, processes):
         Path(pool, "n0", f"{k:03}.JPEG").symlink_to(Path(pool, "n0", "big.JPEG"))
     out = tmp_path / "cache"
     words = [pool, out, "--side=64", "--shard=30", f"--processes={processes}"]
-    process = subprocess.Popen([sys.executable, "-m", "qmx.data.cache", *map(str, words)], cwd=ROOT,
-                               stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qmx.data.cache", *map(str, words)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     limit = time.monotonic() + 60
     while not list(out.glob("shard-*.json")) and time.monotonic() < limit:
         time.sleep(0.005)
@@ -184,7 +242,11 @@ def test_it_can_be_stopped_at_any_time(tmp_path, number, processes):
     process.send_signal(number)
     err = process.communicate(timeout=60)[1]
     if number != signal.SIGKILL:
-        assert process.returncode == 75 and "goes on from here" in err.splitlines()[-1] and "Traceback" not in err, err
+        assert (
+            process.returncode == 75
+            and "goes on from here" in err.splitlines()[-1]
+            and "Traceback" not in err
+        ), err
     done = len(list(out.glob("shard-*.json")))
     assert done and not (out / "manifest.json").exists()
     while any(Path(f"/proc/{child}/exe").exists() for child in children):
@@ -214,7 +276,13 @@ def test_other_photos_or_settings_are_refused(pool, tmp_path, capsys):
     words = [pool, out, "--processes=1", "--side=32", "--shard=5"]
     assert main([str(word) for word in words]) == 0
     capsys.readouterr()
-    refused(capsys, "shards of side 32, and this is 48; .*--side=32", *words[:3], "--side=48", "--shard=5")
+    refused(
+        capsys,
+        "shards of side 32, and this is 48; .*--side=32",
+        *words[:3],
+        "--side=48",
+        "--shard=5",
+    )
     refused(capsys, "shards of quality 90, and this is 80; .*--quality=90", *words, "--quality=80")
     refused(capsys, "shards of shard 5, and this is 7", *words[:4], "--shard=7")
     tree(pool, {"n1/more.JPEG": (20, 20)})
@@ -222,14 +290,18 @@ def test_other_photos_or_settings_are_refused(pool, tmp_path, capsys):
 
 
 def test_folders_that_cannot_be_written_to(pool, tmp_path, capsys):
-    refused(capsys, "inside .*train, where it would be taken for a class", pool, Path(pool, "cache"))
+    refused(
+        capsys, "inside .*train, where it would be taken for a class", pool, Path(pool, "cache")
+    )
     refused(capsys, "none: no such folder", tmp_path / "none", tmp_path / "cache")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     refused(capsys, "mine holds other files, such as thesis.tex", pool, tmp_path / "mine")
     (tmp_path / "file").touch()
     refused(capsys, "file", pool, tmp_path / "file")
-    refused(capsys, "Permission denied|Read-only|No such|not permitted|Not a dir", pool, "/proc/cache")
+    refused(
+        capsys, "Permission denied|Read-only|No such|not permitted|Not a dir", pool, "/proc/cache"
+    )
     Path(pool, "n0/0_00.JPEG").unlink()
     photos = listing(pool)[0]
     Path(pool, "n2/2_00.JPEG").unlink()
@@ -237,8 +309,18 @@ def test_folders_that_cannot_be_written_to(pool, tmp_path, capsys):
         write(photos, tmp_path / "cache", per_shard=5)
 
 
-@pytest.mark.parametrize("words", [[], ["one"], ["a", "b", "--side=0"], ["a", "b", "--quality=101"], ["a", "b", "c"],
-                                   ["a", "b", "--processes=0"], ["a", "b", "--source=zip"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["one"],
+        ["a", "b", "--side=0"],
+        ["a", "b", "--quality=101"],
+        ["a", "b", "c"],
+        ["a", "b", "--processes=0"],
+        ["a", "b", "--source=zip"],
+    ],
+)
 def test_a_wrong_command_line_is_refused(words, capsys):
     with pytest.raises(SystemExit) as error:
         main(words)
@@ -252,9 +334,22 @@ def test_a_full_disk_is_said_in_one_line(pool, tmp_path, processes):
     code = limit + "from qmx.data.cache import main; sys.exit(main(sys.argv[1:]))"
     script = tmp_path / "limited.py"
     script.write_text(f"if __name__ == '__main__':\n    {code}\n")
-    done = subprocess.run([sys.executable, script, pool, tmp_path / "cache", "--side=64", "--shard=10",
-                           f"--processes={processes}"], cwd=ROOT, capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"})
+    done = subprocess.run(
+        [
+            sys.executable,
+            script,
+            pool,
+            tmp_path / "cache",
+            "--side=64",
+            "--shard=10",
+            f"--processes={processes}",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
+    )
     assert done.returncode == 2, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and "File too large" in done.stderr
     left = [name for name in files(tmp_path / "cache") if name.startswith("shard")]
@@ -269,17 +364,26 @@ def test_a_full_disk_is_said_in_one_line(pool, tmp_path, processes):
 def cached(pool, evaluation, tmp_path):
     """open(**keys) -> the data set with a cache of the pool, in tmp_path/cache."""
     make(pool, tmp_path / "cache")
-    return lambda **more: load("folder", pool, evaluation, **{"canvas": 32, "cache": str(tmp_path / "cache"), **more})
+    return lambda **more: load(
+        "folder", pool, evaluation, **{"canvas": 32, "cache": str(tmp_path / "cache"), **more}
+    )
 
 
 def test_a_cache_that_does_not_fit_is_refused_with_the_command(cached, pool, tmp_path):
     again = f"run python -m qmx.data.cache {pool} {tmp_path / 'cache'} --side="
-    with pytest.raises(ValueError, match="canvases of 32 pixels and data.canvas is 64; .*data.canvas=32"):
+    with pytest.raises(
+        ValueError, match="canvases of 32 pixels and data.canvas is 64; .*data.canvas=32"
+    ):
         cached(canvas=64)
-    with pytest.raises(ValueError, match="none: no finished cache in it; run python -m qmx.data.cache .*none"):
+    with pytest.raises(
+        ValueError, match="none: no finished cache in it; run python -m qmx.data.cache .*none"
+    ):
         cached(cache=str(tmp_path / "none"))
     tree(pool, {"n0/0_00.JPEG": (99, 99)})
-    with pytest.raises(ValueError, match="made of other photos than .*train, or these have changed since; .*" + again):
+    with pytest.raises(
+        ValueError,
+        match="made of other photos than .*train, or these have changed since; .*" + again,
+    ):
         cached()
 
 
@@ -299,7 +403,9 @@ def test_a_damaged_manifest_is_refused(cached, tmp_path, text):
 def test_missing_and_short_shards_are_named_at_once(cached, tmp_path):
     shard = tmp_path / "cache" / "shard-00002.array_record"
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="1 of 5 shards are missing or cut off: shard-00002.array_record; run"):
+    with pytest.raises(
+        ValueError, match="1 of 5 shards are missing or cut off: shard-00002.array_record; run"
+    ):
         cached()
     shard.unlink()
     with pytest.raises(ValueError, match="1 of 5 shards are missing"):
@@ -307,7 +413,8 @@ def test_missing_and_short_shards_are_named_at_once(cached, tmp_path):
 
 
 def test_damage_is_named_when_it_is_read_and_found_by_verify(cached, tmp_path, capsys):
-    """Each of the bytes of a shard: the same data, or one line with its name; and --verify finds every one."""
+    """Each of the bytes of a shard: the same data, or one line with its name; and --verify finds
+    every one."""
     assert main(["--verify", str(tmp_path / "cache")]) == 0
     assert "21 images in 5 shards, all as they were written" in capsys.readouterr().out
     want = cached().pool.all()
@@ -322,9 +429,17 @@ def test_damage_is_named_when_it_is_read_and_found_by_verify(cached, tmp_path, c
             np.testing.assert_array_equal(got["size"], want["size"][5:10])
         except ValueError as error:
             hits += 1
-            assert "shard-00001.array_record is damaged" in str(error) and len(str(error).splitlines()) == 1
+            assert (
+                "shard-00001.array_record is damaged" in str(error)
+                and len(str(error).splitlines()) == 1
+            )
     assert hits > 20
-    refused(capsys, "1 of 5 shards are damaged: shard-00001.array_record; remove them", "--verify", tmp_path / "cache")
+    refused(
+        capsys,
+        "1 of 5 shards are damaged: shard-00001.array_record; remove them",
+        "--verify",
+        tmp_path / "cache",
+    )
     shard.unlink()
     refused(capsys, "1 of 5 shards are damaged: shard-00001", "--verify", tmp_path / "cache")
 

@@ -23,10 +23,14 @@ from qmx.workdir import Mismatch, NotDone, claim, differences, stage, write_text
 
 
 def state(step):
-    """A train state with every kind of leaf: optax's tuples, empty states, bfloat16, integers, a queue."""
-    noise = jax.random.normal(jax.random.key(step), (200, 100))  # no compressor shrinks it, so its bytes can be hit
-    params = {"backbone": {"kernel": noise, "half": jnp.ones(5, jnp.bfloat16)},
-              "head": {"bias": jnp.arange(2.0) * step}}
+    """A train state with every kind of leaf: optax's tuples, empty states, bfloat16, integers, a
+    queue."""
+    # No compressor shrinks it, so its bytes can be hit.
+    noise = jax.random.normal(jax.random.key(step), (200, 100))
+    params = {
+        "backbone": {"kernel": noise, "half": jnp.ones(5, jnp.bfloat16)},
+        "head": {"bias": jnp.arange(2.0) * step},
+    }
     rate = optim.schedule("cosine", 0.1, epochs=1, steps=10)
     tx = optim.sgd({"backbone": rate, "head": rate})
     own = {"queue": jnp.arange(6.0).reshape(3, 2) + step, "pointer": jnp.int32(step), "nothing": {}}
@@ -47,17 +51,27 @@ def saved(directory, *steps):
 
 
 def test_round_trip(tmp_path):
-    """R1, R4: queue, pointer, optimiser and step come back, in their dtypes and shardings, by a new object."""
-    assert Checkpoints(tmp_path / "none").restore(state(0)) is None and not (tmp_path / "none").exists()
+    """R1, R4: queue, pointer, optimiser and step come back, in their dtypes and shardings, by a new
+    object."""
+    assert (
+        Checkpoints(tmp_path / "none").restore(state(0)) is None
+        and not (tmp_path / "none").exists()
+    )
     saved(tmp_path / "c", 3, 5)
     assert_same(Checkpoints(tmp_path / "c").restore(state(0)), state(5))
     saved(tmp_path / "c", 7, 9)
-    assert sorted(int(path.name) for path in (tmp_path / "c").iterdir()) == [7, 9], "only the last two are kept"
+    assert sorted(int(path.name) for path in (tmp_path / "c").iterdir()) == [
+        7,
+        9,
+    ], "only the last two are kept"
 
 
 def flip_bytes(directory):
     """Overwrite some bytes in the middle of the largest data file."""
-    path = max((p for p in directory.rglob("*") if p.is_file() and "/d/" in str(p)), key=lambda p: p.stat().st_size)
+    path = max(
+        (p for p in directory.rglob("*") if p.is_file() and "/d/" in str(p)),
+        key=lambda p: p.stat().st_size,
+    )
     data = bytearray(path.read_bytes())
     middle = len(data) // 2
     data[middle : middle + 16] = bytes(b ^ 0xFF for b in data[middle : middle + 16])
@@ -93,7 +107,8 @@ def test_damaged_checkpoint(tmp_path, caplog, damage):
 
 
 def test_saving_goes_on_meanwhile(tmp_path):
-    """What is saved is the state at the call, though its buffers are donated and written over at once."""
+    """What is saved is the state at the call, though its buffers are donated and written over at
+    once."""
     spoil = jax.jit(lambda ts: jax.tree.map(lambda x: x * 0, ts), donate_argnums=0)
     with Checkpoints(tmp_path / "c") as checkpoints:
         for step in (3, 5):
@@ -121,11 +136,16 @@ with Checkpoints(Path(sys.argv[1])) as checkpoints:
 
 
 def test_killed_while_saving(tmp_path):
-    """SIGKILL in the middle of saves: the newest good one is whole, and no older than the one before the last begun."""
+    """SIGKILL in the middle of saves: the newest good one is whole, and no older than the one
+    before the last begun."""
     draw = random.Random(0)
     for kill in range(4):
-        process = subprocess.Popen([sys.executable, "-c", SAVING, str(tmp_path / f"c{kill}")], text=True,
-                                   stdout=subprocess.PIPE, cwd=ROOT / "tests")
+        process = subprocess.Popen(
+            [sys.executable, "-c", SAVING, str(tmp_path / f"c{kill}")],
+            text=True,
+            stdout=subprocess.PIPE,
+            cwd=ROOT / "tests",
+        )
         for _ in range(3):
             process.stdout.readline()
         time.sleep(draw.uniform(0, 0.3))
@@ -144,9 +164,13 @@ def test_another_networks_checkpoint(tmp_path):
 
 
 def test_weights(tmp_path):
-    """Safetensors of nested dicts, strided arrays too, in the structure asked for; the digest is of the content."""
-    tree = {"conv": {"kernel": np.arange(24.0, dtype=np.float32).reshape(2, 3, 4).transpose(2, 0, 1)}, "empty": {},
-            "bias": jnp.ones(3, jnp.bfloat16)}
+    """Safetensors of nested dicts, strided arrays too, in the structure asked for; the digest is of
+    the content."""
+    tree = {
+        "conv": {"kernel": np.arange(24.0, dtype=np.float32).reshape(2, 3, 4).transpose(2, 0, 1)},
+        "empty": {},
+        "bias": jnp.ones(3, jnp.bfloat16),
+    }
     digest = save_weights(tmp_path / "w.safetensors", tree)
     back = load_weights(tmp_path / "w.safetensors", tree)
     assert jax.tree.structure(back) == jax.tree.structure(tree)
@@ -158,8 +182,15 @@ def test_weights(tmp_path):
 
 def test_weights_are_strict(tmp_path):
     """E1: a tensor missing, one left over, one of another shape: refused, all three named."""
-    tree = {"a": np.zeros(3, np.float32), "b": np.zeros((2, 2), np.float32), "c": np.zeros(1, np.float32)}
-    save_file({"a": tree["a"], "b": np.zeros((2, 3), np.float32), "d": tree["c"]}, tmp_path / "w.safetensors")
+    tree = {
+        "a": np.zeros(3, np.float32),
+        "b": np.zeros((2, 2), np.float32),
+        "c": np.zeros(1, np.float32),
+    }
+    save_file(
+        {"a": tree["a"], "b": np.zeros((2, 3), np.float32), "d": tree["c"]},
+        tmp_path / "w.safetensors",
+    )
     message = r"b is \(2, 3\) and should be \(2, 2\); c is missing.*; d is \(1,\) and .*absent"
     with pytest.raises(ValueError, match=message):
         load_weights(tmp_path / "w.safetensors", tree)
@@ -167,7 +198,8 @@ def test_weights_are_strict(tmp_path):
 
 
 def test_stage_is_done_once(tmp_path):
-    """The same inputs: the old result. Others: done again, and told why. Killed before its end: never done."""
+    """The same inputs: the old result. Others: done again, and told why. Killed before its end:
+    never done."""
     said, runs = [], []
 
     def work():
@@ -193,7 +225,8 @@ def test_stage_is_done_once(tmp_path):
 
 
 def test_half_a_stage(tmp_path):
-    """R2: what a killed stage left is there for the same inputs to go on from, and gone for any others."""
+    """R2: what a killed stage left is there for the same inputs to go on from, and gone for any
+    others."""
     found = []
 
     def work():
@@ -201,7 +234,12 @@ def test_half_a_stage(tmp_path):
         (tmp_path / "s/checkpoint").write_text("half")
         raise KeyboardInterrupt
 
-    for inputs, kept in (({"lr": 1}, False), ({"lr": 1}, True), ({"lr": 2}, False), ({"lr": 2}, True)):
+    for inputs, kept in (
+        ({"lr": 1}, False),
+        ({"lr": 1}, True),
+        ({"lr": 2}, False),
+        ({"lr": 2}, True),
+    ):
         with pytest.raises(KeyboardInterrupt):
             stage(tmp_path / "s", inputs, work, print)
         assert found[-1] is kept
@@ -227,4 +265,6 @@ def test_files_are_whole(tmp_path):
     """A reader sees the old text or the new one, and no other file is left."""
     write_text(tmp_path / "f", "old")
     write_text(tmp_path / "f", "new")
-    assert (tmp_path / "f").read_text() == "new" and [path.name for path in tmp_path.iterdir()] == ["f"]
+    assert (tmp_path / "f").read_text() == "new" and [path.name for path in tmp_path.iterdir()] == [
+        "f"
+    ]

@@ -6,16 +6,27 @@ import os
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 # A module may import those of its own level's right side, and nothing to its left.
 BELOW = {
-    "contract": set(), "losses": {"contract"}, "augment": {"contract"}, "optim": {"contract"},
-    "methods": {"contract", "losses", "optim", "methods"}, "models": {"contract", "checkpoint", "models"},
-    "sharding": {"contract"}, "data": {"contract", "sharding", "augment", "progress", "data"}, "train": {"contract"},
-    "inference": {"contract", "sharding"}, "metrics": {"sharding"}, "diagnostics": set(),
-    "selection": {"data", "metrics", "selection"}, "ledger": {"progress", "ledger"},
-    "targets": {"contract", "inference", "checkpoint", "ledger", "targets"}, "report": {"grid", "workdir", "report"},
+    "contract": set(),
+    "losses": {"contract"},
+    "augment": {"contract"},
+    "optim": {"contract"},
+    "methods": {"contract", "losses", "optim", "methods"},
+    "models": {"contract", "checkpoint", "models"},
+    "sharding": {"contract"},
+    "data": {"contract", "sharding", "augment", "progress", "data"},
+    "train": {"contract"},
+    "inference": {"contract", "sharding"},
+    "metrics": {"sharding"},
+    "diagnostics": set(),
+    "selection": {"data", "metrics", "selection"},
+    "ledger": {"progress", "ledger"},
+    "targets": {"contract", "inference", "checkpoint", "ledger", "targets"},
+    "report": {"grid", "workdir", "report"},
 }
 
 
@@ -41,35 +52,53 @@ def test_imports_run_one_way():
 
 
 def test_light_import():
-    """`import qmx` brings nothing but what jax, flax.linen and optax bring; the command little more before it runs."""
-    code = ("import sys, json, jax, flax.linen, optax; before = set(sys.modules); import {};"
-            "print(json.dumps(sorted({{name.split('.')[0] for name in set(sys.modules) - before}})))")
+    """`import qmx` brings nothing but what jax, flax.linen and optax bring; the command little more
+    before it runs."""
+    code = (
+        "import sys, json, jax, flax.linen, optax; before = set(sys.modules); import {};"
+        "print(json.dumps(sorted({{name.split('.')[0] for name in set(sys.modules) - before}})))"
+    )
     for module, more in (("qmx", set()), ("qmx.main", {"absl", "ml_collections", "PIL"})):
-        out = subprocess.run([sys.executable, "-c", code.format(module)], capture_output=True, text=True, check=True,
-                             cwd=ROOT).stdout
+        out = subprocess.run(
+            [sys.executable, "-c", code.format(module)],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=ROOT,
+        ).stdout
         found = set(json.loads(out)) - sys.stdlib_module_names - {"qmx", *more}
         assert not {name for name in found if not name.startswith("_")}, module
 
 
 def test_flags_are_the_programs_own():
-    """XLA's flags are set where the program starts: importing changes nothing, the user's word stands."""
-    code = ("import os, qmx; before = os.environ.get('XLA_FLAGS'); from qmx import main;"
-            "assert os.environ.get('XLA_FLAGS') == before == {given!r};"
-            "main.set_xla_flags(); print(os.environ['XLA_FLAGS'])")
+    """XLA's flags are set where the program starts: importing changes nothing, the user's word
+    stands."""
+    code = (
+        "import os, qmx; before = os.environ.get('XLA_FLAGS'); from qmx import main;"
+        "assert os.environ.get('XLA_FLAGS') == before == {given!r};"
+        "main.set_xla_flags(); print(os.environ['XLA_FLAGS'])"
+    )
     ours = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
     theirs = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INVALID"
     other = "--xla_force_host_platform_device_count=3"
     for given, want in ((None, ours), (theirs, theirs), (other, f"{other} {ours}")):
         environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
         environment |= {"XLA_FLAGS": given} if given else {}
-        out = subprocess.run([sys.executable, "-c", code.format(given=given)], capture_output=True, text=True,
-                             check=True, cwd=ROOT, env=environment).stdout
+        out = subprocess.run(
+            [sys.executable, "-c", code.format(given=given)],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=ROOT,
+            env=environment,
+        ).stdout
         assert out.strip() == want
 
 
-def test_ruff():
-    """No lint is left."""
-    subprocess.run([sys.executable, "-m", "ruff", "check", "."], check=True, cwd=ROOT)
+@pytest.mark.parametrize("words", [["check"], ["format", "--check", "-q"]], ids=["lint", "format"])
+def test_ruff(words):
+    """No lint is left, and every file is formatted."""
+    subprocess.run([sys.executable, "-m", "ruff", *words, "."], check=True, cwd=ROOT)
 
 
 def test_mypy():

@@ -1,4 +1,5 @@
-"""The shipped configs, as their users run them: on a folder of photos, on an npz, with weights from PyTorch."""
+"""The shipped configs, as their users run them: on a folder of photos, on an npz, with weights from
+PyTorch."""
 
 import json
 import shutil
@@ -23,7 +24,8 @@ CLASSES = ("n01440764", "n02102040", "n03000684")
 
 
 def write_photos(root, per_class, seed):
-    """A folder in the ImageNet layout, of photos of several sizes; each class has its own colour."""
+    """A folder in the ImageNet layout, of photos of several sizes; each class has its own
+    colour."""
     rng = np.random.default_rng(seed)
     for number, wnid in enumerate(CLASSES):
         (root / wnid).mkdir(parents=True)
@@ -40,44 +42,77 @@ def write_photos(root, per_class, seed):
 def photos(tmp_path_factory):
     """The flags of a pool of 120 photos and an evaluation set of 30."""
     root = tmp_path_factory.mktemp("photos")
-    return [f"--config.data.path={write_photos(root / 'train', 40, 1)}",
-            f"--config.data.eval_path={write_photos(root / 'val', 10, 2)}"]
+    return [
+        f"--config.data.path={write_photos(root / 'train', 40, 1)}",
+        f"--config.data.eval_path={write_photos(root / 'val', 10, 2)}",
+    ]
 
 
 @pytest.fixture(scope="module")
 def imagenet(photos, command, tmp_path_factory):
     """The workdir of imagenet.py:tiny."""
     workdir = tmp_path_factory.mktemp("runs") / "imagenet"
-    status, out, err = command("--config=configs/imagenet.py:tiny", *photos, f"--workdir={workdir}",
-                               "--config.also=('moco+fixmatch',)", "--config.fixmatch.epochs=1",
-                               "--config.fixmatch.mu=2")
+    status, out, err = command(
+        "--config=configs/imagenet.py:tiny",
+        *photos,
+        f"--workdir={workdir}",
+        "--config.also=('moco+fixmatch',)",
+        "--config.fixmatch.epochs=1",
+        "--config.fixmatch.mu=2",
+    )
     assert status == 0, err
     return workdir
 
 
 def test_imagenet_tiny(imagenet):
-    """Target, pretraining, query, distillation and report from a folder of JPEGs; each cell by its own recipe."""
+    """Target, pretraining, query, distillation and report from a folder of JPEGs; each cell by its
+    own recipe."""
     results = json.loads((imagenet / "results.json").read_text())
-    assert results["pool"]["size"] == 96 and results["pool"]["evaluation"] == 30 and results["pool"]["classes"] == 3
-    assert {(row["init"], row["fraction"], row["recipe"]) for row in results["rows"] if row["use"] == "asked"} == {
+    assert (
+        results["pool"]["size"] == 96
+        and results["pool"]["evaluation"] == 30
+        and results["pool"]["classes"] == 3
+    )
+    assert {
+        (row["init"], row["fraction"], row["recipe"])
+        for row in results["rows"]
+        if row["use"] == "asked"
+    } == {
         (init, fraction, recipe + ending)
         for fraction, ending in ((0.1, "_10"), (1.0, "_100"))
-        for init, recipe in (("none", "scratch"), ("rotation", "tune"), ("moco", "tune"), ("simsiam", "tune"))}
+        for init, recipe in (
+            ("none", "scratch"),
+            ("rotation", "tune"),
+            ("moco", "tune"),
+            ("simsiam", "tune"),
+        )
+    }
     assert len(results["rows"]) == 10 and results["rows"][4]["use"] == "fixmatch"
     assert results["account"]["purposes"] == {"train": 96, "select": 0, "report": 30}
     assert "recipes of their own" in (imagenet / "report.md").read_text()
 
 
 def test_a_cache_gives_the_same_target_and_answers(imagenet, photos, command, tmp_path):
-    """Training reads the cache; what the target is asked about comes from the photos, so that its answers are equal."""
+    """Training reads the cache; what the target is asked about comes from the photos, so that its
+    answers are equal."""
     path = photos[0].partition("path=")[2]
-    made = subprocess.run([sys.executable, "-m", "qmx.data.cache", path, str(tmp_path / "cache"), "--side=40"],
-                          capture_output=True, text=True)
+    made = subprocess.run(
+        [sys.executable, "-m", "qmx.data.cache", path, str(tmp_path / "cache"), "--side=40"],
+        capture_output=True,
+        text=True,
+    )
     assert made.returncode == 0, made.stderr
     shutil.copytree(imagenet, tmp_path / "w")
-    status, _, err = command("--config=configs/imagenet.py:tiny", *photos, f"--workdir={tmp_path}/w", "--update",
-                             f"--config.data.cache={tmp_path}/cache", "--config.inits=('none',)",
-                             "--config.also=('none+fixmatch',)", "--config.fixmatch.epochs=1")
+    status, _, err = command(
+        "--config=configs/imagenet.py:tiny",
+        *photos,
+        f"--workdir={tmp_path}/w",
+        "--update",
+        f"--config.data.cache={tmp_path}/cache",
+        "--config.inits=('none',)",
+        "--config.also=('none+fixmatch',)",
+        "--config.fixmatch.epochs=1",
+    )
     assert status == 0, err
     # Another target was trained, on the cache's pixels, and asked about the same images.
     assert table(tmp_path / "w")["account"]["purposes"] == table(imagenet)["account"]["purposes"]
@@ -89,67 +124,121 @@ def test_cifar10_tiny(command, tmp_path):
     for name, n in (("train", 600), ("test", 200)):
         images = rng.integers(0, 256, (n, 32, 32, 3), np.uint8)
         np.savez(tmp_path / f"{name}.npz", image=images, label=np.arange(n) % 10)
-    status, out, err = command("--config=configs/cifar10.py:tiny", f"--config.data.path={tmp_path}/train.npz",
-                               f"--config.data.eval_path={tmp_path}/test.npz", f"--workdir={tmp_path}/w",
-                               "--config.monitor.linear=True", "--config.monitor.probe.epochs=1",
-                               "--config.monitor.probe.optimizer=lars",
-                               "--config.monitor.probe.batch_size=64", "--config.inits=('none','moco')")
+    status, out, err = command(
+        "--config=configs/cifar10.py:tiny",
+        f"--config.data.path={tmp_path}/train.npz",
+        f"--config.data.eval_path={tmp_path}/test.npz",
+        f"--workdir={tmp_path}/w",
+        "--config.monitor.linear=True",
+        "--config.monitor.probe.epochs=1",
+        "--config.monitor.probe.optimizer=lars",
+        "--config.monitor.probe.batch_size=64",
+        "--config.inits=('none','moco')",
+    )
     assert status == 0, err
     results = json.loads((tmp_path / "w/results.json").read_text())
     assert results["pool"]["size"] == 512 and len(results["rows"]) == 6
-    monitor, = results["monitors"]
+    (monitor,) = results["monitors"]
     assert monitor["knn_k"] == 20 and 0 <= monitor["linear_top1"] <= 100
     assert "linear probe" in (tmp_path / "w/report.md").read_text()
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """Released files as their authors' code writes them: a target, and a MoCo v2 checkpoint, both ResNet-18."""
+    """Released files as their authors' code writes them: a target, and a MoCo v2 checkpoint, both
+    ResNet-18."""
     folder = tmp_path_factory.mktemp("weights")
     torch.save(released(ARCHS["resnet18"], classes=3).state_dict(), folder / "target.pth")
-    encoder = {name: value for name, value in released(ARCHS["resnet18"], seed=1).state_dict().items()
-               if not name.startswith("fc.")}
-    state = {f"module.encoder_{branch}.{name}": value for branch in "qk" for name, value in encoder.items()}
+    encoder = {
+        name: value
+        for name, value in released(ARCHS["resnet18"], seed=1).state_dict().items()
+        if not name.startswith("fc.")
+    }
+    state = {
+        f"module.encoder_{branch}.{name}": value
+        for branch in "qk"
+        for name, value in encoder.items()
+    }
     for branch in "qk":
         for layer, rows in (("0", 512), ("2", 128)):
             state[f"module.encoder_{branch}.fc.{layer}.weight"] = torch.randn(rows, 512)
             state[f"module.encoder_{branch}.fc.{layer}.bias"] = torch.randn(rows)
-    state |= {"module.queue": torch.randn(128, 64), "module.queue_ptr": torch.zeros(1, dtype=torch.long)}
-    torch.save({"epoch": 200, "arch": "resnet18", "state_dict": state, "optimizer": {}}, folder / "moco.pth.tar")
+    state |= {
+        "module.queue": torch.randn(128, 64),
+        "module.queue_ptr": torch.zeros(1, dtype=torch.long),
+    }
+    torch.save(
+        {"epoch": 200, "arch": "resnet18", "state_dict": state, "optimizer": {}},
+        folder / "moco.pth.tar",
+    )
     return folder
 
 
-TORCH = ["--config=configs/imagenet.py:tiny,none,moco", "--config.student.arch=resnet18", "--config.fractions=(1.0,)",
-         "--config.target.kind=torch", "--config.target.arch=resnet18"]
+TORCH = [
+    "--config=configs/imagenet.py:tiny,none,moco",
+    "--config.student.arch=resnet18",
+    "--config.fractions=(1.0,)",
+    "--config.target.kind=torch",
+    "--config.target.arch=resnet18",
+]
 
 
 def test_pytorch_target_and_encoder(photos, weights, command, tmp_path):
-    """A target and an init from PyTorch's files by one line each; their answers are PyTorch's, the encoder is the
-    file's to the bit; the accuracy that was promised and is not there is warned of, in the report too."""
-    status, out, err = command(*TORCH, *photos, f"--config.target.path={weights}/target.pth", f"--workdir={tmp_path}/w",
-                               f"--config.pretrain.moco.path={weights}/moco.pth.tar", "--config.target.expect=(99,99)")
+    """A target and an init from PyTorch's files by one line each; their answers are PyTorch's, the
+    encoder is the file's to the bit; the accuracy that was promised and is not there is warned of,
+    in the report too.
+    """
+    status, out, err = command(
+        *TORCH,
+        *photos,
+        f"--config.target.path={weights}/target.pth",
+        f"--workdir={tmp_path}/w",
+        f"--config.pretrain.moco.path={weights}/moco.pth.tar",
+        "--config.target.expect=(99,99)",
+    )
     assert status == 0, err
     assert "pretrain moco" not in err, "nothing was pretrained"
-    assert "the config expects 99 / 99" in err and "expects 99 / 99" in (tmp_path / "w/report.md").read_text()
+    assert (
+        "the config expects 99 / 99" in err
+        and "expects 99 / 99" in (tmp_path / "w/report.md").read_text()
+    )
     results = json.loads((tmp_path / "w/results.json").read_text())
-    assert results["target"]["name"] == "resnet18 from target.pth" and results["target"]["precision"] == "float32"
+    assert (
+        results["target"]["name"] == "resnet18 from target.pth"
+        and results["target"]["precision"] == "float32"
+    )
 
     encoder = load_file(tmp_path / "w/pretrain/moco-seed0/encoder.safetensors")
-    theirs = torch.load(weights / "moco.pth.tar", weights_only=True)["state_dict"]["module.encoder_q.conv1.weight"]
-    np.testing.assert_array_equal(encoder["params/conv1/kernel"], theirs.numpy().transpose(2, 3, 1, 0))
+    theirs = torch.load(weights / "moco.pth.tar", weights_only=True)["state_dict"][
+        "module.encoder_q.conv1.weight"
+    ]
+    np.testing.assert_array_equal(
+        encoder["params/conv1/kernel"], theirs.numpy().transpose(2, 3, 1, 0)
+    )
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--config.target.path={weights}/target.pth", "--config.target.arch=resnet50"], ("resnet18", "resnet50")),
-    (["--config.target.path={weights}/text.pth"], ("text.pth",)),
-    (["--config.target.path={weights}/cut.pth"], ("cut.pth",)),
-    (["--config.target.path={weights}/no.pth"], ("no.pth", "no such file")),
-    (["--config.target.path={weights}/ten.pth"], ("10 classes", "3")),
-    (["--config.target.path={weights}/moco.pth.tar"], ("without a classifier",)),
-    (["--config.target.path={weights}/target.pth", "--config.pretrain.moco.path={weights}/damaged.pth.tar"],
-     ("layer1.0.conv1.weight", "layer2.0.conv2.weight", "layer3.0.conv1.weight", "renamed")),
-    ([], ("--config.target.path",)),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (
+            ["--config.target.path={weights}/target.pth", "--config.target.arch=resnet50"],
+            ("resnet18", "resnet50"),
+        ),
+        (["--config.target.path={weights}/text.pth"], ("text.pth",)),
+        (["--config.target.path={weights}/cut.pth"], ("cut.pth",)),
+        (["--config.target.path={weights}/no.pth"], ("no.pth", "no such file")),
+        (["--config.target.path={weights}/ten.pth"], ("10 classes", "3")),
+        (["--config.target.path={weights}/moco.pth.tar"], ("without a classifier",)),
+        (
+            [
+                "--config.target.path={weights}/target.pth",
+                "--config.pretrain.moco.path={weights}/damaged.pth.tar",
+            ],
+            ("layer1.0.conv1.weight", "layer2.0.conv2.weight", "layer3.0.conv1.weight", "renamed"),
+        ),
+        ([], ("--config.target.path",)),
+    ],
+)
 def test_wrong_weights(photos, weights, command, tmp_path, flags, words):
     """E1: status 2 and one line that names what is wrong, before anything is trained."""
     if not (weights / "cut.pth").exists():
@@ -172,14 +261,22 @@ def test_wrong_weights(photos, weights, command, tmp_path, flags, words):
 
 
 def test_recipes_of_the_table():
-    """The protocol of every cell: epochs, rates of backbone and classifier, decay, milestones (protocols of the
-    predecessor's code, PCL and pytorch/examples)."""
+    """The protocol of every cell: epochs, rates of backbone and classifier, decay, milestones
+    (protocols of the predecessor's code, PCL and pytorch/examples)."""
     config = FrozenConfigDict(load_config("configs/imagenet.py"))
     found = {}
     for cell in cells(config, 1_281_167):
         keys = recipe_of(config, cell)
-        found[cell.init, cell.fraction] = (keys.epochs, keys.learning_rate, keys.head_learning_rate, keys.weight_decay,
-                                           keys.milestones, keys.factor, keys.warmup_epochs, any(keys.jitter))
+        found[cell.init, cell.fraction] = (
+            keys.epochs,
+            keys.learning_rate,
+            keys.head_learning_rate,
+            keys.weight_decay,
+            keys.milestones,
+            keys.factor,
+            keys.warmup_epochs,
+            any(keys.jitter),
+        )
     assert {key: numbers for key, numbers in found.items() if key[0] in ("none", "moco")} == {
         ("none", 0.01): (1000, 0.01, 0.01, 1e-2, (700, 800, 900), 0.1, 10, True),
         ("none", 0.1): (200, 0.1, 0.1, 1e-3, (140, 160, 180), 0.1, 5, True),
@@ -189,8 +286,13 @@ def test_recipes_of_the_table():
         ("moco", 1.0): (90, 0.1, 0.1, 1e-4, (30, 60), 0.1, 0, False),
     }
     best = FrozenConfigDict(load_config("configs/imagenet.py:best"))
-    assert recipe_of(best, Cell("none", "random", "logits", "asked", 12_811, 0.01, 0)).weight_decay_on == "kernels"
-    assert recipe_of(best, Cell("simsiam", "random", "logits", "asked", 12_811, 0.01, 0)).standardize
+    assert (
+        recipe_of(best, Cell("none", "random", "logits", "asked", 12_811, 0.01, 0)).weight_decay_on
+        == "kernels"
+    )
+    assert recipe_of(
+        best, Cell("simsiam", "random", "logits", "asked", 12_811, 0.01, 0)
+    ).standardize
     assert load_config("configs/imagenet.py:moco800").pretrain.moco.epochs == 800
     assert load_config("configs/imagenet.py:moco,best").inits == ("moco",)
 
@@ -202,29 +304,85 @@ def test_pretraining_protocols():
     def of(name, *keys):
         return tuple(pretrain[name][key] for key in keys)
 
-    common = ("epochs", "batch_size", "learning_rate", "schedule", "momentum", "weight_decay", "warmup_epochs")
+    common = (
+        "epochs",
+        "batch_size",
+        "learning_rate",
+        "schedule",
+        "momentum",
+        "weight_decay",
+        "warmup_epochs",
+    )
     assert of("moco", *common, "queue_size", "decay", "temperature", "features", "group_size") == (
-        200, 256, 0.03, "cosine_by_epoch", 0.9, 1e-4, 0, 65536, 0.999, 0.2, 128, 32)
+        200,
+        256,
+        0.03,
+        "cosine_by_epoch",
+        0.9,
+        1e-4,
+        0,
+        65536,
+        0.999,
+        0.2,
+        128,
+        32,
+    )
     assert of("simsiam", *common, "features", "layers", "hidden", "fix_predictor_rate") == (
-        100, 512, 0.1, "cosine_by_epoch", 0.9, 1e-4, 0, 2048, 3, 512, True)
+        100,
+        512,
+        0.1,
+        "cosine_by_epoch",
+        0.9,
+        1e-4,
+        0,
+        2048,
+        3,
+        512,
+        True,
+    )
     assert of("rotation", *common, "milestones", "factor", "warmup_start") == (
-        70, 128, 0.2, "step", 0.9, 1e-4, 5, (30, 50), 0.1, 0.1)
+        70,
+        128,
+        0.2,
+        "step",
+        0.9,
+        1e-4,
+        5,
+        (30, 50),
+        0.1,
+        0.1,
+    )
     cifar = load_config("configs/cifar10.py").pretrain
-    assert (cifar.moco.epochs, cifar.moco.batch_size, cifar.moco.learning_rate, cifar.moco.queue_size, cifar.moco.decay,
-            cifar.moco.temperature, cifar.moco.head, cifar.moco.batch_size // cifar.moco.group_size) == (
-        200, 512, 0.06, 4096, 0.99, 0.1, "linear", 8)
+    assert (
+        cifar.moco.epochs,
+        cifar.moco.batch_size,
+        cifar.moco.learning_rate,
+        cifar.moco.queue_size,
+        cifar.moco.decay,
+        cifar.moco.temperature,
+        cifar.moco.head,
+        cifar.moco.batch_size // cifar.moco.group_size,
+    ) == (200, 512, 0.06, 4096, 0.99, 0.1, "linear", 8)
 
 
 def test_recipes_by_number():
-    """A budget given as a number has the recipe of its share: 12,811 and 128,116 are the published 1 % and 10 %."""
+    """A budget given as a number has the recipe of its share: 12,811 and 128,116 are the published
+    1 % and 10 %."""
     shares, numbers = (load_config("configs/imagenet.py:none,moco") for _ in range(2))
     numbers.fractions, numbers.queries = (), (1_281_167, 12_811, 128_116)
-    by_share, by_number = ([(cell.init, cell.queries, recipe_name(config, cell)) for cell in cells(config, 1_281_167)]
-                           for config in (shares, numbers))
-    assert by_share == by_number == [
-        (init, queries, recipe + ending)
-        for queries, ending in ((12_811, "_1"), (128_116, "_10"), (1_281_167, "_100"))
-        for init, recipe in (("none", "scratch"), ("moco", "tune"))]
+    by_share, by_number = (
+        [(cell.init, cell.queries, recipe_name(config, cell)) for cell in cells(config, 1_281_167)]
+        for config in (shares, numbers)
+    )
+    assert (
+        by_share
+        == by_number
+        == [
+            (init, queries, recipe + ending)
+            for queries, ending in ((12_811, "_1"), (128_116, "_10"), (1_281_167, "_100"))
+            for init, recipe in (("none", "scratch"), ("moco", "tune"))
+        ]
+    )
 
 
 def test_recipes_must_not_overlap():
@@ -234,17 +392,25 @@ def test_recipes_must_not_overlap():
     assert recipe_name(config, cell) == "tune_10"
     assert recipe_name(config, cell._replace(init="imported")) == "tune_10"
     config.recipes.tune_1.up_to = 0.1
-    with pytest.raises(ValueError, match="tune_1 and tune_10 both claim init moco at 71 queries, a share of 0.049"):
+    with pytest.raises(
+        ValueError, match="tune_1 and tune_10 both claim init moco at 71 queries, a share of 0.049"
+    ):
         recipe_name(config, cell)
     config.recipes.tune_1.inits = config.recipes.tune_10.inits = ("none",)
     assert recipe_name(config, cell) == ""
 
 
 def test_precision_is_part_of_the_question(photos, weights, command, tmp_path):
-    """P6: answers in bfloat16 are others than those in float32, though near them: they are asked for anew and kept
-    apart, and cost no budget, which counts images."""
-    target = [*TORCH, *photos, f"--config.target.path={weights}/target.pth", f"--workdir={tmp_path}/w",
-              "--config.inits=('none',)", "--config.budget=96"]
+    """P6: answers in bfloat16 are others than those in float32, though near them: they are asked
+    for anew and kept apart, and cost no budget, which counts images."""
+    target = [
+        *TORCH,
+        *photos,
+        f"--config.target.path={weights}/target.pth",
+        f"--workdir={tmp_path}/w",
+        "--config.inits=('none',)",
+        "--config.budget=96",
+    ]
     assert command(*target)[0] == 0
     before = table(tmp_path / "w")
     status, _, err = command(*target, "--config.target.precision=bfloat16", "--update")
@@ -252,9 +418,18 @@ def test_precision_is_part_of_the_question(photos, weights, command, tmp_path):
     after = table(tmp_path / "w")
     assert (before["account"]["images"], before["account"]["views"]) == (126, 126)
     assert (after["account"]["images"], after["account"]["views"]) == (126, 252)
-    assert after["target"]["precision"] == "bfloat16" and after["target"]["sha256"] == before["target"]["sha256"]
+    assert (
+        after["target"]["precision"] == "bfloat16"
+        and after["target"]["sha256"] == before["target"]["sha256"]
+    )
     with sqlite3.connect(tmp_path / "w/ledger.sqlite") as db:
-        rows = db.execute("SELECT scores FROM answers JOIN scores USING (row) ORDER BY image, request").fetchall()
-    exact, rough = np.array([np.frombuffer(scores, "<f4") for scores, in rows]).reshape(126, 2, 3).swapaxes(0, 1)
+        rows = db.execute(
+            "SELECT scores FROM answers JOIN scores USING (row) ORDER BY image, request"
+        ).fetchall()
+    exact, rough = (
+        np.array([np.frombuffer(scores, "<f4") for (scores,) in rows])
+        .reshape(126, 2, 3)
+        .swapaxes(0, 1)
+    )
     apart = np.abs(exact - rough).max(1)
     assert apart.min() > 0 and np.sqrt(np.mean(apart**2)) < 0.2 * exact.std()

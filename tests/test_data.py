@@ -1,4 +1,5 @@
-"""Subsets, the order of images, batches on the device, and the sources with all that can be wrong in a file."""
+"""Subsets, the order of images, batches on the device, and the sources with all that can be wrong
+in a file."""
 
 import hashlib
 import io
@@ -17,14 +18,33 @@ from qmx.contract import Rows
 from qmx.data import SOURCES, batches, epoch_steps
 from qmx.data.batches import BESIDE, ahead, batch_ids, feed
 from qmx.data.sources import Beside, in_memory, take
-from qmx.selection.orders import class_balanced_order, from_list, predecessor_order, random_order, subset_size
+from qmx.selection.orders import (
+    class_balanced_order,
+    from_list,
+    predecessor_order,
+    random_order,
+    subset_size,
+)
 from qmx.selection.select import select
 
 
 def keys(source, path="", eval_path="", **more):
     """A config's `data`."""
-    return SimpleNamespace(**{"source": source, "path": str(path), "eval_path": str(eval_path), "canvas": 256,
-                              "resize": 256, "crop": 224, "cache": "", "mean": (), "std": (), "limit": 0, **more})
+    return SimpleNamespace(
+        **{
+            "source": source,
+            "path": str(path),
+            "eval_path": str(eval_path),
+            "canvas": 256,
+            "resize": 256,
+            "crop": 224,
+            "cache": "",
+            "mean": (),
+            "std": (),
+            "limit": 0,
+            **more,
+        }
+    )
 
 
 def load(*words, **more):
@@ -34,17 +54,34 @@ def load(*words, **more):
 # Subsets
 
 
-@pytest.mark.parametrize("fraction, size, count", [
-    (0.29, 100, 29), (0.58, 100, 58), (0.07, 100, 7), (0.57, 100, 57), (1.1e-3, 10000, 11),
-    (0.01, 1437, 14), (0.1, 1437, 143), (1.0, 1437, 1437), (1, 7, 7), (0.999, 7, 6), (1e-3, 1000, 1),
-    (0.01, 1281167, 12811), (0.1, 1281167, 128116), (np.float64(0.29), 100, 29),
-])
+@pytest.mark.parametrize(
+    "fraction, size, count",
+    [
+        (0.29, 100, 29),
+        (0.58, 100, 58),
+        (0.07, 100, 7),
+        (0.57, 100, 57),
+        (1.1e-3, 10000, 11),
+        (0.01, 1437, 14),
+        (0.1, 1437, 143),
+        (1.0, 1437, 1437),
+        (1, 7, 7),
+        (0.999, 7, 6),
+        (1e-3, 1000, 1),
+        (0.01, 1281167, 12811),
+        (0.1, 1281167, 128116),
+        (np.float64(0.29), 100, 29),
+    ],
+)
 def test_a_share_is_taken_in_decimal(fraction, size, count):
-    """int(fraction * size) of the number as it is written: 12,811 and 128,116 of ImageNet, and 29 of 100."""
+    """int(fraction * size) of the number as it is written: 12,811 and 128,116 of ImageNet, and 29
+    of 100."""
     assert subset_size(fraction, size) == count
 
 
-@pytest.mark.parametrize("fraction", [0, -0.1, 1.5, 1.0000001, float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "fraction", [0, -0.1, 1.5, 1.0000001, float("nan"), float("inf"), -float("inf")]
+)
 def test_a_share_outside_0_to_1_is_refused(fraction):
     with pytest.raises(ValueError, match=re.escape(f"fraction {fraction} ")):
         subset_size(fraction, 100)
@@ -64,8 +101,11 @@ def test_the_order_is_a_permutation_and_shares_are_nested(size):
     order = random_order(size, 3)
     np.testing.assert_array_equal(np.sort(order), np.arange(size))
     np.testing.assert_array_equal(order, random_order(size, 3))
-    subsets = [set(random_order(size, 3)[: subset_size(share, size)]) for share in (0.01, 0.1, 0.5, 1.0)
-               if share * size >= 1]
+    subsets = [
+        set(random_order(size, 3)[: subset_size(share, size)])
+        for share in (0.01, 0.1, 0.5, 1.0)
+        if share * size >= 1
+    ]
     assert all(small <= large for small, large in zip(subsets, subsets[1:], strict=False))
 
 
@@ -75,8 +115,11 @@ def test_seeds_give_other_orders():
 
 @pytest.mark.parametrize("counts", [(5, 5, 5), (1, 9, 4), (30,), (0, 3, 7), (40, 40)])
 def test_a_balanced_order_holds_classes_equally_often_up_to_one(counts):
-    """In every prefix, for as long as a class lasts; all prefixes are of one order, so they are nested."""
-    labels = np.random.default_rng(1).permutation(np.repeat(np.arange(len(counts)), counts).astype(np.int32))
+    """In every prefix, for as long as a class lasts; all prefixes are of one order, so they are
+    nested."""
+    labels = np.random.default_rng(1).permutation(
+        np.repeat(np.arange(len(counts)), counts).astype(np.int32)
+    )
     order = class_balanced_order(labels, 3)
     np.testing.assert_array_equal(np.sort(order), np.arange(len(labels)))
     np.testing.assert_array_equal(order, class_balanced_order(labels, 3))
@@ -90,12 +133,16 @@ def test_a_balanced_order_follows_its_seed_in_images_and_in_classes():
     labels = np.tile(np.arange(10, dtype=np.int32), 4)
     orders = [class_balanced_order(labels, seed) for seed in range(20)]
     assert len({tuple(order) for order in orders}) == 20
-    assert len({tuple(labels[order[:3]]) for order in orders}) > 10  # a prefix within a round favours no class
-    assert len({tuple(labels[order[at : at + 10]]) for order in orders for at in (0, 10, 20, 30)}) > 60
+    # a prefix within a round favours no class.
+    assert len({tuple(labels[order[:3]]) for order in orders}) > 10
+    assert (
+        len({tuple(labels[order[at : at + 10]]) for order in orders for at in (0, 10, 20, 30)}) > 60
+    )
 
 
 def test_the_order_of_the_predecessor():
-    """D8: numpy's seed 1234 over the list of all images. The hash is of this numpy's; its stream is frozen."""
+    """D8: numpy's seed 1234 over the list of all images. The hash is of this numpy's; its stream is
+    frozen."""
     images = [f"image {i}" for i in range(1000)]
     np.random.seed(1234)
     np.random.shuffle(images)
@@ -110,10 +157,15 @@ def test_the_order_of_the_predecessor():
 NAMES = ("n01/n01_5.JPEG", "n01/n01_7.JPEG", "n02/n02_1.JPEG", "n02/same.JPEG", "n03/same.JPEG")
 
 
-@pytest.mark.parametrize("text, ids", [
-    ("n02_1.JPEG\nn01_5.JPEG\n", [2, 0]), ("n01/n01_7.JPEG\n\n  n02_1.JPEG", [1, 2]),
-    ("n03/same.JPEG\r\nn02/same.JPEG", [4, 3]), ("train/n01/n01_5.JPEG", [0]),
-])
+@pytest.mark.parametrize(
+    "text, ids",
+    [
+        ("n02_1.JPEG\nn01_5.JPEG\n", [2, 0]),
+        ("n01/n01_7.JPEG\n\n  n02_1.JPEG", [1, 2]),
+        ("n03/same.JPEG\r\nn02/same.JPEG", [4, 3]),
+        ("train/n01/n01_5.JPEG", [0]),
+    ],
+)
 def test_a_list_chooses_images_in_its_order(tmp_path, text, ids):
     (tmp_path / "1percent.txt").write_text(text)
     np.testing.assert_array_equal(from_list(str(tmp_path / "1percent.txt"), NAMES), ids)
@@ -121,15 +173,21 @@ def test_a_list_chooses_images_in_its_order(tmp_path, text, ids):
 
 def test_a_list_with_folders_finds_bare_names(tmp_path):
     (tmp_path / "list.txt").write_text("n02/n02_1.JPEG\n")
-    np.testing.assert_array_equal(from_list(str(tmp_path / "list.txt"), ("n01_5.JPEG", "n02_1.JPEG")), [1])
+    np.testing.assert_array_equal(
+        from_list(str(tmp_path / "list.txt"), ("n01_5.JPEG", "n02_1.JPEG")), [1]
+    )
 
 
-@pytest.mark.parametrize("text, message", [
-    ("n01_5.JPEG\nnone.JPEG\n01_7.JPEG", "2 of 3 names are of no image: none.JPEG, 01_7.JPEG$"),
-    ("n02/n01_5.JPEG", "1 of 1 names are of no image"),
-    ("same.JPEG\nn01_5.JPEG", "1 of 2 names are of several images each: same.JPEG$"),
-    ("n01_5.JPEG\nn01/n01_5.JPEG", "1 of 2 names come more than once: n01/n01_5.JPEG$"), ("\n \n", "no names in it"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("n01_5.JPEG\nnone.JPEG\n01_7.JPEG", "2 of 3 names are of no image: none.JPEG, 01_7.JPEG$"),
+        ("n02/n01_5.JPEG", "1 of 1 names are of no image"),
+        ("same.JPEG\nn01_5.JPEG", "1 of 2 names are of several images each: same.JPEG$"),
+        ("n01_5.JPEG\nn01/n01_5.JPEG", "1 of 2 names come more than once: n01/n01_5.JPEG$"),
+        ("\n \n", "no names in it"),
+    ],
+)
 def test_a_list_that_does_not_fit_is_refused(tmp_path, text, message):
     path = tmp_path / "list.txt"
     path.write_text(text)
@@ -147,16 +205,26 @@ def test_a_list_needs_names_and_a_file(tmp_path):
 
 
 def test_each_budget_has_a_list(tmp_path):
-    """The one with as many names as the budget has images; none of that length, or two, are refused."""
-    texts = {"1.txt": "n01_5.JPEG", "2.txt": "n02_1.JPEG\nn01_5.JPEG", "2b.txt": "n01_5.JPEG\nn02_1.JPEG"}
+    """The one with as many names as the budget has images; none of that length, or two, are
+    refused."""
+    texts = {
+        "1.txt": "n01_5.JPEG",
+        "2.txt": "n02_1.JPEG\nn01_5.JPEG",
+        "2b.txt": "n01_5.JPEG\nn02_1.JPEG",
+    }
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
     one, two, other = (str(tmp_path / name) for name in texts)
     pool = SimpleNamespace(size=2, names=("n01_5.JPEG", "n02_1.JPEG"))
     for budget, ids in ((1, [0]), (2, [1, 0])):
         np.testing.assert_array_equal(select("list", pool, budget, 0, (one, two)), ids)
-    for lists, message in (((one,), "0 of the lists have 2 images .*1.txt 1"), ((two, other), "2 of the lists have 2")):
-        with pytest.raises(ValueError, match=message + ".*one list of as many images as each budget has"):
+    for lists, message in (
+        ((one,), "0 of the lists have 2 images .*1.txt 1"),
+        ((two, other), "2 of the lists have 2"),
+    ):
+        with pytest.raises(
+            ValueError, match=message + ".*one list of as many images as each budget has"
+        ):
             select("list", pool, 2, 0, lists)
 
 
@@ -165,7 +233,8 @@ def test_each_budget_has_a_list(tmp_path):
 
 @pytest.mark.parametrize("size, batch_size", [(12, 4), (13, 4), (10, 10), (11, 10), (7, 1), (1, 1)])
 def test_each_epoch_without_its_remainder_is_a_shuffle(size, batch_size):
-    """D6: with drop_last every epoch shows floor(size / batch) batches of images that are all different."""
+    """D6: with drop_last every epoch shows floor(size / batch) batches of images that are all
+    different."""
     steps = int(epoch_steps(size, batch_size, drop_last=True))
     assert steps == size // batch_size
     for epoch in range(5):
@@ -175,9 +244,12 @@ def test_each_epoch_without_its_remainder_is_a_shuffle(size, batch_size):
         assert len(set(seen)) == steps * batch_size and set(seen) <= set(range(size))
 
 
-@pytest.mark.parametrize("size, batch_size", [(12, 4), (13, 4), (10, 10), (11, 10), (7, 1), (5, 8), (3, 10), (1, 4)])
+@pytest.mark.parametrize(
+    "size, batch_size", [(12, 4), (13, 4), (10, 10), (11, 10), (7, 1), (5, 8), (3, 10), (1, 4)]
+)
 def test_epochs_follow_each_other_without_a_seam(size, batch_size):
-    """D6: `size` batches show every image exactly `batch_size` times, each epoch's stretch is a permutation.
+    """D6: `size` batches show every image exactly `batch_size` times, each epoch's stretch is a
+    permutation.
 
     Also where the set is smaller than the batch.
     """
@@ -185,12 +257,15 @@ def test_epochs_follow_each_other_without_a_seam(size, batch_size):
     ids = np.concatenate([batch_ids(size, batch_size, 0, k, False) for k in range(size)])
     np.testing.assert_array_equal(np.bincount(ids, minlength=size), batch_size)
     for epoch in range(batch_size):
-        np.testing.assert_array_equal(np.sort(ids[epoch * size : (epoch + 1) * size]), np.arange(size))
+        np.testing.assert_array_equal(
+            np.sort(ids[epoch * size : (epoch + 1) * size]), np.arange(size)
+        )
 
 
 @pytest.mark.parametrize("drop_last", [True, False])
 def test_a_batch_is_a_pure_function_of_seed_and_number(drop_last):
-    """R2: asked for in any order, any number of times, and not touched by what a caller does to it."""
+    """R2: asked for in any order, any number of times, and not touched by what a caller does to
+    it."""
     first = [batch_ids(11, 4, 5, k, drop_last).copy() for k in range(12)]
     for k in (7, 0, 11, 3, 7):
         ids = batch_ids(11, 4, 5, k, drop_last)
@@ -202,7 +277,9 @@ def test_a_batch_is_a_pure_function_of_seed_and_number(drop_last):
 @pytest.mark.parametrize("drop_last", [True, False])
 def test_epochs_and_seeds_differ(drop_last):
     """D2: no two epochs and no two seeds have one order."""
-    orders = {tuple(batch_ids(40, 40, seed, epoch, drop_last)) for seed in range(5) for epoch in range(5)}
+    orders = {
+        tuple(batch_ids(40, 40, seed, epoch, drop_last)) for seed in range(5) for epoch in range(5)
+    }
     assert len(orders) == 25
 
 
@@ -232,22 +309,35 @@ def test_batches_arrive_in_order_from_any_start(size, drop_last, start, threads)
 
 
 @pytest.mark.parametrize("start", [0, 5])
-@pytest.mark.parametrize("size, pool, drop_last", [(20, 50, False), (5, 50, False), (20, 20, False), (20, 50, True)])
+@pytest.mark.parametrize(
+    "size, pool, drop_last", [(20, 50, False), (5, 50, False), (20, 20, False), (20, 50, True)]
+)
 def test_a_pool_comes_beside_in_an_order_of_its_own(size, pool, drop_last, start):
-    """R2: so many images of it in every batch, each once in a pass over it, whatever the source; from any start."""
-    data = take(source(60), np.arange(size))._replace(beside=Beside(take(source(60), np.arange(pool)), 3))
+    """R2: so many images of it in every batch, each once in a pass over it, whatever the source;
+    from any start."""
+    data = take(source(60), np.arange(size))._replace(
+        beside=Beside(take(source(60), np.arange(pool)), 3)
+    )
     got = list(batches(data, B, steps=9, seed=3, start=start, drop_last=drop_last))
     for k, batch in enumerate(got, start):
         assert batch.keys() == {"image", "label", "pool_image", "pool_label"}
         np.testing.assert_array_equal(batch["label"], batch_ids(size, B, 3, k, drop_last))
-        np.testing.assert_array_equal(batch["pool_label"], batch_ids(pool, 3 * B, 3, k, drop_last, BESIDE))
-        np.testing.assert_array_equal(batch["pool_image"][:, 0, 0, 0], np.asarray(batch["pool_label"]) * 4)
+        np.testing.assert_array_equal(
+            batch["pool_label"], batch_ids(pool, 3 * B, 3, k, drop_last, BESIDE)
+        )
+        np.testing.assert_array_equal(
+            batch["pool_image"][:, 0, 0, 0], np.asarray(batch["pool_label"]) * 4
+        )
         assert batch["pool_label"].sharding.spec == PartitionSpec("data")
     seen = np.concatenate([batch["pool_label"] for batch in got])
     if not drop_last and not start:
-        np.testing.assert_array_equal(np.bincount(seen[: len(seen) // pool * pool]), len(seen) // pool)
+        np.testing.assert_array_equal(
+            np.bincount(seen[: len(seen) // pool * pool]), len(seen) // pool
+        )
     own = np.concatenate([batch["label"] for batch in got])
-    assert not np.array_equal(seen[: len(own)], own), "a stream of its own, also where both are one set"
+    assert not np.array_equal(seen[: len(own)], own), (
+        "a stream of its own, also where both are one set"
+    )
 
 
 def test_batches_are_arrays_split_over_the_devices():
@@ -271,10 +361,13 @@ def unpacked(rows):
 @pytest.mark.parametrize("at_once", [1, 4])
 @pytest.mark.parametrize("start", [0, 3, 9])
 def test_numbers_of_rows_are_the_hosts_batches(at_once, start):
-    """The same examples in the same order, with what comes beside them, also where a dispatch is not full."""
+    """The same examples in the same order, with what comes beside them, also where a dispatch is
+    not full."""
     ids = np.array([7, 3, 11, 50, 2, 40, 8])
     scores = np.arange(14, dtype=np.float32).reshape(7, 2)
-    data = take(source(60), ids, scores=scores)._replace(beside=Beside(take(source(60), np.arange(5, 30)), 2))
+    data = take(source(60), ids, scores=scores)._replace(
+        beside=Beside(take(source(60), np.arange(5, 30)), 2)
+    )
     dispatches = list(feed(data, B, steps=9, seed=3, start=start, at_once=at_once))
     assert all(isinstance(rows, Rows) and rows.ids[""].shape == (at_once, B) for rows in dispatches)
     got = [batch for rows in dispatches for batch in unpacked(rows)]
@@ -287,9 +380,19 @@ def test_numbers_of_rows_are_the_hosts_batches(at_once, start):
 
 
 def test_rows_lie_on_all_devices_and_batches_are_split_over_them():
-    """Tables of one shape for all that is taken of a source: one compilation serves every budget."""
-    of_few, of_more = (next(feed(take(source(60), np.arange(size), scores=np.ones((size, 3), np.float32)), B, steps=1,
-                                 seed=0)) for size in (3, 40))
+    """Tables of one shape for all that is taken of a source: one compilation serves every
+    budget."""
+    of_few, of_more = (
+        next(
+            feed(
+                take(source(60), np.arange(size), scores=np.ones((size, 3), np.float32)),
+                B,
+                steps=1,
+                seed=0,
+            )
+        )
+        for size in (3, 40)
+    )
     assert jax.tree.map(np.shape, of_few) == jax.tree.map(np.shape, of_more)
     assert of_few.tables[""]["image"].shape[0] == 60
     assert of_few.tables[""]["image"].sharding.spec == PartitionSpec()
@@ -316,7 +419,9 @@ def test_a_long_run_can_be_left_at_any_time():
     read = []
     data = source(64)
     counted = data._replace(read=lambda ids: read.append(len(ids)) or data.read(ids))
-    for k, batch in enumerate(islice(batches(counted, B, steps=1_000_800, seed=0, start=500_000), 3), 500_000):
+    for k, batch in enumerate(
+        islice(batches(counted, B, steps=1_000_800, seed=0, start=500_000), 3), 500_000
+    ):
         np.testing.assert_array_equal(batch["label"], batch_ids(64, B, 0, k, False))
     assert len(read) < 50
 
@@ -330,6 +435,7 @@ def test_a_batch_larger_than_the_source_is_refused_where_the_rest_is_dropped():
 
 def test_a_failing_source_is_not_an_end_of_the_data():
     """An error in a reading thread reaches the loop."""
+
     def read(ids):
         raise OSError("the disk is gone")
 
@@ -344,7 +450,9 @@ def test_arrays_beside_a_subset_stay_with_their_images():
     assert subset.size == 8
     np.testing.assert_array_equal(subset.all()["label"], ids)
     for batch in batches(subset, B, steps=4, seed=0):
-        np.testing.assert_array_equal(batch["scores"], np.asarray(batch["label"])[:, None] * [[1, 10]])
+        np.testing.assert_array_equal(
+            batch["scores"], np.asarray(batch["label"])[:, None] * [[1, 10]]
+        )
         np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], np.asarray(batch["label"]) * 4)
 
 
@@ -394,8 +502,15 @@ def test_digits():
         assert set(part["label"]) == set(range(10))
 
     given, labels = load_digits(return_X_y=True)
-    both = [(i.tobytes(), int(n)) for part in (pool, evaluation) for i, n in zip(*part.values(), strict=True)]
-    whole = [(np.round(i * 255 / 16).astype(np.uint8).tobytes(), int(n)) for i, n in zip(given, labels, strict=True)]
+    both = [
+        (i.tobytes(), int(n))
+        for part in (pool, evaluation)
+        for i, n in zip(*part.values(), strict=True)
+    ]
+    whole = [
+        (np.round(i * 255 / 16).astype(np.uint8).tobytes(), int(n))
+        for i, n in zip(given, labels, strict=True)
+    ]
     assert sorted(both) == sorted(whole)
     assert not {i.tobytes() for i in pool["image"]} & {i.tobytes() for i in evaluation["image"]}
 
@@ -448,12 +563,17 @@ def test_a_limit_keeps_images_spread_over_the_whole(limit):
         load("digits", limit=-1)
 
 
-@pytest.mark.parametrize("more, message", [
-    (dict(mean=(0.1, 0.2, 0.3)), "data.mean .* must be 1 numbers"), (dict(mean=(128.0,)), r"data.mean \(128.0,\)"),
-    (dict(std=(0.0,)), r"data.std \(0.0,\)"), (dict(std=(float("nan"),)), "data.std"),
-    (dict(mean=(-0.1,)), "data.mean"),
-    (dict(cache="there"), "data.cache is not read by data.source=digits"),
-])
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (dict(mean=(0.1, 0.2, 0.3)), "data.mean .* must be 1 numbers"),
+        (dict(mean=(128.0,)), r"data.mean \(128.0,\)"),
+        (dict(std=(0.0,)), r"data.std \(0.0,\)"),
+        (dict(std=(float("nan"),)), "data.std"),
+        (dict(mean=(-0.1,)), "data.mean"),
+        (dict(cache="there"), "data.cache is not read by data.source=digits"),
+    ],
+)
 def test_keys_that_do_not_fit_arrays_are_refused(more, message):
     with pytest.raises(ValueError, match=message):
         load("digits", **more)
@@ -462,7 +582,10 @@ def test_keys_that_do_not_fit_arrays_are_refused(more, message):
 # arrays
 
 RNG = np.random.default_rng(0)
-GOOD = {"image": RNG.integers(0, 256, (6, 5, 4, 3), np.uint8), "label": np.array([0, 3, 1, 1, 0, 2])}
+GOOD = {
+    "image": RNG.integers(0, 256, (6, 5, 4, 3), np.uint8),
+    "label": np.array([0, 3, 1, 1, 0, 2]),
+}
 OTHER = {"image": RNG.integers(0, 256, (3, 5, 4, 3), np.uint8), "label": np.array([4, 0, 2])}
 
 
@@ -484,7 +607,8 @@ def other(tmp_path):
 @pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
 @pytest.mark.parametrize("label", [np.int64, np.int32, np.uint8, np.uint16, ">i4"])
 def test_arrays(tmp_path, write, label):
-    """Images, labels, number of classes over both files, and the pool's statistics as numpy has them."""
+    """Images, labels, number of classes over both files, and the pool's statistics as numpy has
+    them."""
     write(tmp_path / "pool.npz", image=GOOD["image"], label=GOOD["label"].astype(label))
     write(tmp_path / "test.npz", image=OTHER["image"], label=OTHER["label"].astype(label))
     data = load("arrays", str(tmp_path / "pool.npz"), str(tmp_path / "test.npz"))
@@ -514,7 +638,9 @@ def test_a_constant_channel_can_be_divided_by(tmp_path, other):
 
 @pytest.mark.parametrize("shape", [(6, 5, 4), (6, 5, 4, 1)])
 def test_grey_images_have_one_channel(tmp_path, shape):
-    grey = save(tmp_path / "grey.npz", image=GOOD["image"][..., 0].reshape(shape), label=GOOD["label"])
+    grey = save(
+        tmp_path / "grey.npz", image=GOOD["image"][..., 0].reshape(shape), label=GOOD["label"]
+    )
     test = save(tmp_path / "test.npz", image=OTHER["image"][..., 0], label=OTHER["label"])
     data = load("arrays", grey, test)
     assert data.shape == (5, 4, 1) and len(data.mean) == len(data.std) == 1
@@ -524,12 +650,21 @@ def test_grey_images_have_one_channel(tmp_path, shape):
 def test_the_digest_is_of_all_images_and_labels(tmp_path, good, other):
     """Not of the files' names, nor of what else is in them."""
     digest = load("arrays", good, other).digest
-    assert load("arrays", save(tmp_path / "again.npz", **GOOD, note=np.zeros(3)), other).digest == digest
+    assert (
+        load("arrays", save(tmp_path / "again.npz", **GOOD, note=np.zeros(3)), other).digest
+        == digest
+    )
     images, labels = GOOD["image"].copy(), GOOD["label"].copy()
     images[2, 1, 1, 1] ^= 1
     labels[3] = 2
-    assert load("arrays", save(tmp_path / "a.npz", image=images, label=GOOD["label"]), other).digest != digest
-    assert load("arrays", save(tmp_path / "b.npz", image=GOOD["image"], label=labels), other).digest != digest
+    assert (
+        load("arrays", save(tmp_path / "a.npz", image=images, label=GOOD["label"]), other).digest
+        != digest
+    )
+    assert (
+        load("arrays", save(tmp_path / "b.npz", image=GOOD["image"], label=labels), other).digest
+        != digest
+    )
     assert load("arrays", other, good).digest != digest
 
 
@@ -613,8 +748,14 @@ BROKEN = {
     "no header": (zipped(image=b"", label=npy(LABEL)), "image"),
     "no array": (zipped(image=b"\xff\xd8\xff\xe0 a photograph", label=npy(LABEL)), "image"),
     "no array of labels": (zipped(image=npy(IMAGE), label=b"0,1,2,3,0,1"), "label"),
-    "a bad header": (zipped(image=npy(IMAGE).replace(b"{'descr'", b"['descr'"), label=npy(LABEL)), "header"),
-    "an unknown type": (zipped(image=npy(IMAGE).replace(b"'|u1'", b"'|?9'"), label=npy(LABEL)), "type"),
+    "a bad header": (
+        zipped(image=npy(IMAGE).replace(b"{'descr'", b"['descr'"), label=npy(LABEL)),
+        "header",
+    ),
+    "an unknown type": (
+        zipped(image=npy(IMAGE).replace(b"'|u1'", b"'|?9'"), label=npy(LABEL)),
+        "type",
+    ),
 }
 
 
@@ -627,14 +768,17 @@ def test_a_broken_file_is_refused_by_name(tmp_path, other, content, message):
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_damage_anywhere_is_refused_or_harmless(tmp_path, other, compression):
-    """Each byte of a file turned over, and the file cut off at each: the same data, or one line with the path."""
+    """Each byte of a file turned over, and the file cut off at each: the same data, or one line
+    with the path."""
     small = dict(image=GOOD["image"][:1], label=GOOD["label"][:1])
     whole = zipped(compression, **{name: npy(array) for name, array in small.items()})
     bad = tmp_path / "damaged.npz"
     wrong = []
     for at in range(len(whole)):
-        for damage, content in (("cut off", whole[:at]), ("turned over", whole[:at] + bytes([whole[at] ^ 0xFF])
-                                                         + whole[at + 1 :])):
+        for damage, content in (
+            ("cut off", whole[:at]),
+            ("turned over", whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :]),
+        ):
             bad.write_bytes(content)
             try:
                 data = load("arrays", str(bad), other)
@@ -691,7 +835,9 @@ def test_the_two_files_must_have_images_of_one_shape(tmp_path, good):
 
 def test_evaluation_images_that_are_in_the_pool_are_counted_and_refused(tmp_path, good):
     """P9: with another label too, and each of several equal ones."""
-    images = np.concatenate([OTHER["image"], GOOD["image"][[2]], GOOD["image"][[5]], GOOD["image"][[5]]])
+    images = np.concatenate(
+        [OTHER["image"], GOOD["image"][[2]], GOOD["image"][[5]], GOOD["image"][[5]]]
+    )
     mixed = save(tmp_path / "mixed.npz", image=images, label=np.zeros(6, int))
     with pytest.raises(ValueError, match="^3 of 6 evaluation images are in the pool"):
         load("arrays", good, mixed)

@@ -11,9 +11,12 @@ def warnings(series, epoch_steps=4, dimension=16, queue_size=None):
 
 
 def test_leak():
-    """M13: instance accuracy near 1 over the first epoch; a first step against a random queue is no alarm."""
+    """M13: instance accuracy near 1 over the first epoch; a first step against a random queue is no
+    alarm."""
     assert "98 % of the queries" in warnings([{"contrast_acc1": 0.98, "z_std": 0.25}] * 12)[0]
-    assert not warnings([{"contrast_acc1": a, "z_std": 0.25} for a in (1.0, 0.1, 0.1, 0.1, 1.0, 1.0, 1.0, 1.0)])
+    assert not warnings(
+        [{"contrast_acc1": a, "z_std": 0.25} for a in (1.0, 0.1, 0.1, 0.1, 1.0, 1.0, 1.0, 1.0)]
+    )
 
 
 def test_collapse():
@@ -23,8 +26,11 @@ def test_collapse():
 
 
 def test_stuck():
-    """MoCo's loss at ln(K + 1) is no alarm at first, as it starts there, and one after 200 steps; below it is none."""
-    chance, learned = ({"contrast_acc1": 0.1, "z_std": 0.25, "loss": loss} for loss in (math.log(1025), 6.7))
+    """MoCo's loss at ln(K + 1) is no alarm at first, as it starts there, and one after 200 steps;
+    below it is none."""
+    chance, learned = (
+        {"contrast_acc1": 0.1, "z_std": 0.25, "loss": loss} for loss in (math.log(1025), 6.7)
+    )
     found = warnings([chance] * 400, queue_size=1024)
     assert len(found) == 1 and "after step 200 and ln(1024 + 1) = 6.93 is chance" in found[0]
     assert not warnings([chance] * 196, queue_size=1024)
@@ -33,7 +39,9 @@ def test_stuck():
 
 def test_once():
     """Each trouble is told once, and one does not hide another."""
-    both = [{"contrast_acc1": 0.99, "z_std": 0.01}] * 4 + [{"contrast_acc1": 0.1, "z_std": 0.01}] * 8
+    both = [{"contrast_acc1": 0.99, "z_std": 0.01}] * 4 + [
+        {"contrast_acc1": 0.1, "z_std": 0.01}
+    ] * 8
     found = warnings(both)
     assert len(found) == 2 and "99 % of the queries" in found[0] and "collapsed" in found[1]
 

@@ -1,4 +1,5 @@
-"""A full disk, a read-only place, numbers that go wrong, an impatient user: one line, and nothing is damaged."""
+"""A full disk, a read-only place, numbers that go wrong, an impatient user: one line, and nothing
+is damaged."""
 
 import re
 import resource
@@ -18,20 +19,33 @@ ROOM = 6000  # bytes that a file may have in the tests of a full disk
 def one_line(err):
     """The line that is left of standard error without the progress."""
     mistakes = [line for line in err.splitlines() if line.startswith("qmx: ")]
-    assert len(mistakes) == 1 and mistakes[0] == err.splitlines()[-1] and "Traceback" not in err, err
+    assert len(mistakes) == 1 and mistakes[0] == err.splitlines()[-1] and "Traceback" not in err, (
+        err
+    )
     return mistakes[0]
 
 
 @pytest.mark.parametrize("stage", ["target", "pretrain", "select", "query", "distill", "report"])
 def test_full_disk(finished, environment, command, tmp_path, stage):
-    """No file can grow: the stage says so in a line; with room again the same command ends with the same table."""
+    """No file can grow: the stage says so in a line; with room again the same command ends with the
+    same table."""
     workdir = tmp_path / "w"
-    shutil.copytree(finished, workdir, ignore=shutil.ignore_patterns("ledger.sqlite*" if stage == "query" else "-"))
+    shutil.copytree(
+        finished,
+        workdir,
+        ignore=shutil.ignore_patterns("ledger.sqlite*" if stage == "query" else "-"),
+    )
     for path in (workdir / stage,) if stage != "report" else workdir.glob("*.png"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     words = [*TINY, f"--workdir={workdir}", f"--stage={stage}"]
-    done = subprocess.run([sys.executable, "-m", "qmx.main", *words], cwd=ROOT, env=environment, capture_output=True,
-                          text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, ROOM)))
+    done = subprocess.run(
+        [sys.executable, "-m", "qmx.main", *words],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, ROOM)),
+    )
     assert done.returncode == 2, done
     assert re.search("too large|disk", one_line(done.stderr))
     status, _, err = command(*TINY, f"--workdir={workdir}")
@@ -40,13 +54,21 @@ def test_full_disk(finished, environment, command, tmp_path, stage):
 
 
 def test_full_disk_while_saving(environment, command, tmp_path):
-    """A checkpoint that does not fit ends the training and is named (a disk that has no room is noticed before). The
-    same command goes on."""
+    """A checkpoint that does not fit ends the training and is named (a disk that has no room is
+    noticed before). The same command goes on."""
     words = [*MOCO, f"--workdir={tmp_path}/w", "--config.save_minutes=0.0001"]
-    done = subprocess.run([sys.executable, "-m", "qmx.main", *words], cwd=ROOT, env=environment, capture_output=True,
-                          text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50000, 50000)))
+    done = subprocess.run(
+        [sys.executable, "-m", "qmx.main", *words],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50000, 50000)),
+    )
     assert done.returncode == 2, done
-    assert re.search("^qmx: .*checkpoints: a state could not be saved: .*too large", done.stderr, re.MULTILINE)
+    assert re.search(
+        "^qmx: .*checkpoints: a state could not be saved: .*too large", done.stderr, re.MULTILINE
+    )
     assert "Traceback" not in done.stderr
     status, _, err = command(*words)
     assert status == 0 and "damaged" not in err, err
@@ -58,39 +80,62 @@ def test_read_only(command):
     assert status == 2 and "/sys/qmx" in one_line(err)
 
 
-@pytest.mark.parametrize(("save_minutes", "saved"), [
-    (0.0001, r"the last good state is .*/pretrain/moco-seed0/checkpoints/\d+"), (10, "no state was saved before")])
+@pytest.mark.parametrize(
+    ("save_minutes", "saved"),
+    [
+        (0.0001, r"the last good state is .*/pretrain/moco-seed0/checkpoints/\d+"),
+        (10, "no state was saved before"),
+    ],
+)
 def test_numbers_that_go_wrong(command, tmp_path, save_minutes, saved):
     """The run stops at the step, and says which training it was and what is left of it."""
-    status, _, err = command(*MOCO, f"--workdir={tmp_path}/w", "--config.pretrain.moco.learning_rate=1e12",
-                             f"--config.save_minutes={save_minutes}")
+    status, _, err = command(
+        *MOCO,
+        f"--workdir={tmp_path}/w",
+        "--config.pretrain.moco.learning_rate=1e12",
+        f"--config.save_minutes={save_minutes}",
+    )
     line = one_line(err)
     assert status == 2
-    found = re.search(r"pretrain moco seed 0: the .* is (nan|inf) at step (\d+) of 11; .*lower learning rate", line)
+    found = re.search(
+        r"pretrain moco seed 0: the .* is (nan|inf) at step (\d+) of 11; .*lower learning rate",
+        line,
+    )
     assert found and re.search(saved, line), line
-    kept = {int(path.name) for path in (tmp_path / "w/pretrain/moco-seed0/checkpoints").glob("[0-9]*")}
+    kept = {
+        int(path.name) for path in (tmp_path / "w/pretrain/moco-seed0/checkpoints").glob("[0-9]*")
+    }
     assert all(step < int(found[2]) for step in kept) and bool(kept) == (save_minutes < 1)
 
 
 def test_second_signal(start, tmp_path):
     """The first one is taken note of; the second one, of either kind, ends the program at once."""
     process = start(*MOCO, "--config.pretrain.moco.epochs=400", f"--workdir={tmp_path}/w")
-    assert wait_for(process, tmp_path / "w/pretrain/moco-seed0/inputs.json")  # it compiles now, for seconds
+    # It compiles now, for seconds.
+    assert wait_for(process, tmp_path / "w/pretrain/moco-seed0/inputs.json")
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=20)
-    assert process.returncode in (128 + signal.SIGTERM, 128 + signal.SIGINT)  # which of the two came last
+    # Which of the two came last.
+    assert process.returncode in (128 + signal.SIGTERM, 128 + signal.SIGINT)
 
 
 def test_stop_while_asking(finished, start, command, tmp_path):
-    """SIGTERM in the query stage: 75 after a batch; the answers until then are not asked for again."""
+    """SIGTERM in the query stage: 75 after a batch; the answers until then are not asked for
+    again."""
     workdir = tmp_path / "w"
-    shutil.copytree(finished, workdir, ignore=shutil.ignore_patterns("ledger.sqlite*", "query", "distill", "evaluate"))
+    shutil.copytree(
+        finished,
+        workdir,
+        ignore=shutil.ignore_patterns("ledger.sqlite*", "query", "distill", "evaluate"),
+    )
     process = start(*TINY, f"--workdir={workdir}")
     assert wait_for(process, workdir / "query/inputs.json")
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err
-    assert re.search(r"query for report stopped after \d+ of 360 images; run the same command", one_line(err))
+    assert re.search(
+        r"query for report stopped after \d+ of 360 images; run the same command", one_line(err)
+    )
     status, _, err = command(*TINY, f"--workdir={workdir}")
     assert status == 0 and table(workdir) == table(finished), err

@@ -13,8 +13,20 @@ from conftest import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
 # What a box with jax, flax, optax, orbax, numpy and torch has not.
-ABSENT = ("grain", "ml_collections", "tensorflow_datasets", "array_record", "PIL", "sklearn",
-          "scipy", "matplotlib", "safetensors", "orbax", "tensorstore", "pyarrow")
+ABSENT = (
+    "grain",
+    "ml_collections",
+    "tensorflow_datasets",
+    "array_record",
+    "PIL",
+    "sklearn",
+    "scipy",
+    "matplotlib",
+    "safetensors",
+    "orbax",
+    "tensorstore",
+    "pyarrow",
+)
 BLOCK = f"""
 import sys
 from importlib.machinery import PathFinder
@@ -32,13 +44,21 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Without
 @pytest.fixture
 def alone():
     """The variables of a process that finds no flags and no caches of the tests."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
+    return {
+        name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))
+    }
 
 
 def start(out, environment, *words):
     command = [sys.executable, "benchmarks/gpu.py", "--tiny", f"--out={out}", *words]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def finish(process):
@@ -62,14 +82,17 @@ def table_of(out, part):
 
 
 def test_bare_box(alone, tmp_path):
-    """Without the packages that a lent box lacks: the first three parts whole, the others skipped by name."""
+    """Without the packages that a lent box lacks: the first three parts whole, the others skipped
+    by name."""
     (tmp_path / "sitecustomize.py").write_text(BLOCK)
     began, out = time.monotonic(), tmp_path / "out"
     process = start(out, {**alone, "PYTHONPATH": str(tmp_path)}, "--minutes=3", "--peers", "eager")
     status, parts, _ = finish(process)
     assert status == 0 and time.monotonic() - began < 180 + 20
     assert [said["state"] for said in parts.values()] == ["done"] * 3 + ["skipped"] * 3
-    assert parts["input"]["why"].startswith("grain, array_record, PIL, ml_collections not installed")
+    assert parts["input"]["why"].startswith(
+        "grain, array_record, PIL, ml_collections not installed"
+    )
 
     machine = table_of(out, "machine")
     assert machine["machine"]["card"] == "cpu" and min(machine["rates"].values()) > 0
@@ -110,7 +133,8 @@ def test_images(alone, tmp_path):
 
 
 def test_killed(alone, tmp_path):
-    """Killed amid the story: what was done is whole, the story is told as far as it went, nothing runs on."""
+    """Killed amid the story: what was done is whole, the story is told as far as it went, nothing
+    runs on."""
     process = start(tmp_path, alone, "--minutes=3", "--parts", "machine", "story")
     told = tmp_path / "story.json"
     while not (told.exists() and json.loads(told.read_text())["stages"]):
@@ -126,7 +150,8 @@ def test_killed(alone, tmp_path):
 
 
 def test_told_to_stop(alone, tmp_path):
-    """SIGTERM: the part says so, what did not start is skipped by name, and the summary is written."""
+    """SIGTERM: the part says so, what did not start is skipped by name, and the summary is
+    written."""
     process = start(tmp_path, alone, "--minutes=3", "--parts", "cifar", "story")
     while not (tmp_path / "summary.json").exists() or "running" not in str(summary(tmp_path)):
         time.sleep(0.05)
@@ -139,8 +164,16 @@ def test_told_to_stop(alone, tmp_path):
 
 def test_failures(alone, tmp_path):
     """A part that fails is a line, and the next one runs; the status says that one did."""
-    process = start(tmp_path, alone, "--minutes=3", "--parts", "cifar", "story",
-                    f"--pool={tmp_path}/pool.npz", f"--evaluation={tmp_path}/other.npz")
+    process = start(
+        tmp_path,
+        alone,
+        "--minutes=3",
+        "--parts",
+        "cifar",
+        "story",
+        f"--pool={tmp_path}/pool.npz",
+        f"--evaluation={tmp_path}/other.npz",
+    )
     status, parts, _ = finish(process)
     assert status == 1 and [said["state"] for said in parts.values()] == ["failed", "failed"]
     assert parts["cifar"]["why"] == f"ValueError: {tmp_path}/pool.npz: no such file"
@@ -162,7 +195,8 @@ def benchmarks(monkeypatch):
 
 
 def test_allotted(benchmarks):
-    """Later parts keep what they need if all can, else the next one, else none; no part gets more than its most."""
+    """Later parts keep what they need if all can, else the next one, else none; no part gets more
+    than its most."""
     from gpu import PARTS, allot
 
     least = {name: part.least for name, part in PARTS.items()}
@@ -182,30 +216,51 @@ def test_kernels_of_a_card(benchmarks, monkeypatch):
         return SimpleNamespace(name=name, start_ns=start, duration_ns=duration, stats=stats.items())
 
     def plane(name, **lines):
-        return SimpleNamespace(name=name, lines=[
-            SimpleNamespace(name=line.replace("_", " "), events=events) for line, events in lines.items()])
+        return SimpleNamespace(
+            name=name,
+            lines=[
+                SimpleNamespace(name=line.replace("_", " "), events=events)
+                for line, events in lines.items()
+            ],
+        )
 
-    ours = [event("sm90_xmma_fprop_implicit_gemm_bf16", 0, 40, hlo_op="cudnn-conv.1"),
-            event("void cudnn::ops::nchwToNhwcKernel", 40, 10, hlo_op="cudnn-conv.1"),
-            event("nvjet_tst_128x256_64x4", 60, 10), event("input_reduce_fusion", 70, 10, hlo_op="r.1"),
-            event("loop_add_fusion", 80, 10, hlo_op="a.1"), event("MemcpyD2D", 90, 10),
-            event("loop_multiply_fusion", 85, 10, hlo_op="m.1")]
-    space = SimpleNamespace(planes=[
-        plane("/host:CPU", python=[event("launch", 0, 900, hlo_op="a.1")]),
-        plane("/device:GPU:0", Stream_13=ours, XLA_Ops=[event("a.1", 0, 900, hlo_op="a.1")])])
+    ours = [
+        event("sm90_xmma_fprop_implicit_gemm_bf16", 0, 40, hlo_op="cudnn-conv.1"),
+        event("void cudnn::ops::nchwToNhwcKernel", 40, 10, hlo_op="cudnn-conv.1"),
+        event("nvjet_tst_128x256_64x4", 60, 10),
+        event("input_reduce_fusion", 70, 10, hlo_op="r.1"),
+        event("loop_add_fusion", 80, 10, hlo_op="a.1"),
+        event("MemcpyD2D", 90, 10),
+        event("loop_multiply_fusion", 85, 10, hlo_op="m.1"),
+    ]
+    space = SimpleNamespace(
+        planes=[
+            plane("/host:CPU", python=[event("launch", 0, 900, hlo_op="a.1")]),
+            plane("/device:GPU:0", Stream_13=ours, XLA_Ops=[event("a.1", 0, 900, hlo_op="a.1")]),
+        ]
+    )
     monkeypatch.setattr(gpu_trace.jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(gpu_trace.jax.profiler, "ProfileData",
-                        SimpleNamespace(from_file=lambda path: space))
+    monkeypatch.setattr(
+        gpu_trace.jax.profiler, "ProfileData", SimpleNamespace(from_file=lambda path: space)
+    )
     program = gpu_trace.program(
-        '  %cudnn-conv.1 = (bf16[8]{0}, u8[0]{0}) custom-call(%x), '
-        'custom_call_target="__cudnn$convForward", metadata={op_name="jit(step)/jvp(Net)/conv"}\n'
-        '  %r.1 = f32[8]{0} fusion(%x), kind=kInput, metadata={op_name="jit(step)/jvp(Net)/reduce_sum"}\n'
-        '  %a.1 = f32[8]{0} fusion(%x), kind=kLoop, metadata={op_name="jit(step)/add"}\n'
-        '  ROOT m.1 = f32[8]{0} fusion(%x), kind=kLoop, calls=%f\n')
+        "  %cudnn-conv.1 = (bf16[8]{0}, u8[0]{0}) custom-call(%x),"
+        ' custom_call_target="__cudnn$convForward", metadata={op_name="jit(step)/jvp(Net)/conv"}\n '
+        " %r.1 = f32[8]{0} fusion(%x), kind=kInput,"
+        ' metadata={op_name="jit(step)/jvp(Net)/reduce_sum"}\n  %a.1 = f32[8]{0} fusion(%x),'
+        ' kind=kLoop, metadata={op_name="jit(step)/add"}\n  ROOT m.1 = f32[8]{0} fusion(%x),'
+        " kind=kLoop, calls=%f\n"
+    )
     found = gpu_trace.summary(list(gpu_trace.kernels(["profile"])), program)
     assert {kind: round(each["share"], 2) for kind, each in found["classes"].items()} == {
-        "convolutions": 0.4, "transposes": 0.1, "matrix products": 0.1, "reductions": 0.1,
-        "optimiser and gradient norm": 0.1, "copies": 0.1, "elementwise": 0.1}
+        "convolutions": 0.4,
+        "transposes": 0.1,
+        "matrix products": 0.1,
+        "reductions": 0.1,
+        "optimiser and gradient norm": 0.1,
+        "copies": 0.1,
+        "elementwise": 0.1,
+    }
     assert found["idle"] == pytest.approx(0.1)  # 10 of 100
     with pytest.raises(ValueError, match="no kernel"):
         gpu_trace.summary([], program)
@@ -220,8 +275,14 @@ def test_row_without_room(benchmarks, tmp_path, monkeypatch):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes")
 
     call = Call(tmp_path, True, time.monotonic() + 300, "", "", ("eager",))
-    monkeypatch.setattr(gpu_steps, "plan", lambda call: [
-        (gpu_steps.Work("distill"), "eager"), (gpu_steps.Work("infer", gpu_steps.one_block(), 8, 4), "eager")])
+    monkeypatch.setattr(
+        gpu_steps,
+        "plan",
+        lambda call: [
+            (gpu_steps.Work("distill"), "eager"),
+            (gpu_steps.Work("infer", gpu_steps.one_block(), 8, 4), "eager"),
+        ],
+    )
     monkeypatch.setattr(gpu_steps.jax_steps, "train", no_room)
     monkeypatch.setattr(gpu_steps, "opponent", no_room)
     assert gpu_steps.steps(call) == ""
@@ -235,14 +296,25 @@ def test_story_told(benchmarks, tmp_path):
     """Stages with their seconds, the table of the students, and the command's own words."""
     from gpu_data import story_files
 
-    row = {"init": "moco", "select": "typiclust", "queries": {"train": 10}, "top1": 80.0,
-           "fidelity_top1": 81.0, "seconds": 9.0}
+    row = {
+        "init": "moco",
+        "select": "typiclust",
+        "queries": {"train": 10},
+        "top1": 80.0,
+        "fidelity_top1": 81.0,
+        "seconds": 9.0,
+    }
     (tmp_path / "results.json").write_text(json.dumps({"target": {"top1": 95.0}, "rows": [row]}))
-    lines = [(20.0, "target: 90 steps in 18.5 s loss 0.1"), (21.0, "typiclust chooses 10 of 90"),
-             (30.0, "query for report: 32 images in 1.4 s")]
+    lines = [
+        (20.0, "target: 90 steps in 18.5 s loss 0.1"),
+        (21.0, "typiclust chooses 10 of 90"),
+        (30.0, "query for report: 32 images in 1.4 s"),
+    ]
     document, text = story_files(["python", "-m", "qmx.main"], lines, "Target: ...", tmp_path)
     assert [(each["stage"], each["seconds"], each["at"]) for each in document["stages"]] == [
-        ("target", 18.5, 20.0), ("query for report", 1.4, 30.0)]
+        ("target", 18.5, 20.0),
+        ("query for report", 1.4, 30.0),
+    ]
     assert [each["before"] for each in document["stages"]] == pytest.approx([1.5, 8.6])
     assert document["seconds"] == 30.0 and "| moco  | typiclust | 10      | 80.0  | 81.0" in text
     assert text.endswith("```\nTarget: ...\n```")

@@ -1,4 +1,5 @@
-"""Killed at any moment, the same command goes on, ends with the same table, and asks nothing twice."""
+"""Killed at any moment, the same command goes on, ends with the same table, and asks nothing
+twice."""
 
 import json
 import signal
@@ -7,10 +8,17 @@ import time
 import pytest
 from conftest import TINY, table
 
-MOMENTS = ["target/metrics.jsonl", "target/target.safetensors", "pretrain/rotation-seed0/metrics.jsonl",
-           "pretrain/moco-seed0/encoder.safetensors", "ledger.sqlite", "ledger.sqlite-wal",
-           "distill/moco-random-logits-asked-71-seed0/metrics.jsonl",
-           "evaluate/none-random-logits-asked-1437-seed0/result.json", "results.json"]
+MOMENTS = [
+    "target/metrics.jsonl",
+    "target/target.safetensors",
+    "pretrain/rotation-seed0/metrics.jsonl",
+    "pretrain/moco-seed0/encoder.safetensors",
+    "ledger.sqlite",
+    "ledger.sqlite-wal",
+    "distill/moco-random-logits-asked-71-seed0/metrics.jsonl",
+    "evaluate/none-random-logits-asked-1437-seed0/result.json",
+    "results.json",
+]
 
 
 def wait_for(process, path, lines=0):
@@ -37,7 +45,8 @@ def test_kill(finished, start, command, tmp_path):
     status, _, err = command(*TINY, f"--workdir={workdir}")
     assert status == 0, err
     killed, undisturbed = table(workdir), table(finished)
-    # A batch that was under way at a kill may be on record as sent; its images were never answered before.
+    # A batch that was under way at a kill may be on record as sent; its images were never answered
+    # before.
     assert killed["account"].pop("unanswered") % 1 == 0 == undisturbed["account"].pop("unanswered")
     assert killed == undisturbed
     assert killed["account"]["calls"] == killed["account"]["images"]
@@ -56,15 +65,18 @@ def whole(command, tmp_path_factory):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stop_and_go_on(whole, start, command, tmp_path, number):
-    """SIGTERM and SIGINT finish the step, save, and end with 75; the same command goes on from there,
-    and the encoder is the same to the bit."""
+    """SIGTERM and SIGINT finish the step, save, and end with 75; the same command goes on from
+    there, and the encoder is the same to the bit."""
     parts = tmp_path / "w/pretrain/moco-seed0"
     process = start(*LONGER, f"--workdir={tmp_path}/w")
     assert wait_for(process, parts / "metrics.jsonl", lines=20)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err
-    assert "stopped after step" in err.splitlines()[-1] and "run the same command again" in err.splitlines()[-1]
+    assert (
+        "stopped after step" in err.splitlines()[-1]
+        and "run the same command again" in err.splitlines()[-1]
+    )
     status, _, err = command(*LONGER, f"--workdir={tmp_path}/w")
     assert status == 0 and f"goes on from {parts}/checkpoints/" in err
 

@@ -31,11 +31,14 @@ def numbers_of(pixels):
 
 def logits_of(*numbers):
     """What the target says of images; another vector for each, none of them round in decimal."""
-    return np.sin(np.array(numbers, np.float32)[:, None] + np.array([1, 20, 300, 4000], np.float32)) * np.float32(7.3)
+    return np.sin(
+        np.array(numbers, np.float32)[:, None] + np.array([1, 20, 300, 4000], np.float32)
+    ) * np.float32(7.3)
 
 
 class Target:
-    """A target that remembers what it was sent, and gives way when it has been sent `limit` images."""
+    """A target that remembers what it was sent, and gives way when it has been sent `limit`
+    images."""
 
     def __init__(self, access="logits", limit=math.inf):
         self.access, self.limit, self.sent = access, limit, []
@@ -101,7 +104,8 @@ def test_batches_are_no_larger_than_asked_and_progress_is_told(ledger):
 
 
 def test_training_passes_with_as_many_answers_as_the_budget(path):
-    """P1: a target that gives way after N images; N images are enough for any number of readings."""
+    """P1: a target that gives way after N images; N images are enough for any number of
+    readings."""
     target = Target(limit=12)
     with Ledger(path, target="t", budget=12) as ledger:
         ledger.ask(target, images(*range(12)), batch_size=5)
@@ -115,7 +119,8 @@ def test_training_passes_with_as_many_answers_as_the_budget(path):
 
 
 def test_a_failing_target_loses_nothing(path):
-    """P5, P8: the run after a failure sends exactly budget - done, and the lost batch is on the account."""
+    """P5, P8: the run after a failure sends exactly budget - done, and the lost batch is on the
+    account."""
     target = Target(limit=10)
     with Ledger(path, target="t", budget=20) as ledger:
         with pytest.raises(ConnectionError):
@@ -129,12 +134,15 @@ def test_a_failing_target_loses_nothing(path):
         answers = ledger.ask(again, images(*range(20)), batch_size=4)
         np.testing.assert_array_equal(answers, logits_of(*range(20)))
         assert sorted(again.sent) == list(range(8, 20))
-        assert ledger.account() == Account(20, 20, 20, 0, 4, 0, {"train": 20, "select": 0, "report": 0})
+        assert ledger.account() == Account(
+            20, 20, 20, 0, 4, 0, {"train": 20, "select": 0, "report": 0}
+        )
         assert ledger.count_missing(images(*range(20))) == 0
 
 
 class Unsteady(Target):
-    """A target that gives no answer in those of its calls that are named, each with what it says then."""
+    """A target that gives no answer in those of its calls that are named, each with what it says
+    then."""
 
     def __init__(self, failures):
         super().__init__()
@@ -148,8 +156,11 @@ class Unsteady(Target):
 
 
 def test_a_batch_without_an_answer_is_sent_again(path, ledger):
-    """After the seconds given, or more if the target asks for more; each attempt is on the account, as it happens."""
-    target = Unsteady({2: Unavailable("busy"), 3: Unavailable("busy", 7.5), 5: Unavailable("busy", 0.5)})
+    """After the seconds given, or more if the target asks for more; each attempt is on the account,
+    as it happens."""
+    target = Unsteady(
+        {2: Unavailable("busy"), 3: Unavailable("busy", 7.5), 5: Unavailable("busy", 0.5)}
+    )
     paused = []
 
     def pause(seconds, error):
@@ -166,13 +177,16 @@ def test_a_batch_without_an_answer_is_sent_again(path, ledger):
 
 def test_it_really_waits(ledger):
     began = time.monotonic()
-    ledger.ask(Unsteady({1: Unavailable("busy", 0.1), 2: Unavailable("busy")}), images(0), waits=(0, 0.2))
+    ledger.ask(
+        Unsteady({1: Unavailable("busy", 0.1), 2: Unavailable("busy")}), images(0), waits=(0, 0.2)
+    )
     assert 0.3 <= time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize("waits", [(), (0,), (0, 0, 0)])
 def test_when_the_waits_are_used_up_the_error_goes_up(path, waits):
-    """Nothing that was answered before is lost, no budget is spent, and the next session asks for the rest."""
+    """Nothing that was answered before is lost, no budget is spent, and the next session asks for
+    the rest."""
     attempts = len(waits) + 1
     target = Unsteady({call: Unavailable("the service is gone") for call in range(2, 2 + attempts)})
     with Ledger(path, target="t", budget=6) as ledger:
@@ -200,6 +214,7 @@ def test_other_errors_are_not_tried_again(ledger):
 
 def test_giving_up_while_waiting(ledger):
     """The failed request is on record as such, and not as in flight."""
+
     def stop(seconds, error):
         raise KeyboardInterrupt
 
@@ -232,12 +247,18 @@ with Ledger(path, target="t", budget=100) as ledger:
 def another_process(script, *arguments, **keywords):
     """A Python process that can import qmx and this file."""
     here = os.pathsep.join([str(Path(qmx.__file__).parents[1]), str(Path(__file__).parent)])
-    return subprocess.Popen([sys.executable, "-c", script, *map(str, arguments)], text=True, stdout=subprocess.PIPE,
-                            env={**os.environ, "PYTHONPATH": here}, **keywords)
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        text=True,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": here},
+        **keywords,
+    )
 
 
 def test_a_process_killed_while_it_asks_loses_nothing(path, ledger):
-    """P5: SIGKILL with three batches committed and one in flight; what was answered is never asked again.
+    """P5: SIGKILL with three batches committed and one in flight; what was answered is never asked
+    again.
 
     The ledger of this process is open all the time and sees each answer as soon as it is committed.
     """
@@ -245,7 +266,9 @@ def test_a_process_killed_while_it_asks_loses_nothing(path, ledger):
         try:
             assert process.stdout.readline() == "open\n"
             sent = [[int(n) for n in process.stdout.readline().split()] for _ in range(4)]
-            assert ledger.account() == Account(12, 12, 12, 4, 0, 0, {"train": 12, "select": 0, "report": 0})
+            assert ledger.account() == Account(
+                12, 12, 12, 4, 0, 0, {"train": 12, "select": 0, "report": 0}
+            )
         finally:
             process.kill()
     assert process.returncode == -9
@@ -254,14 +277,19 @@ def test_a_process_killed_while_it_asks_loses_nothing(path, ledger):
     target = Target(limit=88)
     with Ledger(path, target="t", budget=100) as later:
         np.testing.assert_array_equal(later.read(images(*range(12))), logits_of(*range(12)))
-        np.testing.assert_array_equal(later.ask(target, images(*range(100))), logits_of(*range(100)))
+        np.testing.assert_array_equal(
+            later.ask(target, images(*range(100))), logits_of(*range(100))
+        )
     assert sorted(target.sent) == list(range(12, 100))
-    assert ledger.account() == Account(100, 100, 100, 4, 0, 0, {"train": 100, "select": 0, "report": 0})
+    assert ledger.account() == Account(
+        100, 100, 100, 4, 0, 0, {"train": 100, "select": 0, "report": 0}
+    )
 
 
 @pytest.mark.parametrize("answers", [1, 10, 30])
 def test_a_process_killed_anywhere_loses_nothing(path, ledger, answers):
-    """P5: SIGKILL at whatever point comes once some answers are seen; whole batches are there, or are missing."""
+    """P5: SIGKILL at whatever point comes once some answers are seen; whole batches are there, or
+    are missing."""
     with another_process(ASKING, path, 1000) as process:
         try:
             while ledger.account().images < answers and process.poll() is None:
@@ -275,7 +303,9 @@ def test_a_process_killed_anywhere_loses_nothing(path, ledger, answers):
 
     target = Target(limit=100 - kept.images)
     with Ledger(path, target="t", budget=100) as later:
-        np.testing.assert_array_equal(later.ask(target, images(*range(100))), logits_of(*range(100)))
+        np.testing.assert_array_equal(
+            later.ask(target, images(*range(100))), logits_of(*range(100))
+        )
     assert sorted(target.sent) == list(range(kept.images, 100))
     assert ledger.account()[:4] == (100, 100, 100, kept.unanswered)
 
@@ -308,7 +338,12 @@ def test_two_connections_see_what_is_committed(path, ledger):
     """Each batch is there for others before its caller sees it."""
     with Ledger(path, target="t") as other:
         seen = []
-        ledger.ask(Target(), images(*range(6)), batch_size=2, on_progress=lambda *_: seen.append(other.account()[:4]))
+        ledger.ask(
+            Target(),
+            images(*range(6)),
+            batch_size=2,
+            on_progress=lambda *_: seen.append(other.account()[:4]),
+        )
         assert seen == [(2, 2, 2, 0), (4, 4, 4, 0), (6, 6, 6, 0)]
         np.testing.assert_array_equal(other.ask(refuse, images(5, 0)), logits_of(5, 0))
         other.ask(Target(), images(6))
@@ -339,8 +374,12 @@ def test_answers_pair_by_content_and_not_by_position(path):
     order = np.random.default_rng(0).integers(0, 50, 200)
     with Ledger(path, target="t") as ledger:
         np.testing.assert_array_equal(ledger.read(images(*order)), logits_of(*order))
-        np.testing.assert_array_equal(ledger.read(images(*range(50))[::-1]), logits_of(*range(49, -1, -1)))
-        np.testing.assert_array_equal(ledger.read(np.asfortranarray(images(*range(50)))), logits_of(*range(50)))
+        np.testing.assert_array_equal(
+            ledger.read(images(*range(50))[::-1]), logits_of(*range(49, -1, -1))
+        )
+        np.testing.assert_array_equal(
+            ledger.read(np.asfortranarray(images(*range(50)))), logits_of(*range(50))
+        )
 
 
 def test_many_images_at_once(ledger):
@@ -357,8 +396,15 @@ def test_a_missing_answer_is_not_made_up(ledger):
     assert ledger.count_missing(images(1, 3, 3, 4, 2)) == 2
 
 
-@pytest.mark.parametrize("other", [{"target": "u"}, {"target": "t", "preprocessing": "resize"},
-                                   {"target": "u", "preprocessing": "resize"}, {"target": ""}])
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"target": "u"},
+        {"target": "t", "preprocessing": "resize"},
+        {"target": "u", "preprocessing": "resize"},
+        {"target": ""},
+    ],
+)
 def test_another_target_or_preprocessing_shares_nothing(path, ledger, other):
     ledger.ask(Target(), images(0, 1, 2))
     with Ledger(path, **other) as second:
@@ -397,8 +443,13 @@ def test_one_pixel_makes_another_image(ledger):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int32, np.int8, bool])
 def test_only_the_exact_bytes_that_are_sent_can_be_keyed(ledger, dtype):
-    for use in (ledger.keys, ledger.read, ledger.count_missing, lambda x: ledger.ask(refuse, x),
-                lambda x: ledger.ask(refuse, images(0), of=x)):
+    for use in (
+        ledger.keys,
+        ledger.read,
+        ledger.count_missing,
+        lambda x: ledger.ask(refuse, x),
+        lambda x: ledger.ask(refuse, images(0), of=x),
+    ):
         with pytest.raises(ValueError, match=np.dtype(dtype).name):
             use(images(0).astype(dtype))
 
@@ -465,7 +516,9 @@ def test_train_and_select_share_the_budget_and_report_does_not(path):
             ledger.ask(refuse, images(4), purpose="select")
         ledger.ask(Target(), images(*range(120, 130)), purpose="report")
         assert ledger.spent() == 4
-        assert ledger.account() == Account(34, 34, 34, 0, 0, 0, {"train": 2, "select": 2, "report": 30})
+        assert ledger.account() == Account(
+            34, 34, 34, 0, 0, 0, {"train": 2, "select": 2, "report": 30}
+        )
 
 
 def test_an_image_counts_for_the_purpose_that_it_was_first_answered_for(ledger):
@@ -487,7 +540,8 @@ def test_a_richer_answer_for_the_report_gives_no_budget_back(path):
 
 
 def test_several_views_of_one_image_count_once(path):
-    """`of` says which image each row is a view of; calls and views count rows, the budget counts images."""
+    """`of` says which image each row is a view of; calls and views count rows, the budget counts
+    images."""
     views, of = images(*range(6)), images(50, 50, 50, 60, 60, 60)
     with Ledger(path, target="t", budget=2) as ledger:
         with pytest.raises(BudgetSpent, match="0 of 2 .* 6 more"):
@@ -497,7 +551,8 @@ def test_several_views_of_one_image_count_once(path):
         assert ledger.account() == Account(6, 2, 6, 0, 0, 0, {"train": 2, "select": 0, "report": 0})
 
         target = Target()
-        ledger.ask(target, images(6, 7), of=images(60, 50))  # further views of images that are paid for
+        # Further views of images that are paid for.
+        ledger.ask(target, images(6, 7), of=images(60, 50))
         assert target.sent == [6, 7]
         with pytest.raises(BudgetSpent, match="2 of 2 .* 1 more"):
             ledger.ask(refuse, images(8, 9), of=images(60, 70))
@@ -529,12 +584,18 @@ def test_of_several_highest_scores_the_first_is_the_label():
     scores = np.array([[1, 3, 3, 0], [2, 2, 2, 2], [0, 0, 0, 1]], np.float32)
     expected = np.array([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
     np.testing.assert_array_equal(derive(scores, "logits", "label"), expected)
-    np.testing.assert_array_equal(derive(derive(scores, "logits", "probs"), "probs", "label"), expected)
+    np.testing.assert_array_equal(
+        derive(derive(scores, "logits", "probs"), "probs", "label"), expected
+    )
 
 
 def test_probabilities_of_extreme_logits_are_finite():
     """P19."""
-    probs = derive(np.array([[1e30, -1e30, 0], [88, 89, 90], [-1e4, -1e4, -2e4]], np.float32), "logits", "probs")
+    probs = derive(
+        np.array([[1e30, -1e30, 0], [88, 89, 90], [-1e4, -1e4, -2e4]], np.float32),
+        "logits",
+        "probs",
+    )
     np.testing.assert_allclose(probs.sum(1), 1, rtol=1e-6)
     np.testing.assert_allclose(probs[[0, 2]], [[1, 0, 0], [0.5, 0.5, 0]])
 
@@ -555,7 +616,9 @@ def test_a_richer_answer_is_bought_anew_and_kept(ledger):
         target = Target(access)
         ledger.ask(target, images(0, 1, 2), access=access)
         assert target.sent == [0, 1, 2]
-        assert ledger.account() == Account(3 * calls, 3, 3, 0, 0, 0, {"train": 3, "select": 0, "report": 0})
+        assert ledger.account() == Account(
+            3 * calls, 3, 3, 0, 0, 0, {"train": 3, "select": 0, "report": 0}
+        )
     for access in ACCESS:
         expected = derive(logits_of(2, 0), "logits", access)
         np.testing.assert_array_equal(ledger.ask(refuse, images(2, 0), access=access), expected)
@@ -576,6 +639,7 @@ def test_only_the_poorer_ones_of_a_mixture_are_bought_anew(path):
 
 def test_the_richest_answer_stays_when_two_buy_at_once(path, ledger):
     """A label that comes in after somebody else's logits does not replace them."""
+
     def slow(pixels):
         with Ledger(path, target="t") as other:
             other.ask(Target(), images(0, 1))
@@ -588,7 +652,8 @@ def test_the_richest_answer_stays_when_two_buy_at_once(path, ledger):
 
 @pytest.mark.parametrize("temperature", [0.05, 1.0, 1.5, 20.0, 1e4])
 def test_a_label_is_a_hard_label_at_every_temperature(ledger, temperature):
-    """E6: as the log-probabilities that the losses read, it is exactly one-hot after any softmax."""
+    """E6: as the log-probabilities that the losses read, it is exactly one-hot after any
+    softmax."""
     ledger.ask(Target("label"), images(*range(9)), access="label")
     label = ledger.read(images(*range(9)), "label")
     logits = as_logits(label, "label")
@@ -601,7 +666,9 @@ def test_log_probabilities_have_the_softmax_of_the_logits(ledger):
     ledger.ask(Target(), images(*range(9)))
     read = {access: as_logits(ledger.read(images(*range(9)), access), access) for access in ACCESS}
     np.testing.assert_array_equal(read["logits"], logits_of(*range(9)))
-    np.testing.assert_allclose(softmax(read["probs"] / 1.5, axis=1), softmax(read["logits"] / 1.5, axis=1), rtol=1e-4)
+    np.testing.assert_allclose(
+        softmax(read["probs"] / 1.5, axis=1), softmax(read["logits"] / 1.5, axis=1), rtol=1e-4
+    )
 
 
 # Bad answers, bad files
@@ -656,7 +723,9 @@ def test_the_number_of_classes_stays_from_session_to_session(path, asked):
         assert ledger.account()[:6] == (2, 2, 2, 0, 1, 0)
 
 
-@pytest.mark.parametrize("content", [b"some text, longer than a header " * 9, b"\x00" * 4096, b"PK\x03\x04"])
+@pytest.mark.parametrize(
+    "content", [b"some text, longer than a header " * 9, b"\x00" * 4096, b"PK\x03\x04"]
+)
 def test_a_file_that_is_no_database_is_refused_and_left_alone(path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match="ledger.sqlite cannot be used as a ledger"):

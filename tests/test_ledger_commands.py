@@ -1,4 +1,5 @@
-"""`python -m qmx.ledger` on real files, whole and damaged; float16; two writers; a kill while it writes."""
+"""`python -m qmx.ledger` on real files, whole and damaged; float16; two writers; a kill while it
+writes."""
 
 import io
 import os
@@ -42,13 +43,16 @@ def command(*words):
 
 
 def test_float16_halves_the_file_and_rounds_once(tmp_path):
-    """The answers are the nearest float16, the first time and later, beside float32 ones; each row keeps its own."""
+    """The answers are the nearest float16, the first time and later, beside float32 ones; each row
+    keeps its own."""
     sizes = {}
     scores = np.random.default_rng(0).normal(0, 30, (300, 1000)).astype(np.float32)
     for dtype in ("float32", "float16"):
         path = tmp_path / dtype
         with Ledger(path, target="t", dtype=dtype) as ledger:
-            bought = ledger.ask(lambda pixels: scores[: len(pixels)], images(*range(300)), batch_size=300)
+            bought = ledger.ask(
+                lambda pixels: scores[: len(pixels)], images(*range(300)), batch_size=300
+            )
         with Ledger(path, target="t", dtype="float32") as ledger:
             np.testing.assert_array_equal(bought, scores.astype(dtype).astype(np.float32))
             np.testing.assert_array_equal(ledger.read(images(*range(300))), bought)
@@ -63,7 +67,10 @@ def test_a_score_beyond_float16_is_refused(path):
     """It would be infinite. What came before is kept, and the request is on record as failed."""
     with Ledger(path, target="t", dtype="float16") as ledger:
         ledger.ask(lambda pixels: np.full((len(pixels), 4), 65504.0), images(0))
-        with pytest.raises(ValueError, match=r"1 of 2 images go up to 70000 and float16 ends at 65504.*ledger_dtype"):
+        with pytest.raises(
+            ValueError,
+            match=r"1 of 2 images go up to 70000 and float16 ends at 65504.*ledger_dtype",
+        ):
             ledger.ask(lambda pixels: np.array([[0, 0, 0, 1], [0, 0, 0, -70000]]), images(1, 2))
         assert ledger.account()[:6] == (1, 1, 1, 0, 2, 0)
         np.testing.assert_array_equal(ledger.read(images(0)), np.full((1, 4), 65504.0))
@@ -75,9 +82,13 @@ def test_a_score_beyond_float16_is_refused(path):
 
 
 def test_the_order_of_asking_does_not_matter(tmp_path):
-    """One by one backwards, or in large batches: the same answers, and the same account but for nothing."""
+    """One by one backwards, or in large batches: the same answers, and the same account but for
+    nothing."""
     files = []
-    for name, order, batch in (("a", np.arange(700), 256), ("b", np.random.default_rng(1).permutation(700), 3)):
+    for name, order, batch in (
+        ("a", np.arange(700), 256),
+        ("b", np.random.default_rng(1).permutation(700), 3),
+    ):
         with Ledger(tmp_path / name, target="t") as ledger:
             for some in np.split(order, 7):
                 ledger.ask(Target(), images(*some), batch_size=batch)
@@ -97,13 +108,18 @@ with Ledger(path, target="t") as ledger:
     print("open", flush=True)
     for first in range(start, stop, step):
         some = range(first, min(first + step, stop))
-        ledger.ask(lambda pixels: np.tile(logits_of(*numbers_of(pixels)), 500), images(*some), batch_size=step)
+        ledger.ask(
+            lambda pixels: np.tile(logits_of(*numbers_of(pixels)), 500),
+            images(*some),
+            batch_size=step,
+        )
 print("done", flush=True)
 """
 
 
 def test_killed_in_the_middle_of_writing(path):
-    """SIGKILL while large answers are written as fast as they come, twice; the file is whole, and so is each batch."""
+    """SIGKILL while large answers are written as fast as they come, twice; the file is whole, and
+    so is each batch."""
     for seen in (64, 320):
         with another_process(WRITING, path, 0, 60000, 64) as process:
             assert process.stdout.readline() == "open\n"
@@ -114,18 +130,28 @@ def test_killed_in_the_middle_of_writing(path):
     assert command("verify", path)[:2] == (0, f"{path} is whole\n")
     with Ledger(path, target="t") as ledger:
         account = ledger.account()
-        assert account.images % 64 == 0 and account.images >= 320 and account.calls == account.images
+        assert (
+            account.images % 64 == 0 and account.images >= 320 and account.calls == account.images
+        )
         count = account.images
-        np.testing.assert_array_equal(ledger.read(images(*range(count))), np.tile(logits_of(*range(count)), 500))
+        np.testing.assert_array_equal(
+            ledger.read(images(*range(count))), np.tile(logits_of(*range(count)), 500)
+        )
         assert ledger.count_missing(images(*range(count, count + 10))) == 10
 
 
 def test_two_processes_write_at_once(path):
-    """Half of the images are wanted by both: every answer is there once, right, and nothing waits for ever."""
-    with another_process(WRITING, path, 0, 800, 32) as one, another_process(WRITING, path, 400, 1200, 32) as two:
+    """Half of the images are wanted by both: every answer is there once, right, and nothing waits
+    for ever."""
+    with (
+        another_process(WRITING, path, 0, 800, 32) as one,
+        another_process(WRITING, path, 400, 1200, 32) as two,
+    ):
         assert one.stdout.read() == two.stdout.read() == "open\ndone\n"
     with Ledger(path, target="t") as ledger:
-        np.testing.assert_array_equal(ledger.read(images(*range(1200))), np.tile(logits_of(*range(1200)), 500))
+        np.testing.assert_array_equal(
+            ledger.read(images(*range(1200))), np.tile(logits_of(*range(1200)), 500)
+        )
         account = ledger.account()
     assert account.images == account.views == account.purposes["train"] == 1200
     assert 1200 <= account.calls <= 1600 and not account.unanswered and not account.failed
@@ -170,7 +196,12 @@ def pages_of(path, table, kind):
     """Numbers of a table's pages of a kind, "leaf" or "internal", by SQLite's own account."""
     with sqlite3.connect(path) as db:
         try:
-            return [n for n, in db.execute("SELECT pageno FROM dbstat WHERE name = ? AND pagetype = ?", [table, kind])]
+            return [
+                n
+                for (n,) in db.execute(
+                    "SELECT pageno FROM dbstat WHERE name = ? AND pagetype = ?", [table, kind]
+                )
+            ]
         except sqlite3.OperationalError:
             pytest.skip("this SQLite was built without dbstat")
 
@@ -183,7 +214,8 @@ def spoil(path, pages, seed=0):
 
 
 def recovered(path):
-    """Verifies a damaged file, and returns how many of the first target's answers are back; those are right."""
+    """Verifies a damaged file, and returns how many of the first target's answers are back; those
+    are right."""
     before = path.read_bytes()
     status, out, err = command("verify", path)
     assert status == 1 and f"{path} is damaged" in out and "Traceback" not in err, out + err
@@ -199,9 +231,16 @@ def recovered(path):
     return len(there)
 
 
-@pytest.mark.parametrize("table, kind, lost", [
-    ("scores", "internal", 0), ("answers", "internal", 0), ("sqlite_autoindex_answers_1", "internal", 0),
-    ("sqlite_autoindex_answers_1", "leaf", 0), ("answers_by_request", "leaf", 0)])
+@pytest.mark.parametrize(
+    "table, kind, lost",
+    [
+        ("scores", "internal", 0),
+        ("answers", "internal", 0),
+        ("sqlite_autoindex_answers_1", "internal", 0),
+        ("sqlite_autoindex_answers_1", "leaf", 0),
+        ("answers_by_request", "leaf", 0),
+    ],
+)
 def test_trees_in_ruins(sound, path, table, kind, lost):
     """Every page of a tree that holds no answer itself is garbage: all answers come back."""
     shutil.copy(sound, path)
@@ -212,15 +251,25 @@ def test_trees_in_ruins(sound, path, table, kind, lost):
 
 
 def test_pages_of_garbage(sound, path):
-    """Sixty pages here and there, interior ones and the head of the file among them: the rest comes back."""
+    """Sixty pages here and there, interior ones and the head of the file among them: the rest comes
+    back."""
     shutil.copy(sound, path)
     leaves = pages_of(path, "scores", "leaf")
-    spoil(path, [1, *pages_of(path, "scores", "internal")[:2], *leaves[10:500:9], pages_of(path, "answers", "leaf")[3]])
+    spoil(
+        path,
+        [
+            1,
+            *pages_of(path, "scores", "internal")[:2],
+            *leaves[10:500:9],
+            pages_of(path, "answers", "leaf")[3],
+        ],
+    )
     assert ANSWERS - 55 - 40 <= recovered(path) < ANSWERS - 50
 
 
 def test_one_byte(sound, path):
-    """A flipped bit within the scores is nothing that SQLite sees: verify does, and so does reading."""
+    """A flipped bit within the scores is nothing that SQLite sees: verify does, and so does
+    reading."""
     shutil.copy(sound, path)
     at = path.read_bytes().index(large([734]).astype("<f4").tobytes()[:64])
     with open(path, "r+b") as file:
@@ -230,9 +279,14 @@ def test_one_byte(sound, path):
         file.write(bytes([byte ^ 4]))
     with Ledger(path, target="t" * 64, preprocessing="resize") as ledger:
         np.testing.assert_array_equal(ledger.read(images(733, 735)), large([733, 735]))
-        with pytest.raises(Damaged, match=r"ledger.sqlite is damaged .*python -m qmx.ledger verify .*ledger"):
+        with pytest.raises(
+            Damaged, match=r"ledger.sqlite is damaged .*python -m qmx.ledger verify .*ledger"
+        ):
             ledger.read(images(733, 734))
-    assert "1 of 1250 answers are not as they were written" in command("verify", path, f"--out={path}.x")[1]
+    assert (
+        "1 of 1250 answers are not as they were written"
+        in command("verify", path, f"--out={path}.x")[1]
+    )
     assert recovered(path) == ANSWERS - 1
 
 
@@ -260,14 +314,19 @@ def test_lost_requests(sound, path):
         db.execute("DELETE FROM requests WHERE id BETWEEN 3 AND 5")
     db.close()
     status, out, _ = command("verify", path)
-    assert status == 1 and "688 of 1250 answers have lost their request" in out and "688 of them lost the record" in out
+    assert (
+        status == 1
+        and "688 of 1250 answers have lost their request" in out
+        and "688 of them lost the record" in out
+    )
     with Ledger(f"{path}.recovered", target="t" * 64, preprocessing="resize") as ledger:
         np.testing.assert_array_equal(ledger.read(images(*range(ANSWERS))), large(range(ANSWERS)))
         assert ledger.account().purposes["train"] == ANSWERS
 
 
 def test_what_is_in_the_write_ahead_log_comes_back(path):
-    """Answers that were committed and are not in the main file yet, of a process that was killed."""
+    """Answers that were committed and are not in the main file yet, of a process that was
+    killed."""
     with another_process(WRITING, path, 0, 640, 64) as process:
         assert process.stdout.readline() == "open\n"
         with Ledger(path, target="t") as ledger:  # open, so that nobody tidies up
@@ -277,14 +336,17 @@ def test_what_is_in_the_write_ahead_log_comes_back(path):
     damaged = path.with_name("damaged.sqlite")
     for name, content in files.items():
         Path(f"{damaged}{name}").write_bytes(content)
-    with open(f"{damaged}-wal", "r+b") as log:  # from the first broken page on SQLite reads nothing of it
+    # From the first broken page on SQLite reads nothing of it.
+    with open(f"{damaged}-wal", "r+b") as log:
         log.seek(32 + 24 + 200)
         log.write(b"garbage")
     files["-wal"] = Path(f"{damaged}-wal").read_bytes()
     status, out, _ = command("verify", damaged)
     assert status == 1, out
     with Ledger(f"{damaged}.recovered", target="t") as ledger:
-        np.testing.assert_array_equal(ledger.read(images(*range(640))), np.tile(logits_of(*range(640)), 500))
+        np.testing.assert_array_equal(
+            ledger.read(images(*range(640))), np.tile(logits_of(*range(640)), 500)
+        )
     assert Path(f"{damaged}-wal").read_bytes() == files["-wal"]
 
 
@@ -295,8 +357,12 @@ def test_the_command(path):
     """As people call it: nothing but its output on standard out and error."""
     with Ledger(path, target="t") as ledger:
         ledger.ask(Target(), images(0))
-    done = subprocess.run([sys.executable, "-m", "qmx.ledger", "verify", path], capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(Path(qmx.__file__).parents[1])})
+    done = subprocess.run(
+        [sys.executable, "-m", "qmx.ledger", "verify", path],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(qmx.__file__).parents[1])},
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{path} is whole\n", "")
 
 
@@ -308,12 +374,15 @@ def test_summary_says_what_there_is(path):
     status, out, err = command("summary", path)
     assert (status, err) == (0, "")
     assert out.splitlines()[1:] == [
-        "target t", "  3 answers for report: logits of 4 classes in float32; preprocessing resize",
+        "target t",
+        "  3 answers for report: logits of 4 classes in float32; preprocessing resize",
         "  asked: 3 distinct images (0 for train, 0 for select, 3 for report), 3 views, 3 calls",
         "  0 sent in requests that failed (0 sent again), 0 without an answer",
-        "target u", "  2 answers for train: label of 4 classes in float16; preprocessing as-is",
+        "target u",
+        "  2 answers for train: label of 4 classes in float16; preprocessing as-is",
         "  asked: 2 distinct images (2 for train, 0 for select, 0 for report), 2 views, 2 calls",
-        "  0 sent in requests that failed (0 sent again), 0 without an answer"]
+        "  0 sent in requests that failed (0 sent again), 0 without an answer",
+    ]
 
 
 @pytest.mark.parametrize("kind", ["npz", "parquet"])
@@ -321,8 +390,12 @@ def test_export(path, tmp_path, kind):
     with Ledger(path, target="the first", preprocessing="resize") as ledger:
         scores = ledger.ask(Target(), images(0, 1, 2))
         ledger.ask(Target(), images(7), of=images(0))
-        digests = [row.tobytes() for row in np.frombuffer(b"".join(qmx.ledger.pixel_digests(images(0, 1, 2))),
-                                                          np.uint8).reshape(3, 32)]
+        digests = [
+            row.tobytes()
+            for row in np.frombuffer(
+                b"".join(qmx.ledger.pixel_digests(images(0, 1, 2))), np.uint8
+            ).reshape(3, 32)
+        ]
     with Ledger(path, target="the second") as ledger:
         ledger.ask(Target(), images(0))
     out = tmp_path / f"answers.{kind}"
@@ -333,15 +406,27 @@ def test_export(path, tmp_path, kind):
     table = load(out)
     assert [row.tobytes() for row in table.image] == digests
     np.testing.assert_array_equal(table.scores, scores)
-    assert (table.target, table.preprocessing, set(table.access)) == ("the first", "resize", {"logits"})
+    assert (table.target, table.preprocessing, set(table.access)) == (
+        "the first",
+        "resize",
+        {"logits"},
+    )
     status, _, err = command("export", path, out, "--target=the f")
     assert status == 2 and "is there already" in err
 
 
-@pytest.mark.parametrize("words, message", [
-    (["summary", "none.sqlite"], "none.sqlite: no such file"), (["verify", "text"], "damaged"), ([], "required"),
-    (["export", "text", "out.csv"], "ends in .npz or .parquet"), (["summary", "foreign"], "cannot be used as a ledger"),
-    (["verify", "foreign"], "cannot be used as a ledger"), (["fun", "x"], "invalid choice")])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["summary", "none.sqlite"], "none.sqlite: no such file"),
+        (["verify", "text"], "damaged"),
+        ([], "required"),
+        (["export", "text", "out.csv"], "ends in .npz or .parquet"),
+        (["summary", "foreign"], "cannot be used as a ledger"),
+        (["verify", "foreign"], "cannot be used as a ledger"),
+        (["fun", "x"], "invalid choice"),
+    ],
+)
 def test_mistakes_are_one_line(tmp_path, words, message):
     (tmp_path / "text").write_text("no database\n" * 500)
     with sqlite3.connect(tmp_path / "foreign") as db:

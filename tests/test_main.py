@@ -13,42 +13,84 @@ from conftest import ROOT, TINY
 from qmx.main import main
 
 DIGITS = "--config=configs/digits.py"
-TYPO = "from qmx.settings import base\n\n\ndef get_config():\n    c = base()\n    c.epochs = 3\n    return c\n"
+TYPO = (
+    "from qmx.settings import base\n\n\ndef get_config():\n    c = base()\n    c.epochs = 3\n   "
+    " return c\n"
+)
 
 
 def npz(path, n=40, **changes):
     rng = np.random.default_rng(len(str(path)))
-    arrays = {"image": rng.integers(0, 256, (n, 8, 8, 1), np.uint8), "label": np.arange(n) % 4, **changes}
+    arrays = {
+        "image": rng.integers(0, 256, (n, 8, 8, 1), np.uint8),
+        "label": np.arange(n) % 4,
+        **changes,
+    }
     np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
     return path
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ([DIGITS, "--config.pretrain.moco.epoch=1"], "unknown config key 'pretrain.moco.epoch'; did you mean "
-                                                 "'pretrain.moco.epochs'"),
-    ([DIGITS, "--config.distill.min_steps=2.5"], "config.distill.min_steps=2.5"),
-    ([DIGITS, "--config.fractions=(0,)"], "fraction 0 is outside"),
-    ([DIGITS, "--config.fractions=(1.5,)"], "fraction 1.5 is outside"),
-    ([DIGITS, "--config.queries=2000"], "queries has 2000; use whole numbers from 1 to 1437"),
-    ([DIGITS, "--config.queries=('20',)"], "queries has '20'; use whole numbers"),
-    ([DIGITS, "--config.queries=()", "--config.fractions=()"], "fractions and queries are both empty"),
-    ([DIGITS, "--config.inits=('mocoo',)"], "unknown value 'mocoo'; did you mean 'moco'"),
-    ([DIGITS, "--config.pretrain.moco.batch_size=2048"], "batch_size 2048 is larger than the pool of 1437"),
-    ([DIGITS, "--config.pretrain.moco.queue_size=1000"], "queue_size 1000 is not a multiple of batch_size 128"),
-    ([DIGITS, "--cnfig.x=1"], "cnfig"),
-    ([DIGITS, "word"], "'word' is no flag"),
-    ([DIGITS, "--stage=pretain"], "--stage=pretain is unknown"),
-    (["--config=nowhere.py"], "nowhere.py: no such file"),
-    (["--config={tmp}/typo.py"], "does not load: AttributeError.*epochs"),
-    ([], "--config=FILE.py and --workdir=DIRECTORY are needed"),
-    ([DIGITS, "--config.data.source=arrays"], "needs two files"),
-    ([DIGITS, "--config.data.source=arrays", "--config.data.path={tmp}/nolabel.npz",
-      "--config.data.eval_path={tmp}/good.npz"], "nolabel.npz: no array 'label'"),
-    ([DIGITS, "--config.data.source=arrays", "--config.data.path={tmp}/good.npz",
-      "--config.data.eval_path={tmp}/rank.npz"], r"rank.npz: image has shape \(40, 64\)"),
-    ([DIGITS, "--config.data.source=arrays", "--config.data.path={tmp}/nan.npz",
-      "--config.data.eval_path={tmp}/good.npz"], "nan.npz: image holds NaN in 1 of 40"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            [DIGITS, "--config.pretrain.moco.epoch=1"],
+            "unknown config key 'pretrain.moco.epoch'; did you mean 'pretrain.moco.epochs'",
+        ),
+        ([DIGITS, "--config.distill.min_steps=2.5"], "config.distill.min_steps=2.5"),
+        ([DIGITS, "--config.fractions=(0,)"], "fraction 0 is outside"),
+        ([DIGITS, "--config.fractions=(1.5,)"], "fraction 1.5 is outside"),
+        ([DIGITS, "--config.queries=2000"], "queries has 2000; use whole numbers from 1 to 1437"),
+        ([DIGITS, "--config.queries=('20',)"], "queries has '20'; use whole numbers"),
+        (
+            [DIGITS, "--config.queries=()", "--config.fractions=()"],
+            "fractions and queries are both empty",
+        ),
+        ([DIGITS, "--config.inits=('mocoo',)"], "unknown value 'mocoo'; did you mean 'moco'"),
+        (
+            [DIGITS, "--config.pretrain.moco.batch_size=2048"],
+            "batch_size 2048 is larger than the pool of 1437",
+        ),
+        (
+            [DIGITS, "--config.pretrain.moco.queue_size=1000"],
+            "queue_size 1000 is not a multiple of batch_size 128",
+        ),
+        ([DIGITS, "--cnfig.x=1"], "cnfig"),
+        ([DIGITS, "word"], "'word' is no flag"),
+        ([DIGITS, "--stage=pretain"], "--stage=pretain is unknown"),
+        (["--config=nowhere.py"], "nowhere.py: no such file"),
+        (["--config={tmp}/typo.py"], "does not load: AttributeError.*epochs"),
+        ([], "--config=FILE.py and --workdir=DIRECTORY are needed"),
+        ([DIGITS, "--config.data.source=arrays"], "needs two files"),
+        (
+            [
+                DIGITS,
+                "--config.data.source=arrays",
+                "--config.data.path={tmp}/nolabel.npz",
+                "--config.data.eval_path={tmp}/good.npz",
+            ],
+            "nolabel.npz: no array 'label'",
+        ),
+        (
+            [
+                DIGITS,
+                "--config.data.source=arrays",
+                "--config.data.path={tmp}/good.npz",
+                "--config.data.eval_path={tmp}/rank.npz",
+            ],
+            r"rank.npz: image has shape \(40, 64\)",
+        ),
+        (
+            [
+                DIGITS,
+                "--config.data.source=arrays",
+                "--config.data.path={tmp}/nan.npz",
+                "--config.data.eval_path={tmp}/good.npz",
+            ],
+            "nan.npz: image holds NaN in 1 of 40",
+        ),
+    ],
+)
 def test_mistakes(tmp_path, command, arguments, message):
     """Each with the value and the cure."""
     npz(tmp_path / "good.npz")
@@ -59,7 +101,9 @@ def test_mistakes(tmp_path, command, arguments, message):
     npz(tmp_path / "nan.npz", image=broken)
     (tmp_path / "typo.py").write_text(TYPO)
     workdir = tmp_path / "w"
-    status, out, err = command(*(word.format(tmp=tmp_path) for word in arguments), f"--workdir={workdir}")
+    status, out, err = command(
+        *(word.format(tmp=tmp_path) for word in arguments), f"--workdir={workdir}"
+    )
     assert (status, out) == (2, "")
     assert len(err.splitlines()) == 1 and err.startswith("qmx: ") and re.search(message, err), err
     assert not workdir.exists()
@@ -73,7 +117,8 @@ def test_unwritable_workdir(command, tmp_path):
 
 
 def test_images_of_ones_own(command, tmp_path):
-    """Two npz files run from pixels to the table; colour images, and a target of the user's size."""
+    """Two npz files run from pixels to the table; colour images, and a target of the user's
+    size."""
     rng = np.random.default_rng(0)
     for name in ("pool", "test"):
         label = rng.integers(0, 3, 64)
@@ -81,13 +126,28 @@ def test_images_of_ones_own(command, tmp_path):
         image[np.arange(64), :, :, label] += 120
         npz(tmp_path / f"{name}.npz", image=image, label=label)
     status, out, err = command(
-        DIGITS, f"--workdir={tmp_path}/w", "--config.data.source=arrays", f"--config.data.path={tmp_path}/pool.npz",
-        f"--config.data.eval_path={tmp_path}/test.npz", "--config.inits=('none',)", "--config.also=()",
-        "--config.seeds=(0,)", "--config.fractions=(0.5,)", "--config.queries=20", "--config.target.epochs=8",
-        "--config.target.batch_size=16", "--config.distill.min_steps=32", "--config.distill.batch_size=16")
+        DIGITS,
+        f"--workdir={tmp_path}/w",
+        "--config.data.source=arrays",
+        f"--config.data.path={tmp_path}/pool.npz",
+        f"--config.data.eval_path={tmp_path}/test.npz",
+        "--config.inits=('none',)",
+        "--config.also=()",
+        "--config.seeds=(0,)",
+        "--config.fractions=(0.5,)",
+        "--config.queries=20",
+        "--config.target.epochs=8",
+        "--config.target.batch_size=16",
+        "--config.distill.min_steps=32",
+        "--config.distill.batch_size=16",
+    )
     assert status == 0, err
     assert "64 images of pool; evaluated on 64 others" in out
-    rows = [line.split("|")[1].strip() for line in out.split("Accuracy, top-1 / top-5")[1].splitlines() if "%" in line]
+    rows = [
+        line.split("|")[1].strip()
+        for line in out.split("Accuracy, top-1 / top-5")[1].splitlines()
+        if "%" in line
+    ]
     assert rows[:2] == ["20 (31 %)", "32 (50 %)"]
 
 
@@ -99,11 +159,16 @@ def test_help(capsys):
 
 
 def test_terminal(environment, finished, tmp_path):
-    """In a terminal the progress is drawn as bars that go when they are done; the table is plain."""
+    """In a terminal the progress is drawn as bars that go when they are done; the table is
+    plain."""
     reader, writer = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "qmx.main", *TINY, "--stage=target", f"--workdir={tmp_path}/w"], cwd=ROOT,
-        env={**environment, "TERM": "xterm-256color", "COLUMNS": "120"}, stdout=subprocess.PIPE, stderr=writer)
+        [sys.executable, "-m", "qmx.main", *TINY, "--stage=target", f"--workdir={tmp_path}/w"],
+        cwd=ROOT,
+        env={**environment, "TERM": "xterm-256color", "COLUMNS": "120"},
+        stdout=subprocess.PIPE,
+        stderr=writer,
+    )
     os.close(writer)
     drawn = b""
     try:

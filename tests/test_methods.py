@@ -22,25 +22,41 @@ def make(name, view=None, **changes):
     """A small one of each method."""
     if name == "moco":
         net = models.backbone("resnet8", stats_groups=changes.pop("groups", 2))
-        return moco.make(net, models.moco_head(16), view or STRONG, **{"queue_size": 4 * B, "decay": 0.9, **changes})
+        return moco.make(
+            net,
+            models.moco_head(16),
+            view or STRONG,
+            **{"queue_size": 4 * B, "decay": 0.9, **changes},
+        )
     if name == "simsiam":
         net = models.backbone("resnet8", zero_init=True)
-        return simsiam.make(net, models.simsiam_projector(16, 2), models.simsiam_predictor(8), view or STRONG)
+        return simsiam.make(
+            net, models.simsiam_projector(16, 2), models.simsiam_predictor(8), view or STRONG
+        )
     if name == "rotation":
         return rotation.make(models.backbone("resnet8"), models.classifier(4), view or WEAK)
     if name == "linear":
-        return linear.make(models.backbone("resnet8"), models.classifier(10, kernel_std=0.01), view or WEAK)
+        return linear.make(
+            models.backbone("resnet8"), models.classifier(10, kernel_std=0.01), view or WEAK
+        )
     if name == "fixmatch":
-        return fixmatch.make(models.backbone("resnet8"), models.classifier(10), view or WEAK, view or STRONG,
-                             **{"threshold": 0.2, "decay": 0.9, **changes})
+        return fixmatch.make(
+            models.backbone("resnet8"),
+            models.classifier(10),
+            view or WEAK,
+            view or STRONG,
+            **{"threshold": 0.2, "decay": 0.9, **changes},
+        )
     return distill.make(models.backbone("resnet8"), models.classifier(10), view or WEAK)
 
 
 def batch(seed=0):
     rng = np.random.default_rng(seed)
-    return {"image": jnp.array(rng.integers(0, 256, (B, 8, 8, 1), np.uint8)),
-            "scores": jnp.array(rng.normal(size=(B, 10)), jnp.float32),
-            "pool_image": jnp.array(rng.integers(0, 256, (2 * B, 8, 8, 1), np.uint8))}
+    return {
+        "image": jnp.array(rng.integers(0, 256, (B, 8, 8, 1), np.uint8)),
+        "scores": jnp.array(rng.normal(size=(B, 10)), jnp.float32),
+        "pool_image": jnp.array(rng.integers(0, 256, (2 * B, 8, 8, 1), np.uint8)),
+    }
 
 
 @cache
@@ -66,7 +82,8 @@ def trained(name, steps=3):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_contract(name):
-    """Init and three steps: finite, structure and dtypes unchanged, metrics flat f32 scalars, traced once."""
+    """Init and three steps: finite, structure and dtypes unchanged, metrics flat f32 scalars,
+    traced once."""
     method, traces, states, metrics, step = trained(name)
     for before, after in zip(states, states[1:], strict=False):
         assert jax.tree.structure(before) == jax.tree.structure(after)
@@ -81,13 +98,16 @@ def test_contract(name):
     assert traces == views, "the step was traced more than once"
     assert int(states[-1].step) == 3
     encoder = method.encoder(states[-1].params, states[-1].state)
-    features, _ = models.backbone("resnet8").apply(encoder.params, encoder.stats, jnp.zeros((2, 8, 8, 1)), False)
+    features, _ = models.backbone("resnet8").apply(
+        encoder.params, encoder.stats, jnp.zeros((2, 8, 8, 1)), False
+    )
     assert features.shape == (2, 64)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_same_key_same_result(name):
-    """A step is a pure function of state, batch and key; another key or step number draws otherwise."""
+    """A step is a pure function of state, batch and key; another key or step number draws
+    otherwise."""
     _, _, states, metrics, step = trained(name)
     again, values = step(jax.tree.map(jnp.copy, states[0]), batch(0), jax.random.key(1))
     for (path, a), (_, b) in zip(by_path(states[1]).items(), by_path(again).items(), strict=True):
@@ -103,11 +123,20 @@ def test_every_parameter_learns(name):
     """S5: each part has a gradient in some step, and running statistics move."""
     _, _, states, _, _ = trained(name)
     first, last = states[0], states[-1]
-    for kind, before, after in (("params", first.params, last.params), ("state", first.state, last.state)):
-        still = [path for path, a in by_path(before).items() if np.array_equal(a, by_path(after)[path])]
+    for kind, before, after in (
+        ("params", first.params, last.params),
+        ("state", first.state, last.state),
+    ):
+        still = [
+            path for path, a in by_path(before).items() if np.array_equal(a, by_path(after)[path])
+        ]
         # By design: a bias of SimSiam's, and the backbone under a linear probe.
-        frozen = [path for path in still
-                  if not path.endswith("fc_3/bias") and not (name == "linear" and path.startswith("backbone"))]
+        frozen = [
+            path
+            for path in still
+            if not path.endswith("fc_3/bias")
+            and not (name == "linear" and path.startswith("backbone"))
+        ]
         assert not frozen, (kind, frozen)
 
 
@@ -115,16 +144,20 @@ def test_every_parameter_learns(name):
 
 
 def test_moco_key_encoder_starts_as_a_copy():
-    """M1, M6: each key leaf, the head's too, equals its query leaf; the queue's rows have norm 1."""
+    """M1, M6: each key leaf, the head's too, equals its query leaf; the queue's rows have norm
+    1."""
     state = trained("moco")[2][0]
-    for (path, q), (_, k) in zip(by_path(state.params).items(), by_path(state.state.key.average).items(), strict=True):
+    for (path, q), (_, k) in zip(
+        by_path(state.params).items(), by_path(state.state.key.average).items(), strict=True
+    ):
         np.testing.assert_array_equal(q, k, err_msg=path)
     for queue in (state.state.queue, trained("moco")[2][-1].state.queue):
         np.testing.assert_allclose(np.linalg.norm(queue, axis=1), 1, atol=1e-5)
 
 
 def test_moco_gradient_never_reaches_the_keys():
-    """M3, R1: no gradient into the momentum encoder or the queue; the optimiser holds no key leaf."""
+    """M3, R1: no gradient into the momentum encoder or the queue; the optimiser holds no key
+    leaf."""
     method, _, states, _, _ = trained("moco")
     ts = states[-1]
 
@@ -132,11 +165,17 @@ def test_moco_gradient_never_reaches_the_keys():
         state = ts.state._replace(key=ts.state.key._replace(average=average), queue=queue)
         return method.loss(ts.params, state, batch(), jax.random.key(0))[0]
 
-    into_keys, into_queue = jax.jit(jax.grad(loss, argnums=(0, 1)))(ts.state.key.average, ts.state.queue)
+    into_keys, into_queue = jax.jit(jax.grad(loss, argnums=(0, 1)))(
+        ts.state.key.average, ts.state.queue
+    )
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(into_keys))
-    assert np.any(into_queue), "the negatives are constants to the step, but they do matter to the loss"
+    assert np.any(into_queue), (
+        "the negatives are constants to the step, but they do matter to the loss"
+    )
     momenta = [leaf for leaf in jax.tree.leaves(ts.opt_state) if leaf.ndim]
-    assert sorted(leaf.shape for leaf in momenta) == sorted(leaf.shape for leaf in jax.tree.leaves(ts.params))
+    assert sorted(leaf.shape for leaf in momenta) == sorted(
+        leaf.shape for leaf in jax.tree.leaves(ts.params)
+    )
 
 
 def test_moco_key_statistics_are_their_own():
@@ -161,10 +200,15 @@ def test_moco_queue_order():
         at = int(state.pointer)
         assert int(new.pointer) == (k + 1) * B % (4 * B)
         untouched = [row for row in range(4 * B) if not at <= row < at + B]
-        np.testing.assert_array_equal(new.queue[jnp.array(untouched)], state.queue[jnp.array(untouched)])
-        assert not np.isclose(np.asarray(new.queue[at : at + B]), np.asarray(state.queue[at : at + B])).all()
+        np.testing.assert_array_equal(
+            new.queue[jnp.array(untouched)], state.queue[jnp.array(untouched)]
+        )
+        assert not np.isclose(
+            np.asarray(new.queue[at : at + B]), np.asarray(state.queue[at : at + B])
+        ).all()
 
-        # The same loss, put together by hand against the queue as it was; the key encoder is a copy.
+        # The same loss, put together by hand against the queue as it was; the key encoder is a
+        # copy.
         x = batch(k)["image"] / 255.0
         q = _embed(encode, params, state.stats, x)
         rows = q @ np.asarray(state.queue).T
@@ -190,12 +234,21 @@ def test_moco_queue_must_fit():
 
 def test_moco_stuck_at_chance():
     """M12: features that say nothing give exactly ln(K + 1); a toy run leaves it."""
-    constant = models.Network(lambda rng, x: ({"w": jnp.ones(4)}, {}),
-                              lambda p, s, x, train: (jnp.tile(p["w"], (len(x), 1)), s))
-    method = moco.make(constant, models.Network(lambda rng, x: ({}, {}), lambda p, s, x, t: (x, s)), WEAK, queue_size=B)
+    constant = models.Network(
+        lambda rng, x: ({"w": jnp.ones(4)}, {}),
+        lambda p, s, x, train: (jnp.tile(p["w"], (len(x), 1)), s),
+    )
+    method = moco.make(
+        constant,
+        models.Network(lambda rng, x: ({}, {}), lambda p, s, x, t: (x, s)),
+        WEAK,
+        queue_size=B,
+    )
     params, state = method.init(jax.random.key(0), batch())
     state = state._replace(queue=jnp.full((B, 4), 0.5))
-    np.testing.assert_allclose(method.loss(params, state, batch(), jax.random.key(0))[0], np.log(B + 1), rtol=1e-6)
+    np.testing.assert_allclose(
+        method.loss(params, state, batch(), jax.random.key(0))[0], np.log(B + 1), rtol=1e-6
+    )
 
     method = make("moco", queue_size=8 * B)
     tx = optim.sgd(lambda step: 0.06)
@@ -209,8 +262,9 @@ def test_moco_stuck_at_chance():
 
 
 def test_moco_groups_of_statistics():
-    """M14, M15: G groups in one batch are what G devices with a part each would compute; keys are shuffled
-    over the whole batch, so that a key's group is not its query's; one group is another network."""
+    """M14, M15: G groups in one batch are what G devices with a part each would compute; keys are
+    shuffled over the whole batch, so that a key's group is not its query's; one group is another
+    network."""
     x = jax.random.normal(jax.random.key(0), (B, 8, 8, 1))
     split, whole = models.backbone("resnet8", stats_groups=2), models.backbone("resnet8")
     params, stats = jax.jit(split.init)(jax.random.key(1), x)
@@ -222,7 +276,8 @@ def test_moco_groups_of_statistics():
         np.testing.assert_allclose(leaf, by_path(average)[path], rtol=1e-5, atol=1e-6, err_msg=path)
     assert not np.allclose(y, whole.apply(params, stats, x, True)[0], atol=1e-3)
 
-    # With the same pixels for both views and no shuffle, the first step's keys would be the queries.
+    # With the same pixels for both views and no shuffle, the first step's keys would be the
+    # queries.
     method = make("moco", view=lambda rng, data: data["image"] / 255.0)
     params, state = jax.jit(lambda rng: method.init(rng, batch()))(jax.random.key(0))
     _, (new, _) = method.loss(params, state, batch(), jax.random.key(3))
@@ -242,14 +297,26 @@ def test_simsiam_layers():
     projector, predictor = models.simsiam_projector(2048), models.simsiam_predictor(512)
     params, stats = jax.eval_shape(lambda: projector.init(jax.random.key(0), jnp.zeros((2, 2048))))
     assert {path: leaf.shape for path, leaf in by_path(params).items()} == {
-        "fc_0/kernel": (2048, 2048), "fc_1/scale": (2048,), "fc_1/bias": (2048,),
-        "fc_3/kernel": (2048, 2048), "fc_4/scale": (2048,), "fc_4/bias": (2048,),
-        "fc_6/kernel": (2048, 2048)}
-    assert set(by_path(stats)) == {"fc_6/bias", *(f"fc_{i}/{name}" for i in (1, 4, 7) for name in ("mean", "var"))}
+        "fc_0/kernel": (2048, 2048),
+        "fc_1/scale": (2048,),
+        "fc_1/bias": (2048,),
+        "fc_3/kernel": (2048, 2048),
+        "fc_4/scale": (2048,),
+        "fc_4/bias": (2048,),
+        "fc_6/kernel": (2048, 2048),
+    }
+    assert set(by_path(stats)) == {
+        "fc_6/bias",
+        *(f"fc_{i}/{name}" for i in (1, 4, 7) for name in ("mean", "var")),
+    }
     params, stats = jax.eval_shape(lambda: predictor.init(jax.random.key(0), jnp.zeros((2, 2048))))
     assert {path: leaf.shape for path, leaf in by_path(params).items()} == {
-        "fc_0/kernel": (2048, 512), "fc_1/scale": (512,), "fc_1/bias": (512,),
-        "fc_3/kernel": (512, 2048), "fc_3/bias": (2048,)}
+        "fc_0/kernel": (2048, 512),
+        "fc_1/scale": (512,),
+        "fc_1/bias": (512,),
+        "fc_3/kernel": (512, 2048),
+        "fc_3/bias": (2048,),
+    }
     assert set(by_path(stats)) == {"fc_1/mean", "fc_1/var"}
 
     first = by_path(trained("simsiam")[2][0].params["backbone"])
@@ -262,8 +329,11 @@ def test_simsiam_stops_the_gradient():
     """S2, S9: the gradient is that of the loss with the projections as constants."""
     method, _, states, _, _ = trained("simsiam")
     ts, key, data = states[-1], jax.random.key(5), batch(9)
-    net, projector, predictor = (models.backbone("resnet8", zero_init=True), models.simsiam_projector(16, 2),
-                                 models.simsiam_predictor(8))
+    net, projector, predictor = (
+        models.backbone("resnet8", zero_init=True),
+        models.simsiam_projector(16, 2),
+        models.simsiam_predictor(8),
+    )
 
     def forward(params):
         zs, ps = [], []
@@ -287,20 +357,28 @@ def test_simsiam_stops_the_gradient():
         return -(cosine(p1, z2) + cosine(p2, z1)) / 2
 
     want, want_grad = jax.jit(jax.value_and_grad(by_hand))(ts.params)
-    got, got_grad = jax.jit(jax.value_and_grad(lambda p: method.loss(p, ts.state, data, key)[0]))(ts.params)
+    got, got_grad = jax.jit(jax.value_and_grad(lambda p: method.loss(p, ts.state, data, key)[0]))(
+        ts.params
+    )
     np.testing.assert_allclose(got, want, rtol=1e-5)
     for path, leaf in by_path(want_grad).items():
-        np.testing.assert_allclose(by_path(got_grad)[path], leaf, rtol=1e-3, atol=1e-5, err_msg=path)
+        np.testing.assert_allclose(
+            by_path(got_grad)[path], leaf, rtol=1e-3, atol=1e-5, err_msg=path
+        )
 
 
 def test_simsiam_collapses_without_the_stop(monkeypatch):
-    """S1: in the same toy run the unit projections keep their spread, and lose it once nothing is stopped."""
+    """S1: in the same toy run the unit projections keep their spread, and lose it once nothing is
+    stopped."""
 
     def spread(rate=0.1, steps=300):
-        # Linear maps without batch norm after them, so that nothing but the stopped gradient holds the spread.
+        # Linear maps without batch norm after them, so that nothing but the stopped gradient holds
+        # the spread.
         linear = models.classifier(16)
-        net = models.Network(lambda rng, x: linear.init(rng, x.reshape(len(x), -1)),
-                             lambda p, s, x, train: linear.apply(p, s, x.reshape(len(x), -1), train))
+        net = models.Network(
+            lambda rng, x: linear.init(rng, x.reshape(len(x), -1)),
+            lambda p, s, x, train: linear.apply(p, s, x.reshape(len(x), -1), train),
+        )
         method = simsiam.make(net, models.classifier(16), models.simsiam_predictor(8), noisy)
         tx = optim.sgd(lambda step: rate)
         ts = jax.jit(lambda rng: init_state(method, tx, rng, data))(jax.random.key(0))
@@ -336,40 +414,55 @@ def test_rotations_are_quarter_turns():
 
 
 def test_start_from_is_strict():
-    """E1, P10: an encoder of another network is refused with every variable that does not fit; one that
-    fits replaces the backbone, leaves the head alone and is copied."""
+    """E1, P10: an encoder of another network is refused with every variable that does not fit; one
+    that fits replaces the backbone, leaves the head alone and is copied."""
     method, _, states, _, _ = trained("distill")
     params, state = states[0].params, states[0].state
-    encoder = trained("moco")[0].encoder(trained("moco")[2][-1].params, trained("moco")[2][-1].state)
+    encoder = trained("moco")[0].encoder(
+        trained("moco")[2][-1].params, trained("moco")[2][-1].state
+    )
     new_params, new_state = distill.start_from(params, state, encoder)
     for path, leaf in by_path(new_params["backbone"]).items():
         np.testing.assert_array_equal(leaf, by_path(encoder.params)[path])
         assert leaf is not by_path(encoder.params)[path]
-    np.testing.assert_array_equal(new_params["head"]["fc"]["kernel"], params["head"]["fc"]["kernel"])
+    np.testing.assert_array_equal(
+        new_params["head"]["fc"]["kernel"], params["head"]["fc"]["kernel"]
+    )
     assert new_state["backbone"].keys() == state["backbone"].keys()
 
-    wrong = {**encoder.params, "conv9": encoder.params["conv1"], "conv1": {"kernel": jnp.zeros((3, 3, 1, 5))}}
+    wrong = {
+        **encoder.params,
+        "conv9": encoder.params["conv1"],
+        "conv1": {"kernel": jnp.zeros((3, 3, 1, 5))},
+    }
     del wrong["bn1"]
     with pytest.raises(ValueError, match="(?s)bn1/bias.*bn1/scale.*conv1/kernel.*conv9/kernel"):
         distill.start_from(params, state, encoder._replace(params=wrong))
 
 
 def test_a_linear_probe_moves_its_head_alone():
-    """E2: after training the head the backbone's variables are equal to the bit, running statistics too; the head
-    starts at N(0, 0.01) with a bias of 0; its features are those of an evaluation."""
+    """E2: after training the head the backbone's variables are equal to the bit, running statistics
+    too; the head starts at N(0, 0.01) with a bias of 0; its features are those of an evaluation."""
     method, _, states, metrics, _ = trained("linear")
     assert states[0].params.keys() == {"head"}
     for path, leaf in by_path(states[0].state["backbone"]).items():
-        np.testing.assert_array_equal(leaf, by_path(states[-1].state["backbone"])[path], err_msg=path)
+        np.testing.assert_array_equal(
+            leaf, by_path(states[-1].state["backbone"])[path], err_msg=path
+        )
     fc = states[0].params["head"]["fc"]
     assert not fc["bias"].any() and 0.009 < float(fc["kernel"].std()) < 0.011
 
     net = models.backbone("resnet8")
     rng, data = jax.random.key(4), batch()
     features, _ = net.apply(*states[-1].state["backbone"], WEAK(rng, data), False)
-    logits = features @ states[-1].params["head"]["fc"]["kernel"] + states[-1].params["head"]["fc"]["bias"]
+    logits = (
+        features @ states[-1].params["head"]["fc"]["kernel"]
+        + states[-1].params["head"]["fc"]["bias"]
+    )
     want = -(jax.nn.softmax(data["scores"]) * jax.nn.log_softmax(logits)).sum(-1).mean()
-    np.testing.assert_allclose(method.loss(states[-1].params, states[-1].state, data, rng)[0], want, rtol=1e-5)
+    np.testing.assert_allclose(
+        method.loss(states[-1].params, states[-1].state, data, rng)[0], want, rtol=1e-5
+    )
 
     other = Encoder(*net.init(jax.random.key(9), jnp.zeros((1, 8, 8, 1))))
     started = linear.start_from(states[0].state, other)
@@ -390,8 +483,10 @@ def plain(rng, data):
 def plain_fixmatch(**changes):
     """On a network that compiles quickly, with batch statistics: (network, method)."""
     layer = models.classifier(16, standardize=True)
-    net = models.Network(lambda rng, x: layer.init(rng, x.reshape(len(x), -1)),
-                         lambda params, stats, x, train: layer.apply(params, stats, x.reshape(len(x), -1), train))
+    net = models.Network(
+        lambda rng, x: layer.init(rng, x.reshape(len(x), -1)),
+        lambda params, stats, x, train: layer.apply(params, stats, x.reshape(len(x), -1), train),
+    )
     method = fixmatch.make(net, models.classifier(10), plain, plain, decay=0.9, **changes)
     return chain(backbone=net, head=models.classifier(10)), method
 
@@ -408,10 +503,14 @@ def plain_trained():
 
 
 def test_fixmatch_loss_by_hand():
-    """The teacher's class where it is sure, a mean over all of the pool's images, batch statistics of both parts."""
+    """The teacher's class where it is sure, a mean over all of the pool's images, batch statistics
+    of both parts."""
     state, data = plain_trained(), batch(5)
-    teacher = jax.tree.map(lambda old, now: 0.9 * old + 0.1 * now, state.state.teacher.average,
-                           Encoder(state.params, state.state.stats))
+    teacher = jax.tree.map(
+        lambda old, now: 0.9 * old + 0.1 * now,
+        state.state.teacher.average,
+        Encoder(state.params, state.state.stats),
+    )
     network, _ = plain_fixmatch()
     guess = np.asarray(network.apply(*teacher, data["pool_image"] / 255.0, False)[0], np.float64)
     classes, confidence = guess.argmax(1), np.exp(guess).max(1) / np.exp(guess).sum(1)
@@ -422,7 +521,9 @@ def test_fixmatch_loss_by_hand():
     _, method = plain_fixmatch(threshold=threshold, weight=3.0)
     value, (new, metrics) = jax.jit(method.loss)(state.params, state.state, data, jax.random.key(0))
     for path, leaf in by_path(teacher).items():  # running statistics too
-        np.testing.assert_allclose(by_path(new.teacher.average)[path], leaf, rtol=1e-5, atol=1e-6, err_msg=path)
+        np.testing.assert_allclose(
+            by_path(new.teacher.average)[path], leaf, rtol=1e-5, atol=1e-6, err_msg=path
+        )
 
     together = jnp.concatenate([data["image"], data["pool_image"]]) / 255.0
     both = np.asarray(network.apply(state.params, state.state.stats, together, True)[0], np.float64)
@@ -431,19 +532,31 @@ def test_fixmatch_loss_by_hand():
     known = (p * (np.log(p) - log_q[:B])).sum(1).mean()
     guessed = (-log_q[B:][np.arange(2 * B), classes] * sure).sum() / (2 * B)
     np.testing.assert_allclose(value, known + 3 * guessed, rtol=1e-4)
-    np.testing.assert_allclose([metrics["confident"], metrics["pool_agreement"], metrics["pool_loss"]],
-                               [sure.mean(), (both[B:].argmax(1) == classes).mean(), guessed], rtol=1e-4)
+    np.testing.assert_allclose(
+        [metrics["confident"], metrics["pool_agreement"], metrics["pool_loss"]],
+        [sure.mean(), (both[B:].argmax(1) == classes).mean(), guessed],
+        rtol=1e-4,
+    )
 
 
 def test_fixmatch_gradient_never_reaches_the_teacher():
-    """Exactly zero into what it is and, through its average, into the student; the optimiser holds none of it."""
+    """Exactly zero into what it is and, through its average, into the student; the optimiser holds
+    none of it."""
     method, _, states, _, _ = trained("fixmatch")
     ts = states[-1]
 
     def loss(average):
-        return method.loss(ts.params, ts.state._replace(teacher=optim.EmaState(average)), batch(), jax.random.key(0))[0]
+        return method.loss(
+            ts.params,
+            ts.state._replace(teacher=optim.EmaState(average)),
+            batch(),
+            jax.random.key(0),
+        )[0]
 
-    assert all(not np.any(leaf) for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(ts.state.teacher.average)))
+    assert all(
+        not np.any(leaf)
+        for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(ts.state.teacher.average))
+    )
 
     def moved(params):  # the sum of the teacher that a step makes of the student
         state = method.loss(params, ts.state, batch(), jax.random.key(0))[1][0]
@@ -451,40 +564,59 @@ def test_fixmatch_gradient_never_reaches_the_teacher():
 
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(jax.jit(jax.grad(moved))(ts.params)))
     momenta = [leaf for leaf in jax.tree.leaves(ts.opt_state) if leaf.ndim]
-    assert sorted(leaf.shape for leaf in momenta) == sorted(leaf.shape for leaf in jax.tree.leaves(ts.params))
+    assert sorted(leaf.shape for leaf in momenta) == sorted(
+        leaf.shape for leaf in jax.tree.leaves(ts.params)
+    )
 
 
 @pytest.mark.parametrize(("threshold", "share"), [(1.0, 0.0), (0.0, 1.0)])
 def test_fixmatch_threshold_at_its_ends(threshold, share):
-    """Nothing above it: the pool costs 0 and no gradient, and nothing is NaN. All above it: every image counts."""
+    """Nothing above it: the pool costs 0 and no gradient, and nothing is NaN. All above it: every
+    image counts."""
     ts, key, data = plain_trained(), jax.random.key(0), batch()
 
     def step(weight):
         _, method = plain_fixmatch(threshold=threshold, weight=weight)
-        return jax.jit(jax.value_and_grad(method.loss, has_aux=True))(ts.params, ts.state, data, key)
+        return jax.jit(jax.value_and_grad(method.loss, has_aux=True))(
+            ts.params, ts.state, data, key
+        )
 
     ((value, (_, metrics)), grads), ((without, _), grads_without) = step(10.0), step(0.0)
     assert float(metrics["confident"]) == share
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((value, grads, metrics)))
-    same = all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(grads_without),
-                                                    strict=True))
+    same = all(
+        np.array_equal(a, b)
+        for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(grads_without), strict=True)
+    )
     assert same is (share == 0) and (float(value) == float(without)) is (share == 0)
     assert (float(metrics["pool_loss"]) == 0) is (share == 0)
 
 
 def test_fixmatch_starts_from_an_encoder_with_its_teacher():
     """Student and teacher begin as one; the student that is kept is the teacher, head and all."""
-    ts, encoder = trained("fixmatch")[2][-1], trained("moco")[0].encoder(
-        trained("moco")[2][-1].params, trained("moco")[2][-1].state)
+    ts, encoder = (
+        trained("fixmatch")[2][-1],
+        trained("moco")[0].encoder(trained("moco")[2][-1].params, trained("moco")[2][-1].state),
+    )
     params, state = fixmatch.start_from(ts.params, ts.state, encoder)
     kept = fixmatch.student(params, state)
     for path, leaf in by_path(kept).items():
-        np.testing.assert_array_equal(by_path(Encoder(params, state.stats))[path], leaf, err_msg=path)
+        np.testing.assert_array_equal(
+            by_path(Encoder(params, state.stats))[path], leaf, err_msg=path
+        )
         assert leaf is not by_path(Encoder(params, state.stats))[path]
     for path, leaf in by_path(encoder).items():
-        np.testing.assert_array_equal(by_path(make("fixmatch").encoder(params, state))[path], leaf, err_msg=path)
-    assert any(not np.array_equal(a, b) for a, b in zip(
-        jax.tree.leaves(fixmatch.student(ts.params, ts.state).params), jax.tree.leaves(ts.params), strict=True))
+        np.testing.assert_array_equal(
+            by_path(make("fixmatch").encoder(params, state))[path], leaf, err_msg=path
+        )
+    assert any(
+        not np.array_equal(a, b)
+        for a, b in zip(
+            jax.tree.leaves(fixmatch.student(ts.params, ts.state).params),
+            jax.tree.leaves(ts.params),
+            strict=True,
+        )
+    )
 
 
 @pytest.mark.parametrize("count", [B - 1, B + 1])
@@ -496,7 +628,8 @@ def test_fixmatch_needs_whole_shares_of_the_pool(count):
 
 
 def test_labels_are_scores():
-    """Supervised training is distillation of log one-hot rows: the loss is the cross-entropy, at any temperature."""
+    """Supervised training is distillation of log one-hot rows: the loss is the cross-entropy, at
+    any temperature."""
     method, _, states, _, _ = trained("distill")
     labels = np.arange(B) % 10
     data = {**batch(), "scores": jnp.log(jnp.eye(10)[labels])}
@@ -507,5 +640,7 @@ def test_labels_are_scores():
     want = -jax.nn.log_softmax(logits)[jnp.arange(B), labels].mean()
     got, _ = method.loss(states[1].params, states[1].state, data, jax.random.key(4))
     np.testing.assert_allclose(got, want, rtol=1e-5)
-    grads = jax.grad(lambda p: method.loss(p, states[1].state, data, jax.random.key(4))[0])(states[1].params)
+    grads = jax.grad(lambda p: method.loss(p, states[1].state, data, jax.random.key(4))[0])(
+        states[1].params
+    )
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))

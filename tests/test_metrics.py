@@ -1,4 +1,5 @@
-"""Accuracy, fidelity, divergence and nearest neighbours, against numpy, scipy, scikit-learn and torch."""
+"""Accuracy, fidelity, divergence and nearest neighbours, against numpy, scipy, scikit-learn and
+torch."""
 
 import jax
 import jax.numpy as jnp
@@ -36,9 +37,13 @@ DIGITS = load(base().data).evaluation.all()["image"]
 
 
 def brightness_network():
-    """Says of an image its mean, and 1 more for each batch that it took part in (never, in evaluation)."""
+    """Says of an image its mean, and 1 more for each batch that it took part in (never, in
+    evaluation)."""
+
     def apply(params, stats, x, train):
-        return x.mean((1, 2, 3))[:, None] * params["w"] + stats["seen"], {"seen": stats["seen"] + train}
+        return x.mean((1, 2, 3))[:, None] * params["w"] + stats["seen"], {
+            "seen": stats["seen"] + train
+        }
 
     return Network(lambda rng, x: ({"w": jnp.ones(3)}, {"seen": jnp.zeros(())}), apply)
 
@@ -52,8 +57,12 @@ def test_every_image_is_scored_once_and_in_order(size):
     images = np.random.default_rng(size).integers(0, 256, (size, 4, 4, 1), np.uint8)
     net = brightness_network()
     scores = predict(net, *net.init(None, None), plain_view((0.0,), (1.0,)), images, B)
-    assert scores.shape == (size, 3) and scores.dtype == np.float32 and isinstance(scores, np.ndarray)
-    np.testing.assert_allclose(scores, np.repeat((images / 255).mean((1, 2, 3))[:, None], 3, 1), rtol=1e-5)
+    assert (
+        scores.shape == (size, 3) and scores.dtype == np.float32 and isinstance(scores, np.ndarray)
+    )
+    np.testing.assert_allclose(
+        scores, np.repeat((images / 255).mean((1, 2, 3))[:, None], 3, 1), rtol=1e-5
+    )
 
 
 def test_each_batch_has_one_shape():
@@ -78,8 +87,12 @@ def test_a_score_does_not_depend_on_its_neighbours(classifier):
     images = DIGITS[:37]
     whole = predict(net, params, stats, VIEW, images, 64)
     assert np.ptp(whole) > 0.1
-    np.testing.assert_allclose(predict(net, params, stats, VIEW, images, B), whole, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(predict(net, params, stats, VIEW, images[::-1], 64)[::-1], whole, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        predict(net, params, stats, VIEW, images, B), whole, rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        predict(net, params, stats, VIEW, images[::-1], 64)[::-1], whole, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_evaluation_leaves_the_network_as_it_was(classifier):
@@ -97,7 +110,9 @@ def test_a_network_answers_the_ledger_as_it_predicts(classifier, tmp_path):
     net, params, stats = classifier
     with Ledger(tmp_path / "ledger.sqlite", target="t") as ledger:
         answers = ledger.ask(network_query(net, params, stats, VIEW, B), DIGITS[:11], batch_size=5)
-    np.testing.assert_allclose(answers, predict(net, params, stats, VIEW, DIGITS[:11], 16), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        answers, predict(net, params, stats, VIEW, DIGITS[:11], 16), rtol=1e-4, atol=1e-5
+    )
 
 
 # top_k
@@ -116,17 +131,24 @@ def brute_top_k(scores, classes, k):
 def test_top_k_of_random_scores(k, levels):
     """Against a loop, with many ties too; without ties it is scikit-learn's."""
     rng = np.random.default_rng(k)
-    scores = rng.standard_normal((500, 10)).astype(np.float32) if levels is None else rng.integers(0, 4, (500, 10))
+    scores = (
+        rng.standard_normal((500, 10)).astype(np.float32)
+        if levels is None
+        else rng.integers(0, 4, (500, 10))
+    )
     classes = rng.integers(0, 10, 500)
     np.testing.assert_allclose(top_k(scores, classes, k), brute_top_k(scores, classes, k))
     if levels is None:
-        expected = 100 * top_k_accuracy_score(classes, scores, k=k, labels=range(10)) if k < 10 else 100
+        expected = (
+            100 * top_k_accuracy_score(classes, scores, k=k, labels=range(10)) if k < 10 else 100
+        )
         np.testing.assert_allclose(top_k(scores, classes, k), expected)
 
 
 @pytest.mark.parametrize("value", [0.0, -7.5, 1e30, np.inf, -np.inf])
 def test_a_constant_score_wins_nothing(value):
-    """A network that says the same of every class knows none of them; nor does one that is sure of all."""
+    """A network that says the same of every class knows none of them; nor does one that is sure of
+    all."""
     scores, classes = np.full((40, 10), value, np.float32), np.arange(40) % 10
     assert top_k(scores, classes, 1) == top_k(scores, classes, 5) == top_k(scores, classes, 9) == 0
 
@@ -134,7 +156,9 @@ def test_a_constant_score_wins_nothing(value):
 def test_a_tie_ranks_behind():
     scores = np.array([[3, 3, 1, 0], [3, 2, 2, 0], [3, 2, 2, 0]], np.float32)
     classes = np.array([0, 1, 0])
-    np.testing.assert_allclose([top_k(scores, classes, k) for k in (1, 2, 3)], [100 / 3, 200 / 3, 100])
+    np.testing.assert_allclose(
+        [top_k(scores, classes, k) for k in (1, 2, 3)], [100 / 3, 200 / 3, 100]
+    )
 
 
 @pytest.mark.parametrize("where", ["own", "another", "all"])
@@ -159,16 +183,22 @@ def random_pair(n, classes, seed, scale=2.0):
 
 def test_kl_has_its_analytic_value_and_direction():
     """P13: KL(target || student), with target (1/2, 1/2) and student (3/4, 1/4): ln(4/3) / 2."""
-    half, quarter = np.log(np.array([[0.5, 0.5]], np.float32)), np.log(np.array([[0.75, 0.25]], np.float32))
+    half, quarter = (
+        np.log(np.array([[0.5, 0.5]], np.float32)),
+        np.log(np.array([[0.75, 0.25]], np.float32)),
+    )
     label = np.array([0])
-    np.testing.assert_allclose(compare(quarter, half, label)["kl_target_student"], np.log(4 / 3) / 2, rtol=1e-6)
+    np.testing.assert_allclose(
+        compare(quarter, half, label)["kl_target_student"], np.log(4 / 3) / 2, rtol=1e-6
+    )
     other = 0.75 * np.log(1.5) - 0.25 * np.log(2)
     np.testing.assert_allclose(compare(half, quarter, label)["kl_target_student"], other, rtol=1e-6)
 
 
 @pytest.mark.parametrize("classes", [2, 10, 1000])
 def test_kl_of_random_scores(classes):
-    """P13: scipy's and torch's mean over rows; constants added to a row of logits change nothing."""
+    """P13: scipy's and torch's mean over rows; constants added to a row of logits change
+    nothing."""
     student, target = random_pair(64, classes, classes)
     target += np.arange(64, dtype=np.float32)[:, None] / 8
     labels = np.zeros(64, int)
@@ -199,22 +229,31 @@ def test_kl_of_extreme_scores_is_no_nan():
     student = np.array([[-1e4, 0, 1e4], [1e30, -1e30, 0]], np.float32)
     for one, two in ((student, target), (target, student)):
         assert compare(one, two, np.zeros(2, int))["kl_target_student"] > 1e4
-    np.testing.assert_allclose(compare(target, target, np.zeros(2, int))["kl_target_student"], 0, atol=1e-6)
+    np.testing.assert_allclose(
+        compare(target, target, np.zeros(2, int))["kl_target_student"], 0, atol=1e-6
+    )
 
 
 def test_accuracy_and_fidelity_of_random_scores():
-    """Against loops: labels for accuracy, the target's first class for fidelity, the student's five for top-5."""
+    """Against loops: labels for accuracy, the target's first class for fidelity, the student's five
+    for top-5."""
     student, target = random_pair(400, 10, 1)
     student[:150] = target[:150] + 0.3 * student[:150]
     labels = np.random.default_rng(2).integers(0, 10, 400)
     found = compare(student, target, labels)
     assert set(found) == {"top1", "top5", "fidelity_top1", "fidelity_top5", "kl_target_student"}
     np.testing.assert_allclose(found["top1"], 100 * (student.argmax(1) == labels).mean())
-    np.testing.assert_allclose(found["fidelity_top1"], 100 * (student.argmax(1) == target.argmax(1)).mean())
-    five = np.argsort(-student, axis=1)[:, :5]
-    np.testing.assert_allclose(found["top5"], 100 * np.mean([y in row for y, row in zip(labels, five, strict=True)]))
     np.testing.assert_allclose(
-        found["fidelity_top5"], 100 * np.mean([y in row for y, row in zip(target.argmax(1), five, strict=True)]))
+        found["fidelity_top1"], 100 * (student.argmax(1) == target.argmax(1)).mean()
+    )
+    five = np.argsort(-student, axis=1)[:, :5]
+    np.testing.assert_allclose(
+        found["top5"], 100 * np.mean([y in row for y, row in zip(labels, five, strict=True)])
+    )
+    np.testing.assert_allclose(
+        found["fidelity_top5"],
+        100 * np.mean([y in row for y, row in zip(target.argmax(1), five, strict=True)]),
+    )
     assert all(isinstance(value, float) for value in found.values())
 
 
@@ -226,15 +265,22 @@ def test_a_perfect_copy_has_full_fidelity_whatever_its_accuracy():
 
 @pytest.mark.parametrize("seed", range(40))
 def test_fidelity_is_within_its_bounds(seed):
-    """max(0, a_s + a_t - 1) <= fidelity <= 1 - |a_t - a_s|, on pairs of all degrees of skill and likeness."""
+    """max(0, a_s + a_t - 1) <= fidelity <= 1 - |a_t - a_s|, on pairs of all degrees of skill and
+    likeness."""
     rng = np.random.default_rng(seed)
     n, classes = rng.integers(1, 300), rng.integers(2, 12)
     labels = rng.integers(0, classes, n)
     skill = np.eye(classes)[labels]
-    student, target = (rng.uniform(0, 4) * skill + rng.standard_normal((n, classes)) for _ in range(2))
+    student, target = (
+        rng.uniform(0, 4) * skill + rng.standard_normal((n, classes)) for _ in range(2)
+    )
     student = student + rng.uniform(0, 3) * target
     found = compare(student.astype(np.float32), target.astype(np.float32), labels)
-    a_s, a_t, fidelity = found["top1"], top_k(target.astype(np.float32), labels, 1), found["fidelity_top1"]
+    a_s, a_t, fidelity = (
+        found["top1"],
+        top_k(target.astype(np.float32), labels, 1),
+        found["fidelity_top1"],
+    )
     assert max(0, a_s + a_t - 100) - 1e-9 <= fidelity <= 100 - abs(a_t - a_s) + 1e-9
 
 
@@ -255,16 +301,23 @@ def features(seed=0, n=60, m=25, d=8, classes=5):
     bank_labels, labels = rng.integers(0, classes, n), rng.integers(0, classes, m)
     bank_labels[:classes] = np.arange(classes)
     lengths = rng.uniform(0.01, 100, (n + m, 1))
-    x = lengths * (centres[np.concatenate([bank_labels, labels])] + 1.2 * rng.standard_normal((n + m, d)))
+    x = lengths * (
+        centres[np.concatenate([bank_labels, labels])] + 1.2 * rng.standard_normal((n + m, d))
+    )
     return x[:n].astype(np.float32), bank_labels.astype(np.int32), x[n:].astype(np.float32)
 
 
 def brute_knn(bank, bank_labels, queries, k, temperature):
-    """The definition, in loops and float64; the weights relative to the nearest, so that nothing overflows."""
+    """The definition, in loops and float64; the weights relative to the nearest, so that nothing
+    overflows."""
     found = []
     for query in queries.astype(np.float64):
-        lengths = [max(np.linalg.norm(query) * np.linalg.norm(b), 1e-12) for b in bank.astype(np.float64)]
-        similarity = [query @ b / length for b, length in zip(bank.astype(np.float64), lengths, strict=True)]
+        lengths = [
+            max(np.linalg.norm(query) * np.linalg.norm(b), 1e-12) for b in bank.astype(np.float64)
+        ]
+        similarity = [
+            query @ b / length for b, length in zip(bank.astype(np.float64), lengths, strict=True)
+        ]
         nearest = sorted(range(len(bank)), key=lambda i: -similarity[i])[:k]
         votes = np.zeros(bank_labels.max() + 1)
         for i in nearest:
@@ -286,26 +339,37 @@ def test_knn_is_the_brute_force_one(k, temperature):
 @pytest.mark.parametrize("temperature", [1e-4, 1e-3, 0.005])
 @pytest.mark.filterwarnings("error")
 def test_knn_at_a_low_temperature(temperature):
-    """P19: exp(1 / 0.005) is more than float32 holds. All features lie close together, as early in a training."""
+    """P19: exp(1 / 0.005) is more than float32 holds. All features lie close together, as early in
+    a training."""
     bank, labels, queries = features(1)
     bank, queries = (x / np.linalg.norm(x, axis=1, keepdims=True) + 2 for x in (bank, queries))
     np.testing.assert_array_equal(
-        knn(bank, labels, queries, 20, temperature), brute_knn(bank, labels, queries, 20, temperature))
+        knn(bank, labels, queries, 20, temperature),
+        brute_knn(bank, labels, queries, 20, temperature),
+    )
 
 
 @pytest.mark.parametrize("k", [1, 3, 7, 20])
 @pytest.mark.parametrize("temperature", [0.1, 0.5])
 def test_knn_is_scikit_learns(k, temperature):
-    """E3: KNeighborsClassifier with the cosine metric; weighted, and unweighted at a high temperature."""
+    """E3: KNeighborsClassifier with the cosine metric; weighted, and unweighted at a high
+    temperature."""
     bank, labels, queries = features(2, n=200, m=100)
-    theirs = KNeighborsClassifier(k, metric="cosine", weights=lambda d: np.exp((1 - d) / temperature))
-    np.testing.assert_array_equal(knn(bank, labels, queries, k, temperature), theirs.fit(bank, labels).predict(queries))
+    theirs = KNeighborsClassifier(
+        k, metric="cosine", weights=lambda d: np.exp((1 - d) / temperature)
+    )
+    np.testing.assert_array_equal(
+        knn(bank, labels, queries, k, temperature), theirs.fit(bank, labels).predict(queries)
+    )
 
     uniform = KNeighborsClassifier(k, metric="cosine").fit(bank, labels)
     shares = np.sort(uniform.predict_proba(queries), axis=1)
-    clear = shares[:, -1] - shares[:, -2] > 0.5 / k  # an equal number of votes has no uniform answer
+    # An equal number of votes has no uniform answer.
+    clear = shares[:, -1] - shares[:, -2] > 0.5 / k
     assert clear.sum() > 50
-    np.testing.assert_array_equal(knn(bank, labels, queries, k, 1e4)[clear], uniform.predict(queries)[clear])
+    np.testing.assert_array_equal(
+        knn(bank, labels, queries, k, 1e4)[clear], uniform.predict(queries)[clear]
+    )
 
 
 def test_knn_in_several_chunks():
@@ -313,7 +377,9 @@ def test_knn_in_several_chunks():
     bank, labels, queries = features(3, n=50, m=2500)
     whole = knn(bank, labels, queries, 5)
     assert whole.shape == (2500,)
-    parts = np.concatenate([knn(bank, labels, queries[i : i + 100], 5) for i in range(0, 2500, 100)])
+    parts = np.concatenate(
+        [knn(bank, labels, queries[i : i + 100], 5) for i in range(0, 2500, 100)]
+    )
     np.testing.assert_array_equal(whole, parts)
 
 
@@ -323,7 +389,9 @@ def test_a_feature_of_zeros_breaks_nothing():
     queries[3], bank[7] = 0, 0
     found = knn(bank, labels, queries, 5)
     assert found[3] in range(5)
-    np.testing.assert_array_equal(np.delete(found, 3), np.delete(brute_knn(bank, labels, queries, 5, 0.1), 3))
+    np.testing.assert_array_equal(
+        np.delete(found, 3), np.delete(brute_knn(bank, labels, queries, 5, 0.1), 3)
+    )
 
 
 def test_the_monitor_asks_every_fifth_example_about_the_others():
@@ -332,7 +400,9 @@ def test_the_monitor_asks_every_fifth_example_about_the_others():
     held_out = np.arange(203) % 5 == 0
     theirs = KNeighborsClassifier(7, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.1))
     theirs.fit(x[~held_out], labels[~held_out])
-    np.testing.assert_allclose(held_out_knn(x, labels, 7, 0.1), 100 * theirs.score(x[held_out], labels[held_out]))
+    np.testing.assert_allclose(
+        held_out_knn(x, labels, 7, 0.1), 100 * theirs.score(x[held_out], labels[held_out])
+    )
 
     noise = np.random.default_rng(0).standard_normal((1000, 16)).astype(np.float32)
     assert held_out_knn(noise, np.arange(1000) % 10, 1, 0.1) < 25  # 100, were it its own

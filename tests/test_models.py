@@ -1,4 +1,5 @@
-"""The family of networks: sizes, cost, what batch norm folds into, and how the classifiers start."""
+"""The family of networks: sizes, cost, what batch norm folds into, and how the classifiers
+start."""
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +12,29 @@ from qmx.models.conv import plain
 from qmx.models.layout import features, our_path, shapes
 from qmx.models.resnet import ARCHS, Arch, ResNet
 
-# Without the 10-class networks for small images: torchvision's, and the WSL authors', with 1000 classes.
+# Without the 10-class networks for small images: torchvision's, and the WSL authors', with 1000
+# classes.
 PARAMETERS = {
-    "resnet18": 11_689_512, "resnet34": 21_797_672, "resnet50": 25_557_032, "resnet101": 44_549_160,
-    "resnext50_32x4d": 25_028_904, "resnext101_32x4d": 44_177_704, "resnext101_32x8d": 88_791_336,
-    "resnext101_32x16d": 194_026_792, "resnext101_32x32d": 468_530_472, "resnext101_32x48d": 828_411_176,
+    "resnet18": 11_689_512,
+    "resnet34": 21_797_672,
+    "resnet50": 25_557_032,
+    "resnet101": 44_549_160,
+    "resnext50_32x4d": 25_028_904,
+    "resnext101_32x4d": 44_177_704,
+    "resnext101_32x8d": 88_791_336,
+    "resnext101_32x16d": 194_026_792,
+    "resnext101_32x32d": 468_530_472,
+    "resnext101_32x48d": 828_411_176,
 }
 
 
 def variables(net, side, batch=1, channels=3):
     """Shapes of (params, stats); nothing is allocated."""
-    return jax.eval_shape(net.init, jax.random.key(0), jax.ShapeDtypeStruct((batch, side, side, channels), jnp.float32))
+    return jax.eval_shape(
+        net.init,
+        jax.random.key(0),
+        jax.ShapeDtypeStruct((batch, side, side, channels), jnp.float32),
+    )
 
 
 def lively(net, shape, seed=0):
@@ -40,44 +53,71 @@ def lively(net, shape, seed=0):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_sizes(arch):
-    """Every network has the published number of parameters, and the names and shapes that torch gives it."""
+    """Every network has the published number of parameters, and the names and shapes that torch
+    gives it."""
     params, stats = variables(models.backbone(arch), 64)
-    table = {our_path(name, len(shape)): shape if len(shape) == 1 else (*shape[2:], shape[1], shape[0])
-             for name, shape in shapes(ARCHS[arch]).items()}
-    ours = {tuple(path.split("/")): leaf.shape for tree in (params, stats) for path, leaf in by_path(tree).items()}
+    table = {
+        our_path(name, len(shape)): shape if len(shape) == 1 else (*shape[2:], shape[1], shape[0])
+        for name, shape in shapes(ARCHS[arch]).items()
+    }
+    ours = {
+        tuple(path.split("/")): leaf.shape
+        for tree in (params, stats)
+        for path, leaf in by_path(tree).items()
+    }
     assert ours == table
     fc = (features(ARCHS[arch]) + 1) * 1000
     if arch in PARAMETERS:
         assert sum(leaf.size for leaf in jax.tree.leaves(params)) + fc == PARAMETERS[arch]
 
 
-@pytest.mark.parametrize("arch, giga, tolerance", [
-    ("resnet50", 7.969, 3e-3),  # 2 x 4.089 by hand, with the padded taps
-    ("resnext101_32x8d", 2 * 16.41, 0.03), ("resnext101_32x16d", 2 * 36.16, 0.03),
-])
+@pytest.mark.parametrize(
+    "arch, giga, tolerance",
+    [
+        ("resnet50", 7.969, 3e-3),  # 2 x 4.089 by hand, with the padded taps
+        ("resnext101_32x8d", 2 * 16.41, 0.03),
+        ("resnext101_32x16d", 2 * 36.16, 0.03),
+    ],
+)
 def test_operations(arch, giga, tolerance, monkeypatch):
     """Floating-point operations of one image at 224, as XLA counts them, padded taps left out."""
-    monkeypatch.setattr("qmx.models.resnet.convolve", plain)  # of a loop over groups XLA counts one turn
+    # Of a loop over groups XLA counts one turn.
+    monkeypatch.setattr("qmx.models.resnet.convolve", plain)
     net, batch = chain(backbone=models.backbone(arch), head=models.classifier(1000)), 4
     params, stats = variables(net, 224)
     images = jax.ShapeDtypeStruct((batch, 224, 224, 3), jnp.float32)
-    cost = jax.jit(lambda p, s, x: net.apply(p, s, x, False)[0]).lower(params, stats, images).cost_analysis()
+    cost = (
+        jax.jit(lambda p, s, x: net.apply(p, s, x, False)[0])
+        .lower(params, stats, images)
+        .cost_analysis()
+    )
     assert cost["flops"] / batch == pytest.approx(giga * 1e9, rel=tolerance)
 
 
-@pytest.mark.parametrize("arch", [
-    ARCHS["resnet18"], ARCHS["resnet8"], ARCHS["resnet50"],
-    Arch((1, 2), bottleneck=True, width=16, groups=4, width_per_group=32),
-], ids=["resnet18", "resnet8", "resnet50", "resnext"])
+@pytest.mark.parametrize(
+    "arch",
+    [
+        ARCHS["resnet18"],
+        ARCHS["resnet8"],
+        ARCHS["resnet50"],
+        Arch((1, 2), bottleneck=True, width=16, groups=4, width_per_group=32),
+    ],
+    ids=["resnet18", "resnet8", "resnet50", "resnext"],
+)
 def test_folded(arch):
-    """Without its batch norms, folded in, a network gives the outputs that it gave with their running statistics."""
+    """Without its batch norms, folded in, a network gives the outputs that it gave with their
+    running statistics."""
     net, folded = models.from_linen(ResNet(arch)), models.from_linen(ResNet(arch, folded=True))
     x = np.random.default_rng(1).normal(size=(2, 32, 32, 3)).astype(np.float32)
     params, stats = lively(net, x.shape)
     want = np.asarray(jax.jit(lambda p, s, x: net.apply(p, s, x, False)[0])(params, stats, x))
     ours = models.fold(params, stats)
-    assert jax.tree.map(jnp.shape, ours.params) == jax.tree.map(lambda a: a.shape, variables(folded, 32)[0])
-    assert ours.stats == {} and {leaf.dtype for leaf in jax.tree.leaves(ours)} == {np.dtype(np.float32)}
+    assert jax.tree.map(jnp.shape, ours.params) == jax.tree.map(
+        lambda a: a.shape, variables(folded, 32)[0]
+    )
+    assert ours.stats == {} and {leaf.dtype for leaf in jax.tree.leaves(ours)} == {
+        np.dtype(np.float32)
+    }
     got, stats = jax.jit(lambda p, x: folded.apply(p, {}, x, False))(ours.params, x)
     assert stats == {}
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
@@ -92,7 +132,9 @@ def test_folded_by_name():
     x = np.random.default_rng(1).normal(size=(4, 16, 16, 3)).astype(np.float32)
     params, stats = lively(net, x.shape)
     want = np.asarray(net.apply(params, stats, x, False)[0])
-    got = models.backbone("resnet8", dtype=jnp.bfloat16, folded=True).apply(*models.fold(params, stats), x, False)[0]
+    got = models.backbone("resnet8", dtype=jnp.bfloat16, folded=True).apply(
+        *models.fold(params, stats), x, False
+    )[0]
     assert got.dtype == jnp.float32 and np.abs(got - want).max() < 0.03 * np.abs(want).max()
 
 
@@ -103,7 +145,8 @@ def test_unknown_network():
 
 
 def test_classifier_start():
-    """`kernel_std` starts from N(0, std^2) and a bias of zero; without, torch's uniform for both."""
+    """`kernel_std` starts from N(0, std^2) and a bias of zero; without, torch's uniform for
+    both."""
     x = jnp.zeros((2, 400))
     params, _ = models.classifier(100, kernel_std=0.01).init(jax.random.key(0), x)
     kernel = np.asarray(params["fc"]["kernel"])
@@ -115,13 +158,16 @@ def test_classifier_start():
 
 
 def test_standardised_classifier():
-    """Features of any size reach the linear layer with mean 0 and variance 1; statistics run as batch norm's do."""
+    """Features of any size reach the linear layer with mean 0 and variance 1; statistics run as
+    batch norm's do."""
     net = models.classifier(3, standardize=True)
     rng = np.random.default_rng(0)
     unit = rng.normal(size=(64, 5)).astype(np.float32)
     x = unit * 1e-2 + 7
     params, stats = net.init(jax.random.key(0), x)
-    assert params.keys() == {"fc"} and jax.tree.map(jnp.shape, stats) == {"norm": {"mean": (5,), "var": (5,)}}
+    assert params.keys() == {"fc"} and jax.tree.map(jnp.shape, stats) == {
+        "norm": {"mean": (5,), "var": (5,)}
+    }
     y, new = net.apply(params, stats, x, True)
     z = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5)
     np.testing.assert_allclose(y, z @ params["fc"]["kernel"] + params["fc"]["bias"], atol=1e-4)
@@ -129,4 +175,6 @@ def test_standardised_classifier():
     np.testing.assert_allclose(new["norm"]["var"], 0.9 + 0.1 * x.var(0, ddof=1), rtol=1e-5)
     y, same = net.apply(params, stats, x, False)
     assert same is stats
-    np.testing.assert_allclose(y, x / np.sqrt(1 + 1e-5) @ params["fc"]["kernel"] + params["fc"]["bias"], rtol=1e-4)
+    np.testing.assert_allclose(
+        y, x / np.sqrt(1 + 1e-5) @ params["fc"]["kernel"] + params["fc"]["bias"], rtol=1e-4
+    )

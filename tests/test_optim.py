@@ -1,4 +1,5 @@
-"""Schedules, optimisers, the moving average and the losses, against values by hand, numpy, scipy and torch."""
+"""Schedules, optimisers, the moving average and the losses, against values by hand, numpy, scipy
+and torch."""
 
 import math
 
@@ -22,21 +23,27 @@ def values(rate, *steps):
 
 
 def test_moco_v2():
-    """M16: lr 0.03, 200 epochs of 5,004 steps, a cosine that is held during each epoch, no warm-up."""
+    """M16: lr 0.03, 200 epochs of 5,004 steps, a cosine that is held during each epoch, no
+    warm-up."""
     rate = schedule("cosine_by_epoch", 0.03, epochs=200, steps=1_000_800)
-    at = {0: 0.03, 1: 0.03, 5003: 0.03,
-          5004: 0.015 * (1 + math.cos(math.pi / 200)),
-          50 * 5004: 0.015 * (1 + math.sqrt(0.5)),
-          100 * 5004 - 1: 0.015 * (1 + math.cos(math.pi * 99 / 200)),
-          100 * 5004: 0.015,
-          150 * 5004: 0.015 * (1 - math.sqrt(0.5)),
-          1_000_799: 0.015 * (1 + math.cos(math.pi * 199 / 200))}
+    at = {
+        0: 0.03,
+        1: 0.03,
+        5003: 0.03,
+        5004: 0.015 * (1 + math.cos(math.pi / 200)),
+        50 * 5004: 0.015 * (1 + math.sqrt(0.5)),
+        100 * 5004 - 1: 0.015 * (1 + math.cos(math.pi * 99 / 200)),
+        100 * 5004: 0.015,
+        150 * 5004: 0.015 * (1 - math.sqrt(0.5)),
+        1_000_799: 0.015 * (1 + math.cos(math.pi * 199 / 200)),
+    }
     np.testing.assert_allclose(values(rate, *at), list(at.values()), rtol=1e-6, atol=1e-8)
     np.testing.assert_allclose(values(rate, 1_000_799), 1.85e-6, rtol=1e-2)
 
 
 def test_the_cifar_demo_counts_epochs_from_one_and_we_from_zero():
-    """The CIFAR demo's 0.059996, 0.059985, 0.059967 in its epochs 1 .. 3 are ours at the epoch indices 1 .. 3.
+    """The CIFAR demo's 0.059996, 0.059985, 0.059967 in its epochs 1 .. 3 are ours at the epoch
+    indices 1 .. 3.
 
     The official ImageNet code begins with epoch 0, and so do we: 0.03 (1 + cos(pi e / 200)).
     """
@@ -49,7 +56,8 @@ def test_the_cifar_demo_counts_epochs_from_one_and_we_from_zero():
 
 @pytest.mark.parametrize("fixed", [False, True])
 def test_simsiam(fixed):
-    """M16, S7: 0.05 x 512 / 256 = 0.1 over 100 epochs of 2,502 steps; the predictor's is constant."""
+    """M16, S7: 0.05 x 512 / 256 = 0.1 over 100 epochs of 2,502 steps; the predictor's is
+    constant."""
     rate = schedule("constant" if fixed else "cosine_by_epoch", 0.1, epochs=100, steps=250_200)
     steps = [0, 2501, 2502, 50 * 2502, 250_199]
     expected = [0.1] * 5 if fixed else [0.1, 0.1, 0.09997533, 0.05, 2.4672e-5]
@@ -58,23 +66,90 @@ def test_simsiam(fixed):
 
 # name -> (lr, epochs, steps, warm-up, milestones, factor) and {step: rate}
 STEPS = {
-    "S4L 1 %": ((0.01, 1000, 50_000, 5, (700, 800, 900), 0.1), {
-        0: 0, 50: 0.002, 125: 0.005, 249: 0.00996, 250: 0.01, 34_999: 0.01, 35_000: 1e-3, 39_999: 1e-3, 40_000: 1e-4,
-        44_999: 1e-4, 45_000: 1e-5, 49_999: 1e-5}),
-    "S4L 10 %": ((0.1, 200, 100_000, 5, (140, 160, 180), 0.1), {
-        0: 0, 1: 4e-5, 500: 0.02, 2499: 0.09996, 2500: 0.1, 69_999: 0.1, 70_000: 0.01, 80_000: 1e-3, 89_999: 1e-3,
-        90_000: 1e-4, 99_999: 1e-4}),
-    "PCL 10 %": ((0.01, 20, 501 * 20, 0, (12, 16), 0.2), {
-        0: 0.01, 501 * 12 - 1: 0.01, 501 * 12: 0.002, 501 * 16 - 1: 0.002, 501 * 16: 4e-4, 501 * 20 - 1: 4e-4}),
-    "PCL 1 %, the classifier": ((1.0, 20, 1001, 0, (12, 16), 0.2), {  # 12,811 images: 50.05 steps in an epoch
-        0: 1, 600: 1, 601: 0.2, 800: 0.2, 801: 0.04, 1000: 0.04}),
-    "PyTorch": ((0.1, 90, 5005 * 90, 0, (30, 60), 0.1), {
-        0: 0.1, 5005 * 30 - 1: 0.1, 5005 * 30: 0.01, 5005 * 60 - 1: 0.01, 5005 * 60: 1e-3, 5005 * 90 - 1: 1e-3}),
-    "MoCo v1": ((0.03, 200, 1_000_800, 0, (120, 160), 0.1), {
-        0: 0.03, 5004 * 120 - 1: 0.03, 5004 * 120: 3e-3, 5004 * 160 - 1: 3e-3, 5004 * 160: 3e-4, 1_000_799: 3e-4}),
-    "rotation": ((0.2, 70, 10_009 * 70, 5, (30, 50), 0.1), {  # batch 128
-        0: 0, 10_009: 0.04, 10_009 * 5: 0.2, 10_009 * 30 - 1: 0.2, 10_009 * 30: 0.02, 10_009 * 50 - 1: 0.02,
-        10_009 * 50: 2e-3, 10_009 * 70 - 1: 2e-3}),
+    "S4L 1 %": (
+        (0.01, 1000, 50_000, 5, (700, 800, 900), 0.1),
+        {
+            0: 0,
+            50: 0.002,
+            125: 0.005,
+            249: 0.00996,
+            250: 0.01,
+            34_999: 0.01,
+            35_000: 1e-3,
+            39_999: 1e-3,
+            40_000: 1e-4,
+            44_999: 1e-4,
+            45_000: 1e-5,
+            49_999: 1e-5,
+        },
+    ),
+    "S4L 10 %": (
+        (0.1, 200, 100_000, 5, (140, 160, 180), 0.1),
+        {
+            0: 0,
+            1: 4e-5,
+            500: 0.02,
+            2499: 0.09996,
+            2500: 0.1,
+            69_999: 0.1,
+            70_000: 0.01,
+            80_000: 1e-3,
+            89_999: 1e-3,
+            90_000: 1e-4,
+            99_999: 1e-4,
+        },
+    ),
+    "PCL 10 %": (
+        (0.01, 20, 501 * 20, 0, (12, 16), 0.2),
+        {
+            0: 0.01,
+            501 * 12 - 1: 0.01,
+            501 * 12: 0.002,
+            501 * 16 - 1: 0.002,
+            501 * 16: 4e-4,
+            501 * 20 - 1: 4e-4,
+        },
+    ),
+    # 12,811 images: 50.05 steps in an epoch.
+    "PCL 1 %, the classifier": (
+        (1.0, 20, 1001, 0, (12, 16), 0.2),
+        {0: 1, 600: 1, 601: 0.2, 800: 0.2, 801: 0.04, 1000: 0.04},
+    ),
+    "PyTorch": (
+        (0.1, 90, 5005 * 90, 0, (30, 60), 0.1),
+        {
+            0: 0.1,
+            5005 * 30 - 1: 0.1,
+            5005 * 30: 0.01,
+            5005 * 60 - 1: 0.01,
+            5005 * 60: 1e-3,
+            5005 * 90 - 1: 1e-3,
+        },
+    ),
+    "MoCo v1": (
+        (0.03, 200, 1_000_800, 0, (120, 160), 0.1),
+        {
+            0: 0.03,
+            5004 * 120 - 1: 0.03,
+            5004 * 120: 3e-3,
+            5004 * 160 - 1: 3e-3,
+            5004 * 160: 3e-4,
+            1_000_799: 3e-4,
+        },
+    ),
+    "rotation": (
+        (0.2, 70, 10_009 * 70, 5, (30, 50), 0.1),
+        {  # batch 128
+            0: 0,
+            10_009: 0.04,
+            10_009 * 5: 0.2,
+            10_009 * 30 - 1: 0.2,
+            10_009 * 30: 0.02,
+            10_009 * 50 - 1: 0.02,
+            10_009 * 50: 2e-3,
+            10_009 * 70 - 1: 2e-3,
+        },
+    ),
 }
 
 
@@ -82,14 +157,23 @@ STEPS = {
 def test_milestones(keys, at):
     """M16: the last step before each milestone has the old rate and the next one the new."""
     lr, epochs, steps, warmup, milestones, factor = keys
-    rate = schedule("step", lr, epochs=epochs, steps=steps, warmup_epochs=warmup, milestones=milestones, factor=factor)
+    rate = schedule(
+        "step",
+        lr,
+        epochs=epochs,
+        steps=steps,
+        warmup_epochs=warmup,
+        milestones=milestones,
+        factor=factor,
+    )
     np.testing.assert_allclose(values(rate, *at), list(at.values()), rtol=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [64, 128, 256, 512, 4096])
 @pytest.mark.parametrize("epochs", [90, 200, 800])
 def test_every_epoch_begins_at_its_own_step(batch_size, epochs):
-    """P15: for runs of ImageNet's size, at every boundary: step e x n has epoch e's rate, the one before e - 1's."""
+    """P15: for runs of ImageNet's size, at every boundary: step e x n has epoch e's rate, the one
+    before e - 1's."""
     n = 1_281_167 // batch_size
     rate = schedule("cosine_by_epoch", 1.0, epochs=epochs, steps=n * epochs)
     e = np.arange(1, epochs)
@@ -100,10 +184,13 @@ def test_every_epoch_begins_at_its_own_step(batch_size, epochs):
 
 @pytest.mark.parametrize("batch_size", [64, 128, 256])
 def test_every_milestone_begins_at_its_own_step(batch_size):
-    """P15: the same of milestones, one at each epoch of 90, with a last batch that is not dropped."""
+    """P15: the same of milestones, one at each epoch of 90, with a last batch that is not
+    dropped."""
     n = -(-1_281_167 // batch_size)
     e = np.arange(1, 90)
-    rate = schedule("step", 1.0, epochs=90, steps=n * 90, milestones=tuple(map(float, e)), factor=0.9)
+    rate = schedule(
+        "step", 1.0, epochs=90, steps=n * 90, milestones=tuple(map(float, e)), factor=0.9
+    )
     np.testing.assert_allclose(values(rate, *(e * n)), 0.9**e, rtol=1e-5)
     np.testing.assert_allclose(values(rate, *(e * n - 1)), 0.9 ** (e - 1), rtol=1e-5)
 
@@ -118,14 +205,19 @@ def test_every_step_of_a_small_run_is_in_its_epoch(epochs, n):
 def test_the_cosine_ends_at_zero():
     rate = schedule("cosine", 0.3, epochs=9, steps=203)
     at = np.arange(203)
-    np.testing.assert_allclose(values(rate, *at), 0.15 * (1 + np.cos(np.pi * at / 203)), rtol=1e-4, atol=1e-8)
+    np.testing.assert_allclose(
+        values(rate, *at), 0.15 * (1 + np.cos(np.pi * at / 203)), rtol=1e-4, atol=1e-8
+    )
     np.testing.assert_allclose(values(rate, 203, 204, 10_000), 0, atol=1e-8)
-    np.testing.assert_allclose(values(rate, *at), optax.cosine_decay_schedule(0.3, 203)(at), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(
+        values(rate, *at), optax.cosine_decay_schedule(0.3, 203)(at), rtol=1e-4, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_warm_up_leads_from_zero_to_the_curve(name):
-    """Linear in the step; after it the curve is the one without a warm-up. No rate is ever negative."""
+    """Linear in the step; after it the curve is the one without a warm-up. No rate is ever
+    negative."""
     keys = dict(epochs=20, steps=200, milestones=(2, 15), factor=0.1)
     plain, warm = schedule(name, 0.4, **keys), schedule(name, 0.4, warmup_epochs=5, **keys)
     at = np.arange(200)
@@ -138,13 +230,17 @@ def test_the_warm_up_leads_from_zero_to_the_curve(name):
 def test_a_rate_is_the_same_in_and_outside_jit(name):
     rate = schedule(name, 0.4, epochs=20, steps=2000, milestones=(2, 15), warmup_epochs=1)
     at = [0, 1, 99, 100, 199, 200, 1499, 1500, 1999]
-    np.testing.assert_allclose([float(rate(jnp.int32(step))) for step in at], values(rate, *at), rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(
+        [float(rate(jnp.int32(step))) for step in at], values(rate, *at), rtol=1e-5, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("name", ["scheduer", "", "Cosine", "linear"])
 def test_an_unknown_schedule_is_refused_with_the_known_ones(name):
     """P14."""
-    with pytest.raises(ValueError, match=f"'{name}' is unknown; choose one of {', '.join(SCHEDULES)}"):
+    with pytest.raises(
+        ValueError, match=f"'{name}' is unknown; choose one of {', '.join(SCHEDULES)}"
+    ):
         schedule(name, 0.1, epochs=1, steps=1)
 
 
@@ -152,8 +248,10 @@ def test_an_unknown_schedule_is_refused_with_the_known_ones(name):
 
 
 PARAMS = {
-    "backbone": {"conv": {"kernel": jnp.full((3, 3, 2, 4), 2.0)},
-                 "bn": {"scale": jnp.ones(4), "bias": jnp.full(4, 3.0)}},
+    "backbone": {
+        "conv": {"kernel": jnp.full((3, 3, 2, 4), 2.0)},
+        "bn": {"scale": jnp.ones(4), "bias": jnp.full(4, 3.0)},
+    },
     "head": {"kernel": jnp.full((4, 5), -1.0), "bias": jnp.full(5, 0.5)},
 }
 
@@ -172,14 +270,19 @@ def test_kernels_only():
 @pytest.mark.parametrize("on", ["all", "kernels"])
 @pytest.mark.parametrize("parts", [False, True])
 def test_decay_reaches_what_it_should(on, parts):
-    """Without a gradient a step is -rate x decay x parameter, or nothing; with one rate or one for each part."""
+    """Without a gradient a step is -rate x decay x parameter, or nothing; with one rate or one for
+    each part."""
     rates = {"backbone": constant(0.1), "head": constant(10.0)}
-    tx = sgd(rates if parts else rates["backbone"], momentum=0.0, weight_decay=0.01, weight_decay_on=on)
+    tx = sgd(
+        rates if parts else rates["backbone"], momentum=0.0, weight_decay=0.01, weight_decay_on=on
+    )
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, PARAMS), tx.init(PARAMS), PARAMS)
     for name, part in PARAMS.items():
         rate = 10.0 if parts and name == "head" else 0.1
         expected = jax.tree.map(lambda p, r=rate: -r * 0.01 * p * (on == "all" or p.ndim > 1), part)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), updates[name], expected)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), updates[name], expected
+        )
 
 
 @pytest.mark.parametrize("momentum, nesterov", [(0.0, False), (0.9, False), (0.9, True)])
@@ -189,16 +292,29 @@ def test_sgd_is_torchs(momentum, nesterov, parts):
     shapes = {"backbone": (3, 2), "head": (4,)}
     rng = np.random.default_rng(0)
     start = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-    grads = [{name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()} for _ in range(10)]
+    grads = [
+        {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+        for _ in range(10)
+    ]
     lrs = {"backbone": 0.1, "head": 2.0 if parts else 0.1}
 
-    rates = {name: schedule("step", lr, epochs=10, steps=10, milestones=(4, 7), factor=0.2) for name, lr in lrs.items()}
-    tx = sgd(rates if parts else rates["backbone"], momentum=momentum, nesterov=nesterov, weight_decay=0.05)
+    rates = {
+        name: schedule("step", lr, epochs=10, steps=10, milestones=(4, 7), factor=0.2)
+        for name, lr in lrs.items()
+    }
+    tx = sgd(
+        rates if parts else rates["backbone"],
+        momentum=momentum,
+        nesterov=nesterov,
+        weight_decay=0.05,
+    )
     params, state = start, tx.init(start)
 
     theirs = {name: torch.tensor(value.copy(), requires_grad=True) for name, value in start.items()}
     groups = [{"params": [theirs[name]], "lr": lr} for name, lr in lrs.items()]
-    optimiser = torch.optim.SGD(groups, lr=0.1, momentum=momentum, nesterov=nesterov, weight_decay=0.05)
+    optimiser = torch.optim.SGD(
+        groups, lr=0.1, momentum=momentum, nesterov=nesterov, weight_decay=0.05
+    )
     falling = torch.optim.lr_scheduler.MultiStepLR(optimiser, [4, 7], 0.2)
 
     for grad in grads:
@@ -213,16 +329,23 @@ def test_sgd_is_torchs(momentum, nesterov, parts):
 
 
 def test_lars_is_apexs():
-    """Five steps against LARC (trust 0.001, no clipping) written out in numpy around SGD with momentum: decay joins the
-    gradient before its norm is taken, biases are scaled too, and a parameter of zeros takes the plain gradient."""
+    """Five steps against LARC (trust 0.001, no clipping) written out in numpy around SGD with
+    momentum: decay joins the gradient before its norm is taken, biases are scaled too, and a
+    parameter of zeros takes the plain gradient.
+    """
     rng = np.random.default_rng(0)
-    params = {"kernel": rng.standard_normal((3, 2)).astype(np.float32), "bias": np.zeros(2, np.float32)}
+    params = {
+        "kernel": rng.standard_normal((3, 2)).astype(np.float32),
+        "bias": np.zeros(2, np.float32),
+    }
     theirs = {name: value.astype(np.float64) for name, value in params.items()}
     trace = {name: np.zeros(value.shape) for name, value in params.items()}
     tx = lars(constant(0.5), weight_decay=0.01)
     state = tx.init(params)
     for _ in range(5):
-        grads = {name: rng.standard_normal(p.shape).astype(np.float32) for name, p in params.items()}
+        grads = {
+            name: rng.standard_normal(p.shape).astype(np.float32) for name, p in params.items()
+        }
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
         for name, p in theirs.items():
@@ -235,13 +358,20 @@ def test_lars_is_apexs():
 
 
 def test_a_warm_up_that_starts_above_zero():
-    """mmselfsup's rotation protocol: from a tenth of the rate, linearly to the whole of it after five epochs."""
-    rate = schedule("step", 0.2, epochs=70, steps=700, warmup_epochs=5, warmup_start=0.1, milestones=(30, 50))
-    np.testing.assert_allclose([rate(step) for step in (0, 25, 50, 299, 300)], [0.02, 0.11, 0.2, 0.2, 0.02], rtol=1e-5)
+    """mmselfsup's rotation protocol: from a tenth of the rate, linearly to the whole of it after
+    five epochs."""
+    rate = schedule(
+        "step", 0.2, epochs=70, steps=700, warmup_epochs=5, warmup_start=0.1, milestones=(30, 50)
+    )
+    np.testing.assert_allclose(
+        [rate(step) for step in (0, 25, 50, 299, 300)], [0.02, 0.11, 0.2, 0.2, 0.02], rtol=1e-5
+    )
 
 
 def test_a_part_without_a_rate_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"no learning rate for \['head'\]; .* \['backbone', 'tail'\]"):
+    with pytest.raises(
+        ValueError, match=r"no learning rate for \['head'\]; .* \['backbone', 'tail'\]"
+    ):
         sgd({"backbone": constant(0.1), "tail": constant(0.1)}).init(PARAMS)
 
 
@@ -264,7 +394,10 @@ def test_an_unknown_decay_is_refused_with_the_known_ones():
 def test_the_average_has_its_closed_form(decay):
     """M2: m^n p_0 + (1 - m) sum_i m^(n - i) p_i for every leaf, also inside jit."""
     rng = np.random.default_rng(0)
-    run = [jax.tree.map(lambda p: rng.standard_normal(p.shape).astype(np.float32), PARAMS) for _ in range(21)]
+    run = [
+        jax.tree.map(lambda p: rng.standard_normal(p.shape).astype(np.float32), PARAMS)
+        for _ in range(21)
+    ]
     tx = ema(decay)
     state = tx.init(jax.tree.map(jnp.asarray, run[0]))
     update = jax.jit(tx.update)
@@ -272,9 +405,15 @@ def test_the_average_has_its_closed_form(decay):
         average, state = update(params, state)
     weights = [decay**20] + [(1 - decay) * decay ** (20 - i) for i in range(1, 21)]
     assert abs(sum(weights) - 1) < 1e-12
-    expected = jax.tree.map(lambda *leaves: sum(w * leaf.astype(np.float64) for w, leaf in zip(
-        weights, leaves, strict=True)), *run)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), average, expected)
+    expected = jax.tree.map(
+        lambda *leaves: sum(
+            w * leaf.astype(np.float64) for w, leaf in zip(weights, leaves, strict=True)
+        ),
+        *run,
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), average, expected
+    )
     jax.tree.map(np.testing.assert_array_equal, average, state.average)
 
 
@@ -290,7 +429,8 @@ def test_decay_0_copies_and_1_freezes(decay):
 
 
 def test_the_average_starts_as_a_copy_in_buffers_of_its_own():
-    """M1: every leaf is equal, and still there when the parameters' buffers have been given away."""
+    """M1: every leaf is equal, and still there when the parameters' buffers have been given
+    away."""
     params = jax.tree.map(lambda p: p + 0.1, PARAMS)
     kept = jax.tree.map(np.array, params)
     state = ema(0.99).init(params)
@@ -311,7 +451,9 @@ def random_logits(n, classes, seed, scale=3.0):
     return [(scale * rng.standard_normal((n, classes))).astype(np.float32) for _ in range(2)]
 
 
-@pytest.mark.parametrize("t_target, t_student", [(1.0, 1.0), (1.5, 1.0), (1.0, 2.0), (4.0, 4.0), (0.5, 3.0)])
+@pytest.mark.parametrize(
+    "t_target, t_student", [(1.0, 1.0), (1.5, 1.0), (1.0, 2.0), (4.0, 4.0), (0.5, 3.0)]
+)
 def test_kl_with_its_temperatures(t_target, t_student):
     """E6, P13: T_s^2 KL(softmax(target / T_t) || softmax(student / T_s)), one value for each row.
 
@@ -323,7 +465,9 @@ def test_kl_with_its_temperatures(t_target, t_student):
     found = kl_target_student(jnp.asarray(target), jnp.asarray(student), t_target, t_student)
     assert found.shape == (7,) and found.dtype == jnp.float32
     np.testing.assert_allclose(found, t_student**2 * rel_entr(p, q).sum(1), rtol=1e-4)
-    theirs = torch.nn.functional.kl_div(torch.log(torch.tensor(q)), torch.tensor(p), reduction="none").sum(1)
+    theirs = torch.nn.functional.kl_div(
+        torch.log(torch.tensor(q)), torch.tensor(p), reduction="none"
+    ).sum(1)
     np.testing.assert_allclose(found, t_student**2 * theirs, rtol=1e-4)
 
 
@@ -331,7 +475,9 @@ def test_kl_has_its_analytic_value_and_direction():
     """P13: target (1/2, 1/2) and student (3/4, 1/4) give ln(4/3) / 2, not the other way round."""
     target, student = jnp.log(jnp.array([[0.5, 0.5]])), jnp.log(jnp.array([[0.75, 0.25]]))
     np.testing.assert_allclose(kl_target_student(target, student), math.log(4 / 3) / 2, rtol=1e-5)
-    np.testing.assert_allclose(kl_target_student(student, target), 0.75 * math.log(3) - math.log(2), rtol=1e-5)
+    np.testing.assert_allclose(
+        kl_target_student(student, target), 0.75 * math.log(3) - math.log(2), rtol=1e-5
+    )
     np.testing.assert_allclose(kl_target_student(student, student), 0, atol=1e-7)
 
 
@@ -342,13 +488,19 @@ def gradient(t_target, t_student, target, student):
 def test_the_gradient_keeps_its_size_at_any_temperature():
     """E6: with T on both sides and the factor T^2; without the factor it would fall by T^2.
 
-    In the limit it is (student - target) / N of logits about their means (Hinton et al. 2015, equation 4).
+    In the limit it is (student - target) / N of logits about their means (Hinton et al. 2015,
+    equation 4).
     """
     target, student = (jnp.asarray(x) for x in random_logits(64, 10, 1, scale=1.0))
-    size = {t: float(jnp.linalg.norm(gradient(t, t, target, student))) for t in (1.0, 2.0, 4.0, 8.0, 16.0)}
+    size = {
+        t: float(jnp.linalg.norm(gradient(t, t, target, student)))
+        for t in (1.0, 2.0, 4.0, 8.0, 16.0)
+    }
     assert all(0.7 < value / size[16.0] < 1.4 for value in size.values())
     about = [x - x.mean(1, keepdims=True) for x in (student, target)]
-    np.testing.assert_allclose(gradient(500.0, 500.0, target, student) * 64, (about[0] - about[1]) / 10, atol=2e-3)
+    np.testing.assert_allclose(
+        gradient(500.0, 500.0, target, student) * 64, (about[0] - about[1]) / 10, atol=2e-3
+    )
 
 
 def test_the_gradient_of_the_one_sided_form():
@@ -369,24 +521,34 @@ def test_soft_cross_entropy_is_kl_plus_entropy(t):
     entropy = -(p * np.log(p)).sum(1)
     kl = kl_target_student(jnp.asarray(target), jnp.asarray(student), t)
     np.testing.assert_allclose(found, kl + entropy, rtol=1e-5)
-    theirs = torch.nn.functional.cross_entropy(torch.tensor(student, dtype=torch.float64), torch.tensor(p),
-                                               reduction="none")
+    theirs = torch.nn.functional.cross_entropy(
+        torch.tensor(student, dtype=torch.float64), torch.tensor(p), reduction="none"
+    )
     np.testing.assert_allclose(found, theirs, rtol=1e-5)
-    grad = jax.grad(lambda s: soft_cross_entropy(jnp.asarray(target), s, t).mean())(jnp.asarray(student))
-    np.testing.assert_allclose(grad, gradient(t, 1.0, jnp.asarray(target), jnp.asarray(student)), atol=1e-6)
+    grad = jax.grad(lambda s: soft_cross_entropy(jnp.asarray(target), s, t).mean())(
+        jnp.asarray(student)
+    )
+    np.testing.assert_allclose(
+        grad, gradient(t, 1.0, jnp.asarray(target), jnp.asarray(student)), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("t", [1.0, 1.5, 20.0])
 def test_a_hard_label_gives_the_usual_cross_entropy(t):
-    """Of log-probabilities 0 and -inf, at every temperature of the target, with a finite gradient."""
+    """Of log-probabilities 0 and -inf, at every temperature of the target, with a finite
+    gradient."""
     _, student = random_logits(9, 10, 4)
     classes = np.arange(9)
     target = jnp.where(jnp.arange(10) == classes[:, None], 0.0, -jnp.inf)
     expected = -log_softmax(student.astype(np.float64), axis=1)[np.arange(9), classes]
     slope = softmax(student, axis=1) - np.eye(10)[classes]
     for loss in (soft_cross_entropy, kl_target_student):
-        value, grad = jax.value_and_grad(lambda s, loss=loss: loss(target, s, t).sum())(jnp.asarray(student))
-        np.testing.assert_allclose(loss(target, jnp.asarray(student), t), expected, rtol=1e-5, atol=1e-6)
+        value, grad = jax.value_and_grad(lambda s, loss=loss: loss(target, s, t).sum())(
+            jnp.asarray(student)
+        )
+        np.testing.assert_allclose(
+            loss(target, jnp.asarray(student), t), expected, rtol=1e-5, atol=1e-6
+        )
         np.testing.assert_allclose(grad, slope, atol=1e-6)
         assert jnp.isfinite(value)
 
@@ -414,13 +576,16 @@ def info_nce_of(q, k, queue, temperature):
     """The definition in loops and float64: -log(exp(q.k+ / T) / sum_i exp(q.k_i / T))."""
     found = []
     for row, positive in zip(q.astype(np.float64), k.astype(np.float64), strict=True):
-        terms = [math.exp(row @ positive / temperature)] + [math.exp(row @ other / temperature) for other in queue]
+        terms = [math.exp(row @ positive / temperature)] + [
+            math.exp(row @ other / temperature) for other in queue
+        ]
         found.append(-math.log(terms[0] / sum(terms)))
     return np.array(found)
 
 
 def test_info_nce_with_a_queue_written_by_hand():
-    """M5, M10: four negatives, the positive in column 0 and nowhere else; three queries, one value each."""
+    """M5, M10: four negatives, the positive in column 0 and nowhere else; three queries, one value
+    each."""
     q = jnp.array([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
     k = jnp.array([[1.0, 0.0], [0.0, -1.0], [0.8, 0.6]])
     queue = jnp.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
@@ -444,7 +609,9 @@ def test_info_nce_of_random_features(temperature):
     q, k, queue = (torch.tensor(x, dtype=torch.float64) for x in (q, k, queue))
     theirs = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / temperature
     np.testing.assert_allclose(logits, theirs, atol=1e-5)
-    theirs = torch.nn.functional.cross_entropy(theirs, torch.zeros(8, dtype=torch.long), reduction="none")
+    theirs = torch.nn.functional.cross_entropy(
+        theirs, torch.zeros(8, dtype=torch.long), reduction="none"
+    )
     np.testing.assert_allclose(loss, theirs, rtol=1e-4)
 
 
@@ -453,12 +620,15 @@ def test_info_nce_of_random_features(temperature):
 def test_constant_features_cost_ln_of_k_plus_1(size, temperature):
     """M12: 8.32 for K = 4,096 and 11.09 for 65,536, where a run that learns nothing gets stuck."""
     one = jnp.full((1, 16), 0.25)
-    loss, _ = info_nce(jnp.repeat(one, 3, 0), jnp.repeat(one, 3, 0), jnp.repeat(one, size, 0), temperature)
+    loss, _ = info_nce(
+        jnp.repeat(one, 3, 0), jnp.repeat(one, 3, 0), jnp.repeat(one, size, 0), temperature
+    )
     np.testing.assert_allclose(loss, math.log(size + 1), rtol=1e-5)
 
 
 def test_info_nce_has_the_gradient_of_its_definition():
-    """M11: through the normalisation, by central differences of the definition in float64, for each input entry."""
+    """M11: through the normalisation, by central differences of the definition in float64, for each
+    input entry."""
     rng = np.random.default_rng(1)
     x = rng.standard_normal((3, 6)) * [[0.1], [1], [10]]
     k, queue = unit(rng.standard_normal((3, 6))), unit(rng.standard_normal((5, 6)))
@@ -499,18 +669,24 @@ def test_negative_cosine_is_torchs():
     """S3: one value for each row, and the gradient through both sides, norms included."""
     rng = np.random.default_rng(2)
     p, z = (rng.standard_normal((6, 9)).astype(np.float32) for _ in range(2))
-    ours = jax.grad(lambda p, z: negative_cosine(p, z).sum(), argnums=(0, 1))(jnp.asarray(p), jnp.asarray(z))
+    ours = jax.grad(lambda p, z: negative_cosine(p, z).sum(), argnums=(0, 1))(
+        jnp.asarray(p), jnp.asarray(z)
+    )
     theirs = [torch.tensor(x, requires_grad=True) for x in (p, z)]
     loss = -torch.nn.functional.cosine_similarity(*theirs)
     loss.sum().backward()
-    np.testing.assert_allclose(negative_cosine(jnp.asarray(p), jnp.asarray(z)), loss.detach(), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        negative_cosine(jnp.asarray(p), jnp.asarray(z)), loss.detach(), rtol=1e-4, atol=1e-6
+    )
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_negative_cosine_of_a_zero_vector_is_finite():
     """P19: a collapsed output has value and gradient."""
-    value, grad = jax.value_and_grad(lambda p: negative_cosine(p, jnp.ones((2, 3))).sum())(jnp.zeros((2, 3)))
+    value, grad = jax.value_and_grad(lambda p: negative_cosine(p, jnp.ones((2, 3))).sum())(
+        jnp.zeros((2, 3))
+    )
     assert value == 0 and jnp.isfinite(grad).all()
 
 
@@ -520,10 +696,12 @@ def test_losses_run_in_float32_whatever_comes_in(dtype):
     rng = np.random.default_rng(3)
     q, k, queue = (jnp.asarray(unit(rng.standard_normal((n, 64))), dtype) for n in (4, 4, 32))
     q32, k32, queue32 = (x.astype(jnp.float32) for x in (q, k, queue))
-    pairs = [(info_nce(q, k, queue, 0.07)[0], info_nce(q32, k32, queue32, 0.07)[0]),
-             (negative_cosine(q, k), negative_cosine(q32, k32)),
-             (kl_target_student(q, k, 1.5), kl_target_student(q32, k32, 1.5)),
-             (soft_cross_entropy(q, k), soft_cross_entropy(q32, k32))]
+    pairs = [
+        (info_nce(q, k, queue, 0.07)[0], info_nce(q32, k32, queue32, 0.07)[0]),
+        (negative_cosine(q, k), negative_cosine(q32, k32)),
+        (kl_target_student(q, k, 1.5), kl_target_student(q32, k32, 1.5)),
+        (soft_cross_entropy(q, k), soft_cross_entropy(q32, k32)),
+    ]
     for low, full in pairs:
         assert low.dtype == jnp.float32
         np.testing.assert_array_equal(low, full)

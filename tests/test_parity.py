@@ -45,9 +45,13 @@ def unit(x):
 
 
 def relative(ours, theirs):
-    """The largest difference of two dicts of arrays, tensor by tensor, over the tensor's largest value."""
+    """The largest difference of two dicts of arrays, tensor by tensor, over the tensor's largest
+    value."""
     assert ours.keys() == theirs.keys()
-    return {name: np.abs(ours[name] - theirs[name]).max() / np.abs(theirs[name]).max() for name in theirs}
+    return {
+        name: np.abs(ours[name] - theirs[name]).max() / np.abs(theirs[name]).max()
+        for name in theirs
+    }
 
 
 def arrays(net):
@@ -71,7 +75,9 @@ def test_info_nce(temperature):
     grad = jax.grad(lambda q: losses.info_nce(q, k, queue, temperature)[0].mean())(q)
 
     tq = tensor(q).requires_grad_()
-    theirs = torch.cat([(tq * tensor(k)).sum(1, keepdim=True), tq @ tensor(queue).T], 1) / temperature
+    theirs = (
+        torch.cat([(tq * tensor(k)).sum(1, keepdim=True), tq @ tensor(queue).T], 1) / temperature
+    )
     loss = F.cross_entropy(theirs, torch.zeros(8, dtype=torch.long), reduction="none")
     loss.mean().backward()
     assert logits.shape == (8, 33) and value.shape == (8,)
@@ -81,7 +87,8 @@ def test_info_nce(temperature):
 
 
 def test_negative_cosine():
-    """S3, S9: minus torch's cosine similarity, row by row; long, short and zero rows; the gradient of p."""
+    """S3, S9: minus torch's cosine similarity, row by row; long, short and zero rows; the gradient
+    of p."""
     p, z = normal(0, 9, 16), normal(1, 9, 16)
     p[:3] *= 1e3
     p[3:6] *= 1e-3
@@ -92,22 +99,33 @@ def test_negative_cosine():
     value = losses.negative_cosine(p, z)
     assert value.shape == (9,)
     close(value, loss.detach())
-    for ours, theirs in zip(np.asarray(grad), tp.grad.numpy(), strict=True):  # rows of very different size
+    # Rows of very different size.
+    for ours, theirs in zip(np.asarray(grad), tp.grad.numpy(), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
     p[0] = 0
     close(losses.negative_cosine(p, z), -F.cosine_similarity(tensor(p), tensor(z)))
 
 
-@pytest.mark.parametrize("target_temperature, student_temperature", [(1.0, 1.0), (1.5, 1.0), (4.0, 4.0), (2.0, 0.5)])
+@pytest.mark.parametrize(
+    "target_temperature, student_temperature", [(1.0, 1.0), (1.5, 1.0), (4.0, 4.0), (2.0, 0.5)]
+)
 def test_kl(target_temperature, student_temperature):
-    """E6, P13: torch's kl_div of the softened sides, times the student's T squared; the gradient too."""
+    """E6, P13: torch's kl_div of the softened sides, times the student's T squared; the gradient
+    too."""
     target, student = normal(0, 8, 10, scale=3), normal(1, 8, 10, scale=3)
     value = losses.kl_target_student(target, student, target_temperature, student_temperature)
-    grad = jax.grad(lambda s: losses.kl_target_student(target, s, target_temperature, student_temperature).sum())(
-        student)
+    grad = jax.grad(
+        lambda s: losses.kl_target_student(target, s, target_temperature, student_temperature).sum()
+    )(student)
     ts = tensor(student).requires_grad_()
-    loss = F.kl_div(F.log_softmax(ts / student_temperature, 1), F.softmax(tensor(target) / target_temperature, 1),
-                    reduction="none").sum(1) * student_temperature**2
+    loss = (
+        F.kl_div(
+            F.log_softmax(ts / student_temperature, 1),
+            F.softmax(tensor(target) / target_temperature, 1),
+            reduction="none",
+        ).sum(1)
+        * student_temperature**2
+    )
     loss.sum().backward()
     close(value, loss.detach())
     close(grad, ts.grad)
@@ -115,7 +133,8 @@ def test_kl(target_temperature, student_temperature):
 
 @pytest.mark.parametrize("temperature", [1.0, 1.5])
 def test_soft_cross_entropy(temperature):
-    """torch's cross-entropy with probabilities as the target; the KL divergence plus the target's entropy."""
+    """torch's cross-entropy with probabilities as the target; the KL divergence plus the target's
+    entropy."""
     target, student = normal(0, 8, 10, scale=3), normal(1, 8, 10, scale=3)
     probabilities = F.softmax(tensor(target) / temperature, 1)
     value = losses.soft_cross_entropy(target, student, temperature)
@@ -126,13 +145,21 @@ def test_soft_cross_entropy(temperature):
 
 @pytest.mark.parametrize("scale", [1.0, 300.0])
 def test_hard_labels(scale):
-    """P19: scores of log one-hot rows give torch's cross-entropy with labels, for extreme logits too."""
+    """P19: scores of log one-hot rows give torch's cross-entropy with labels, for extreme logits
+    too."""
     labels, student = np.arange(8) % 5, normal(1, 8, 5, scale=scale)
-    hard = np.log(np.eye(5, dtype=np.float32)[labels], where=np.eye(5)[labels] > 0, out=np.full((8, 5), -np.inf, "f"))
+    hard = np.log(
+        np.eye(5, dtype=np.float32)[labels],
+        where=np.eye(5)[labels] > 0,
+        out=np.full((8, 5), -np.inf, "f"),
+    )
     theirs = tensor(student).requires_grad_()
     loss = F.cross_entropy(theirs, tensor(labels), reduction="none")
     loss.sum().backward()
-    for function in (partial(losses.kl_target_student, target_temperature=1.5), losses.soft_cross_entropy):
+    for function in (
+        partial(losses.kl_target_student, target_temperature=1.5),
+        losses.soft_cross_entropy,
+    ):
         close(function(hard, student), loss.detach())
         close(jax.grad(lambda s, f=function: f(hard, s).sum())(student), theirs.grad)
 
@@ -143,7 +170,8 @@ def test_hard_labels(scale):
 @pytest.mark.parametrize("shape", [(16, 6), (16, 5, 4, 6)], ids=["2d", "4d"])
 @pytest.mark.parametrize("groups", [1, 4])
 def test_batch_norm(groups, shape):
-    """M14, S5: forward, backward and running statistics are those of one torch module for each group."""
+    """M14, S5: forward, backward and running statistics are those of one torch module for each
+    group."""
     channels = shape[-1]
     layer = models.from_linen(BatchNorm(groups))
     params, stats = layer.init(jax.random.key(0), jnp.zeros(shape))
@@ -160,13 +188,16 @@ def test_batch_norm(groups, shape):
         def total(params, x):
             y, new = layer.apply(params, stats, x, True)
             return (y * weights).sum(), (y, new)
+
         return jax.grad(total, argnums=(0, 1), has_aux=True)(params, x)
 
     for step in range(3):
         x = normal(10 + step, *shape, scale=3, shift=5)
         (grads, dx), (y, stats) = ours(params, stats, x)
         tx = tensor(x).requires_grad_()
-        ty = torch.cat([module(part) for module, part in zip(theirs, tx.chunk(groups), strict=True)])
+        ty = torch.cat(
+            [module(part) for module, part in zip(theirs, tx.chunk(groups), strict=True)]
+        )
         (ty * tensor(weights)).sum().backward()
         close(tensor(y), ty.detach(), atol=1e-5)
         close(tensor(dx), tx.grad, atol=1e-5)
@@ -185,15 +216,23 @@ def test_batch_norm(groups, shape):
     assert after is stats
 
 
-@pytest.mark.parametrize("kernel, stride, groups", [(1, 1, 1), (1, 2, 1), (3, 1, 1), (3, 2, 1), (7, 2, 1), (1, 1, 4),
-                                                    (3, 1, 4), (3, 2, 4)])
+@pytest.mark.parametrize(
+    "kernel, stride, groups",
+    [(1, 1, 1), (1, 2, 1), (3, 1, 1), (3, 2, 1), (7, 2, 1), (1, 1, 4), (3, 1, 4), (3, 2, 4)],
+)
 @pytest.mark.parametrize("side", [9, 12])
 @pytest.mark.parametrize("dtype, rtol", [("float32", 1e-5), ("float64", 1e-12)])
 def test_convolution(kernel, stride, groups, side, dtype, rtol):
-    """As CPUs and as other devices compute it: torch's convolution and its gradients, odd and even sides."""
-    x, weight = (normal(i, *shape).astype(dtype) for i, shape in enumerate(
-        [(40, side, side, 8), (kernel, kernel, 8 // groups, 12)]))
-    tx, tw = tensor(x).requires_grad_(), tensor(weight.transpose(3, 0, 1, 2)).detach().requires_grad_()
+    """As CPUs and as other devices compute it: torch's convolution and its gradients, odd and even
+    sides."""
+    x, weight = (
+        normal(i, *shape).astype(dtype)
+        for i, shape in enumerate([(40, side, side, 8), (kernel, kernel, 8 // groups, 12)])
+    )
+    tx, tw = (
+        tensor(x).requires_grad_(),
+        tensor(weight.transpose(3, 0, 1, 2)).detach().requires_grad_(),
+    )
     ty = F.conv2d(tx, tw, None, stride, kernel // 2, 1, groups)
     dy = normal(2, *ty.permute(0, 2, 3, 1).shape).astype(dtype)
     ty.backward(tensor(dy))
@@ -204,7 +243,9 @@ def test_convolution(kernel, stride, groups, side, dtype, rtol):
             dx, dk = gradients(dy)
         assert y.dtype == dx.dtype == dk.dtype == dtype
         for ours, theirs in ((tensor(y), ty.detach()), (tensor(dx), tx.grad), (dk, dkernel)):
-            np.testing.assert_allclose(ours, theirs.numpy(), rtol=rtol, atol=rtol * float(theirs.abs().max()))
+            np.testing.assert_allclose(
+                ours, theirs.numpy(), rtol=rtol, atol=rtol * float(theirs.abs().max())
+            )
 
 
 def test_batch_norm_without_affine():
@@ -219,15 +260,21 @@ def test_batch_norm_without_affine():
 
 
 def test_network_without_parameters():
-    """A layer that only normalises is a `Network` too, for instance to standardise pooled features."""
+    """A layer that only normalises is a `Network` too, for instance to standardise pooled
+    features."""
     net, x = models.from_linen(BatchNorm(affine=False)), normal(0, 16, 6, shift=2)
     params, stats = net.init(jax.random.key(0), x)
     assert params == {}
-    close(net.apply(params, stats, x, True)[0], torch.nn.BatchNorm1d(6, affine=False)(tensor(x)), atol=1e-5)
+    close(
+        net.apply(params, stats, x, True)[0],
+        torch.nn.BatchNorm1d(6, affine=False)(tensor(x)),
+        atol=1e-5,
+    )
 
 
 def test_batch_norm_far_from_zero():
-    """A mean of a thousand standard deviations costs the rounding of the mean (3e-5 here), not the variance."""
+    """A mean of a thousand standard deviations costs the rounding of the mean (3e-5 here), not the
+    variance."""
     x = normal(0, 64, 6, scale=0.5, shift=500)
     layer = models.from_linen(BatchNorm())
     params, stats = layer.init(jax.random.key(0), x)
@@ -245,24 +292,40 @@ RESNETS = {
     "large_stem": (Arch((1, 2), bottleneck=False, width=8), 32),
     "large_stem_odd": (Arch((1, 1), bottleneck=False, width=8), 35),
     "bottleneck": (Arch((2, 1), bottleneck=True, width=8, stem="small"), 8),
-    "resnext": (Arch((2, 1), bottleneck=True, width=64, groups=4, width_per_group=4, stem="small"), 8),
+    "resnext": (
+        Arch((2, 1), bottleneck=True, width=64, groups=4, width_per_group=4, stem="small"),
+        8,
+    ),
 }
 
 
 def their_resnet(arch, channels, splits=1):
-    return reference.ResNet(arch.blocks, arch.bottleneck, arch.width, arch.groups, arch.width_per_group, arch.stem,
-                            channels, splits)
+    return reference.ResNet(
+        arch.blocks,
+        arch.bottleneck,
+        arch.width,
+        arch.groups,
+        arch.width_per_group,
+        arch.stem,
+        channels,
+        splits,
+    )
 
 
 def fill(tree, seed):
-    """Numbers for the variables of a network whose shapes are given: no scale is 1, no mean is 0."""
+    """Numbers for the variables of a network whose shapes are given: no scale is 1, no mean is
+    0."""
     rng = np.random.default_rng(seed)
 
     def value(path, leaf):
         kind = path[-1].key
         if kind == "kernel":
             return normal(rng, *leaf.shape, scale=np.prod(leaf.shape[:-1]) ** -0.5)
-        return rng.uniform(0.5, 1.5, leaf.shape).astype("f") if kind in ("scale", "var") else normal(rng, *leaf.shape)
+        return (
+            rng.uniform(0.5, 1.5, leaf.shape).astype("f")
+            if kind in ("scale", "var")
+            else normal(rng, *leaf.shape)
+        )
 
     return jax.tree_util.tree_map_with_path(value, tree)
 
@@ -274,7 +337,9 @@ def test_resnet_forward(arch, side):
     Even and odd sides, since "SAME" pads them differently; running statistics that are not 0 and 1.
     """
     net, x = models.from_linen(ResNet(arch)), normal(0, 4, side, side, 3)
-    params, stats = (fill(tree, i) for i, tree in enumerate(jax.eval_shape(net.init, jax.random.key(0), x)))
+    params, stats = (
+        fill(tree, i) for i, tree in enumerate(jax.eval_shape(net.init, jax.random.key(0), x))
+    )
     module = their_resnet(arch, 3).eval()
     module.load_state_dict(variables(params, stats))  # strict: every name, every shape
     y = jax.jit(lambda: net.apply(params, stats, x, False)[0])()
@@ -294,7 +359,8 @@ QUANTILES = [0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99]
 def test_conv_init(kernel, groups):
     """torchvision's initialisation: Kaiming normal with fan_out, not divided by the groups."""
     ours = Conv(256, kernel, groups=groups, dtype=jnp.float32, name="conv").init(
-        jax.random.key(1), jnp.zeros((1, 4, 4, 256)))["params"]["kernel"]
+        jax.random.key(1), jnp.zeros((1, 4, 4, 256))
+    )["params"]["kernel"]
     torch.manual_seed(0)
     theirs = torch.nn.Conv2d(256, 256, kernel, groups=groups, bias=False).weight
     torch.nn.init.kaiming_normal_(theirs, mode="fan_out", nonlinearity="relu")
@@ -302,16 +368,20 @@ def test_conv_init(kernel, groups):
     assert ours.shape == theirs.transpose(2, 3, 1, 0).shape
     spread = theirs.std()
     np.testing.assert_allclose(spread, (2 / (kernel**2 * 256)) ** 0.5, rtol=0.03)
-    np.testing.assert_allclose(np.quantile(ours, QUANTILES), np.quantile(theirs, QUANTILES), atol=0.06 * spread)
+    np.testing.assert_allclose(
+        np.quantile(ours, QUANTILES), np.quantile(theirs, QUANTILES), atol=0.06 * spread
+    )
     np.testing.assert_allclose(np.std(ours), spread, rtol=0.03)
 
 
 def test_resnet_init():
-    """S6: every convolution as torchvision's, by its name; scales 1, biases 0, the last scales 0 if asked."""
+    """S6: every convolution as torchvision's, by its name; scales 1, biases 0, the last scales 0 if
+    asked."""
     torch.manual_seed(0)
     for zero_init in (False, True):
         params, stats = models.backbone("resnet8", zero_init=zero_init).init(
-            jax.random.key(0), jnp.zeros((2, 8, 8, 3)))
+            jax.random.key(0), jnp.zeros((2, 8, 8, 3))
+        )
         ours = as_arrays(params, stats)
         module = their_resnet(ARCHS["resnet8"], 3)
         assert ours.keys() == module.state_dict().keys()
@@ -329,7 +399,8 @@ def test_resnet_init():
 
 @pytest.mark.parametrize("bias", [True, False, "frozen"])
 def test_linear_init(bias):
-    """torch's Linear: uniform in +-1/sqrt(fan_in), the bias too, and a frozen one among the statistics."""
+    """torch's Linear: uniform in +-1/sqrt(fan_in), the bias too, and a frozen one among the
+    statistics."""
     fan_in, features = 400, 1000
 
     class Layer(flax.linen.Module):
@@ -349,9 +420,13 @@ def test_linear_init(bias):
         assert mine.shape == theirs.shape
         assert limit * 0.99 < np.abs(mine).max() <= limit * (1 + 1e-6)
         assert limit * 0.99 < np.abs(theirs).max() <= limit * (1 + 1e-6)
-        np.testing.assert_allclose(np.quantile(mine, QUANTILES), np.quantile(theirs, QUANTILES), atol=0.15 * limit)
+        np.testing.assert_allclose(
+            np.quantile(mine, QUANTILES), np.quantile(theirs, QUANTILES), atol=0.15 * limit
+        )
         np.testing.assert_allclose(mine.std(), theirs.std(), rtol=0.05)
-    module.load_state_dict({name.removeprefix("fc."): torch.from_numpy(value) for name, value in ours.items()})
+    module.load_state_dict(
+        {name.removeprefix("fc."): torch.from_numpy(value) for name, value in ours.items()}
+    )
     x = normal(0, 4, fan_in)
     close(net.apply(params, stats, x, True)[0], module(tensor(x)).detach(), atol=1e-5)
 
@@ -363,26 +438,51 @@ def test_linear_init(bias):
 @pytest.mark.parametrize("momentum, nesterov", [(0.0, False), (0.9, False), (0.9, True)])
 def test_sgd(momentum, nesterov, weight_decay_on):
     """M16: torch.optim.SGD with coupled weight decay, a moving rate and one rate for each part."""
-    params = {part: {"kernel": normal(i, 4, 3), "scale": normal(i + 5, 3), "conv": normal(i + 9, 3, 3, 2, 2)}
-              for i, part in enumerate(("backbone", "head"))}
-    schedules = {"backbone": optim.schedule("cosine_by_epoch", 0.1, epochs=4, steps=8),
-                 "head": optim.schedule("constant", 0.7, epochs=4, steps=8)}
+    params = {
+        part: {
+            "kernel": normal(i, 4, 3),
+            "scale": normal(i + 5, 3),
+            "conv": normal(i + 9, 3, 3, 2, 2),
+        }
+        for i, part in enumerate(("backbone", "head"))
+    }
+    schedules = {
+        "backbone": optim.schedule("cosine_by_epoch", 0.1, epochs=4, steps=8),
+        "head": optim.schedule("constant", 0.7, epochs=4, steps=8),
+    }
     rates = {"backbone": reference.cosine_by_epoch(0.1, 4, 8), "head": lambda step: 0.7}
-    tx = optim.sgd(schedules, momentum=momentum, nesterov=nesterov, weight_decay=0.05, weight_decay_on=weight_decay_on)
+    tx = optim.sgd(
+        schedules,
+        momentum=momentum,
+        nesterov=nesterov,
+        weight_decay=0.05,
+        weight_decay_on=weight_decay_on,
+    )
     groups, theirs = [], {}
     for path, leaf in by_path(params).items():
         theirs[path] = torch.nn.Parameter(torch.from_numpy(leaf.copy()))
         decay = 0.05 if weight_decay_on == "all" or leaf.ndim > 1 else 0.0
-        groups.append({"params": [theirs[path]], "schedule": rates[path.split("/")[0]], "weight_decay": decay})
+        groups.append(
+            {"params": [theirs[path]], "schedule": rates[path.split("/")[0]], "weight_decay": decay}
+        )
     sgd = torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=nesterov)
     state, apply = tx.init(params), jax.jit(tx.update)
     for step in range(8):
         grads = jax.tree.map(lambda p, s=step: normal(100 + s, *p.shape), params)
         updates, state = apply(grads, state, params)
         params = jax.tree.map(np.add, params, updates)
-        reference.update(sgd, step, sum((tensor(g) * theirs[path].permute(0, 3, 1, 2) if g.ndim == 4 else
-                                         torch.from_numpy(g) * theirs[path]).sum()
-                                        for path, g in by_path(grads).items()))
+        reference.update(
+            sgd,
+            step,
+            sum(
+                (
+                    tensor(g) * theirs[path].permute(0, 3, 1, 2)
+                    if g.ndim == 4
+                    else torch.from_numpy(g) * theirs[path]
+                ).sum()
+                for path, g in by_path(grads).items()
+            ),
+        )
         for path, leaf in by_path(params).items():
             close(leaf, theirs[path].detach(), err_msg=path)
 
@@ -392,16 +492,23 @@ def test_sgd_with_one_rate_for_all():
     params = {"a": {"kernel": normal(0, 4, 3)}, "b": {"bias": normal(1, 3)}}
     grads = {"a": {"kernel": normal(2, 4, 3)}, "b": {"bias": normal(3, 3)}}
     rate = optim.schedule("constant", 0.3, epochs=1, steps=1)
-    for tx in (optim.sgd(rate, weight_decay=0.1), optim.sgd({"a": rate, "b": rate}, weight_decay=0.1)):
+    for tx in (
+        optim.sgd(rate, weight_decay=0.1),
+        optim.sgd({"a": rate, "b": rate}, weight_decay=0.1),
+    ):
         updates, _ = tx.update(grads, tx.init(params), params)
         jax.tree.map(lambda u, g, p: close(u, -0.3 * (g + 0.1 * p)), updates, grads, params)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9, 0.999, 1.0])
 def test_ema(decay):
-    """M2: every leaf as NumPy averages it; the closed form for a constant; 0 copies and 1 freezes."""
+    """M2: every leaf as NumPy averages it; the closed form for a constant; 0 copies and 1
+    freezes."""
     average = optim.ema(decay)
-    trees = [{"backbone": {"kernel": normal(i, 4, 3)}, "head": {"bias": normal(i + 50, 3)}} for i in range(6)]
+    trees = [
+        {"backbone": {"kernel": normal(i, 4, 3)}, "head": {"bias": normal(i + 50, 3)}}
+        for i in range(6)
+    ]
     state = average.init(trees[0])
     jax.tree.map(np.testing.assert_array_equal, state.average, trees[0])
     expected = jax.tree.map(np.float64, trees[0])
@@ -411,26 +518,31 @@ def test_ema(decay):
         jax.tree.map(close, value, expected)
         jax.tree.map(np.testing.assert_array_equal, value, state.average)
     if decay in (0.0, 1.0):
-        jax.tree.map(np.testing.assert_array_equal, state.average, trees[-1] if decay == 0 else trees[0])
+        jax.tree.map(
+            np.testing.assert_array_equal, state.average, trees[-1] if decay == 0 else trees[0]
+        )
 
     start, constant = trees[0], trees[1]
     state = average.init(start)
     for _ in range(20):
         _, state = average.update(constant, state)
-    jax.tree.map(lambda a, s, c: close(a, decay**20 * s + (1 - decay**20) * c), state.average, start, constant)
+    jax.tree.map(
+        lambda a, s, c: close(a, decay**20 * s + (1 - decay**20) * c),
+        state.average,
+        start,
+        constant,
+    )
 
 
-# Ten steps of every method
-#
-# The weight decay is larger than in the papers and the momentum encoder faster, so that ten steps
-# without the one or with a wrong other stand out against the tolerance.
-#
+# Ten steps of every method  The weight decay is larger than in the papers and the momentum encoder
+# faster, so that ten steps without the one or with a wrong other stand out against the tolerance.
 # The gradient of a ReLU jumps where its input is 0. Where one comes as close to that as rounding
 # reaches, two correct float32 programs may take different sides, and after ten steps some weights
 # differ by a thousandth to a tenth (against torch in float64 it was now the one, now both that had
 # jumped). So the networks are narrow, to have few ReLUs, and the seeds of the data are ones with
-# which none comes that close; `assert_losses` checks it. SimSiam's rate is 0.02, since at 0.05 batch
-# norm over the 8 rows of a group makes more of the rounding; scaled to the batch it would be 0.006.
+# which none comes that close; `assert_losses` checks it. SimSiam's rate is 0.02, since at 0.05
+# batch norm over the 8 rows of a group makes more of the rounding; scaled to the batch it would be
+# 0.006.
 
 STEPS, EPOCHS, SIDE, CLASSES = 10, 5, 8, 6
 DECAY, TOLERANCE, MARGIN = 0.01, 1e-4, 4e-6
@@ -450,11 +562,15 @@ def images(rng, size):
 
 
 def batches(seed, size):
-    """The same ten batches for both sides: images and scores, and two images of the pool for each."""
+    """The same ten batches for both sides: images and scores, and two images of the pool for
+    each."""
     rng, pool = np.random.default_rng(seed), np.random.default_rng(1000 + seed)
     for _ in range(STEPS):
-        yield {"image": images(rng, size), "scores": normal(rng, size, CLASSES, scale=3),
-               "pool_image": images(pool, 2 * size)}
+        yield {
+            "image": images(rng, size),
+            "scores": normal(rng, size, CLASSES, scale=3),
+            "pool_image": images(pool, 2 * size),
+        }
 
 
 def rate(name, value, **keywords):
@@ -484,30 +600,44 @@ def assert_losses(ours, theirs, net, atol=0.0):
 
 
 def assert_parity(what, ours, theirs, before):
-    """Every tensor within the tolerance of its largest value, and moved far beyond it from `before`."""
+    """Every tensor within the tolerance of its largest value, and moved far beyond it from
+    `before`."""
     off, moved = relative(ours, theirs), relative(before, theirs)
     worst, least = max(off, key=off.get), min(moved, key=moved.get)
-    assert off[worst] <= TOLERANCE, f"{what}: {worst} is off by {off[worst]:.1e} of its largest value"
-    assert moved[least] > 10 * TOLERANCE, f"{what}: {least} hardly moved ({moved[least]:.1e}), which shows nothing"
+    assert off[worst] <= TOLERANCE, (
+        f"{what}: {worst} is off by {off[worst]:.1e} of its largest value"
+    )
+    assert moved[least] > 10 * TOLERANCE, (
+        f"{what}: {least} hardly moved ({moved[least]:.1e}), which shows nothing"
+    )
 
 
 @pytest.mark.parametrize("groups, seed", [(1, 35), (4, 50)])
 def test_moco_ten_steps(groups, seed):
-    """M1 to M7, M10, M14, M16: losses, both encoders with their running statistics, queue and pointer.
+    """M1 to M7, M10, M14, M16: losses, both encoders with their running statistics, queue and
+    pointer.
 
     The queue holds four batches, so the pointer wraps twice.
     """
     temperature, decay, features, size = 0.2, 0.9, 8, 32
     queue = 4 * size
-    method = qmx.moco.make(models.from_linen(ResNet(NARROW, groups)), models.moco_head(features), view,
-                           queue_size=queue, temperature=temperature, decay=decay)
+    method = qmx.moco.make(
+        models.from_linen(ResNet(NARROW, groups)),
+        models.moco_head(features),
+        view,
+        queue_size=queue,
+        temperature=temperature,
+        decay=decay,
+    )
     falling = rate("cosine_by_epoch", 0.03)
     tx = optim.sgd({"backbone": falling, "head": falling}, weight_decay=DECAY)
     seen = {}
 
     def network():
         backbone = their_resnet(NARROW, 1, groups)
-        return reference.network(backbone=backbone, head=reference.moco_head(backbone.features, features))
+        return reference.network(
+            backbone=backbone, head=reference.moco_head(backbone.features, features)
+        )
 
     def follow(ts):
         query, key = network(), network()
@@ -519,41 +649,64 @@ def test_moco_ten_steps(groups, seed):
             np.testing.assert_array_equal(value, seen["before"][name], err_msg=name)
         np.testing.assert_allclose(np.linalg.norm(seen["queue"]["queue"], axis=1), 1, rtol=1e-5)
         falling = reference.cosine_by_epoch(0.03, EPOCHS, STEPS)
-        sgd = reference.optimiser(query, {"backbone": falling, "head": falling}, momentum=0.9, weight_decay=DECAY)
+        sgd = reference.optimiser(
+            query, {"backbone": falling, "head": falling}, momentum=0.9, weight_decay=DECAY
+        )
 
         def step(i, batch, rng):
             query_key, key_key, shuffle_key = jax.random.split(rng, 3)
             shuffle = torch.from_numpy(np.array(jax.random.permutation(shuffle_key, size))).long()
             loss = moco.loss(tensor(view(query_key, batch)), tensor(view(key_key, batch)), shuffle)
             return reference.update(sgd, i, loss)
+
         return step
 
     ours, theirs, ts = ten_steps(method, tx, follow, seed, size)
     moco, before = seen["moco"], seen["before"]
     assert_losses(ours, theirs, moco.query)
     assert_parity("query encoder", as_arrays(ts.params, ts.state.stats), arrays(moco.query), before)
-    assert_parity("momentum encoder", as_arrays(ts.state.key.average, ts.state.key_stats), arrays(moco.key), before)
-    assert_parity("queue", {"queue": np.asarray(ts.state.queue)}, {"queue": moco.queue.numpy()}, seen["queue"])
+    assert_parity(
+        "momentum encoder",
+        as_arrays(ts.state.key.average, ts.state.key_stats),
+        arrays(moco.key),
+        before,
+    )
+    assert_parity(
+        "queue", {"queue": np.asarray(ts.state.queue)}, {"queue": moco.queue.numpy()}, seen["queue"]
+    )
     assert int(ts.state.pointer) == moco.pointer == STEPS * size % queue
 
 
 @pytest.mark.parametrize("groups, seed", [(1, 70), (4, 62)])
 def test_simsiam_ten_steps(groups, seed):
-    """S2 to S7, S9: losses, weights and running statistics; the predictor's rate constant, a frozen bias."""
+    """S2 to S7, S9: losses, weights and running statistics; the predictor's rate constant, a frozen
+    bias."""
     features, hidden = 16, 8
-    method = qmx.simsiam.make(models.from_linen(ResNet(NARROW, groups, zero_init=True)),
-                              models.simsiam_projector(features, stats_groups=groups),
-                              models.simsiam_predictor(hidden, groups), view)
+    method = qmx.simsiam.make(
+        models.from_linen(ResNet(NARROW, groups, zero_init=True)),
+        models.simsiam_projector(features, stats_groups=groups),
+        models.simsiam_predictor(hidden, groups),
+        view,
+    )
     falling = rate("cosine_by_epoch", 0.02)
-    tx = optim.sgd({"backbone": falling, "head": falling, "predictor": rate("constant", 0.02)}, weight_decay=DECAY)
+    tx = optim.sgd(
+        {"backbone": falling, "head": falling, "predictor": rate("constant", 0.02)},
+        weight_decay=DECAY,
+    )
     backbone = their_resnet(NARROW, 1, groups)
-    net = reference.network(backbone=backbone,
-                            head=reference.simsiam_projector(backbone.features, features, groups),
-                            predictor=reference.simsiam_predictor(features, hidden, groups))
+    net = reference.network(
+        backbone=backbone,
+        head=reference.simsiam_projector(backbone.features, features, groups),
+        predictor=reference.simsiam_predictor(features, hidden, groups),
+    )
     falling = reference.cosine_by_epoch(0.02, EPOCHS, STEPS)
-    follow, before = beside(net, {"backbone": falling, "head": falling, "predictor": lambda step: 0.02},
-                            lambda batch, rng: reference.simsiam_loss(
-                                net, *(tensor(view(key, batch)) for key in jax.random.split(rng))))
+    follow, before = beside(
+        net,
+        {"backbone": falling, "head": falling, "predictor": lambda step: 0.02},
+        lambda batch, rng: reference.simsiam_loss(
+            net, *(tensor(view(key, batch)) for key in jax.random.split(rng))
+        ),
+    )
     ours, theirs, ts = ten_steps(method, tx, follow, seed)
     assert_losses(ours, theirs, net, atol=1e-6)  # between -1 and 0, the first ones near 0
     mine, now = as_arrays(ts.params, ts.state), arrays(net)
@@ -584,7 +737,9 @@ def beside(net, rates, loss, **keywords):
 def test_rotation_ten_steps(seed=29):
     """Losses, weights and running statistics, with RotNet's Nesterov momentum and a warm-up."""
     method = qmx.rotation.make(models.from_linen(ResNet(NARROW)), models.classifier(4), view)
-    tx = optim.sgd(rate("step", 0.05, warmup_epochs=1, milestones=(3,)), nesterov=True, weight_decay=DECAY)
+    tx = optim.sgd(
+        rate("step", 0.05, warmup_epochs=1, milestones=(3,)), nesterov=True, weight_decay=DECAY
+    )
 
     def step_rate(i):
         epoch = i * EPOCHS / STEPS
@@ -592,73 +747,120 @@ def test_rotation_ten_steps(seed=29):
 
     backbone = their_resnet(NARROW, 1)
     net = reference.network(backbone=backbone, head=reference.classifier(backbone.features, 4))
-    follow, before = beside(net, {"backbone": step_rate, "head": step_rate},
-                            lambda batch, rng: reference.rotation_loss(net, tensor(view(rng, batch))), nesterov=True)
+    follow, before = beside(
+        net,
+        {"backbone": step_rate, "head": step_rate},
+        lambda batch, rng: reference.rotation_loss(net, tensor(view(rng, batch))),
+        nesterov=True,
+    )
     ours, theirs, ts = ten_steps(method, tx, follow, seed, 8)
     assert_losses(ours, theirs, net)
     assert_parity("network", as_arrays(ts.params, ts.state), arrays(net), before)
 
 
-@pytest.mark.parametrize("arch, temperatures, seed", [
-    (NARROW, (1.5, 1.0), 27),
-    (Arch((1, 1), bottleneck=True, width=8), (4.0, 4.0), 28),
-], ids=["one_sided", "hinton_bottleneck_large_stem"])
+@pytest.mark.parametrize(
+    "arch, temperatures, seed",
+    [
+        (NARROW, (1.5, 1.0), 27),
+        (Arch((1, 1), bottleneck=True, width=8), (4.0, 4.0), 28),
+    ],
+    ids=["one_sided", "hinton_bottleneck_large_stem"],
+)
 def test_distill_ten_steps(arch, temperatures, seed):
     """E6: losses, weights and running statistics; the head at ten times the backbone's rate.
 
     The second case also differentiates bottlenecks, the large stem and its max-pool.
     """
-    method = qmx.distill.make(models.from_linen(ResNet(arch)), models.classifier(CLASSES), view,
-                              target_temperature=temperatures[0], student_temperature=temperatures[1])
-    tx = optim.sgd({"backbone": rate("cosine_by_epoch", 0.01), "head": rate("cosine_by_epoch", 0.1)},
-                   weight_decay=DECAY)
+    method = qmx.distill.make(
+        models.from_linen(ResNet(arch)),
+        models.classifier(CLASSES),
+        view,
+        target_temperature=temperatures[0],
+        student_temperature=temperatures[1],
+    )
+    tx = optim.sgd(
+        {"backbone": rate("cosine_by_epoch", 0.01), "head": rate("cosine_by_epoch", 0.1)},
+        weight_decay=DECAY,
+    )
     backbone = their_resnet(arch, 1)
-    net = reference.network(backbone=backbone, head=reference.classifier(backbone.features, CLASSES))
-    rates = {"backbone": reference.cosine_by_epoch(0.01, EPOCHS, STEPS),
-             "head": reference.cosine_by_epoch(0.1, EPOCHS, STEPS)}
-    follow, before = beside(net, rates, lambda batch, rng: reference.distillation_loss(
-        net, tensor(view(rng, batch)), tensor(batch["scores"]), *temperatures))
+    net = reference.network(
+        backbone=backbone, head=reference.classifier(backbone.features, CLASSES)
+    )
+    rates = {
+        "backbone": reference.cosine_by_epoch(0.01, EPOCHS, STEPS),
+        "head": reference.cosine_by_epoch(0.1, EPOCHS, STEPS),
+    }
+    follow, before = beside(
+        net,
+        rates,
+        lambda batch, rng: reference.distillation_loss(
+            net, tensor(view(rng, batch)), tensor(batch["scores"]), *temperatures
+        ),
+    )
     ours, theirs, ts = ten_steps(method, tx, follow, seed)
     assert_losses(ours, theirs, net)
     assert_parity("network", as_arrays(ts.params, ts.state), arrays(net), before)
 
 
 def test_fixmatch_ten_steps(seed=48):
-    """Losses, the student and the teacher with their running statistics; guesses on both sides of the threshold."""
+    """Losses, the student and the teacher with their running statistics; guesses on both sides of
+    the threshold."""
     threshold, weight, decay, size = 0.24, 1.0, 0.8, 8
-    method = qmx.fixmatch.make(models.from_linen(ResNet(NARROW)), models.classifier(CLASSES), view, view,
-                               threshold=threshold, weight=weight, decay=decay)
-    tx = optim.sgd({"backbone": rate("cosine_by_epoch", 0.01), "head": rate("cosine_by_epoch", 0.1)},
-                   weight_decay=DECAY)
+    method = qmx.fixmatch.make(
+        models.from_linen(ResNet(NARROW)),
+        models.classifier(CLASSES),
+        view,
+        view,
+        threshold=threshold,
+        weight=weight,
+        decay=decay,
+    )
+    tx = optim.sgd(
+        {"backbone": rate("cosine_by_epoch", 0.01), "head": rate("cosine_by_epoch", 0.1)},
+        weight_decay=DECAY,
+    )
     seen, confidence = {}, []
 
     def network():
         backbone = their_resnet(NARROW, 1)
-        return reference.network(backbone=backbone, head=reference.classifier(backbone.features, CLASSES))
+        return reference.network(
+            backbone=backbone, head=reference.classifier(backbone.features, CLASSES)
+        )
 
     def follow(ts):
         student, teacher = network(), network()
         student.load_state_dict(variables(ts.params, ts.state.stats))
         teacher.load_state_dict(variables(*ts.state.teacher.average))
-        seen.update(their=reference.FixMatch(student, teacher, threshold, weight, decay, 1.5), before=arrays(student))
-        rates = {"backbone": reference.cosine_by_epoch(0.01, EPOCHS, STEPS),
-                 "head": reference.cosine_by_epoch(0.1, EPOCHS, STEPS)}
+        seen.update(
+            their=reference.FixMatch(student, teacher, threshold, weight, decay, 1.5),
+            before=arrays(student),
+        )
+        rates = {
+            "backbone": reference.cosine_by_epoch(0.01, EPOCHS, STEPS),
+            "head": reference.cosine_by_epoch(0.1, EPOCHS, STEPS),
+        }
         sgd = reference.optimiser(student, rates, momentum=0.9, weight_decay=DECAY)
 
         def step(i, batch, rng):
             pool, keys = {"image": batch["pool_image"]}, jax.random.split(rng, 3)
-            views = [tensor(view(key, part)) for key, part in zip(keys, (batch, pool, pool), strict=True)]
+            views = [
+                tensor(view(key, part)) for key, part in zip(keys, (batch, pool, pool), strict=True)
+            ]
             if i:
-                seen["their"].move()  # at the end of the step before, so that the last state is still to move
+                # At the end of the step before, so that the last state is still to move.
+                seen["their"].move()
             loss, sure = seen["their"].loss(views[0], tensor(batch["scores"]), *views[1:])
             confidence.extend(sure.tolist())
             return reference.update(sgd, i, loss)
+
         return step
 
     ours, theirs, ts = ten_steps(method, tx, follow, seed, size)
     distance = np.array(confidence) - threshold
     share, nearest = (distance >= 0).mean(), np.abs(distance).min()
-    assert 0.1 < share < 0.9 and nearest > 1e-5, f"{share:.0%} are above the threshold, the nearest by {nearest:.0e}"
+    assert 0.1 < share < 0.9 and nearest > 1e-5, (
+        f"{share:.0%} are above the threshold, the nearest by {nearest:.0e}"
+    )
     their, before = seen["their"], seen["before"]
     assert_losses(ours, theirs, their.student)
     assert_parity("student", as_arrays(ts.params, ts.state.stats), arrays(their.student), before)

@@ -1,4 +1,5 @@
-"""Photos: decoding, the canvas and what is shown against torchvision's geometry, and folders of them."""
+"""Photos: decoding, the canvas and what is shown against torchvision's geometry, and folders of
+them."""
 
 import io
 import os
@@ -19,14 +20,19 @@ from qmx.data.photos import canvas, decode, in_threads, oddities, shown
 
 RNG = np.random.default_rng(0)
 REAL = os.environ.get("QMX_TEST_DATA", "")
-needs_data = pytest.mark.skipif(not REAL, reason="QMX_TEST_DATA names no folder with imagenet_samples/ and others")
+needs_data = pytest.mark.skipif(
+    not REAL, reason="QMX_TEST_DATA names no folder with imagenet_samples/ and others"
+)
 
 
 def photo(width, height, mode="RGB", seed=0):
     """A smooth image with some noise."""
     rng = np.random.default_rng(seed)
     x, y = np.meshgrid(np.linspace(0, 3, width), np.linspace(0, 2, height))
-    bands = [127 + 90 * np.sin(x * a + y * b) + rng.normal(0, 9, x.shape) for a, b in rng.uniform(1, 4, (3, 2))]
+    bands = [
+        127 + 90 * np.sin(x * a + y * b) + rng.normal(0, 9, x.shape)
+        for a, b in rng.uniform(1, 4, (3, 2))
+    ]
     return Image.fromarray(np.clip(np.stack(bands, -1), 0, 255).astype(np.uint8)).convert(mode)
 
 
@@ -47,7 +53,9 @@ def tree(root, files):
     for number, (name, content) in enumerate(files.items()):
         path = Path(root) / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else encoded(photo(*content, seed=number)))
+        path.write_bytes(
+            content if isinstance(content, bytes) else encoded(photo(*content, seed=number))
+        )
     return str(root)
 
 
@@ -58,37 +66,68 @@ CLEAR = photo(9, 8).quantize(16)
 CLEAR.info["transparency"] = 3
 
 
-@pytest.mark.parametrize("data", [
-    encoded(photo(9, 8)), encoded(photo(9, 8, "L")), encoded(photo(9, 8, "CMYK")), encoded(photo(9, 8), "PNG"),
-    encoded(photo(9, 8, "RGBA"), "PNG"), encoded(CLEAR, "PNG"), encoded(photo(9, 8, "LA"), "PNG"),
-    encoded(SIXTEEN, "PNG"), encoded(photo(9, 8, "1"), "PNG"), encoded(photo(9, 8), "BMP"),
-    encoded(photo(9, 8), "WEBP"), encoded(photo(9, 8), "TIFF"), encoded(photo(9, 8), progressive=True), turned(6),
-], ids=range(14))
+@pytest.mark.parametrize(
+    "data",
+    [
+        encoded(photo(9, 8)),
+        encoded(photo(9, 8, "L")),
+        encoded(photo(9, 8, "CMYK")),
+        encoded(photo(9, 8), "PNG"),
+        encoded(photo(9, 8, "RGBA"), "PNG"),
+        encoded(CLEAR, "PNG"),
+        encoded(photo(9, 8, "LA"), "PNG"),
+        encoded(SIXTEEN, "PNG"),
+        encoded(photo(9, 8, "1"), "PNG"),
+        encoded(photo(9, 8), "BMP"),
+        encoded(photo(9, 8), "WEBP"),
+        encoded(photo(9, 8), "TIFF"),
+        encoded(photo(9, 8), progressive=True),
+        turned(6),
+    ],
+    ids=range(14),
+)
 def test_whatever_pillow_reads_is_what_its_rgb_says(data):
     """Bit for bit what torchvision's loader gives, whatever the file is called; and no turning."""
     image = decode(data, "n01440764/odd.JPEG")
     assert image.mode == "RGB"
-    np.testing.assert_array_equal(np.asarray(image), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+    np.testing.assert_array_equal(
+        np.asarray(image), np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    )
 
 
 def test_exif_does_not_turn_an_image():
     """torchvision's loader leaves it as it is stored, so the target was trained on that."""
     assert decode(turned(6), "x").size == decode(turned(1), "x").size == (40, 30)
-    np.testing.assert_array_equal(np.asarray(decode(turned(8), "x")), np.asarray(decode(turned(1), "x")))
+    np.testing.assert_array_equal(
+        np.asarray(decode(turned(8), "x")), np.asarray(decode(turned(1), "x"))
+    )
 
 
 def chunk(name, content):
-    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    return (
+        struct.pack(">I", len(content))
+        + name
+        + content
+        + struct.pack(">I", zlib.crc32(name + content))
+    )
 
 
 WHOLE = encoded(photo(90, 80))
-BOMB = (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
-        + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b""))
+BOMB = (
+    b"\x89PNG\r\n\x1a\n"
+    + chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
+    + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+    + chunk(b"IEND", b"")
+)
 UNREADABLE = {
-    "empty": (b"", "the file is empty"), "cut off": (WHOLE[: len(WHOLE) // 2], "truncated"),
-    "cut off by a little": (WHOLE[:-200], "truncated"), "only its start": (WHOLE[:2], ""),
-    "text": (b"404 not found", "not an image"), "zeros": (bytes(1000), "not an image"),
-    "a PNG cut off": (encoded(photo(90, 80), "PNG")[:900], ""), "a bomb": (BOMB, "decompression bomb"),
+    "empty": (b"", "the file is empty"),
+    "cut off": (WHOLE[: len(WHOLE) // 2], "truncated"),
+    "cut off by a little": (WHOLE[:-200], "truncated"),
+    "only its start": (WHOLE[:2], ""),
+    "text": (b"404 not found", "not an image"),
+    "zeros": (bytes(1000), "not an image"),
+    "a PNG cut off": (encoded(photo(90, 80), "PNG")[:900], ""),
+    "a bomb": (BOMB, "decompression bomb"),
     "a PNG with a wrong sum": (encoded(photo(9, 8), "PNG").replace(b"IDAT", b"IDaT"), ""),
 }
 
@@ -112,28 +151,48 @@ def test_damage_anywhere_is_refused_or_decoded():
                     assert str(error).startswith("bad: ")
 
 
-@pytest.mark.parametrize("data, found", [
-    (encoded(photo(9, 8)), ()), (encoded(photo(9, 8, "L")), ("greyscale",)), (encoded(photo(9, 8, "CMYK")), ("CMYK",)),
-    (encoded(photo(9, 8), "PNG"), ("PNG named JPEG",)), (turned(0), ()), (turned(1), ()), (turned(9), ()),
-    (turned(6), ("EXIF-rotated, used as stored",)), (encoded(SIXTEEN, "PNG"), ("16-bit greyscale", "PNG named JPEG")),
-    (encoded(photo(9, 8, "RGBA"), "PNG"), ("RGBA", "PNG named JPEG")),
-    (turned(3, photo(9, 8, "L")), ("greyscale", "EXIF-rotated, used as stored")),
-])
+@pytest.mark.parametrize(
+    "data, found",
+    [
+        (encoded(photo(9, 8)), ()),
+        (encoded(photo(9, 8, "L")), ("greyscale",)),
+        (encoded(photo(9, 8, "CMYK")), ("CMYK",)),
+        (encoded(photo(9, 8), "PNG"), ("PNG named JPEG",)),
+        (turned(0), ()),
+        (turned(1), ()),
+        (turned(9), ()),
+        (turned(6), ("EXIF-rotated, used as stored",)),
+        (encoded(SIXTEEN, "PNG"), ("16-bit greyscale", "PNG named JPEG")),
+        (encoded(photo(9, 8, "RGBA"), "PNG"), ("RGBA", "PNG named JPEG")),
+        (turned(3, photo(9, 8, "L")), ("greyscale", "EXIF-rotated, used as stored")),
+    ],
+)
 def test_odd_files_are_told(data, found):
     assert oddities(data, "n01/x.JPEG") == found
 
 
-# What is shown. Expected sizes and places are torchvision 0.29.2's own, recorded from its resize and center_crop.
+# What is shown. Expected sizes and places are torchvision 0.29.2's own, recorded from its resize
+# and center_crop.
 
-GEOMETRY = [  # (width, height), resize, crop, resized (width, height), padding (l, t, r, b), top and left of the crop
-    ((500, 375), 256, 224, (341, 256), None, (16, 58)), ((375, 500), 256, 224, (256, 341), None, (58, 16)),
-    ((256, 256), 256, 224, (256, 256), None, (16, 16)), ((257, 300), 256, 224, (256, 298), None, (37, 16)),
-    ((300, 257), 256, 224, (298, 256), None, (16, 37)), ((75, 56), 256, 224, (342, 256), None, (16, 59)),
-    ((2400, 1600), 256, 224, (384, 256), None, (16, 80)), ((1, 40), 256, 224, (256, 10240), None, (5008, 16)),
-    ((40, 1), 256, 224, (10240, 256), None, (16, 5008)), ((1000, 997), 256, 224, (256, 256), None, (16, 16)),
-    ((333, 500), 256, 225, (256, 384), None, (80, 16)), ((256, 341), 256, 224, (256, 341), None, (58, 16)),
-    ((256, 341), 256, 225, (256, 341), None, (58, 16)), ((500, 375), 32, 41, (42, 32), (0, 4, 0, 5), (0, 0)),
-    ((375, 500), 31, 48, (31, 41), (8, 3, 9, 4), (0, 0)), ((100, 100), 50, 100, (50, 50), (25, 25, 25, 25), (0, 0)),
+# (width, height), resize, crop, resized (width, height), padding (l, t, r, b), top and left of the
+# crop.
+GEOMETRY = [
+    ((500, 375), 256, 224, (341, 256), None, (16, 58)),
+    ((375, 500), 256, 224, (256, 341), None, (58, 16)),
+    ((256, 256), 256, 224, (256, 256), None, (16, 16)),
+    ((257, 300), 256, 224, (256, 298), None, (37, 16)),
+    ((300, 257), 256, 224, (298, 256), None, (16, 37)),
+    ((75, 56), 256, 224, (342, 256), None, (16, 59)),
+    ((2400, 1600), 256, 224, (384, 256), None, (16, 80)),
+    ((1, 40), 256, 224, (256, 10240), None, (5008, 16)),
+    ((40, 1), 256, 224, (10240, 256), None, (16, 5008)),
+    ((1000, 997), 256, 224, (256, 256), None, (16, 16)),
+    ((333, 500), 256, 225, (256, 384), None, (80, 16)),
+    ((256, 341), 256, 224, (256, 341), None, (58, 16)),
+    ((256, 341), 256, 225, (256, 341), None, (58, 16)),
+    ((500, 375), 32, 41, (42, 32), (0, 4, 0, 5), (0, 0)),
+    ((375, 500), 31, 48, (31, 41), (8, 3, 9, 4), (0, 0)),
+    ((100, 100), 50, 100, (50, 50), (25, 25, 25, 25), (0, 0)),
     ((7, 9), 4, 3, (4, 5), None, (1, 0)),
 ]
 
@@ -145,7 +204,9 @@ def test_what_is_shown_is_torchvisions_resize_and_crop(size, resize, crop, resiz
     got = shown(image, resize, crop)
     want = image.resize(resized, Image.Resampling.BILINEAR)
     if padding:
-        whole = Image.new("RGB", (resized[0] + padding[0] + padding[2], resized[1] + padding[1] + padding[3]))
+        whole = Image.new(
+            "RGB", (resized[0] + padding[0] + padding[2], resized[1] + padding[1] + padding[3])
+        )
         whole.paste(want, padding[:2])
         want = whole
     top, left = place
@@ -157,7 +218,9 @@ def test_the_canvas_is_the_whole_photo():
     image = photo(50, 30)
     pixels, size = canvas(image, 32)
     assert size == (30, 50) and pixels.shape == (32, 32, 3)
-    np.testing.assert_array_equal(pixels, np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR)))
+    np.testing.assert_array_equal(
+        pixels, np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR))
+    )
     np.testing.assert_array_equal(canvas(photo(32, 32), 32)[0], np.asarray(photo(32, 32)))
 
 
@@ -198,23 +261,56 @@ def test_the_first_error_of_a_thread_is_raised_and_the_rest_is_left():
 @pytest.fixture
 def folders(tmp_path):
     """A pool of two classes and an evaluation folder of the same."""
-    pool = tree(tmp_path / "train", {"n02/b.JPEG": (60, 40), "n02/a.png": (30, 45), "n01/x_2.jpeg": (33, 33),
-                                     "n01/x_10.JPEG": (47, 31), "n01/read.txt": b"no photo"})
+    pool = tree(
+        tmp_path / "train",
+        {
+            "n02/b.JPEG": (60, 40),
+            "n02/a.png": (30, 45),
+            "n01/x_2.jpeg": (33, 33),
+            "n01/x_10.JPEG": (47, 31),
+            "n01/read.txt": b"no photo",
+        },
+    )
     return pool, tree(tmp_path / "val", {"n01/v1.JPEG": (50, 30), "n02/v2.JPEG": (35, 60)})
 
 
 def test_a_listing_is_in_torchvisions_order(tmp_path):
     """Classes sorted, files by code point folder by folder, other files ignored, links followed."""
-    pool = tree(tmp_path / "pool", {name: b"1" * size for name, size in {
-        "b/2.JPEG": 2, "b/10.JPEG": 1, "b/a.txt": 0, "b/Z.PnG": 3, "b/sub/1.webp": 1, "b/sub-x/0.bmp": 1,
-        "b/sub/deep/1.tif": 1, "B/x.jpg": 0, "a b/\u00e4.ppm": 1, "loose.JPEG": 1, "a b/x.jpg.gz": 1}.items()})
+    pool = tree(
+        tmp_path / "pool",
+        {
+            name: b"1" * size
+            for name, size in {
+                "b/2.JPEG": 2,
+                "b/10.JPEG": 1,
+                "b/a.txt": 0,
+                "b/Z.PnG": 3,
+                "b/sub/1.webp": 1,
+                "b/sub-x/0.bmp": 1,
+                "b/sub/deep/1.tif": 1,
+                "B/x.jpg": 0,
+                "a b/\u00e4.ppm": 1,
+                "loose.JPEG": 1,
+                "a b/x.jpg.gz": 1,
+            }.items()
+        },
+    )
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "y.pgm").write_bytes(b"1")
     (Path(pool) / "c").symlink_to(tmp_path / "elsewhere")
     photos, sizes = listing(pool)
     assert photos.class_names == ("B", "a b", "b", "c")
-    assert photos.names == ("B/x.jpg", "a b/\u00e4.ppm", "b/10.JPEG", "b/2.JPEG", "b/Z.PnG", "b/sub/1.webp",
-                            "b/sub-x/0.bmp", "b/sub/deep/1.tif", "c/y.pgm")
+    assert photos.names == (
+        "B/x.jpg",
+        "a b/\u00e4.ppm",
+        "b/10.JPEG",
+        "b/2.JPEG",
+        "b/Z.PnG",
+        "b/sub/1.webp",
+        "b/sub-x/0.bmp",
+        "b/sub/deep/1.tif",
+        "c/y.pgm",
+    )
     np.testing.assert_array_equal(photos.labels, [0, 1, 2, 2, 2, 2, 2, 2, 3])
     assert photos.labels.dtype == np.int32 and sizes.tolist() == [0, 1, 1, 2, 3, 1, 1, 1, 1]
     assert photos.load(3) == b"11" and photos.title(3) == f"{pool}/b/2.JPEG"
@@ -222,9 +318,18 @@ def test_a_listing_is_in_torchvisions_order(tmp_path):
 
 def test_the_digest_of_a_listing_is_of_names_and_sizes(tmp_path):
     files = {"a/1.JPEG": b"12", "b/2.JPEG": b"3"}
-    digests = [listing(tree(tmp_path / str(k), variant))[0].digest for k, variant in enumerate([
-        files, {**files, "b/2.JPEG": b"4", "b/note.txt": b"5"}, {**files, "b/2.JPEG": b"44"},
-        {**files, "b/3.JPEG": b"4"}, {"a/1.JPEG": b"12", "b/3.JPEG": b"3"}])]
+    digests = [
+        listing(tree(tmp_path / str(k), variant))[0].digest
+        for k, variant in enumerate(
+            [
+                files,
+                {**files, "b/2.JPEG": b"4", "b/note.txt": b"5"},
+                {**files, "b/2.JPEG": b"44"},
+                {**files, "b/3.JPEG": b"4"},
+                {"a/1.JPEG": b"12", "b/3.JPEG": b"3"},
+            ]
+        )
+    ]
     assert digests[0] == digests[1] and len(set(digests)) == 4
 
 
@@ -234,14 +339,20 @@ def test_a_folder_is_a_data_set(folders):
     assert (data.classes, data.shape, data.class_names) == (2, (20, 20, 3), ("n01", "n02"))
     assert data.mean == (0.485, 0.456, 0.406) and data.std == (0.229, 0.224, 0.225)
     assert data.name.endswith("/train") and len(data.digest) == 64
-    assert data.pool.names == ("n01/x_10.JPEG", "n01/x_2.jpeg", "n02/a.png", "n02/b.JPEG") and data.pool.size == 4
+    assert (
+        data.pool.names == ("n01/x_10.JPEG", "n01/x_2.jpeg", "n02/a.png", "n02/b.JPEG")
+        and data.pool.size == 4
+    )
     assert data.evaluation.names == ("n01/v1.JPEG", "n02/v2.JPEG")
     np.testing.assert_array_equal(data.pool.labels, [0, 0, 1, 1])
     for part, root in ((data.pool, folders[0]), (data.evaluation, folders[1])):
         ids = np.arange(part.size)[::-1]
         rows, pixels = part.read(ids), part.shown(ids)
         assert {n: (a.dtype, a.shape[1:]) for n, a in rows.items()} == {
-            "image": (np.uint8, (16, 16, 3)), "label": (np.int32, ()), "size": (np.float32, (2,))}
+            "image": (np.uint8, (16, 16, 3)),
+            "label": (np.int32, ()),
+            "size": (np.float32, (2,)),
+        }
         for row, i in enumerate(ids):
             image = Image.open(Path(root) / part.names[i]).convert("RGB")
             np.testing.assert_array_equal(rows["image"][row], canvas(image, 16)[0])
@@ -251,8 +362,16 @@ def test_a_folder_is_a_data_set(folders):
 
 
 def test_the_digest_knows_the_files_and_the_sizes(folders):
-    digests = {load("folder", *folders, **more).digest for more in (
-        {}, dict(canvas=128), dict(resize=232), dict(crop=200), dict(mean=(0.5, 0.5, 0.5)))}
+    digests = {
+        load("folder", *folders, **more).digest
+        for more in (
+            {},
+            dict(canvas=128),
+            dict(resize=232),
+            dict(crop=200),
+            dict(mean=(0.5, 0.5, 0.5)),
+        )
+    }
     assert len(digests) == 5
     tree(folders[1], {"n02/more.JPEG": (20, 20)})
     assert load("folder", *folders).digest not in digests
@@ -261,7 +380,9 @@ def test_the_digest_knows_the_files_and_the_sizes(folders):
 def test_photos_reach_the_device(folders):
     data = load("folder", *folders, canvas=16)
     got = list(batches(data.pool, 4, steps=3, seed=0))
-    assert len(got) == 3 and got[0]["image"].shape == (4, 16, 16, 3) and got[0]["size"].shape == (4, 2)
+    assert (
+        len(got) == 3 and got[0]["image"].shape == (4, 16, 16, 3) and got[0]["size"].shape == (4, 2)
+    )
     assert sorted(np.asarray(got[0]["size"])[:, 0]) == [31, 33, 40, 45]
 
 
@@ -269,7 +390,9 @@ def test_a_broken_photo_ends_the_training_with_its_name_and_the_cure(folders):
     Path(folders[0], "n02/b.JPEG").write_bytes(WHOLE[:900])
     pool = load("folder", *folders, canvas=16).pool
     for read in (pool.read, pool.shown):
-        with pytest.raises(ValueError, match=r"n02/b.JPEG: .*truncated.*python -m qmx.data.cache .*=CACHE") as error:
+        with pytest.raises(
+            ValueError, match=r"n02/b.JPEG: .*truncated.*python -m qmx.data.cache .*=CACHE"
+        ) as error:
             read(np.arange(4))
         assert len(str(error.value).splitlines()) == 1
     with pytest.raises(ValueError, match="n02/b.JPEG"):
@@ -291,12 +414,16 @@ def test_folders_that_are_none_are_refused(tmp_path, folders):
     (tmp_path / "bare").mkdir()
     (tmp_path / "file").touch()
     for at in (0, 1):
+
         def both(path, at=at):
             return (path, evaluation) if at == 0 else (pool, path)
 
         refused(r"none: no such folder", *both(tmp_path / "none"))
         refused(r"file: not a folder", *both(tmp_path / "file"))
-        refused(r"loose: no class folders in it, only 2 loose images; .*FOLDER/CLASS", *both(tmp_path / "loose"))
+        refused(
+            r"loose: no class folders in it, only 2 loose images; .*FOLDER/CLASS",
+            *both(tmp_path / "loose"),
+        )
         refused(r"bare: no class folders in it; ", *both(tmp_path / "bare"))
         refused("data.path=.*data.eval_path=", *both(""))
 
@@ -317,8 +444,13 @@ def test_classes_that_differ_are_named(folders):
 def test_one_folder_cannot_be_both(folders):
     pool, evaluation = folders
     Path(pool).parent.joinpath("link").symlink_to(pool)
-    for paths in ((pool, pool), (pool, f"{pool}/"), (pool, f"{pool}/n01"), (str(Path(pool).parent), pool),
-                  (pool, Path(pool).parent / "link")):
+    for paths in (
+        (pool, pool),
+        (pool, f"{pool}/"),
+        (pool, f"{pool}/n01"),
+        (str(Path(pool).parent), pool),
+        (pool, Path(pool).parent / "link"),
+    ):
         refused("are one folder, or one is inside the other", *paths)
 
 
@@ -327,7 +459,9 @@ def test_photos_in_both_folders_are_counted(folders):
     pool, evaluation = (Path(path) for path in folders)
     (evaluation / "n01/x_2.jpeg").write_bytes((pool / "n01/x_2.jpeg").read_bytes())
     (evaluation / "n02/b.JPEG").write_bytes((pool / "n02/b.JPEG").read_bytes() + b"0")
-    refused("^1 of 4 evaluation images are in the pool too, by name and size: n01/x_2.jpeg;", *folders)
+    refused(
+        "^1 of 4 evaluation images are in the pool too, by name and size: n01/x_2.jpeg;", *folders
+    )
     (evaluation / "n01/x_2.jpeg").unlink()
     assert load("folder", *folders).evaluation.size == 3
 
@@ -347,16 +481,22 @@ def test_sizes_that_are_none_are_refused(folders, name):
 
 @needs_data
 def test_real_photos_decode_as_pillow_has_them(tmp_path):
-    """126 ImageNet photos with grey, EXIF-turned, tiny and huge ones among them; the expected sizes by hand."""
+    """126 ImageNet photos with grey, EXIF-turned, tiny and huge ones among them; the expected sizes
+    by hand."""
     found = {}
     for path in sorted(Path(REAL, "imagenet_samples", "images").iterdir()):
         image = decode(path.read_bytes(), path.name)
         short, long = sorted(image.size)
         other = int(256 * long / short)
-        resized = image.resize((256, other) if image.size[0] == short else (other, 256), Image.Resampling.BILINEAR)
+        resized = image.resize(
+            (256, other) if image.size[0] == short else (other, 256), Image.Resampling.BILINEAR
+        )
         left, top = (round((side - 224) / 2) for side in resized.size)
-        np.testing.assert_array_equal(shown(image, 256, 224),
-                                      np.asarray(resized.crop((left, top, left + 224, top + 224))), path.name)
+        np.testing.assert_array_equal(
+            shown(image, 256, 224),
+            np.asarray(resized.crop((left, top, left + 224, top + 224))),
+            path.name,
+        )
         for odd in oddities(path.read_bytes(), path.name):
             found[odd] = found.get(odd, 0) + 1
     assert found == {"greyscale": 10, "EXIF-rotated, used as stored": 1}
@@ -366,7 +506,12 @@ def test_real_photos_decode_as_pillow_has_them(tmp_path):
 def test_a_real_folder_is_a_data_set():
     root = Path(REAL, "imagenette224")
     data = load("folder", root / "train", root / "val")
-    assert (data.pool.size, data.evaluation.size, data.classes, data.name) == (1000, 500, 10, "imagenette224/train")
+    assert (data.pool.size, data.evaluation.size, data.classes, data.name) == (
+        1000,
+        500,
+        10,
+        "imagenette224/train",
+    )
     np.testing.assert_array_equal(np.bincount(data.pool.labels), [100] * 10)
     rows = data.pool.read(np.arange(0, 1000, 50))
     assert np.all(rows["size"] == 224) and rows["image"].shape == (20, 256, 256, 3)

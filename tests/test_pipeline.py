@@ -13,18 +13,28 @@ from qmx import __version__
 
 
 def test_results(finished):
-    """results.json has the keys that scripts rely on, one row for each run, and figures in their ranges."""
+    """results.json has the keys that scripts rely on, one row for each run, and figures in their
+    ranges."""
     results = json.loads((finished / "results.json").read_text())
     assert results["schema"] == 1
-    assert len(results["target"]["sha256"]) == 64 and 0 < results["target"]["top1"] <= results["target"]["top5"] <= 100
+    assert (
+        len(results["target"]["sha256"]) == 64
+        and 0 < results["target"]["top1"] <= results["target"]["top5"] <= 100
+    )
     assert results["pool"]["size"] == 1437 and results["pool"]["evaluation"] == 360
-    assert results["pool"]["budgets"] == [{"queries": 71, "fraction": 0.05}, {"queries": 1437, "fraction": 1.0}]
+    assert results["pool"]["budgets"] == [
+        {"queries": 71, "fraction": 0.05},
+        {"queries": 1437, "fraction": 1.0},
+    ]
     assert results["versions"]["qmx"] == __version__
     assert results["config"]["pretrain"]["moco"]["epochs"] == 1
     axes = ("init", "select", "access", "use", "fraction", "seed")
     cells = {tuple(row[axis] for axis in axes) for row in results["rows"]}
-    columns = [*((init, "random", "logits", "asked") for init in ("none", "rotation", "moco", "simsiam")),
-               ("moco", "typiclust", "logits", "asked"), ("moco", "typiclust", "logits", "pool")]
+    columns = [
+        *((init, "random", "logits", "asked") for init in ("none", "rotation", "moco", "simsiam")),
+        ("moco", "typiclust", "logits", "asked"),
+        ("moco", "typiclust", "logits", "pool"),
+    ]
     assert cells == {(*column, fraction, 0) for column in columns for fraction in (0.05, 1.0)}
     assert len(results["rows"]) == 12
     target = results["target"]["top1"]
@@ -32,24 +42,49 @@ def test_results(finished):
         train = {0.05: 71, 1.0: 1437}[row["fraction"]]
         assert row["queries"] == {"train": train, "select": 0, "report": 360}
         assert row["calls"] == train + 360
-        assert 0 <= row["top1"] <= row["top5"] <= 100 and 0 <= row["fidelity_top1"] <= row["fidelity_top5"] <= 100
+        assert (
+            0 <= row["top1"] <= row["top5"] <= 100
+            and 0 <= row["fidelity_top1"] <= row["fidelity_top5"] <= 100
+        )
         assert row["kl_target_student"] > 0 and row["seconds"] > 0
         # What label agreement can be, given both accuracies (in per cent of the same images).
-        assert row["top1"] + target - 100 - 1e-9 <= row["fidelity_top1"] <= 100 - abs(target - row["top1"]) + 1e-9
-    assert {(m["init"], m["knn_k"]) for m in results["monitors"]} == {("rotation", 5), ("moco", 5), ("simsiam", 5)}
+        assert (
+            row["top1"] + target - 100 - 1e-9
+            <= row["fidelity_top1"]
+            <= 100 - abs(target - row["top1"]) + 1e-9
+        )
+    assert {(m["init"], m["knn_k"]) for m in results["monitors"]} == {
+        ("rotation", 5),
+        ("moco", 5),
+        ("simsiam", 5),
+    }
 
 
 def test_artefacts(finished):
-    """Each stage left what the design names; the curve is a picture; nothing half-written is about."""
-    for path in ("config.json", "target/target.safetensors", "pretrain/moco-seed0/encoder.safetensors",
-                 "monitor/moco-seed0/result.json", "select/random-1437-seed0/ids.npz", "ledger.sqlite",
-                 "query/keys.npz", "select/moco-typiclust-71-seed0/ids.npz",
-                 "select/features-moco-seed0/features.npz", "distill/moco-random-logits-asked-71-seed0/metrics.jsonl",
-                 "evaluate/none-random-logits-asked-1437-seed0/result.json", "report.md", "report.html"):
+    """Each stage left what the design names; the curve is a picture; nothing half-written is
+    about."""
+    for path in (
+        "config.json",
+        "target/target.safetensors",
+        "pretrain/moco-seed0/encoder.safetensors",
+        "monitor/moco-seed0/result.json",
+        "select/random-1437-seed0/ids.npz",
+        "ledger.sqlite",
+        "query/keys.npz",
+        "select/moco-typiclust-71-seed0/ids.npz",
+        "select/features-moco-seed0/features.npz",
+        "distill/moco-random-logits-asked-71-seed0/metrics.jsonl",
+        "evaluate/none-random-logits-asked-1437-seed0/result.json",
+        "report.md",
+        "report.html",
+    ):
         assert (finished / path).stat().st_size > 0, path
     assert matplotlib.image.imread(finished / "curve.png").shape[:2] == (504, 1200)
     assert not list(finished.rglob("*.part")) and not list(finished.rglob("checkpoints"))
-    lines = [json.loads(line) for line in (finished / "pretrain/moco-seed0/metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (finished / "pretrain/moco-seed0/metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in lines] == list(range(1, 12))
     assert {"loss", "contrast_acc1", "contrast_acc5", "z_std"} <= lines[0].keys()
     page = (finished / "report.html").read_text()
@@ -57,7 +92,8 @@ def test_artefacts(finished):
 
 
 def test_second_call_finds_it_done(finished, command):
-    """A second call trains nothing, asks nothing, says so, prints the same table, and takes seconds."""
+    """A second call trains nothing, asks nothing, says so, prints the same table, and takes
+    seconds."""
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("result.json")}
     began = time.monotonic()
     status, out, err = command(*TINY, f"--workdir={finished}")
@@ -65,11 +101,14 @@ def test_second_call_finds_it_done(finished, command):
     assert time.monotonic() - began < 30
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("result.json")}
     assert out.rstrip().splitlines()[-1].startswith("| 1437 (100 %)")
-    assert out.rstrip().endswith((finished / "report.md").read_text().split("## ")[1].split("\n\n")[1].rstrip())
+    assert out.rstrip().endswith(
+        (finished / "report.md").read_text().split("## ")[1].split("\n\n")[1].rstrip()
+    )
 
 
 def test_stage_by_stage_without_the_target(finished, command, tmp_path):
-    """P1, P6: each stage in a process of its own gives the same table; from the query on the target is gone."""
+    """P1, P6: each stage in a process of its own gives the same table; from the query on the target
+    is gone."""
     for stage in ("target", "pretrain", "monitor", "select", "query"):
         assert command(*TINY, f"--workdir={tmp_path}/w", f"--stage={stage}")[0] == 0, stage
     (tmp_path / "w/target/target.safetensors").unlink()
@@ -100,15 +139,21 @@ def test_partial_report(finished, command, tmp_path):
 
     # What another config made is not shown as this one's, and it is not thrown away either.
     results = sorted((tmp_path / "w").glob("*/*/result.json"))
-    status, out, _ = command(*TINY, f"--workdir={tmp_path}/w", "--stage=report", "--update",
-                             "--config.distill.learning_rate=0.05")
+    status, out, _ = command(
+        *TINY,
+        f"--workdir={tmp_path}/w",
+        "--stage=report",
+        "--update",
+        "--config.distill.learning_rate=0.05",
+    )
     last = [cell.strip() for cell in out.rstrip().splitlines()[-1].strip("|").split("|")]
     assert status == 0 and last[1:] == ["not run"] * 6
     assert sorted((tmp_path / "w").glob("*/*/result.json")) == results
 
 
 def test_another_config(finished, command, tmp_path):
-    """A workdir of another config is refused with the key; --update redoes what depends on it, and no more."""
+    """A workdir of another config is refused with the key; --update redoes what depends on it, and
+    no more."""
     shutil.copytree(finished, tmp_path / "w")
     change = "--config.distill.learning_rate=0.05"
     status, _, err = command(*TINY, change, f"--workdir={tmp_path}/w")
@@ -116,24 +161,42 @@ def test_another_config(finished, command, tmp_path):
     assert "distill.learning_rate: 0.03 there, 0.05 now" in err and "--update" in err
     assert table(tmp_path / "w") == table(finished)
 
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "w").glob("[pst]*/**/result.json")}
+    kept = {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "w").glob("[pst]*/**/result.json")
+    }
     status, _, err = command(*TINY, change, f"--workdir={tmp_path}/w", "--update")
-    assert status == 0 and "is done again, because distill.learning_rate: 0.03 there, 0.05 now" in err
-    assert kept == {path: path.stat().st_mtime_ns for path in (tmp_path / "w").glob("[pst]*/**/result.json")}
+    assert (
+        status == 0 and "is done again, because distill.learning_rate: 0.03 there, 0.05 now" in err
+    )
+    assert kept == {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "w").glob("[pst]*/**/result.json")
+    }
     new, old = table(tmp_path / "w"), table(finished)
     assert new["account"] == old["account"], "another recipe asks nothing new"
-    assert all(a["kl_target_student"] != b["kl_target_student"] for a, b in zip(new["rows"], old["rows"], strict=True))
+    assert all(
+        a["kl_target_student"] != b["kl_target_student"]
+        for a, b in zip(new["rows"], old["rows"], strict=True)
+    )
 
 
 def test_budgets_do_not_meet(finished, command, tmp_path):
-    """P2, P3: a student is the same whether or not smaller budgets ran before it in the same call."""
+    """P2, P3: a student is the same whether or not smaller budgets ran before it in the same
+    call."""
     # Tuples given twice would be joined.
     tiny = [word for word in TINY if "fractions" not in word]
-    status, _, err = command(*tiny, f"--workdir={tmp_path}/w", "--config.fractions=(1.0,)",
-                             "--config.inits=('none','moco')")
+    status, _, err = command(
+        *tiny,
+        f"--workdir={tmp_path}/w",
+        "--config.fractions=(1.0,)",
+        "--config.inits=('none','moco')",
+    )
     assert status == 0, err
     alone = table(tmp_path / "w")["rows"]
-    together = [row for row in table(finished)["rows"] if row["fraction"] == 1 and row["init"] in ("none", "moco")]
+    together = [
+        row
+        for row in table(finished)["rows"]
+        if row["fraction"] == 1 and row["init"] in ("none", "moco")
+    ]
     assert alone == together
 
 
@@ -141,8 +204,14 @@ def test_budgets_do_not_meet(finished, command, tmp_path):
 def test_weaker_access_asks_nothing_new(finished, command, tmp_path, access):
     """Weaker access levels are derived from the answers that were paid for."""
     shutil.copytree(finished, tmp_path / "w")
-    status, _, err = command(*TINY, f"--workdir={tmp_path}/w", f"--config.accesses=('{access}',)",
-                             "--config.inits=('none',)", "--config.also=()", "--update")
+    status, _, err = command(
+        *TINY,
+        f"--workdir={tmp_path}/w",
+        f"--config.accesses=('{access}',)",
+        "--config.inits=('none',)",
+        "--config.also=()",
+        "--update",
+    )
     assert status == 0 and "query" not in err, err
     new = table(tmp_path / "w")
     assert new["account"] == table(finished)["account"]
@@ -150,57 +219,107 @@ def test_weaker_access_asks_nothing_new(finished, command, tmp_path, access):
 
 
 def test_access_levels(finished, command, tmp_path):
-    """Five levels of access ask exactly what one does, and stand side by side; a weaker one makes another student."""
+    """Five levels of access ask exactly what one does, and stand side by side; a weaker one makes
+    another student."""
     shutil.copytree(finished, tmp_path / "w")
-    status, out, err = command(*TINY, f"--workdir={tmp_path}/w", "--config.inits=('none',)", "--config.also=()",
-                               "--update", "--config.accesses=('logits','probs','top5','rounded2','label')")
+    status, out, err = command(
+        *TINY,
+        f"--workdir={tmp_path}/w",
+        "--config.inits=('none',)",
+        "--config.also=()",
+        "--update",
+        "--config.accesses=('logits','probs','top5','rounded2','label')",
+    )
     assert status == 0, err
     new, old = table(tmp_path / "w"), table(finished)
     assert new["account"] == old["account"]
     rows = {(row["access"], row["fraction"]): row for row in new["rows"]}
     assert rows["logits", 0.05] in old["rows"]
     for fraction in (0.05, 1):
-        full, same, *weaker = (rows[level, fraction]["kl_target_student"]
-                               for level in ("logits", "probs", "top5", "rounded2", "label"))
-        assert same == pytest.approx(full, rel=1e-3)  # up to the rounding of a logarithm of a softmax
+        full, same, *weaker = (
+            rows[level, fraction]["kl_target_student"]
+            for level in ("logits", "probs", "top5", "rounded2", "label")
+        )
+        # Up to the rounding of a logarithm of a softmax.
+        assert same == pytest.approx(full, rel=1e-3)
         assert len({full, *weaker}) == 4
-    found = out[out.index("Access to the answers, none + random + asked") :].split("\n\n")[1].splitlines()
-    assert [line.split("|")[1].strip() for line in found[2:]] == ["logits", "probs", "top5", "rounded2", "label"]
+    found = (
+        out[out.index("Access to the answers, none + random + asked") :]
+        .split("\n\n")[1]
+        .splitlines()
+    )
+    assert [line.split("|")[1].strip() for line in found[2:]] == [
+        "logits",
+        "probs",
+        "top5",
+        "rounded2",
+        "label",
+    ]
 
 
 def test_self_labelled_students(finished, command, tmp_path):
-    """They ask nothing new, at any budget and from nothing too, and take as many steps as they are told."""
+    """They ask nothing new, at any budget and from nothing too, and take as many steps as they are
+    told."""
     shutil.copytree(finished, tmp_path / "w")
-    status, out, err = command(*TINY, f"--workdir={tmp_path}/w", "--config.inits=('none',)", "--update",
-                               "--config.also=('none+fixmatch','moco+typiclust+fixmatch')", "--config.fixmatch.mu=2",
-                               "--config.fixmatch.epochs=1.5", "--config.fixmatch.decay=0.8")
+    status, out, err = command(
+        *TINY,
+        f"--workdir={tmp_path}/w",
+        "--config.inits=('none',)",
+        "--update",
+        "--config.also=('none+fixmatch','moco+typiclust+fixmatch')",
+        "--config.fixmatch.mu=2",
+        "--config.fixmatch.epochs=1.5",
+        "--config.fixmatch.decay=0.8",
+    )
     assert status == 0, err
     new, old = table(tmp_path / "w"), table(finished)
     assert new["account"] == old["account"]
     rows = [row for row in new["rows"] if row["use"] == "fixmatch"]
     assert {(row["init"], row["select"], row["fraction"]) for row in rows} == {
-        (*column, fraction) for column in (("none", "random"), ("moco", "typiclust")) for fraction in (0.05, 1)}
-    assert all(row["queries"] == {"train": {0.05: 71, 1: 1437}[row["fraction"]], "select": 0, "report": 360}
-               for row in rows)
+        (*column, fraction)
+        for column in (("none", "random"), ("moco", "typiclust"))
+        for fraction in (0.05, 1)
+    }
+    assert all(
+        row["queries"]
+        == {
+            "train": {0.05: 71, 1: 1437}[row["fraction"]],
+            "select": 0,
+            "report": 360,
+        }
+        for row in rows
+    )
     assert "| none + fixmatch" in out and "| moco + typiclust + fixmatch" in out
     folder = tmp_path / "w/distill/none-random-logits-fixmatch-71-seed0"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert len(lines) == 17 and {"agreement_top1", "confident", "pool_agreement", "pool_loss"} <= lines[0].keys()
+    assert (
+        len(lines) == 17
+        and {"agreement_top1", "confident", "pool_agreement", "pool_loss"} <= lines[0].keys()
+    )
 
 
 def test_labels_instead_of_scores(finished, command, tmp_path):
     """By one key the students learn the true labels of the same images."""
     shutil.copytree(finished, tmp_path / "w")
-    status, _, err = command(*TINY, f"--workdir={tmp_path}/w", "--config.distill.learn_from=labels",
-                             "--config.inits=('none',)", "--config.also=()", "--update")
+    status, _, err = command(
+        *TINY,
+        f"--workdir={tmp_path}/w",
+        "--config.distill.learn_from=labels",
+        "--config.inits=('none',)",
+        "--config.also=()",
+        "--update",
+    )
     assert status == 0, err
     new = table(tmp_path / "w")["rows"]
     old = [row for row in table(finished)["rows"] if row["init"] == "none"]
-    assert all(a["kl_target_student"] != b["kl_target_student"] for a, b in zip(new, old, strict=True))
+    assert all(
+        a["kl_target_student"] != b["kl_target_student"] for a, b in zip(new, old, strict=True)
+    )
 
 
 def test_budget(finished, command, tmp_path):
-    """Exit status 3 before the target is asked, with what was spent; a budget that suffices is no hindrance."""
+    """Exit status 3 before the target is asked, with what was spent; a budget that suffices is no
+    hindrance."""
     status, out, err = command(*TINY, f"--workdir={tmp_path}/w", "--config.budget=1436")
     assert status == 3 and not out and len(err.splitlines()) == 1 and not (tmp_path / "w").exists()
     assert "1437 distinct images" in err and "1436" in err and "0 spent" in err
@@ -213,7 +332,17 @@ def test_budget(finished, command, tmp_path):
 def test_nothing_was_asked_twice(finished):
     """The ledger's account: every call answered a distinct image, none is in flight."""
     account = table(finished)["account"]
-    assert account == {"calls": 1797, "images": 1797, "views": 1797, "unanswered": 0, "failed": 0, "retried": 0,
-                       "purposes": {"train": 1437, "select": 0, "report": 360}}
+    assert account == {
+        "calls": 1797,
+        "images": 1797,
+        "views": 1797,
+        "unanswered": 0,
+        "failed": 0,
+        "retried": 0,
+        "purposes": {"train": 1437, "select": 0, "report": 360},
+    }
     with sqlite3.connect(finished / "ledger.sqlite") as db:
-        assert db.execute("SELECT COUNT(*), COUNT(DISTINCT image) FROM answers").fetchone() == (1797, 1797)
+        assert db.execute("SELECT COUNT(*), COUNT(DISTINCT image) FROM answers").fetchone() == (
+            1797,
+            1797,
+        )

@@ -1,4 +1,5 @@
-"""Two processes of two devices each run as one: the same table, the same ledger, and no hang when one dies."""
+"""Two processes of two devices each run as one: the same table, the same ledger, and no hang when
+one dies."""
 
 import json
 import os
@@ -15,14 +16,28 @@ import pytest
 from conftest import ROOT
 
 # In float64, where the order of sums makes no difference that lasts.
-SHORT = ["--config=configs/digits.py", "--config.seeds=(0,)", "--config.fractions=(0.05,1.0)", "--config.queries=()",
-         "--config.inits=('none','moco')", "--config.also=('moco+typiclust','moco+typiclust+pool','moco+margin',"
-         "'none+fixmatch')", "--config.fixmatch.epochs=1", "--config.fixmatch.mu=1",
-         "--config.target.epochs=1", "--config.pretrain.moco.epochs=2",
-         "--config.distill.epochs=0.5", "--config.distill.min_steps=20"]
+SHORT = [
+    "--config=configs/digits.py",
+    "--config.seeds=(0,)",
+    "--config.fractions=(0.05,1.0)",
+    "--config.queries=()",
+    "--config.inits=('none','moco')",
+    "--config.also=('moco+typiclust','moco+typiclust+pool','moco+margin','none+fixmatch')",
+    "--config.fixmatch.epochs=1",
+    "--config.fixmatch.mu=1",
+    "--config.target.epochs=1",
+    "--config.pretrain.moco.epochs=2",
+    "--config.distill.epochs=0.5",
+    "--config.distill.min_steps=20",
+]
 
 
-PRETRAIN = ["--config=configs/digits.py", "--config.seeds=(0,)", "--config.inits=('moco',)", "--stage=pretrain"]
+PRETRAIN = [
+    "--config=configs/digits.py",
+    "--config.seeds=(0,)",
+    "--config.inits=('moco',)",
+    "--stage=pretrain",
+]
 
 
 def free_port():
@@ -37,11 +52,29 @@ def launch(environment):
 
     def start(processes, devices, *words):
         flags = f"--xla_force_host_platform_device_count={devices}"
-        several = [f"--coordinator=localhost:{free_port()}", f"--processes={processes}"] if processes > 1 else []
-        return [subprocess.Popen([sys.executable, "-m", "qmx.main", *words, *several,
-                                  *([f"--process={index}"] if several else [])],
-                                 cwd=ROOT, env={**environment, "XLA_FLAGS": flags}, stdout=subprocess.PIPE,
-                                 stderr=subprocess.PIPE, text=True) for index in range(processes)]
+        several = (
+            [f"--coordinator=localhost:{free_port()}", f"--processes={processes}"]
+            if processes > 1
+            else []
+        )
+        return [
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "qmx.main",
+                    *words,
+                    *several,
+                    *([f"--process={index}"] if several else []),
+                ],
+                cwd=ROOT,
+                env={**environment, "XLA_FLAGS": flags},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for index in range(processes)
+        ]
 
     return start
 
@@ -71,14 +104,28 @@ def workdirs(launch, tmp_path_factory):
 
 def test_same_losses(workdirs):
     """R7: every step of every training."""
-    columns = ("none-random-logits-asked", "moco-random-logits-asked", "moco-typiclust-logits-asked",
-               "moco-typiclust-logits-pool", "moco-margin-logits-asked", "none-random-logits-fixmatch")
-    stages = ["target", "pretrain/moco-seed0",
-              *(f"distill/{column}-{queries}-seed0" for column in columns for queries in (71, 1437))]
+    columns = (
+        "none-random-logits-asked",
+        "moco-random-logits-asked",
+        "moco-typiclust-logits-asked",
+        "moco-typiclust-logits-pool",
+        "moco-margin-logits-asked",
+        "none-random-logits-fixmatch",
+    )
+    stages = [
+        "target",
+        "pretrain/moco-seed0",
+        *(f"distill/{column}-{queries}-seed0" for column in columns for queries in (71, 1437)),
+    ]
     assert len(list((workdirs / "two").glob("**/metrics.jsonl"))) == len(stages)
     for stage in stages:
-        one, two = ([json.loads(line)["loss"] for line in (workdirs / name / stage / "metrics.jsonl").open()]
-                    for name in ("one", "two"))
+        one, two = (
+            [
+                json.loads(line)["loss"]
+                for line in (workdirs / name / stage / "metrics.jsonl").open()
+            ]
+            for name in ("one", "two")
+        )
         assert len(one) == len(two) >= 20
         np.testing.assert_allclose(two, one, rtol=1e-10, err_msg=stage)
 
@@ -89,56 +136,97 @@ def test_same_ledger(workdirs):
     for root in (workdirs / "one", workdirs / "two"):
         with sqlite3.connect(root / "ledger.sqlite") as db:
             # A key holds the target's digest, and its weights differ in the last bit.
-            answers.append(dict(db.execute("SELECT image, scores FROM answers JOIN scores USING (row)").fetchall()))
+            answers.append(
+                dict(
+                    db.execute(
+                        "SELECT image, scores FROM answers JOIN scores USING (row)"
+                    ).fetchall()
+                )
+            )
         results = json.loads((root / "results.json").read_text())
-        # Choosing by answers, two thirds of the pool are asked about before the rest, and a few for the smaller budget.
+        # Choosing by answers, two thirds of the pool are asked about before the rest, and a few for
+        # the smaller budget.
         select = results["account"]["purposes"]["select"]
         assert 958 <= select <= 958 + 48
-        assert results["account"] == {"calls": 1797, "images": 1797, "views": 1797, "unanswered": 0,
-                                      "failed": 0, "retried": 0,
-                                      "purposes": {"train": 1437 - select, "select": select, "report": 360}}
+        assert results["account"] == {
+            "calls": 1797,
+            "images": 1797,
+            "views": 1797,
+            "unanswered": 0,
+            "failed": 0,
+            "retried": 0,
+            "purposes": {"train": 1437 - select, "select": select, "report": 360},
+        }
     assert answers[0].keys() == answers[1].keys() and len(answers[0]) == 1797
     for image, scores in answers[0].items():
-        np.testing.assert_allclose(np.frombuffer(answers[1][image], "<f4"), np.frombuffer(scores, "<f4"), rtol=1e-6)
+        np.testing.assert_allclose(
+            np.frombuffer(answers[1][image], "<f4"), np.frombuffer(scores, "<f4"), rtol=1e-6
+        )
 
 
 def test_same_table(workdirs):
     """Every figure."""
-    one, two = (json.loads((workdirs / name / "results.json").read_text()) for name in ("one", "two"))
+    one, two = (
+        json.loads((workdirs / name / "results.json").read_text()) for name in ("one", "two")
+    )
     assert len(one["rows"]) == len(two["rows"]) == 12
     for a, b in zip(one["rows"] + one["monitors"], two["rows"] + two["monitors"], strict=True):
         for key in a.keys() - {"seconds", "sha256"}:
-            assert a[key] == (pytest.approx(b[key], rel=1e-9) if isinstance(a[key], float) else b[key]), key
+            assert a[key] == (
+                pytest.approx(b[key], rel=1e-9) if isinstance(a[key], float) else b[key]
+            ), key
 
 
 def test_budget_between_rounds(workdirs, launch, tmp_path):
-    """The budget ends in a round of choosing by answers: status 3 in both, and nothing of that round was sent."""
+    """The budget ends in a round of choosing by answers: status 3 in both, and nothing of that
+    round was sent."""
     shutil.copytree(workdirs / "two", tmp_path / "w")
     for path in (tmp_path / "w").glob("ledger.sqlite*"):
         path.unlink()
     shutil.rmtree(tmp_path / "w/select")
     changed = ("--config.seeds", "--config.fractions", "--config.inits", "--config.also")
     words = [word for word in SHORT if not word.startswith(changed)]
-    words += ["--config.seeds=(0,1)", "--config.fractions=(0.05,)", "--config.inits=('moco',)", "--config.also=()",
-              "--config.selects=('margin',)", "--config.budget=71", "--update", f"--workdir={tmp_path}/w"]
+    words += [
+        "--config.seeds=(0,1)",
+        "--config.fractions=(0.05,)",
+        "--config.inits=('moco',)",
+        "--config.also=()",
+        "--config.selects=('margin',)",
+        "--config.budget=71",
+        "--update",
+        f"--workdir={tmp_path}/w",
+    ]
     done = finish(launch(2, 2, *words))  # two rounds of 24 for each seed
     assert [status for status, _, _ in done] == [3, 3], done
     with sqlite3.connect(tmp_path / "w/ledger.sqlite") as db:
-        sent, = db.execute("SELECT SUM(views) FROM requests").fetchone()
+        (sent,) = db.execute("SELECT SUM(views) FROM requests").fetchone()
     assert 48 <= sent <= 71 and all(f"{sent} of 71 queries are spent" in err for _, _, err in done)
 
 
 def test_target_elsewhere(launch, tmp_path):
-    """A Python function is called by the first process alone, once for each image, and both come to the table."""
+    """A Python function is called by the first process alone, once for each image, and both come to
+    the table."""
     (tmp_path / "own.py").write_text(
         "import os\nfrom pathlib import Path\n\ndef scores(images):\n"
         "    with open(Path(__file__).with_name('asked'), 'a') as log:\n"
         "        log.write(f'{os.getpid()} {len(images)}\\n')\n"
-        "    return images.reshape(len(images), -1)[:, :10].astype('f4')\n")
-    running = launch(2, 2, "--config=configs/digits.py", "--config.seeds=(0,)", "--config.fractions=(0.05,)",
-                     "--config.queries=()", "--config.inits=('none',)", "--config.also=()",
-                     "--config.distill.epochs=0.5", "--config.distill.min_steps=4", "--config.target.kind=callable",
-                     f"--config.target.path={tmp_path}/own.py:scores", f"--workdir={tmp_path}/w")
+        "    return images.reshape(len(images), -1)[:, :10].astype('f4')\n"
+    )
+    running = launch(
+        2,
+        2,
+        "--config=configs/digits.py",
+        "--config.seeds=(0,)",
+        "--config.fractions=(0.05,)",
+        "--config.queries=()",
+        "--config.inits=('none',)",
+        "--config.also=()",
+        "--config.distill.epochs=0.5",
+        "--config.distill.min_steps=4",
+        "--config.target.kind=callable",
+        f"--config.target.path={tmp_path}/own.py:scores",
+        f"--workdir={tmp_path}/w",
+    )
     done = finish(running)
     assert [status for status, _, _ in done] == [0, 0], done
     asked = [line.split() for line in (tmp_path / "asked").read_text().splitlines()]
@@ -147,7 +235,8 @@ def test_target_elsewhere(launch, tmp_path):
 
 
 def test_stop_and_go_on(launch, tmp_path):
-    """SIGTERM to one of two stops both after the same step with status 75, and one process alone goes on from there."""
+    """SIGTERM to one of two stops both after the same step with status 75, and one process alone
+    goes on from there."""
     longer = [*PRETRAIN, "--config.pretrain.moco.epochs=40", f"--workdir={tmp_path}/w"]
     metrics = tmp_path / "w/pretrain/moco-seed0/metrics.jsonl"
     running = launch(2, 2, *longer)
@@ -174,13 +263,23 @@ def test_a_dead_process_ends_the_other(launch, tmp_path):
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_error_in_one_ends_the_other(failing):
     """Nor does an error that only one of them has leave the other waiting for it."""
-    code = ("import sys; from qmx import sharding; port, index, failing = map(int, sys.argv[1:]); "
-            "sharding.connect(f'localhost:{port}', 2, index); sharding.any_process(False); "
-            "assert index != failing, 'alone with this'; sharding.any_process(False)")
+    code = (
+        "import sys; from qmx import sharding; port, index, failing = map(int, sys.argv[1:]); "
+        "sharding.connect(f'localhost:{port}', 2, index); sharding.any_process(False); "
+        "assert index != failing, 'alone with this'; sharding.any_process(False)"
+    )
     port = str(free_port())
-    running = [subprocess.Popen([sys.executable, "-c", code, port, str(index), str(failing)], cwd=ROOT,
-                                env={**os.environ, "JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, text=True) for index in range(2)]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, port, str(index), str(failing)],
+            cwd=ROOT,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
     done = finish(running, timeout=60)
     assert all(status != 0 for status, _, _ in done) and "alone with this" in done[failing][2], done
 
@@ -188,13 +287,21 @@ def test_an_error_in_one_ends_the_other(failing):
 def wait_for(processes, path, lines):
     deadline = time.monotonic() + 200
     while not (path.exists() and len(path.read_text().splitlines()) >= lines):
-        assert time.monotonic() < deadline and all(process.poll() is None for process in processes), [
-            process.communicate() for process in processes if process.poll() is not None]
+        assert time.monotonic() < deadline and all(
+            process.poll() is None for process in processes
+        ), [process.communicate() for process in processes if process.poll() is not None]
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("words", [("--processes=2",), ("--process=0",), ("--coordinator=localhost:1",),
-                                   ("--coordinator=localhost:1", "--processes=2", "--process=2")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--processes=2",),
+        ("--process=0",),
+        ("--coordinator=localhost:1",),
+        ("--coordinator=localhost:1", "--processes=2", "--process=2"),
+    ],
+)
 def test_half_a_cluster(launch, tmp_path, words):
     """Flags that do not go together: status 2 and one line, at once."""
     status, _, err = finish(launch(1, 2, *SHORT, *words, f"--workdir={tmp_path}/w"), timeout=60)[0]
@@ -205,11 +312,31 @@ def test_half_a_cluster(launch, tmp_path, words):
 @pytest.mark.parametrize(("on_a_machine", "seen"), [(1, ["all", "all"]), (2, ["0", "1"])])
 def test_devices_of_a_process(on_a_machine, seen):
     """Alone on its machine a process sees every GPU there; beside others the one of its number."""
-    code = ("import jax; from qmx import sharding; sharding.connect(); "
-            "print(jax.process_count(), jax.config.values['jax_cuda_visible_devices'])")
-    said = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_PORT": str(free_port()), "OMPI_COMM_WORLD_SIZE": "2",
-            "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911",
-            "OMPI_COMM_WORLD_LOCAL_SIZE": str(on_a_machine)}  # as mpirun says it
-    started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env={
-        **said, "OMPI_COMM_WORLD_RANK": str(rank), "OMPI_COMM_WORLD_LOCAL_RANK": str(rank)}) for rank in range(2)]
-    assert [process.communicate()[0].split() for process in started] == [["2", each] for each in seen]
+    code = (
+        "import jax; from qmx import sharding; sharding.connect(); "
+        "print(jax.process_count(), jax.config.values['jax_cuda_visible_devices'])"
+    )
+    said = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COORDINATOR_PORT": str(free_port()),
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911",
+        "OMPI_COMM_WORLD_LOCAL_SIZE": str(on_a_machine),
+    }  # as mpirun says it
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={
+                **said,
+                "OMPI_COMM_WORLD_RANK": str(rank),
+                "OMPI_COMM_WORLD_LOCAL_RANK": str(rank),
+            },
+        )
+        for rank in range(2)
+    ]
+    assert [process.communicate()[0].split() for process in started] == [
+        ["2", each] for each in seen
+    ]

@@ -44,7 +44,8 @@ def test_what_holds():
 
 
 def test_nothing_reached():
-    """An image that no answer reaches is given every class alike; more neighbours than images are all of them."""
+    """An image that no answer reaches is given every class alike; more neighbours than images are
+    all of them."""
     features, _ = blobs(count=2, size=6, spread=0)
     found = propagate(features, np.array([0]), one_hot([1]), neighbours=3)
     np.testing.assert_allclose(found[:6], one_hot([1] * 6), atol=1e-6)

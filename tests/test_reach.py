@@ -11,16 +11,20 @@ from qmx.report.reach import first_reached
 
 
 def test_between_budgets():
-    """A straight line in the logarithm: half of the way in accuracy is the geometric mean in queries."""
+    """A straight line in the logarithm: half of the way in accuracy is the geometric mean in
+    queries."""
     assert first_reached([10, 1000], [20, 60], 40) == pytest.approx(100)
     assert first_reached([10, 100, 1000], [20, 60, 70], 62.5) == pytest.approx(100 * 10**0.25)
     for level in (21, 33, 59.9):
         x = first_reached([14, 143], [20, 60], level)
-        assert 14 < x < 143 and 20 + 40 * math.log(x / 14) / math.log(143 / 14) == pytest.approx(level)
+        assert 14 < x < 143 and 20 + 40 * math.log(x / 14) / math.log(143 / 14) == pytest.approx(
+            level
+        )
 
 
 def test_only_what_was_measured():
-    """Below the smallest budget it says no less, above the largest nothing; a budget's own accuracy is that budget."""
+    """Below the smallest budget it says no less, above the largest nothing; a budget's own accuracy
+    is that budget."""
     assert first_reached([10, 100], [20, 60], 5) == first_reached([10, 100], [20, 60], 20) == 10
     assert first_reached([10, 100], [20, 60], 60) == pytest.approx(100)
     assert first_reached([10, 100], [20, 60], 60.1) is None
@@ -28,33 +32,52 @@ def test_only_what_was_measured():
 
 
 def test_the_first_time():
-    """A curve that falls again counts where it first gets there; a flat one where it begins to rise."""
+    """A curve that falls again counts where it first gets there; a flat one where it begins to
+    rise."""
     assert first_reached([1, 10, 100, 1000], [10, 50, 30, 90], 40) == pytest.approx(10**0.75)
     assert first_reached([1, 10, 100], [10, 10, 20], 15) == pytest.approx(10**1.5)
 
 
 def test_report(finished, command, tmp_path):
-    """The table beside the others, with prices where the config has one; by hand from the rows; only what was run.
+    """The table beside the others, with prices where the config has one; by hand from the rows;
+    only what was run.
 
     The smaller budget is given as a number here and was run as the same images' share.
     """
     shutil.copytree(finished, tmp_path / "w")
     words = [word for word in TINY if "fractions" not in word and "queries" not in word]
-    words += ["--config.fractions=(1.0,)", "--config.queries=71", "--config.reach=(0.1,0.5,1.0)", "--config.price=1.5"]
+    words += [
+        "--config.fractions=(1.0,)",
+        "--config.queries=71",
+        "--config.reach=(0.1,0.5,1.0)",
+        "--config.price=1.5",
+    ]
     status, out, err = command(*words, f"--workdir={tmp_path}/w", "--stage=report", "--update")
     assert status == 0, err
     assert "| 71 (4.9 %)" in out and "| 1437 (100 %)" in out and "5 %)" not in out
     results = json.loads((tmp_path / "w/results.json").read_text())
-    assert results["pool"]["budgets"] == [{"queries": 71, "fraction": 71 / 1437}, {"queries": 1437, "fraction": 1.0}]
-    assert {row["fraction"] for row in results["rows"]} == {71 / 1437, 1.0} and len(results["rows"]) == 12
+    assert results["pool"]["budgets"] == [
+        {"queries": 71, "fraction": 71 / 1437},
+        {"queries": 1437, "fraction": 1.0},
+    ]
+    assert {row["fraction"] for row in results["rows"]} == {71 / 1437, 1.0} and len(
+        results["rows"]
+    ) == 12
     assert "At 1.5 per 1,000 calls that is 2.70." in out  # of 1,797
     table = out[out.index("Queries that reach a share") :].split("\n\n")[1].splitlines()
-    assert "(price at 1.5 per 1,000)" in out and [line.split("|")[1].strip() for line in table[2:]] == [
-        "10 %", "50 %", "100 %"]
+    assert "(price at 1.5 per 1,000)" in out and [
+        line.split("|")[1].strip() for line in table[2:]
+    ] == ["10 %", "50 %", "100 %"]
     for row in results["reach"]:
         axes = ("init", "select", "access", "use")
-        few, many = (next(r["top1"] for r in results["rows"] if r["fraction"] == fraction
-                          and all(r[axis] == row[axis] for axis in axes)) for fraction in (71 / 1437, 1.0))
+        few, many = (
+            next(
+                r["top1"]
+                for r in results["rows"]
+                if r["fraction"] == fraction and all(r[axis] == row[axis] for axis in axes)
+            )
+            for fraction in (71 / 1437, 1.0)
+        )
         level = row["share"] * results["target"]["top1"]
         if few >= level or many < level:
             assert row["queries"] == (71 if few >= level else None)

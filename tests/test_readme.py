@@ -41,7 +41,9 @@ def test_commands(command, tmp_path):
 
 def check(command, line, tmp_path):
     words = shlex.split(line)[shlex.split(line).index("qmx.main") + 1 :]
-    words = [word for word in words if not word.startswith(("--workdir", "--coordinator", "--process"))]
+    words = [
+        word for word in words if not word.startswith(("--workdir", "--coordinator", "--process"))
+    ]
     # Stops at the first check, after the flags were read: nothing is called nonsense.
     status, _, err = command(*words, f"--workdir={tmp_path}/w", "--stage=nonsense")
     assert status == 2 and err.startswith("qmx: --stage=nonsense is unknown"), err
@@ -55,19 +57,29 @@ def test_kubernetes(command, tmp_path):
     check(command, line, tmp_path)
     assert job["spec"]["completions"] == job["spec"]["parallelism"]
     assert f"--processes={job['spec']['parallelism']} " in line
-    assert f"--coordinator={name}-0.{pod['subdomain']}:" in line and service["metadata"]["name"] == pod["subdomain"]
+    assert (
+        f"--coordinator={name}-0.{pod['subdomain']}:" in line
+        and service["metadata"]["name"] == pod["subdomain"]
+    )
     assert service["spec"]["selector"] == {"job-name": name}
 
 
 def test_slurm(tmp_path):
-    """The example script passes on its arguments, and asks to be queued again only if the command stopped and saved."""
+    """The example script passes on its arguments, and asks to be queued again only if the command
+    stopped and saved."""
     for status in (0, 75, 2):
         said = tmp_path / f"said{status}"
         for name, code in (("srun", status), ("scontrol", 0)):
             (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >>{said}\nexit {code}\n')
             (tmp_path / name).chmod(0o755)
-        environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
-        done = subprocess.run(["bash", ROOT / "configs/slurm.sh", "--config=a b.py"], env=environment)
+        environment = {
+            **os.environ,
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "SLURM_JOB_ID": "7",
+        }
+        done = subprocess.run(
+            ["bash", ROOT / "configs/slurm.sh", "--config=a b.py"], env=environment
+        )
         assert done.returncode == status
         first, *rest = said.read_text().splitlines()
         assert first.endswith("python -m qmx.main --config=a b.py")

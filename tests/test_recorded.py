@@ -20,25 +20,36 @@ TABLE = Recorded(DIGESTS, logits_of(*range(20)), np.array(["logits"] * 20), "own
 @pytest.mark.parametrize("kind", ["npz", "parquet"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_a_table_comes_back(tmp_path, kind, dtype):
-    given = TABLE._replace(scores=TABLE.scores.astype(dtype), access=np.array(["logits", "probs"] * 10))
+    given = TABLE._replace(
+        scores=TABLE.scores.astype(dtype), access=np.array(["logits", "probs"] * 10)
+    )
     save(tmp_path / f"t.{kind}", given)
     found = load(tmp_path / f"t.{kind}")
     for name in ("image", "scores", "access"):
         np.testing.assert_array_equal(getattr(found, name), getattr(given, name))
-    assert found.scores.dtype == dtype and (found.target, found.preprocessing) == ("owner's", "as-is")
+    assert found.scores.dtype == dtype and (found.target, found.preprocessing) == (
+        "owner's",
+        "as-is",
+    )
 
 
 def test_recorded_answers_count_when_they_are_used(tmp_path):
-    """Nothing before, nothing asked then, the budget holds, and evaluation images stay outside of it."""
+    """Nothing before, nothing asked then, the budget holds, and evaluation images stay outside of
+    it."""
     save(tmp_path / "t.npz", TABLE)
     with Ledger(tmp_path / "ledger.sqlite", target="owner's", budget=5) as ledger:
         for _ in range(2):
             enter(ledger, tmp_path / "t.npz")
             assert ledger.account()[:6] == (0, 0, 0, 0, 0, 0) and ledger.spent() == 0
-        np.testing.assert_array_equal(ledger.ask(refuse, images(9, 8), purpose="report"), logits_of(9, 8))
+        np.testing.assert_array_equal(
+            ledger.ask(refuse, images(9, 8), purpose="report"), logits_of(9, 8)
+        )
         np.testing.assert_array_equal(ledger.ask(refuse, images(3, 1, 2)), logits_of(3, 1, 2))
         ledger.ask(refuse, images(1, 4), purpose="select")
-        assert ledger.account().purposes == {"train": 3, "select": 1, "report": 2} and ledger.account().calls == 0
+        assert (
+            ledger.account().purposes == {"train": 3, "select": 1, "report": 2}
+            and ledger.account().calls == 0
+        )
         with pytest.raises(BudgetSpent, match="4 of 5 .* 2 more"):
             ledger.ask(refuse, images(5, 9))
         ledger.ask(refuse, images(9))
@@ -73,8 +84,11 @@ BAD = {
 @pytest.mark.parametrize("change, message", BAD.values(), ids=BAD)
 def test_bad_tables_are_refused(tmp_path, change, message):
     """In one line that names the file; nothing in it is executed."""
-    columns = change if "scores" in message and len(change) == 1 and "image" in change else {
-        **TABLE._asdict(), **change}
+    columns = (
+        change
+        if "scores" in message and len(change) == 1 and "image" in change
+        else {**TABLE._asdict(), **change}
+    )
     np.savez(tmp_path / "t.npz", **columns)
     with pytest.raises(ValueError, match=message) as caught:
         load(tmp_path / "t.npz")
@@ -90,12 +104,21 @@ def test_files_that_are_no_table(tmp_path, name):
 
 
 def test_same_table_from_recorded_answers(finished, command, tmp_path, capsys):
-    """Export, import, and the same figures without the target; then a table that lacks some answers."""
+    """Export, import, and the same figures without the target; then a table that lacks some
+    answers."""
     for kind in ("npz", "parquet"):
-        assert main(["export", str(finished / "ledger.sqlite"), str(tmp_path / f"answers.{kind}")]) == 0
+        assert (
+            main(["export", str(finished / "ledger.sqlite"), str(tmp_path / f"answers.{kind}")])
+            == 0
+        )
     # All but the target, whose weights are not here, and what depends on its answers.
-    shutil.copytree(finished, tmp_path / "w", ignore=shutil.ignore_patterns(
-        "ledger.sqlite*", "target", "query", "distill", "evaluate", "results.json"))
+    shutil.copytree(
+        finished,
+        tmp_path / "w",
+        ignore=shutil.ignore_patterns(
+            "ledger.sqlite*", "target", "query", "distill", "evaluate", "results.json"
+        ),
+    )
     recorded = [*TINY, "--config.target.kind=recorded", f"--workdir={tmp_path}/w", "--update"]
     status, _, err = command(*recorded, f"--config.target.path={tmp_path}/answers.parquet")
     assert status == 0, err
@@ -105,8 +128,12 @@ def test_same_table_from_recorded_answers(finished, command, tmp_path, capsys):
     assert not [*(tmp_path / "w/target").glob("*.safetensors")]
 
     found = load(tmp_path / "answers.npz")
-    save(tmp_path / "few.npz", found._replace(image=found.image[300:], scores=found.scores[300:],
-                                              access=found.access[300:]))
+    save(
+        tmp_path / "few.npz",
+        found._replace(
+            image=found.image[300:], scores=found.scores[300:], access=found.access[300:]
+        ),
+    )
     words = [*TINY, "--config.target.kind=recorded", f"--config.target.path={tmp_path}/few.npz"]
     status, _, err = command(*words, f"--workdir={tmp_path}/few")
     assert status == 2 and "300 of 360 evaluation images" in err.splitlines()[-1], err

@@ -1,4 +1,5 @@
-"""Served targets and Python functions: a real server process, whatever goes wrong with it, and nothing paid is lost."""
+"""Served targets and Python functions: a real server process, whatever goes wrong with it, and
+nothing paid is lost."""
 
 import hashlib
 import json
@@ -29,8 +30,13 @@ def serve(tmp_path_factory):
     def start(*flags):
         log = tmp_path_factory.mktemp("server") / "log"
         log.touch()
-        running.append(subprocess.Popen([sys.executable, ROOT / "tests/oip_server.py", f"--log={log}", *flags],
-                                        stdout=subprocess.PIPE, text=True))
+        running.append(
+            subprocess.Popen(
+                [sys.executable, ROOT / "tests/oip_server.py", f"--log={log}", *flags],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        )
         return int(running[-1].stdout.readline()), log
 
     yield start
@@ -46,8 +52,11 @@ def plain(serve):
 
 
 def connect(server, model="digits", scheme="http", **changes):
-    return served.connect(f"{scheme}://127.0.0.1:{server[0]}", model,
-                          **{"shape": (8, 8, 1), "classes": 10, "timeout": 5.0, **changes})
+    return served.connect(
+        f"{scheme}://127.0.0.1:{server[0]}",
+        model,
+        **{"shape": (8, 8, 1), "classes": 10, "timeout": 5.0, **changes},
+    )
 
 
 def requests(server, model):
@@ -58,42 +67,66 @@ def requests(server, model):
 
 @pytest.mark.parametrize("flags", [(), ("--binary",)])
 def test_answers(serve, flags):
-    """The pixels arrive as they are and the scores come back to the bit, as JSON and as binary data; UINT8 and FP32."""
+    """The pixels arrive as they are and the scores come back to the bit, as JSON and as binary
+    data; UINT8 and FP32."""
     server = serve(*flags)
     for model in ("digits", "floats"):
         assert np.array_equal(connect(server, model).query(IMAGES), scores_of(IMAGES))
-        (_, digests), = requests(server, model)
+        ((_, digests),) = requests(server, model)
         assert digests == [hashlib.sha256(image.tobytes()).hexdigest() for image in IMAGES]
     labels = connect(server, "numbers", access="label").query(IMAGES)
-    assert np.array_equal(labels, np.eye(10)[scores_of(IMAGES).argmax(1)]) and labels.dtype == np.float32
+    assert (
+        np.array_equal(labels, np.eye(10)[scores_of(IMAGES).argmax(1)])
+        and labels.dtype == np.float32
+    )
     probs = connect(server, "probs", access="probs").query(IMAGES)
     assert np.allclose(probs.sum(1), 1) and (probs.argmax(1) == labels.argmax(1)).all()
 
 
 def test_what_a_digest_is_of(plain, serve):
     """The same model the next time; not another model, version or address."""
-    names = [connect(plain), connect(plain), connect(plain, version="1"), connect(plain, "floats"),
-             connect(plain, "versions", version="2"), connect(plain, "versions", version="1"), connect(serve())]
+    names = [
+        connect(plain),
+        connect(plain),
+        connect(plain, version="1"),
+        connect(plain, "floats"),
+        connect(plain, "versions", version="2"),
+        connect(plain, "versions", version="1"),
+        connect(serve()),
+    ]
     digests = [found.sha256 for found in names]
     assert digests[0] == digests[1] == digests[2] and len(set(digests)) == 5
     assert names[0].name == f"digits version 1 at http://127.0.0.1:{plain[0]}"
 
 
-@pytest.mark.parametrize(("model", "changes", "error", "message"), [
-    ("absent", {}, ValueError, "answered 404 .*unknown model: 'absent'.*look at target.url, target.model"),
-    ("loading", {}, Unavailable, "not ready"),
-    ("channels_first", {}, ValueError, r"shape \[-1, 1, 8, 8\].*\[-1, 8, 8, 1\].*preprocessing in front"),
-    ("texts", {}, ValueError, "input image is BYTES"),
-    ("two_inputs", {}, ValueError, "several inputs.*a, b in target.input"),
-    ("digits", {"input": "pixels"}, ValueError, "no input 'pixels'.*image in target.input"),
-    ("digits", {"output": "logits"}, ValueError, "no output 'logits'.*scores in target.output"),
-    ("thousand", {}, ValueError, r"output scores has the shape \[-1, 1000\].*10 classes"),
-    ("numbers", {}, ValueError, "INT64.*target.access=label"),
-    ("versions", {}, ValueError, "the versions 1, 2; name one in target.version"),
-    ("unsaid", {}, ValueError, "name it in target.input"),
-    ("odd", {}, ValueError, "not the protocol's"),
-    ("digits", {"shape": (8, 8, 3)}, ValueError, r"\[-1, 8, 8, 3\]"),
-])
+@pytest.mark.parametrize(
+    ("model", "changes", "error", "message"),
+    [
+        (
+            "absent",
+            {},
+            ValueError,
+            "answered 404 .*unknown model: 'absent'.*look at target.url, target.model",
+        ),
+        ("loading", {}, Unavailable, "not ready"),
+        (
+            "channels_first",
+            {},
+            ValueError,
+            r"shape \[-1, 1, 8, 8\].*\[-1, 8, 8, 1\].*preprocessing in front",
+        ),
+        ("texts", {}, ValueError, "input image is BYTES"),
+        ("two_inputs", {}, ValueError, "several inputs.*a, b in target.input"),
+        ("digits", {"input": "pixels"}, ValueError, "no input 'pixels'.*image in target.input"),
+        ("digits", {"output": "logits"}, ValueError, "no output 'logits'.*scores in target.output"),
+        ("thousand", {}, ValueError, r"output scores has the shape \[-1, 1000\].*10 classes"),
+        ("numbers", {}, ValueError, "INT64.*target.access=label"),
+        ("versions", {}, ValueError, "the versions 1, 2; name one in target.version"),
+        ("unsaid", {}, ValueError, "name it in target.input"),
+        ("odd", {}, ValueError, "not the protocol's"),
+        ("digits", {"shape": (8, 8, 3)}, ValueError, r"\[-1, 8, 8, 3\]"),
+    ],
+)
 def test_refused_before_anything_is_paid(plain, model, changes, error, message):
     """By what the server says of the model, in one line; the model is asked nothing."""
     with pytest.raises(error, match=message) as caught:
@@ -101,29 +134,53 @@ def test_refused_before_anything_is_paid(plain, model, changes, error, message):
     assert len(str(caught.value).splitlines()) == 1 and not requests(plain, model)
 
 
-@pytest.mark.parametrize(("model", "message"), [
-    ("refusing", "answered 400 .the input is bad."), ("moved", "sends elsewhere, to http://example.invalid/v2"),
-    ("page", "no JSON object but begins with b'<html>"), ("nested", "no JSON object"),
-    ("nan", "not finite for 1 of 8 images"), ("null", "not finite for 1 of 8 images"),
-    ("eleven", r"shape \[8, 11\], and it must be \[8, 10\]"), ("half", r"shape \[4, 10\]"),
-    ("short", r"has 40 numbers and says that its shape is \[8, 10\]"), ("words", "is BYTES"),
-    ("probs", "are probabilities.*target.access=probs"), ("other_id", "belongs to another request"),
-    ("replaced", "version 2 of the model answered, and 1 was asked"), ("renamed", "no output 'scores', but logits")])
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("refusing", "answered 400 .the input is bad."),
+        ("moved", "sends elsewhere, to http://example.invalid/v2"),
+        ("page", "no JSON object but begins with b'<html>"),
+        ("nested", "no JSON object"),
+        ("nan", "not finite for 1 of 8 images"),
+        ("null", "not finite for 1 of 8 images"),
+        ("eleven", r"shape \[8, 11\], and it must be \[8, 10\]"),
+        ("half", r"shape \[4, 10\]"),
+        ("short", r"has 40 numbers and says that its shape is \[8, 10\]"),
+        ("words", "is BYTES"),
+        ("probs", "are probabilities.*target.access=probs"),
+        ("other_id", "belongs to another request"),
+        ("replaced", "version 2 of the model answered, and 1 was asked"),
+        ("renamed", "no output 'scores', but logits"),
+    ],
+)
 def test_wrong_answers(plain, tmp_path, model, message):
-    """Each is final, in one line; it is asked once, nothing of it is kept, and nothing before it is lost."""
+    """Each is final, in one line; it is asked once, nothing of it is kept, and nothing before it is
+    lost."""
     with Ledger(tmp_path / "l", target="t") as ledger:
         ledger.ask(connect(plain).query, IMAGES[:8])
         with pytest.raises(ValueError, match=message) as caught:
             ledger.ask(connect(plain, model).query, IMAGES, batch_size=8, waits=(0.0, 0.0))
         assert len(str(caught.value).splitlines()) == 1 and len(requests(plain, model)) == 1
         assert np.array_equal(ledger.read(IMAGES[:8]), scores_of(IMAGES[:8]))
-        assert (ledger.account().calls, ledger.account().failed, ledger.account().unanswered) == (8, 8, 0)
+        assert (ledger.account().calls, ledger.account().failed, ledger.account().unanswered) == (
+            8,
+            8,
+            0,
+        )
 
 
-@pytest.mark.parametrize(("model", "message"), [
-    ("slow", "nothing came within 0.5 s"), ("drips", "did not end its answer within 0.5 s"),
-    ("down", "answered 500 .a worker died."), ("flaky", "answered 502"), ("hangs_up", "without response"),
-    ("cut", "888 bytes read|more expected"), ("cut_unsaid", "breaks off")])
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("slow", "nothing came within 0.5 s"),
+        ("drips", "did not end its answer within 0.5 s"),
+        ("down", "answered 500 .a worker died."),
+        ("flaky", "answered 502"),
+        ("hangs_up", "without response"),
+        ("cut", "888 bytes read|more expected"),
+        ("cut_unsaid", "breaks off"),
+    ],
+)
 def test_what_may_pass(plain, model, message):
     """A slow, dying, or interrupted server is told from a wrong one."""
     with pytest.raises(Unavailable, match=message) as caught:
@@ -146,7 +203,9 @@ def test_sent_again(plain, tmp_path):
         assert account.calls == account.images == 24 and account.failed == account.retried > 0
         with pytest.raises(Unavailable, match="500"):
             ledger.ask(connect(plain, "down").query, 255 - IMAGES, batch_size=24, waits=(0.0, 0.0))
-        assert len(requests(plain, "down")) >= 3 and ledger.account().failed == account.failed + 3 * 24
+        assert (
+            len(requests(plain, "down")) >= 3 and ledger.account().failed == account.failed + 3 * 24
+        )
 
 
 def test_retry_after(plain, tmp_path):
@@ -171,7 +230,8 @@ def test_rate(serve):
 
 
 def test_token(serve, monkeypatch, caplog, tmp_path):
-    """It is sent, and it is in no message, log, repr or ledger, even where the server repeats it."""
+    """It is sent, and it is in no message, log, repr or ledger, even where the server repeats
+    it."""
     server = serve(f"--token={SECRET}")
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("QMX_TARGET_TOKEN", SECRET)
@@ -180,12 +240,17 @@ def test_token(serve, monkeypatch, caplog, tmp_path):
         ledger.ask(found.query, IMAGES)
         kept = b"".join(path.read_bytes() for path in tmp_path.glob("ledger.sqlite*"))
         monkeypatch.setenv("QMX_TARGET_TOKEN", wrong := "other-" + SECRET[::-1])
-        with pytest.raises(ValueError, match=r"401 \(not allowed with Bearer \*\*\*\); target.token_env") as told:
+        with pytest.raises(
+            ValueError, match=r"401 \(not allowed with Bearer \*\*\*\); target.token_env"
+        ) as told:
             ledger.ask(found.query, 255 - IMAGES)
     with pytest.raises(ValueError, match=r"answered 401"):
         connect(server)
     for secret in (SECRET, wrong):
-        assert secret not in f"{told.value!r} {found!r} {caplog.text} {vars(ledger)}" and secret.encode() not in kept
+        assert (
+            secret not in f"{told.value!r} {found!r} {caplog.text} {vars(ledger)}"
+            and secret.encode() not in kept
+        )
     for value, message in (("", "no such environment variable"), ("two words", "no token has")):
         monkeypatch.setenv("QMX_TARGET_TOKEN", value)
         with pytest.raises(ValueError, match=message) as told:
@@ -193,11 +258,19 @@ def test_token(serve, monkeypatch, caplog, tmp_path):
         assert "words" not in str(told.value)
 
 
-@pytest.mark.parametrize(("url", "token_env", "message"), [
-    ("http://me:s3cr3t@host", "", "user's name or password"), ("https://host/?key=s3cr3t", "", "after [?] or #"),
-    ("host:8080", "", "must be http"), ("https://host:s3cr3t", "", "must be http"), ("http://", "", "must be http"),
-    ("http://host", "QMX_TARGET_TOKEN", "in clear text; use https"),
-    ("http://10.0.0.1:80", "QMX_TARGET_TOKEN", "in clear text"), ("https://host", "s3cr3t", "and not the token")])
+@pytest.mark.parametrize(
+    ("url", "token_env", "message"),
+    [
+        ("http://me:s3cr3t@host", "", "user's name or password"),
+        ("https://host/?key=s3cr3t", "", "after [?] or #"),
+        ("host:8080", "", "must be http"),
+        ("https://host:s3cr3t", "", "must be http"),
+        ("http://", "", "must be http"),
+        ("http://host", "QMX_TARGET_TOKEN", "in clear text; use https"),
+        ("http://10.0.0.1:80", "QMX_TARGET_TOKEN", "in clear text"),
+        ("https://host", "s3cr3t", "and not the token"),
+    ],
+)
 def test_addresses(url, token_env, message):
     """What would give a secret away, or is no address; the secret is not repeated."""
     with pytest.raises(ValueError, match=message) as caught:
@@ -207,16 +280,46 @@ def test_addresses(url, token_env, message):
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="makes its certificate with openssl")
 def test_tls(serve, tmp_path):
-    """A certificate that nobody vouches for is refused; with its file it is trusted, for its own host alone."""
-    made = ["-keyout", tmp_path / "key", "-out", tmp_path / "cert", "-subj", "/CN=test", "-days", "2"]
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-addext",
-                    "subjectAltName=IP:127.0.0.1", *made], check=True, capture_output=True)
+    """A certificate that nobody vouches for is refused; with its file it is trusted, for its own
+    host alone."""
+    made = [
+        "-keyout",
+        tmp_path / "key",
+        "-out",
+        tmp_path / "cert",
+        "-subj",
+        "/CN=test",
+        "-days",
+        "2",
+    ]
+    subprocess.run(
+        [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-addext",
+            "subjectAltName=IP:127.0.0.1",
+            *made,
+        ],
+        check=True,
+        capture_output=True,
+    )
     server = serve(f"--cert={tmp_path}/cert", f"--key={tmp_path}/key")
-    with pytest.raises(ValueError, match="certificate that is not trusted.*self-signed.*target.ca_file"):
+    with pytest.raises(
+        ValueError, match="certificate that is not trusted.*self-signed.*target.ca_file"
+    ):
         connect(server, scheme="https")
     with pytest.raises(ValueError, match="not trusted"):
-        served.connect(f"https://localhost:{server[0]}", "digits", shape=(8, 8, 1), classes=10,
-                       ca_file=str(tmp_path / "cert"))
+        served.connect(
+            f"https://localhost:{server[0]}",
+            "digits",
+            shape=(8, 8, 1),
+            classes=10,
+            ca_file=str(tmp_path / "cert"),
+        )
     found = connect(server, scheme="https", ca_file=str(tmp_path / "cert"))
     assert np.array_equal(found.query(IMAGES), scores_of(IMAGES))
     with pytest.raises(ValueError, match="ca_file .*key cannot be read"):
@@ -224,13 +327,24 @@ def test_tls(serve, tmp_path):
 
 
 def test_kills(environment):
-    """Fifty kills in the middle of served batches: nothing lost, nothing paid twice but what was in flight."""
-    done = subprocess.run([sys.executable, "benchmarks/served_kills.py", "--kills=50"], cwd=ROOT, env=environment,
-                          capture_output=True, text=True)
+    """Fifty kills in the middle of served batches: nothing lost, nothing paid twice but what was in
+    flight."""
+    done = subprocess.run(
+        [sys.executable, "benchmarks/served_kills.py", "--kills=50"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["kills"] == 50 and figures["kills_with_a_batch_in_flight"] > 25
-    assert figures["answers_lost"] == figures["answers_wrong"] == figures["sent_twice_beyond_the_batch_in_flight"] == 0
+    assert (
+        figures["answers_lost"]
+        == figures["answers_wrong"]
+        == figures["sent_twice_beyond_the_batch_in_flight"]
+        == 0
+    )
     assert figures["on_the_account_as_in_flight"] == 8 * figures["kills_with_a_batch_in_flight"]
     assert 0 < figures["sent_again_after_a_kill"] <= figures["on_the_account_as_in_flight"]
 
@@ -265,7 +379,8 @@ number = 3
 
 
 def test_functions(tmp_path, monkeypatch):
-    """A function in a file or a module; its mistakes name the line; it may ask to be called again."""
+    """A function in a file or a module; its mistakes name the line; it may ask to be called
+    again."""
     (tmp_path / "own.py").write_text(OWN)
     file, want = f"{tmp_path}/own.py", IMAGES.reshape(24, -1)[:, :10]
     found = function.connect(f"{file}:scores", classes=10)
@@ -276,32 +391,52 @@ def test_functions(tmp_path, monkeypatch):
     with Ledger(tmp_path / "l", target=found.sha256) as ledger:
         ledger.ask(function.connect(f"{file}:busy", classes=10).query, IMAGES, waits=(0.0,))
         assert ledger.account().retried == 24
-    for path, message in ((f"{file}:wrong", "own.py:wrong failed: IndexError: .*own.py, line 15"),
-                          (f"{file}:lists", "are probabilities.*target.access=probs")):
+    for path, message in (
+        (f"{file}:wrong", "own.py:wrong failed: IndexError: .*own.py, line 15"),
+        (f"{file}:lists", "are probabilities.*target.access=probs"),
+    ):
         with pytest.raises(ValueError, match=message):
             function.connect(path, classes=10).query(IMAGES)
     with pytest.raises(ValueError, match=r"shape \[24, 10\], and it must be \[24, 9\]"):
         function.connect(f"{file}:scores", classes=9).query(IMAGES)
     (tmp_path / "broken.py").write_text("import nothing_like_this\n")
-    for path, message in ((f"{file}:number", "no function 'number'"), (f"{tmp_path}/no.py:f", "there is no file"),
-                          ("no.such:f", "there is no module no.such"), (file, "FILE.py:function"),
-                          (f"{tmp_path}/broken.py:f", "does not load: ModuleNotFoundError.*broken.py, line 1")):
+    for path, message in (
+        (f"{file}:number", "no function 'number'"),
+        (f"{tmp_path}/no.py:f", "there is no file"),
+        ("no.such:f", "there is no module no.such"),
+        (file, "FILE.py:function"),
+        (f"{tmp_path}/broken.py:f", "does not load: ModuleNotFoundError.*broken.py, line 1"),
+    ):
         with pytest.raises(ValueError, match=re.escape(message) if "*" not in message else message):
             function.connect(path, classes=10)
     (tmp_path / "own.py").write_text(OWN + "\n")
     assert function.digest(f"{file}:scores") != found.sha256, "a changed file is another target"
 
 
-SHORT = [*(word for word in TINY if "fractions" not in word), "--config.fractions=(0.05,)",
-         "--config.inits=('none',)", "--config.also=()"]
+SHORT = [
+    *(word for word in TINY if "fractions" not in word),
+    "--config.fractions=(0.05,)",
+    "--config.inits=('none',)",
+    "--config.also=()",
+]
 
 
 def test_the_command_with_a_server(serve, command, tmp_path):
-    """From the server to the table, each image paid for once; a server that is not there costs no pretraining."""
+    """From the server to the table, each image paid for once; a server that is not there costs no
+    pretraining."""
     server = serve()
-    words = [*SHORT, f"--workdir={tmp_path}/w", "--config.target.kind=served", "--config.target.model=flaky"]
+    words = [
+        *SHORT,
+        f"--workdir={tmp_path}/w",
+        "--config.target.kind=served",
+        "--config.target.model=flaky",
+    ]
     status, _, err = command(*words, "--config.target.url=http://127.0.0.1:9")
-    assert status == 2 and len(err.splitlines()) == 1 and "Connection refused; does a server run" in err, err
+    assert (
+        status == 2
+        and len(err.splitlines()) == 1
+        and "Connection refused; does a server run" in err
+    ), err
     assert not (tmp_path / "w").exists()
     status, out, err = command(*words, f"--config.target.url=http://127.0.0.1:{server[0]}")
     assert status == 0, err
@@ -321,10 +456,17 @@ def test_the_command_with_a_function(command, tmp_path):
         "    open(here / 'asked', 'a').write(f'{len(images)}\\n')\n"
         "    if (here / 'gone').exists():\n"
         "        raise ConnectionError('the service is gone')\n"
-        "    return images.reshape(len(images), -1)[:, :10].argmax(1)\n")
-    words = [*SHORT, f"--workdir={tmp_path}/w", "--config.target.kind=callable", "--config.target.access=label",
-             "--config.target.batch_size=100", f"--config.target.path={tmp_path}/own.py:label",
-             "--config.accesses=('label',)"]
+        "    return images.reshape(len(images), -1)[:, :10].argmax(1)\n"
+    )
+    words = [
+        *SHORT,
+        f"--workdir={tmp_path}/w",
+        "--config.target.kind=callable",
+        "--config.target.access=label",
+        "--config.target.batch_size=100",
+        f"--config.target.path={tmp_path}/own.py:label",
+        "--config.accesses=('label',)",
+    ]
     (tmp_path / "gone").touch()
     status, _, err = command(*words)
     assert status == 2 and "qmx: the service is gone" in err.splitlines()[-1], err
@@ -334,6 +476,6 @@ def test_the_command_with_a_function(command, tmp_path):
     assert "Target: label of own.py" in out
     assert (tmp_path / "asked").read_text().split() == ["100", "100", "100", "100", "60", "71"]
     results = json.loads((tmp_path / "w/results.json").read_text())
-    row, = results["rows"]
+    (row,) = results["rows"]
     assert 0 < row["fidelity_top1"] <= 100 and np.isfinite(row["kl_target_student"])
     assert results["account"]["failed"] == 100 and results["target"]["precision"] is None

@@ -20,50 +20,92 @@ DIGITS = load(base().data)
 def digits(**changes):
     """configs/digits.py:float32 with some keys changed, dots written as double underscores."""
     config = load_file(str(ROOT / "configs/digits.py:float32"))
-    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+    config.update_from_flattened_dict(
+        {key.replace("__", "."): value for key, value in changes.items()}
+    )
     return FrozenConfigDict(config)
 
 
 def test_recipes():
-    """M16: the golden values of the papers' recipes, and the rates that they lead to at chosen steps."""
+    """M16: the golden values of the papers' recipes, and the rates that they lead to at chosen
+    steps."""
     methods = base().pretrain
-    moco, simsiam, rotation, distill = methods.moco, methods.simsiam, methods.rotation, base().distill
+    moco, simsiam, rotation, distill = (
+        methods.moco,
+        methods.simsiam,
+        methods.rotation,
+        base().distill,
+    )
     assert (moco.epochs, moco.batch_size, moco.learning_rate) == (200, 256, 0.03)
     assert (moco.momentum, moco.nesterov) == (0.9, False)
     assert (moco.weight_decay, moco.weight_decay_on, moco.warmup_epochs) == (1e-4, "all", 0)
     assert (moco.queue_size, moco.temperature, moco.decay) == (65536, 0.2, 0.999)
     assert (moco.features, moco.group_size) == (128, 32)
-    assert (simsiam.epochs, simsiam.batch_size, simsiam.learning_rate) == (100, 512, 0.05 * 512 / 256)
-    assert (simsiam.features, simsiam.layers, simsiam.hidden, simsiam.fix_predictor_rate) == (2048, 3, 512, True)
+    assert (simsiam.epochs, simsiam.batch_size, simsiam.learning_rate) == (
+        100,
+        512,
+        0.05 * 512 / 256,
+    )
+    assert (simsiam.features, simsiam.layers, simsiam.hidden, simsiam.fix_predictor_rate) == (
+        2048,
+        3,
+        512,
+        True,
+    )
     assert (rotation.epochs, rotation.batch_size, rotation.learning_rate) == (70, 128, 0.2)
-    assert (rotation.warmup_epochs, tuple(rotation.milestones), rotation.factor) == (5, (30, 50), 0.1)
+    assert (rotation.warmup_epochs, tuple(rotation.milestones), rotation.factor) == (
+        5,
+        (30, 50),
+        0.1,
+    )
     assert (distill.epochs, distill.batch_size) == (20, 256)
     assert (distill.learning_rate, distill.head_learning_rate) == (0.01, 1.0)
-    assert (tuple(distill.milestones), distill.factor, distill.weight_decay) == ((12, 16), 0.2, 5e-4)
+    assert (tuple(distill.milestones), distill.factor, distill.weight_decay) == (
+        (12, 16),
+        0.2,
+        5e-4,
+    )
     assert (distill.target_temperature, distill.student_temperature) == (1.5, 1.0)
 
     # M17, P15: whole epochs without the last, smaller batch; the transfer set's without a seam.
     assert trainers.pretrain_steps(moco, 1_281_167) == 1_000_800
     assert trainers.pretrain_steps(simsiam, 1_281_167) == 250_200
     assert trainers.distill_steps(distill, 12_811) == int(np.ceil(20 * 12_811 / 256))
-    assert trainers.distill_steps(digits().distill, 20) == trainers.distill_steps(digits().distill, 1437)
+    assert trainers.distill_steps(digits().distill, 20) == trainers.distill_steps(
+        digits().distill, 1437
+    )
 
 
 def test_simsiam_predictor_rate():
-    """S7: with the flag the predictor keeps its rate to the last step while the backbone's falls; else both fall."""
+    """S7: with the flag the predictor keeps its rate to the last step while the backbone's falls;
+    else both fall."""
     for fixed in (True, False):
         keys = digits(pretrain__simsiam__fix_predictor_rate=fixed).pretrain.simsiam
-        trainer = trainers.pretrainer("simsiam", keys, digits().student, digits().strong_view, trainers.look(DIGITS),
-                                      440)
+        trainer = trainers.pretrainer(
+            "simsiam", keys, digits().student, digits().strong_view, trainers.look(DIGITS), 440
+        )
         ts = trainer.init(jax.random.key(0))
-        last = ts._replace(step=jax.numpy.int32(439), opt_state=jax.tree.map(
-            lambda x: jax.numpy.int32(439) if x.dtype == jax.numpy.int32 else x, ts.opt_state))
+        last = ts._replace(
+            step=jax.numpy.int32(439),
+            opt_state=jax.tree.map(
+                lambda x: jax.numpy.int32(439) if x.dtype == jax.numpy.int32 else x, ts.opt_state
+            ),
+        )
         batch = {"image": DIGITS.pool.read(np.arange(128))["image"]}
-        first, last = (trainer.step(jax.tree.map(jax.numpy.copy, s), batch, jax.random.key(0))[0] for s in (ts, last))
+        first, last = (
+            trainer.step(jax.tree.map(jax.numpy.copy, s), batch, jax.random.key(0))[0]
+            for s in (ts, last)
+        )
 
         def moved(after, part, before=ts):
-            return sum(float(abs(a - b).sum()) for a, b in zip(
-                jax.tree.leaves(after.params[part]), jax.tree.leaves(before.params[part]), strict=True))
+            return sum(
+                float(abs(a - b).sum())
+                for a, b in zip(
+                    jax.tree.leaves(after.params[part]),
+                    jax.tree.leaves(before.params[part]),
+                    strict=True,
+                )
+            )
 
         assert moved(last, "backbone") < 0.01 * moved(first, "backbone")
         assert (moved(last, "predictor") > 0.5 * moved(first, "predictor")) is fixed
@@ -78,7 +120,8 @@ def test_sets_differ_in_their_recipes():
 
 
 def test_grid():
-    """The product of the axes, one name each, which goes by the number of images; the small budgets first."""
+    """The product of the axes, one name each, which goes by the number of images; the small budgets
+    first."""
     grid = cells(digits(), 1437)
     assert len(grid) == len({cell.name for cell in grid}) == (4 + 2) * 4 * 3
     assert [cell.queries for cell in grid] == sorted([20, 50, 150, 1437] * 18)
@@ -87,22 +130,41 @@ def test_grid():
 
 
 def test_budgets():
-    """Shares and numbers are one axis, in the order of their numbers; a share stays the number that the config has."""
-    assert budgets(digits(), 1437) == [(20, 20 / 1437), (50, 50 / 1437), (150, 150 / 1437), (1437, 1.0)]
+    """Shares and numbers are one axis, in the order of their numbers; a share stays the number that
+    the config has."""
+    assert budgets(digits(), 1437) == [
+        (20, 20 / 1437),
+        (50, 50 / 1437),
+        (150, 150 / 1437),
+        (1437, 1.0),
+    ]
     assert budgets(digits(queries=(), fractions=(1, 0.01)), 1437) == [(14, 0.01), (1437, 1.0)]
     assert budgets(digits(queries=(1437, 1), fractions=()), 1437) == [(1, 1 / 1437), (1437, 1.0)]
     assert budgets(digits(queries=(100, 13), fractions=(0.01, 0.1)), 1437) == [
-        (13, 13 / 1437), (14, 0.01), (100, 100 / 1437), (143, 0.1)]
+        (13, 13 / 1437),
+        (14, 0.01),
+        (100, 100 / 1437),
+        (143, 0.1),
+    ]
     assert budgets(digits(), 2000)[-1] == (2000, 1.0), "of the pool at hand"
 
 
 def test_budget_labels():
     """A share as the config has it; that of a number to two digits."""
+
     def labels(size, **keys):
-        return [budget_label({"config": keys}, budget._asdict()) for budget in budgets(digits(**keys), size)]
+        return [
+            budget_label({"config": keys}, budget._asdict())
+            for budget in budgets(digits(**keys), size)
+        ]
 
     assert labels(1437, queries=(20, 150, 1000), fractions=(0.125, 1)) == [
-        "20 (1.4 %)", "150 (10 %)", "179 (12.5 %)", "1000 (70 %)", "1437 (100 %)"]
+        "20 (1.4 %)",
+        "150 (10 %)",
+        "179 (12.5 %)",
+        "1000 (70 %)",
+        "1437 (100 %)",
+    ]
     assert labels(1437, queries=(1437,), fractions=()) == ["1437 (100 %)"]
     assert labels(1_281_167, queries=(20,), fractions=(0.01,)) == ["20 (0.0016 %)", "12811 (1 %)"]
 
@@ -115,19 +177,35 @@ def test_budget_keys():
 
 
 def test_columns():
-    """The product without what needs features and has none, then single columns whose words come in any order."""
-    config = digits(inits=("none", "moco"), selects=("random", "typiclust"), uses=("asked", "pool"),
-                    also=("simsiam", "moco+pool", "rotation+pool+label+kcenter", "none+fixmatch",
-                          "moco+typiclust+fixmatch"))
+    """The product without what needs features and has none, then single columns whose words come in
+    any order."""
+    config = digits(
+        inits=("none", "moco"),
+        selects=("random", "typiclust"),
+        uses=("asked", "pool"),
+        also=(
+            "simsiam",
+            "moco+pool",
+            "rotation+pool+label+kcenter",
+            "none+fixmatch",
+            "moco+typiclust+fixmatch",
+        ),
+    )
     assert columns(config) == [
         ("none", "random", "logits", "asked"),
-        ("moco", "random", "logits", "asked"), ("moco", "random", "logits", "pool"),
-        ("moco", "typiclust", "logits", "asked"), ("moco", "typiclust", "logits", "pool"),
-        ("simsiam", "random", "logits", "asked"), ("rotation", "kcenter", "label", "pool"),
-        ("none", "random", "logits", "fixmatch"), ("moco", "typiclust", "logits", "fixmatch")]
+        ("moco", "random", "logits", "asked"),
+        ("moco", "random", "logits", "pool"),
+        ("moco", "typiclust", "logits", "asked"),
+        ("moco", "typiclust", "logits", "pool"),
+        ("simsiam", "random", "logits", "asked"),
+        ("rotation", "kcenter", "label", "pool"),
+        ("none", "random", "logits", "fixmatch"),
+        ("moco", "typiclust", "logits", "fixmatch"),
+    ]
     assert encoders(config) == ["moco", "simsiam", "rotation"]
     assert columns(digits(inits=("none",), uses=("pool", "fixmatch"), also=())) == [
-        ("none", "random", "logits", "fixmatch")], "it needs no features"
+        ("none", "random", "logits", "fixmatch")
+    ], "it needs no features"
     with pytest.raises(ValueError, match="the grid is empty"):
         columns(digits(inits=("none",), selects=("typiclust",), also=()))
 
@@ -139,17 +217,23 @@ def test_shipped_config_is_valid():
 
 
 def test_fixmatch_steps():
-    """The recipe's where the passes over the pool are fewer; EMAN's count on ImageNet: 4,000 a pass at 64 and 320."""
+    """The recipe's where the passes over the pool are fewer; EMAN's count on ImageNet: 4,000 a pass
+    at 64 and 320."""
     keys, fixmatch = base().distill, base().fixmatch
     assert (fixmatch.mu, fixmatch.threshold, fixmatch.weight, fixmatch.decay) == (5, 0.7, 10, 0.999)
     keys.batch_size, fixmatch.epochs = 64, 100
-    assert trainers.fixmatch_steps(keys, fixmatch, 12_811, 1_281_167) == int(np.ceil(100 * 1_281_167 / 320))
+    assert trainers.fixmatch_steps(keys, fixmatch, 12_811, 1_281_167) == int(
+        np.ceil(100 * 1_281_167 / 320)
+    )
     fixmatch.epochs = 0
-    assert trainers.fixmatch_steps(keys, fixmatch, 12_811, 1_281_167) == trainers.distill_steps(keys, 12_811)
+    assert trainers.fixmatch_steps(keys, fixmatch, 12_811, 1_281_167) == trainers.distill_steps(
+        keys, 12_811
+    )
 
 
 def test_warnings():
-    """M8: a queue larger than the pool; M15: one group of batch statistics; a teacher that cannot keep up."""
+    """M8: a queue larger than the pool; M15: one group of batch statistics; a teacher that cannot
+    keep up."""
     slow = digits(also=("none+fixmatch",), fixmatch__decay=0.999)
     assert "fixmatch.decay 0.999 averages over about 1000 steps" in warnings(slow, DIGITS)[0]
     assert "larger than the pool" in warnings(digits(pretrain__moco__queue_size=2048), DIGITS)[0]
@@ -160,79 +244,124 @@ def test_no_budget():
     """Either kind may be left out, and not both."""
     validate(digits(fractions=()), DIGITS)
     validate(digits(queries=()), DIGITS)
-    with pytest.raises(ValueError, match="fractions and queries are both empty; name a budget, as in --config.quer"):
+    with pytest.raises(
+        ValueError, match="fractions and queries are both empty; name a budget, as in --config.quer"
+    ):
         validate(digits(fractions=(), queries=()), DIGITS)
 
 
-@pytest.mark.parametrize(("key", "value", "message"), [
-    ("fractions", (0.0,), "fraction 0.0 is outside"),
-    ("fractions", (1.5,), "fraction 1.5 is outside"),
-    ("fractions", ("a",), "'a', which is not a number"),
-    ("fractions", (0.0001,), "of 1437 images is none; use at least 0.0007"),
-    ("fractions", (0.1, 0.1), "fractions 0.1 and fractions 0.1 are both 143 of the pool's 1437 images; leave one out"),
-    ("fractions", (0.1, 0.1001), "fractions 0.1 and fractions 0.1001 are both 143"),
-    ("fractions", (0.014, 1.0), "fractions 0.014 and queries 20 are both 20 of the pool's 1437 images; leave one out"),
-    ("fractions", (True,), "fractions has True, which is not a number"),
-    ("fractions", (float("nan"),), "fraction nan is outside"),
-    ("queries", (20, 20), "queries 20 and queries 20 are both 20"),
-    ("queries", (1437,), "fractions 1.0 and queries 1437 are both 1437"),
-    ("queries", (1438,), "queries has 1438; use whole numbers from 1 to 1437, which is the pool"),
-    ("queries", (0,), "queries has 0; use whole numbers from 1"),
-    ("queries", (-20,), "queries has -20; use whole numbers from 1"),
-    ("queries", (20.5,), "queries has 20.5; use whole numbers"),
-    ("queries", (20.0,), "queries has 20.0; use whole numbers"),
-    ("queries", (float("nan"),), "queries has nan; use whole numbers"),
-    ("queries", (float("inf"),), "queries has inf; use whole numbers"),
-    ("queries", (True,), "queries has True; use whole numbers"),
-    ("queries", ("20",), "queries has '20'; use whole numbers"),
-    ("queries", (None,), "queries has None; use whole numbers"),
-    ("inits", ("mocov2",), "unknown value 'mocov2'; did you mean 'moco'"),
-    ("inits", (), "empty"),
-    ("seeds", (-1,), "seed -1"),
-    ("selects", ("kcentre",), "selects has the unknown value 'kcentre'; did you mean 'kcenter'"),
-    ("also", ("moco+typiclusst",), "'typiclusst' is none of random"),
-    ("also", ("none+typiclust",), "none [+] typiclust [+] logits [+] asked, which needs an encoder"),
-    ("also", ("mocco",), "also has the unknown value 'mocco'; did you mean 'moco'"),
-    ("uses", ("pools",), "did you mean 'pool'"),
-    ("uses", ("fixmatsch",), "did you mean 'fixmatch'"),
-    ("also", ("none+typiclust+fixmatch",), "none [+] typiclust [+] logits [+] fixmatch, which needs an encoder"),
-    ("fixmatch__mu", 0, "fixmatch.mu 0 must be 1 or more"),
-    ("fixmatch__threshold", 1.5, "fixmatch.threshold 1.5 is not a probability"),
-    ("fixmatch__weight", -1.0, "fixmatch.weight -1.0 must be a number from 0 on"),
-    ("fixmatch__decay", 1.0, "fixmatch.decay 1.0 must be below 1, which freezes the teacher"),
-    ("fixmatch__epochs", float("nan"), "fixmatch.epochs nan must be a number of passes"),
-    ("propagation__alpha", 1.0, "propagation.alpha 1.0 must be below 1"),
-    ("propagation__neighbours", 0, "propagation.neighbours 0"),
-    ("accesses", ("logit",), "did you mean 'logits'"),
-    ("budget", 0, "budget 0"),
-    ("rounds", 0, "rounds 0 must be 1 or more"),
-    ("also", ("none+margin",), "none [+] margin [+] logits [+] asked, which needs an encoder"),
-    ("target__kind", "servd", "target.kind has the unknown value 'servd'; did you mean 'served'"),
-    ("target__kind", "served", "target.kind=served needs --config.target.url=https://HOST:PORT"),
-    ("target__kind", "callable", "--config.target.path=FILE.py:function"),
-    ("target__access", "label", "target.access label is what target.kind=served and callable answer with"),
-    ("target__token_env", "s3cr3t", "must be the name of an environment variable in capitals"),
-    ("target__url", "http://me:word@host", "user's name or password"),
-    ("target__ca_file", "no.pem", "target.ca_file no.pem: no such file"),
-    ("target__rate", -1.0, "rate from 0 on"),
-    ("student__arch", "resnet9", "student.arch"),
-    ("pretrain__moco__batch_size", 1536, "larger than the pool of 1437"),
-    ("pretrain__moco__batch_size", 97, "does not divide over 2 devices"),
-    ("pretrain__moco__queue_size", 1000, "queue_size 1000 is not a multiple of batch_size 128; 896 is"),
-    ("pretrain__moco__group_size", 48, "group_size 48 does not divide batch_size 128"),
-    ("pretrain__moco__decay", 1.5, "decay"),
-    ("pretrain__simsiam__schedule", "cos", "did you mean 'cosine'"),
-    ("pretrain__rotation__epochs", 1.5, "whole number"),
-    ("distill__epochs", 0.0, "distill.epochs 0.0 must be above 0"),
-    ("distill__learning_rate", float("nan"), "distill.learning_rate nan"),
-    ("distill__learn_from", "teacher", "distill.learn_from"),
-    ("distill__weight_decay_on", "kernel", "did you mean 'kernels'"),
-    ("distill__target_temperature", 0.0, "target_temperature 0.0 must be above 0"),
-    ("strong_view__crop_scale", (0.5, 0.2), "crop_scale"),
-    ("strong_view__jitter", (0.5,), "must hold 4 numbers"),
-    ("weak_view__flip_p", 1.5, "flip_p 1.5 is not a probability"),
-    ("monitor__knn_k", 0, "knn_k"),
-])
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("fractions", (0.0,), "fraction 0.0 is outside"),
+        ("fractions", (1.5,), "fraction 1.5 is outside"),
+        ("fractions", ("a",), "'a', which is not a number"),
+        ("fractions", (0.0001,), "of 1437 images is none; use at least 0.0007"),
+        (
+            "fractions",
+            (0.1, 0.1),
+            "fractions 0.1 and fractions 0.1 are both 143 of the pool's 1437 images; leave one out",
+        ),
+        ("fractions", (0.1, 0.1001), "fractions 0.1 and fractions 0.1001 are both 143"),
+        (
+            "fractions",
+            (0.014, 1.0),
+            "fractions 0.014 and queries 20 are both 20 of the pool's 1437 images; leave one out",
+        ),
+        ("fractions", (True,), "fractions has True, which is not a number"),
+        ("fractions", (float("nan"),), "fraction nan is outside"),
+        ("queries", (20, 20), "queries 20 and queries 20 are both 20"),
+        ("queries", (1437,), "fractions 1.0 and queries 1437 are both 1437"),
+        (
+            "queries",
+            (1438,),
+            "queries has 1438; use whole numbers from 1 to 1437, which is the pool",
+        ),
+        ("queries", (0,), "queries has 0; use whole numbers from 1"),
+        ("queries", (-20,), "queries has -20; use whole numbers from 1"),
+        ("queries", (20.5,), "queries has 20.5; use whole numbers"),
+        ("queries", (20.0,), "queries has 20.0; use whole numbers"),
+        ("queries", (float("nan"),), "queries has nan; use whole numbers"),
+        ("queries", (float("inf"),), "queries has inf; use whole numbers"),
+        ("queries", (True,), "queries has True; use whole numbers"),
+        ("queries", ("20",), "queries has '20'; use whole numbers"),
+        ("queries", (None,), "queries has None; use whole numbers"),
+        ("inits", ("mocov2",), "unknown value 'mocov2'; did you mean 'moco'"),
+        ("inits", (), "empty"),
+        ("seeds", (-1,), "seed -1"),
+        (
+            "selects",
+            ("kcentre",),
+            "selects has the unknown value 'kcentre'; did you mean 'kcenter'",
+        ),
+        ("also", ("moco+typiclusst",), "'typiclusst' is none of random"),
+        (
+            "also",
+            ("none+typiclust",),
+            "none [+] typiclust [+] logits [+] asked, which needs an encoder",
+        ),
+        ("also", ("mocco",), "also has the unknown value 'mocco'; did you mean 'moco'"),
+        ("uses", ("pools",), "did you mean 'pool'"),
+        ("uses", ("fixmatsch",), "did you mean 'fixmatch'"),
+        (
+            "also",
+            ("none+typiclust+fixmatch",),
+            "none [+] typiclust [+] logits [+] fixmatch, which needs an encoder",
+        ),
+        ("fixmatch__mu", 0, "fixmatch.mu 0 must be 1 or more"),
+        ("fixmatch__threshold", 1.5, "fixmatch.threshold 1.5 is not a probability"),
+        ("fixmatch__weight", -1.0, "fixmatch.weight -1.0 must be a number from 0 on"),
+        ("fixmatch__decay", 1.0, "fixmatch.decay 1.0 must be below 1, which freezes the teacher"),
+        ("fixmatch__epochs", float("nan"), "fixmatch.epochs nan must be a number of passes"),
+        ("propagation__alpha", 1.0, "propagation.alpha 1.0 must be below 1"),
+        ("propagation__neighbours", 0, "propagation.neighbours 0"),
+        ("accesses", ("logit",), "did you mean 'logits'"),
+        ("budget", 0, "budget 0"),
+        ("rounds", 0, "rounds 0 must be 1 or more"),
+        ("also", ("none+margin",), "none [+] margin [+] logits [+] asked, which needs an encoder"),
+        (
+            "target__kind",
+            "servd",
+            "target.kind has the unknown value 'servd'; did you mean 'served'",
+        ),
+        (
+            "target__kind",
+            "served",
+            "target.kind=served needs --config.target.url=https://HOST:PORT",
+        ),
+        ("target__kind", "callable", "--config.target.path=FILE.py:function"),
+        (
+            "target__access",
+            "label",
+            "target.access label is what target.kind=served and callable answer with",
+        ),
+        ("target__token_env", "s3cr3t", "must be the name of an environment variable in capitals"),
+        ("target__url", "http://me:word@host", "user's name or password"),
+        ("target__ca_file", "no.pem", "target.ca_file no.pem: no such file"),
+        ("target__rate", -1.0, "rate from 0 on"),
+        ("student__arch", "resnet9", "student.arch"),
+        ("pretrain__moco__batch_size", 1536, "larger than the pool of 1437"),
+        ("pretrain__moco__batch_size", 97, "does not divide over 2 devices"),
+        (
+            "pretrain__moco__queue_size",
+            1000,
+            "queue_size 1000 is not a multiple of batch_size 128; 896 is",
+        ),
+        ("pretrain__moco__group_size", 48, "group_size 48 does not divide batch_size 128"),
+        ("pretrain__moco__decay", 1.5, "decay"),
+        ("pretrain__simsiam__schedule", "cos", "did you mean 'cosine'"),
+        ("pretrain__rotation__epochs", 1.5, "whole number"),
+        ("distill__epochs", 0.0, "distill.epochs 0.0 must be above 0"),
+        ("distill__learning_rate", float("nan"), "distill.learning_rate nan"),
+        ("distill__learn_from", "teacher", "distill.learn_from"),
+        ("distill__weight_decay_on", "kernel", "did you mean 'kernels'"),
+        ("distill__target_temperature", 0.0, "target_temperature 0.0 must be above 0"),
+        ("strong_view__crop_scale", (0.5, 0.2), "crop_scale"),
+        ("strong_view__jitter", (0.5,), "must hold 4 numbers"),
+        ("weak_view__flip_p", 1.5, "flip_p 1.5 is not a probability"),
+        ("monitor__knn_k", 0, "knn_k"),
+    ],
+)
 def test_refused(key, value, message):
     """One line that names the value and the cure."""
     with pytest.raises(ValueError, match=message) as caught:
@@ -241,12 +370,22 @@ def test_refused(key, value, message):
 
 
 def test_what_a_target_does_not_show():
-    """What cannot be derived from the answers of somebody else's target is refused; what can is not."""
+    """What cannot be derived from the answers of somebody else's target is refused; what can is
+    not."""
     keys = dict(target__kind="callable", target__path="own.py:f")
-    for shown, levels in (("probs", ("probs", "label")), ("label", ("label",)), ("logits", ("logits", "probs"))):
+    for shown, levels in (
+        ("probs", ("probs", "label")),
+        ("label", ("label",)),
+        ("logits", ("logits", "probs")),
+    ):
         validate(digits(**keys, target__access=shown, accesses=levels, also=()), DIGITS)
     for shown, level in (("probs", "logits"), ("label", "probs")):
-        with pytest.raises(ValueError, match=f"accesses has '{level}', and a target of target.access={shown}"):
+        with pytest.raises(
+            ValueError, match=f"accesses has '{level}', and a target of target.access={shown}"
+        ):
             validate(digits(**keys, target__access=shown, accesses=(level,), also=()), DIGITS)
     with pytest.raises(ValueError, match="accesses has 'probs'"):
-        validate(digits(**keys, target__access="label", accesses=("label",), also=("moco+probs",)), DIGITS)
+        validate(
+            digits(**keys, target__access="label", accesses=("label",), also=("moco+probs",)),
+            DIGITS,
+        )

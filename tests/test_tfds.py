@@ -20,23 +20,35 @@ from qmx.data import prepared
 from qmx.data.photos import canvas, decode, shown
 
 PHOTOS = {  # split -> file name -> (the file, class)
-    "train": {f"n0{i % 3}_{i}.JPEG": (encoded(photo(30 + i, 41, seed=i)), i % 3) for i in range(12)},
-    "validation": {f"val_{i}.JPEG": (encoded(photo(50, 30 + i, "L", seed=i)), i % 3) for i in range(4)},
+    "train": {
+        f"n0{i % 3}_{i}.JPEG": (encoded(photo(30 + i, 41, seed=i)), i % 3) for i in range(12)
+    },
+    "validation": {
+        f"val_{i}.JPEG": (encoded(photo(50, 30 + i, "L", seed=i)), i % 3) for i in range(4)
+    },
     "test": {f"test_{i}.JPEG": (encoded(photo(33, 30, seed=i)), i % 3) for i in range(3)},
 }
 
 
 def prepare(name, data_dir, splits, label="label", file_format="array_record"):
-    """Prepare a set of these photos as its own builder would, in array_record, without TensorFlow."""
+    """Prepare a set of these photos as its own builder would, in array_record, without
+    TensorFlow."""
     import tensorflow_datasets as tfds
 
     class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self):
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
-                "image": tfds.features.Image(encoding_format="jpeg"), "file_name": tfds.features.Text(),
-                label: tfds.features.ClassLabel(names=["n00", "n01", "n02"])}))
+            return tfds.core.DatasetInfo(
+                builder=self,
+                features=tfds.features.FeaturesDict(
+                    {
+                        "image": tfds.features.Image(encoding_format="jpeg"),
+                        "file_name": tfds.features.Text(),
+                        label: tfds.features.ClassLabel(names=["n00", "n01", "n02"]),
+                    }
+                ),
+            )
 
         def _split_generators(self, dl_manager):
             return {split: self._generate_examples(split) for split in splits}
@@ -62,6 +74,7 @@ def prepared_sets(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def data_dir(prepared_sets, monkeypatch):
     """That directory as TFDS_DATA_DIR, and no network."""
+
     def no_network(*words):
         raise AssertionError(f"the network was asked for {words}")
 
@@ -78,7 +91,8 @@ def examples(split):
     import tensorflow_datasets as tfds
 
     source = tfds.builder("tiny_photos", data_dir=os.environ["TFDS_DATA_DIR"]).as_data_source(
-        split, decoders={"image": tfds.decode.SkipDecoding()})
+        split, decoders={"image": tfds.decode.SkipDecoding()}
+    )
     return [(e["image"], int(e["label"]), e["file_name"].decode()) for e in source]
 
 
@@ -90,8 +104,12 @@ def test_a_prepared_set_is_a_data_set():
     assert (data.pool.size, data.evaluation.size) == (12, 4)
     for part, split in ((data.pool, "train"), (data.evaluation, "validation")):
         want = examples(split)
-        assert part.names == tuple(name for *_, name in want) and set(part.names) == set(PHOTOS[split])
-        assert part.labels.dtype == np.int32 and part.labels.tolist() == [label for _, label, _ in want]
+        assert part.names == tuple(name for *_, name in want) and set(part.names) == set(
+            PHOTOS[split]
+        )
+        assert part.labels.dtype == np.int32 and part.labels.tolist() == [
+            label for _, label, _ in want
+        ]
         ids = np.arange(part.size)[::-1]
         rows, pixels = part.read(ids), part.shown(ids)
         for row, i in enumerate(ids):
@@ -106,9 +124,15 @@ def test_a_prepared_set_is_a_data_set():
 def test_the_evaluation_split_is_chosen():
     assert load("tfds", "tiny_photos", "test").evaluation.size == 3
     assert load("tfds", "tiny_two").evaluation.size == 3
-    digests = {load("tfds", *words).digest for words in (("tiny_photos",), ("tiny_photos", "test"), ("tiny_two",))}
+    digests = {
+        load("tfds", *words).digest
+        for words in (("tiny_photos",), ("tiny_photos", "test"), ("tiny_two",))
+    }
     assert len(digests) == 3
-    with pytest.raises(ValueError, match="tiny_photos has no split 'val', only test, train, validation; .*eval_path"):
+    with pytest.raises(
+        ValueError,
+        match="tiny_photos has no split 'val', only test, train, validation; .*eval_path",
+    ):
         load("tfds", "tiny_photos", "val")
     with pytest.raises(ValueError, match="'train', which is the pool"):
         load("tfds", "tiny_photos", "train")
@@ -118,18 +142,33 @@ def test_the_evaluation_split_is_chosen():
 def test_what_is_not_prepared_is_refused_at_once_with_the_command(name, caplog):
     """No download is begun, and no second line is written."""
     start = time.monotonic()
-    command = f"pip install tensorflow-datasets tensorflow && tfds build {name} --file_format=array_record"
-    with pytest.raises(ValueError, match=f"^{name} is not prepared in .*; run {command}, or set") as error:
+    command = (
+        f"pip install tensorflow-datasets tensorflow && tfds build {name}"
+        " --file_format=array_record"
+    )
+    with pytest.raises(
+        ValueError, match=f"^{name} is not prepared in .*; run {command}, or set"
+    ) as error:
         load("tfds", name)
-    assert time.monotonic() - start < 5 and len(str(error.value).splitlines()) == 1 and not caplog.records
+    assert (
+        time.monotonic() - start < 5
+        and len(str(error.value).splitlines()) == 1
+        and not caplog.records
+    )
 
 
-@pytest.mark.parametrize("name", ["nonsense_xyz", "../x", "tiny_photos:9.9.9", "cifar10/none", "a b"])
+@pytest.mark.parametrize(
+    "name", ["nonsense_xyz", "../x", "tiny_photos:9.9.9", "cifar10/none", "a b"]
+)
 def test_an_unknown_set_is_refused_at_once(name):
     start = time.monotonic()
     with pytest.raises(ValueError) as error:
         load("tfds", name)
-    assert name in str(error.value) and len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 400
+    assert (
+        name in str(error.value)
+        and len(str(error.value).splitlines()) == 1
+        and len(str(error.value)) < 400
+    )
     assert time.monotonic() - start < 5
 
 
@@ -139,13 +178,16 @@ def test_a_name_is_needed():
 
 
 def test_the_command_is_tfds_own():
-    """The flag that we tell users is one of `tfds build`, which cannot even be asked without TensorFlow."""
+    """The flag that we tell users is one of `tfds build`, which cannot even be asked without
+    TensorFlow."""
     cli = Path(importlib.util.find_spec("tensorflow_datasets").origin).parent / "scripts" / "cli"
     assert "file_format: str | None = simple_parsing.choice(" in (cli / "cli_utils.py").read_text()
 
 
 def test_a_set_without_labels_is_refused():
-    with pytest.raises(ValueError, match="tiny_captions has no 'label' among its features, only .*caption"):
+    with pytest.raises(
+        ValueError, match="tiny_captions has no 'label' among its features, only .*caption"
+    ):
         load("tfds", "tiny_captions")
 
 
@@ -155,7 +197,9 @@ def test_another_file_format_is_refused(prepared_sets, tmp_path, monkeypatch):
     info = next((tmp_path / "tiny_two").rglob("dataset_info.json"))
     info.write_text(json.dumps({**json.loads(info.read_text()), "fileFormat": "tfrecord"}))
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    with pytest.raises(ValueError, match="tiny_two in .* is kept as tfrecord, which has no random access; "):
+    with pytest.raises(
+        ValueError, match="tiny_two in .* is kept as tfrecord, which has no random access; "
+    ):
         load("tfds", "tiny_two")
 
 
@@ -167,15 +211,31 @@ def test_damaged_records_are_named(prepared_sets, tmp_path, monkeypatch):
     whole[at] ^= 0xFF
     shard.write_bytes(whole)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    with pytest.raises(ValueError, match="tiny_two, train, image 0: .*mismatch.*prepare tiny_two again"):
+    with pytest.raises(
+        ValueError, match="tiny_two, train, image 0: .*mismatch.*prepare tiny_two again"
+    ):
         load("tfds", "tiny_two")
 
 
 def test_a_prepared_set_can_be_cached(tmp_path, data_dir):
     """With the names of what cannot be read, by several processes."""
-    done = subprocess.run([sys.executable, "-m", "qmx.data.cache", "--source=tfds", "tiny_photos", tmp_path / "cache",
-                           "--side=16", "--shard=5", "--processes=2"], cwd=ROOT, capture_output=True, text=True,
-                          timeout=120)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "qmx.data.cache",
+            "--source=tfds",
+            "tiny_photos",
+            tmp_path / "cache",
+            "--side=16",
+            "--shard=5",
+            "--processes=2",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     plain = load("tfds", "tiny_photos", canvas=16, crop=20)
     quick = load("tfds", "tiny_photos", canvas=16, crop=20, cache=str(tmp_path / "cache"))
@@ -187,8 +247,12 @@ def test_a_prepared_set_can_be_cached(tmp_path, data_dir):
     np.testing.assert_array_equal(got["label"], want["label"])
     assert np.abs(got["image"].astype(int) - want["image"]).mean() < 6
     np.testing.assert_array_equal(quick.pool.shown(ids), plain.pool.shown(ids))
-    with pytest.raises(ValueError, match="other photos than tiny_two/train.*run python -m qmx.data.cache --source=tfds "
-                                         "tiny_two "):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "other photos than tiny_two/train.*run python -m qmx.data.cache --source=tfds tiny_two "
+        ),
+    ):
         load("tfds", "tiny_two", canvas=16, cache=str(tmp_path / "cache"))
 
 
@@ -197,7 +261,9 @@ def test_unreadable_photos_have_their_name(tmp_path, monkeypatch):
     prepare("tiny_broken", tmp_path, ("train", "test"))
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     data = load("tfds", "tiny_broken")
-    with pytest.raises(ValueError, match="tiny_broken/train/n02_11.JPEG: .*--source=tfds tiny_broken CACHE"):
+    with pytest.raises(
+        ValueError, match="tiny_broken/train/n02_11.JPEG: .*--source=tfds tiny_broken CACHE"
+    ):
         data.pool.read(np.arange(12))
 
 

@@ -1,4 +1,5 @@
-"""P26: what owners may do to scores: sums, support, ties, and each against its definition written out."""
+"""P26: what owners may do to scores: sums, support, ties, and each against its definition written
+out."""
 
 import math
 
@@ -20,17 +21,21 @@ def seen(level, scores=SCORES, have="logits"):
 
 @pytest.mark.parametrize("level", [kind.example for kind in WEAKENINGS.values()])
 def test_distributions(level):
-    """Each answer is a distribution, the same each time, and the same from logits as from probabilities."""
+    """Each answer is a distribution, the same each time, and the same from logits as from
+    probabilities."""
     found = seen(level)
     assert found.dtype == np.float32 and found.shape == SCORES.shape and (found >= 0).all()
     np.testing.assert_allclose(found.sum(1), 1, atol=1e-6)
     np.testing.assert_array_equal(found, seen(level))
-    np.testing.assert_allclose(found, seen(level, derive(SCORES, "logits", "probs"), "probs"), atol=1e-6)
+    np.testing.assert_allclose(
+        found, seen(level, derive(SCORES, "logits", "probs"), "probs"), atol=1e-6
+    )
     assert known(level) and not np.isnan(as_logits(found, level)).any()
 
 
 def test_top():
-    """The k highest in their proportions and nothing else; of equal ones the first; more than there are is all."""
+    """The k highest in their proportions and nothing else; of equal ones the first; more than there
+    are is all."""
     for row, p in zip(seen("top5"), P, strict=True):
         best = np.sort(np.argsort(-p)[:5])
         np.testing.assert_array_equal(np.flatnonzero(row), best)
@@ -42,7 +47,9 @@ def test_top():
 
 def test_top_spread():
     """The k highest as they are, the rest sharing what is left."""
-    np.testing.assert_allclose(top_spread(np.array([[0.5, 0.3, 0.15, 0.05]]), 2), [[0.5, 0.3, 0.1, 0.1]])
+    np.testing.assert_allclose(
+        top_spread(np.array([[0.5, 0.3, 0.15, 0.05]]), 2), [[0.5, 0.3, 0.1, 0.1]]
+    )
     np.testing.assert_allclose(seen("top_spread12"), P, atol=1e-6)
 
 
@@ -55,34 +62,48 @@ def test_rounded():
 
 
 def test_noise():
-    """Of the deviation that is named, of its own for each image whatever the batch, and cut at 0."""
+    """Of the deviation that is named, of its own for each image whatever the batch, and cut at
+    0."""
     flat = np.zeros((50, 1000), np.float32)
     drawn = derive(flat, "logits", "noise0.0001", KEYS) - 1e-3
     np.testing.assert_allclose(drawn.std(), 1e-4, rtol=0.02)
-    np.testing.assert_array_equal(seen("noise0.1")[7:9], derive(SCORES[7:9], "logits", "noise0.1", KEYS[7:9]))
-    assert (seen("noise0.1") == 0).any() and not np.array_equal(seen("noise0.1")[0], seen("noise0.1")[1])
+    np.testing.assert_array_equal(
+        seen("noise0.1")[7:9], derive(SCORES[7:9], "logits", "noise0.1", KEYS[7:9])
+    )
+    assert (seen("noise0.1") == 0).any() and not np.array_equal(
+        seen("noise0.1")[0], seen("noise0.1")[1]
+    )
     with pytest.raises(ValueError, match="noise needs a key for each of 50 answers and has 0"):
         derive(SCORES, "logits", "noise0.1")
 
 
 def test_reverse_sigmoid():
-    """The paper's formula, one number at a time; the first class mostly stays the first, at less confidence."""
+    """The paper's formula, one number at a time; the first class mostly stays the first, at less
+    confidence."""
     for row, p in zip(seen("reverse_sigmoid0.5"), P, strict=True):
-        each = [max(x - 0.5 * (1 / (1 + math.exp(-0.2 * math.log(x / (1 - x)))) - 0.5), 0) for x in p]
+        each = [
+            max(x - 0.5 * (1 / (1 + math.exp(-0.2 * math.log(x / (1 - x)))) - 0.5), 0) for x in p
+        ]
         np.testing.assert_allclose(row, np.array(each) / sum(each), atol=1e-5)
     assert (seen("reverse_sigmoid0.5").max(1) < P.max(1)).all()
     np.testing.assert_allclose(seen("reverse_sigmoid0"), P, atol=1e-6)
 
 
-@pytest.mark.parametrize("level", ["top", "top0", "top1.5", "rounded", "noise", "topp5", "5", "top-5", "logits2", ""])
+@pytest.mark.parametrize(
+    "level", ["top", "top0", "top1.5", "rounded", "noise", "topp5", "5", "top-5", "logits2", ""]
+)
 def test_unknown(level):
     """What is no level is refused, with those that are."""
     assert parse(level) is None and not known(level)
-    with pytest.raises(ValueError, match="unknown; choose one of logits, probs, label, top5, top_spread5, rounded2"):
+    with pytest.raises(
+        ValueError, match="unknown; choose one of logits, probs, label, top5, top_spread5, rounded2"
+    ):
         seen(level)
 
 
 def test_from_labels():
     """A weakened level cannot be had of labels."""
-    with pytest.raises(ValueError, match="label, from which top5 cannot be derived; ask with access='probs'"):
+    with pytest.raises(
+        ValueError, match="label, from which top5 cannot be derived; ask with access='probs'"
+    ):
         seen("top5", np.eye(12, dtype=np.float32), "label")

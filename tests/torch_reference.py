@@ -1,7 +1,8 @@
-"""Networks and training steps in plain PyTorch, written from the papers' protocols, for the parity tests.
+"""Networks and training steps in plain PyTorch, written from the papers' protocols, for the parity
+tests.
 
-Nothing here is shared with qmx: NCHW, torch's own layers, torchvision's and the reference codes' names. Only
-`variables` knows both sides; it renames and transposes.
+Nothing here is shared with qmx: NCHW, torch's own layers, torchvision's and the reference codes'
+names. Only `variables` knows both sides; it renames and transposes.
 """
 
 import math
@@ -23,8 +24,15 @@ def tensor(x):
 
 
 def variables(params, stats):
-    """The state dict of the network whose variables, nested dicts of arrays, are `params` and `stats`."""
-    kinds = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+    """The state dict of the network whose variables, nested dicts of arrays, are `params` and
+    `stats`."""
+    kinds = {
+        "kernel": "weight",
+        "scale": "weight",
+        "bias": "bias",
+        "mean": "running_mean",
+        "var": "running_var",
+    }
     found = {}
 
     def walk(tree, path):
@@ -34,7 +42,8 @@ def variables(params, stats):
                 continue
             value = np.array(value)
             if name == "kernel":
-                value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T  # HWIO -> OIHW, IO -> OI
+                # HWIO -> OIHW, IO -> OI.
+                value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
             # layer1_0/conv1 -> layer1.0.conv1
             key = re.sub(r"_(\d+)", r".\1", ".".join([*path, kinds[name]]))
             assert key not in found
@@ -85,11 +94,15 @@ class SplitBatchNorm(nn.Module):
 
     def forward(self, x):
         if not self.training:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.1, 1e-5)
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.1, 1e-5
+            )
         copies = [(self.running_mean.clone(), self.running_var.clone()) for _ in range(self.groups)]
         parts = x.reshape(self.groups, -1, *x.shape[1:])
-        y = [F.batch_norm(part, mean, var, self.weight, self.bias, True, 0.1, 1e-5)
-             for part, (mean, var) in zip(parts, copies, strict=True)]
+        y = [
+            F.batch_norm(part, mean, var, self.weight, self.bias, True, 0.1, 1e-5)
+            for part, (mean, var) in zip(parts, copies, strict=True)
+        ]
         self.running_mean = torch.stack([mean for mean, _ in copies]).mean(0)
         self.running_var = torch.stack([var for _, var in copies]).mean(0)
         return torch.cat(y)
@@ -102,18 +115,28 @@ class Block(nn.Module):
         super().__init__()
         if bottleneck:
             inner, out = int(planes * width_per_group / 64) * groups, 4 * planes
-            sizes = [(entering, inner, 1, 1, 1), (inner, inner, 3, stride, groups), (inner, out, 1, 1, 1)]
+            sizes = [
+                (entering, inner, 1, 1, 1),
+                (inner, inner, 3, stride, groups),
+                (inner, out, 1, 1, 1),
+            ]
         else:
             out = planes
             sizes = [(entering, out, 3, stride, 1), (out, out, 3, 1, 1)]
         self.depth = len(sizes)
         self.relu = nn.ModuleList(ReLU() for _ in sizes)
         for i, (a, b, kernel, step, parts) in enumerate(sizes, 1):
-            setattr(self, f"conv{i}", nn.Conv2d(a, b, kernel, step, kernel // 2, groups=parts, bias=False))
+            setattr(
+                self,
+                f"conv{i}",
+                nn.Conv2d(a, b, kernel, step, kernel // 2, groups=parts, bias=False),
+            )
             setattr(self, f"bn{i}", norm(b))
         self.downsample = None
         if stride != 1 or entering != out:
-            self.downsample = nn.Sequential(nn.Conv2d(entering, out, 1, stride, bias=False), norm(out))
+            self.downsample = nn.Sequential(
+                nn.Conv2d(entering, out, 1, stride, bias=False), norm(out)
+            )
 
     def forward(self, x):
         y = x
@@ -121,21 +144,36 @@ class Block(nn.Module):
             y = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(y))
             y = self.relu[i - 1](y) if i < self.depth else y
         shortcut = x if self.downsample is None else self.downsample(x)
-        # Where the shortcut passes nothing on, the branch is alone; it may start at zero and be small.
+        # Where the shortcut passes nothing on, the branch is alone; it may start at zero and be
+        # small.
         unit = torch.where(shortcut == 0, y.detach().std(), 1.0)
         return self.relu[-1](y + shortcut, unit)
 
 
 class ResNet(nn.Module):
-    """torchvision's ResNet up to the pooled features, with the usual small stem for small images."""
+    """torchvision's ResNet up to the pooled features, with the usual small stem for small
+    images."""
 
-    def __init__(self, blocks, bottleneck=False, width=64, groups=1, width_per_group=64, stem="large", channels=3,
-                 splits=1, norm=None):
+    def __init__(
+        self,
+        blocks,
+        bottleneck=False,
+        width=64,
+        groups=1,
+        width_per_group=64,
+        stem="large",
+        channels=3,
+        splits=1,
+        norm=None,
+    ):
         super().__init__()
         norm = norm or partial(SplitBatchNorm, groups=splits)
         self.stages, self.large = len(blocks), stem == "large"
-        self.conv1 = (nn.Conv2d(channels, width, 7, 2, 3, bias=False) if self.large
-                      else nn.Conv2d(channels, width, 3, 1, 1, bias=False))
+        self.conv1 = (
+            nn.Conv2d(channels, width, 7, 2, 3, bias=False)
+            if self.large
+            else nn.Conv2d(channels, width, 3, 1, 1, bias=False)
+        )
         self.bn1 = norm(width)
         self.relu, self.maxpool = ReLU(), nn.MaxPool2d(3, 2, 1)
         entering = width
@@ -143,7 +181,9 @@ class ResNet(nn.Module):
             planes, layer = width * 2**stage, []
             for index in range(count):
                 stride = 2 if stage > 0 and index == 0 else 1
-                layer.append(Block(entering, planes, stride, bottleneck, groups, width_per_group, norm))
+                layer.append(
+                    Block(entering, planes, stride, bottleneck, groups, width_per_group, norm)
+                )
                 entering = planes * 4 if bottleneck else planes
             setattr(self, f"layer{stage + 1}", nn.Sequential(*layer))
         self.features = entering
@@ -160,8 +200,16 @@ class Released(ResNet):
     """torchvision's whole ResNet or ResNeXt: torch's own batch norm, and "fc" on top."""
 
     def __init__(self, arch, classes=1000, channels=3):
-        super().__init__(arch.blocks, arch.bottleneck, arch.width, arch.groups, arch.width_per_group, arch.stem,
-                         channels, norm=nn.BatchNorm2d)
+        super().__init__(
+            arch.blocks,
+            arch.bottleneck,
+            arch.width,
+            arch.groups,
+            arch.width_per_group,
+            arch.stem,
+            channels,
+            norm=nn.BatchNorm2d,
+        )
         self.fc = nn.Linear(self.features, classes)
 
     def forward(self, x):
@@ -172,12 +220,16 @@ def pictures(n, side, channels=3, seed=0):
     """[n, C, side, side]: noise, and large shapes and colours that differ from one to the next."""
     random = torch.Generator().manual_seed(seed)
     shapes = F.interpolate(torch.randn(n, channels, 4, 4, generator=random), side, mode="bilinear")
-    return (shapes + torch.randn(n, channels, 1, 1, generator=random)
-            + 0.3 * torch.randn(n, channels, side, side, generator=random))
+    return (
+        shapes
+        + torch.randn(n, channels, 1, 1, generator=random)
+        + 0.3 * torch.randn(n, channels, side, side, generator=random)
+    )
 
 
 def released(arch, classes=1000, channels=3, seed=0, side=64):
-    """`Released` with random weights and running statistics near those of random images, as a trained one has."""
+    """`Released` with random weights and running statistics near those of random images, as a
+    trained one has."""
     torch.manual_seed(seed)
     net = Released(arch, classes, channels)
     with torch.no_grad():
@@ -189,12 +241,15 @@ def released(arch, classes=1000, channels=3, seed=0, side=64):
                 module.bias.normal_(0, 0.1)
                 module.momentum = 1.0
         for module in net.modules():
-            if isinstance(module, Block):  # as in a trained network, each block changes its input a little
+            # As in a trained network, each block changes its input a little.
+            if isinstance(module, Block):
                 getattr(module, f"bn{module.depth}").weight.mul_(0.4)
         net.train()(pictures(16, side, channels, seed))
         for module in net.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.add_(0.1 * torch.randn_like(module.running_mean) * module.running_var.sqrt())
+                module.running_mean.add_(
+                    0.1 * torch.randn_like(module.running_mean) * module.running_var.sqrt()
+                )
                 module.running_var.mul_(torch.empty_like(module.running_var).uniform_(0.8, 1.25))
                 module.momentum = 0.1
     return net.eval()
@@ -220,16 +275,27 @@ def moco_head(features, out):
 
 
 def simsiam_projector(features, out, splits=1):
-    head = Fc(nn.Linear(features, features, bias=False), SplitBatchNorm(features, splits), ReLU(),
-              nn.Linear(features, features, bias=False), SplitBatchNorm(features, splits), ReLU(),
-              nn.Linear(features, out), SplitBatchNorm(out, splits, affine=False))
+    head = Fc(
+        nn.Linear(features, features, bias=False),
+        SplitBatchNorm(features, splits),
+        ReLU(),
+        nn.Linear(features, features, bias=False),
+        SplitBatchNorm(features, splits),
+        ReLU(),
+        nn.Linear(features, out),
+        SplitBatchNorm(out, splits, affine=False),
+    )
     head.fc[6].bias.requires_grad = False
     return head
 
 
 def simsiam_predictor(features, hidden, splits=1):
-    return Fc(nn.Linear(features, hidden, bias=False), SplitBatchNorm(hidden, splits), ReLU(),
-              nn.Linear(hidden, features))
+    return Fc(
+        nn.Linear(features, hidden, bias=False),
+        SplitBatchNorm(hidden, splits),
+        ReLU(),
+        nn.Linear(hidden, features),
+    )
 
 
 def network(**parts):
@@ -254,8 +320,11 @@ class MoCo:
                 ours.mul_(self.decay).add_(theirs, alpha=1 - self.decay)
             k = F.normalize(self.key(x_key[shuffle]), dim=1)[torch.argsort(shuffle)]
         negatives = self.queue.clone()
-        logits = torch.cat([torch.einsum("nc,nc->n", q, k)[:, None], q @ negatives.T], 1) / self.temperature
-        self.queue[self.pointer:self.pointer + len(k)] = k
+        logits = (
+            torch.cat([torch.einsum("nc,nc->n", q, k)[:, None], q @ negatives.T], 1)
+            / self.temperature
+        )
+        self.queue[self.pointer : self.pointer + len(k)] = k
         self.pointer = (self.pointer + len(k)) % len(self.queue)
         return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long))
 
@@ -282,19 +351,27 @@ def distillation_loss(net, x, scores, target_temperature, student_temperature):
 
 
 class FixMatch:
-    """Sohn et al. 2020 with the teacher of Cai et al. 2021, which moves when the optimiser has, buffers too."""
+    """Sohn et al. 2020 with the teacher of Cai et al. 2021, which moves when the optimiser has,
+    buffers too."""
 
     def __init__(self, student, teacher, threshold, weight, decay, temperature):
         self.student, self.teacher = student.train(), teacher.eval()
-        self.threshold, self.weight, self.decay, self.temperature = threshold, weight, decay, temperature
+        self.threshold, self.weight, self.decay, self.temperature = (
+            threshold,
+            weight,
+            decay,
+            temperature,
+        )
 
     def loss(self, x_asked, scores, x_weak, x_strong):
         """And the confidence of each guess."""
         with torch.no_grad():
             sure, guess = F.softmax(self.teacher(x_weak), 1).max(1)
         logits = self.student(torch.cat([x_asked, x_strong]))
-        asked, pool = logits[:len(x_asked)], logits[len(x_asked):]
-        known = F.kl_div(F.log_softmax(asked, 1), F.softmax(scores / self.temperature, 1), reduction="batchmean")
+        asked, pool = logits[: len(x_asked)], logits[len(x_asked) :]
+        known = F.kl_div(
+            F.log_softmax(asked, 1), F.softmax(scores / self.temperature, 1), reduction="batchmean"
+        )
         guessed = F.cross_entropy(pool, guess, reduction="none") * (sure >= self.threshold)
         return known + self.weight * guessed.sum() / len(guessed), sure
 
@@ -314,9 +391,15 @@ def cosine_by_epoch(rate, epochs, steps):
 
 
 def optimiser(net, rates, **keywords):
-    """torch's SGD with a schedule, step -> rate, for each part of `net`; frozen parameters are left out."""
-    groups = [{"params": [p for p in getattr(net, part).parameters() if p.requires_grad], "schedule": schedule}
-              for part, schedule in rates.items()]
+    """torch's SGD with a schedule, step -> rate, for each part of `net`; frozen parameters are left
+    out."""
+    groups = [
+        {
+            "params": [p for p in getattr(net, part).parameters() if p.requires_grad],
+            "schedule": schedule,
+        }
+        for part, schedule in rates.items()
+    ]
     return torch.optim.SGD(groups, lr=0.0, **keywords)
 
 

@@ -17,8 +17,10 @@ def digits(keys: Any) -> Dataset:
     pool and 360 outside, the same for every seed. Alpaydin & Kaynak 1998 (UCI "optdigits").
     """
     if keys.path or keys.eval_path:
-        raise ValueError("data.path and data.eval_path are not read by data.source=digits; use "
-                         "data.source=arrays for images of your own")
+        raise ValueError(
+            "data.path and data.eval_path are not read by data.source=digits; use "
+            "data.source=arrays for images of your own"
+        )
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
@@ -32,29 +34,38 @@ def arrays(keys: Any) -> Dataset:
     """Two npz files, each with "image" uint8[n, H, W, C] (or [n, H, W]) and "label" int[n]."""
     path, eval_path = keys.path, keys.eval_path
     if not path or not eval_path:
-        raise ValueError("data.source=arrays needs two files: --config.data.path=POOL.npz and "
-                         "--config.data.eval_path=EVALUATION.npz")
+        raise ValueError(
+            "data.source=arrays needs two files: --config.data.path=POOL.npz and "
+            "--config.data.eval_path=EVALUATION.npz"
+        )
     pool, evaluation = read_npz(path), read_npz(eval_path)
     if pool[0].shape[1:] != evaluation[0].shape[1:]:
-        raise ValueError(f"images are {pool[0].shape[1:]} in {path} and {evaluation[0].shape[1:]} in {eval_path}; "
-                         "they must have one shape")
+        raise ValueError(
+            f"images are {pool[0].shape[1:]} in {path} and {evaluation[0].shape[1:]} in"
+            f" {eval_path}; they must have one shape"
+        )
     return from_arrays(Path(path).stem, *pool, *evaluation)
 
 
 def read_npz(path: str) -> tuple[np.ndarray, np.ndarray]:
-    """(images uint8[n, H, W, C], labels i32[n]) of a file, checked; ValueError names what is wrong."""
+    """(images uint8[n, H, W, C], labels i32[n]) of a file, checked; ValueError names what is
+    wrong."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
     if not Path(path).stat().st_size:
         raise ValueError(f"{path}: no data, the file is empty")
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path}: it is not an npz file, which is a zip of arrays, or it is cut off")
+        raise ValueError(
+            f"{path}: it is not an npz file, which is a zip of arrays, or it is cut off"
+        )
     try:
         with np.load(path, allow_pickle=False) as file:
             missing = [name for name in ("image", "label") if name not in file]
             if missing:
-                raise ValueError(f"no array {missing[0]!r} in it, only {sorted(file)}; save "
-                                 "image=uint8[n, H, W, C] and label=int[n]")
+                raise ValueError(
+                    f"no array {missing[0]!r} in it, only {sorted(file)}; save "
+                    "image=uint8[n, H, W, C] and label=int[n]"
+                )
             images, labels = file["image"], file["label"]
             if not isinstance(images, np.ndarray) or not isinstance(labels, np.ndarray):
                 raise ValueError("image and label must be arrays saved by numpy")
@@ -65,9 +76,14 @@ def read_npz(path: str) -> tuple[np.ndarray, np.ndarray]:
         images = images[..., None]
     problem = None
     if images.ndim != 4 or images.shape[-1] not in (1, 3):
-        problem = f"image has shape {images.shape}; it must be [n, H, W, C] with C = 1 or 3, or [n, H, W]"
+        problem = (
+            f"image has shape {images.shape}; it must be [n, H, W, C] with C = 1 or 3, or [n, H, W]"
+        )
     elif np.issubdtype(images.dtype, np.floating) and np.isnan(images).any():
-        problem = f"image holds NaN in {int(np.isnan(images).any((1, 2, 3)).sum())} of {len(images)} images"
+        problem = (
+            f"image holds NaN in {int(np.isnan(images).any((1, 2, 3)).sum())} of {len(images)}"
+            " images"
+        )
     elif images.dtype != np.uint8:
         problem = f"image is {images.dtype}; it must be uint8, 0..255"
     elif not len(images):
@@ -85,8 +101,13 @@ def read_npz(path: str) -> tuple[np.ndarray, np.ndarray]:
     return images, labels.astype(np.int32)
 
 
-def from_arrays(name: str, images: np.ndarray, labels: np.ndarray, eval_images: np.ndarray,
-                eval_labels: np.ndarray) -> Dataset:
+def from_arrays(
+    name: str,
+    images: np.ndarray,
+    labels: np.ndarray,
+    eval_images: np.ndarray,
+    eval_labels: np.ndarray,
+) -> Dataset:
     """A data set in memory, with its statistics and digest.
 
     Raises:
@@ -95,13 +116,17 @@ def from_arrays(name: str, images: np.ndarray, labels: np.ndarray, eval_images: 
     seen = {image.tobytes() for image in images}
     both = sum(image.tobytes() in seen for image in eval_images)
     if both:
-        raise ValueError(f"{both} of {len(eval_images)} evaluation images are in the pool too; "
-                         "remove them from one side")
+        raise ValueError(
+            f"{both} of {len(eval_images)} evaluation images are in the pool too; "
+            "remove them from one side"
+        )
     digest = hashlib.sha256()
     for array in (images, labels, eval_images, eval_labels):
         digest.update(str((array.dtype, array.shape)).encode())
         digest.update(array.tobytes())
-    counts = np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])])
+    counts = np.stack(
+        [np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])]
+    )
     values = np.arange(256) / 255
     mean = counts @ values / counts.sum(1)
     std = np.sqrt(np.maximum(counts @ values**2 / counts.sum(1) - mean**2, 1e-12))

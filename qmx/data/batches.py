@@ -26,11 +26,14 @@ BESIDE = (1,)  # the stream of what comes beside a source's own examples
 
 @lru_cache(maxsize=8)
 def _epoch_order(size: int, seed: int, epoch: int, stream: tuple[int, ...]) -> np.ndarray:
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(epoch, *stream))).permutation(size)
+    return np.random.default_rng(
+        np.random.SeedSequence(seed, spawn_key=(epoch, *stream))
+    ).permutation(size)
 
 
-def batch_ids(size: int, batch_size: int, seed: int, k: int, drop_last: bool,
-              stream: tuple[int, ...] = ()) -> np.ndarray:
+def batch_ids(
+    size: int, batch_size: int, seed: int, k: int, drop_last: bool, stream: tuple[int, ...] = ()
+) -> np.ndarray:
     """The examples of batch k, i64[batch_size].
 
     Each epoch is a fresh shuffle. With `drop_last` an epoch's remainder is left out; without it
@@ -54,7 +57,13 @@ class _Batches:
     """Whole batches by number, this process's rows of them, as grain's random-access source."""
 
     def __init__(self, source: Source, batch_size: int, steps: int, seed: int, drop_last: bool):
-        self.source, self.batch_size, self.steps, self.seed, self.drop_last = source, batch_size, steps, seed, drop_last
+        self.source, self.batch_size, self.steps, self.seed, self.drop_last = (
+            source,
+            batch_size,
+            steps,
+            seed,
+            drop_last,
+        )
 
     def __len__(self) -> int:
         return self.steps
@@ -66,20 +75,30 @@ class _Batches:
             batch |= {f"pool_{name}": rows for name, rows in more.items()}
         return batch
 
-    def read(self, source: Source, size: int, k: int, stream: tuple[int, ...] = ()) -> dict[str, np.ndarray]:
+    def read(
+        self, source: Source, size: int, k: int, stream: tuple[int, ...] = ()
+    ) -> dict[str, np.ndarray]:
         # A block and not every other row, so that the global order does not depend on how many
         # processes there are: groups of statistics and the queue go by position.
         ids = batch_ids(source.size, size, self.seed, k, self.drop_last, stream)
         return source.read(ids[rows_here(size)])
 
 
-def batches(source: Source, batch_size: int, *, steps: int, seed: int, start: int = 0, drop_last: bool = False,
-            threads: int = 2) -> Iterator[dict[str, jax.Array]]:
+def batches(
+    source: Source,
+    batch_size: int,
+    *,
+    steps: int,
+    seed: int,
+    start: int = 0,
+    drop_last: bool = False,
+    threads: int = 2,
+) -> Iterator[dict[str, jax.Array]]:
     """Batches `start` .. `steps` - 1, read ahead in threads and put on the devices.
 
     Args:
-      source: what is read, one call for each batch. What it has `beside` it comes too, `ratio` times the batch,
-        under the same names with "pool_" before them.
+      source: what is read, one call for each batch. What it has `beside` it comes too, `ratio`
+        times the batch, under the same names with "pool_" before them.
       batch_size: global, of the source's own examples.
       steps: number of the last batch plus one.
       seed: of the order.
@@ -100,24 +119,39 @@ def batches(source: Source, batch_size: int, *, steps: int, seed: int, start: in
 def steps_at_once() -> int:
     """Steps in one dispatch.
 
-    One on CPUs, where XLA's convolutions are slow in a loop (benchmarks/README.md, "Batches from the device");
-    elsewhere so many that dispatches cost nothing. A stop signal waits for them.
+    One on CPUs, where XLA's convolutions are slow in a loop (benchmarks/README.md, "Batches from
+    the device"); elsewhere so many that dispatches cost nothing. A stop signal waits for them.
     """
     return 1 if jax.default_backend() == "cpu" else 32
 
 
-def feed(source: Source, batch_size: int, *, steps: int, seed: int, start: int = 0, drop_last: bool = False,
-         at_once: int | None = None) -> Iterator[dict[str, jax.Array] | Rows]:
-    """The batches of `batches`, for `qmx.train.fit`: from the devices where the source fits there, else from the host.
+def feed(
+    source: Source,
+    batch_size: int,
+    *,
+    steps: int,
+    seed: int,
+    start: int = 0,
+    drop_last: bool = False,
+    at_once: int | None = None,
+) -> Iterator[dict[str, jax.Array] | Rows]:
+    """The batches of `batches`, for `qmx.train.fit`: from the devices where the source fits there,
+    else from the host.
 
-    A source in memory that `qmx.sharding.fits_everywhere` is put on every device once, and a batch is numbers of its
-    rows: `at_once` of them, by default `steps_at_once()`, come as one `Rows`. Arguments and errors are those of
-    `batches`.
+    A source in memory that `qmx.sharding.fits_everywhere` is put on every device once, and a batch
+    is numbers of its rows: `at_once` of them, by default `steps_at_once()`, come as one `Rows`.
+    Arguments and errors are those of `batches`.
     """
-    parts = {"": (source, 1)} | ({"pool_": (source.beside.source, source.beside.ratio)} if source.beside else {})
+    parts = {"": (source, 1)} | (
+        {"pool_": (source.beside.source, source.beside.ratio)} if source.beside else {}
+    )
     held = {prefix: part.held for prefix, (part, _) in parts.items() if part.held}
-    if len(held) < len(parts) or not fits_everywhere(sum(arrays.nbytes for arrays in held.values())):
-        yield from batches(source, batch_size, steps=steps, seed=seed, start=start, drop_last=drop_last)
+    if len(held) < len(parts) or not fits_everywhere(
+        sum(arrays.nbytes for arrays in held.values())
+    ):
+        yield from batches(
+            source, batch_size, steps=steps, seed=seed, start=start, drop_last=drop_last
+        )
         return
     _refuse_larger(source, batch_size, drop_last)
     tables = {prefix: put_whole(arrays) for prefix, (arrays, _) in held.items()}
@@ -126,21 +160,29 @@ def feed(source: Source, batch_size: int, *, steps: int, seed: int, start: int =
     def rows_of(prefix: str, k: int) -> np.ndarray:
         part, ratio = parts[prefix]
         stream = BESIDE if prefix else ()
-        return held[prefix].rows[batch_ids(part.size, batch_size * ratio, seed, k, drop_last, stream)]
+        return held[prefix].rows[
+            batch_ids(part.size, batch_size * ratio, seed, k, drop_last, stream)
+        ]
 
     for first in range(start, steps, most):
-        numbers = [min(first + place, steps - 1) for place in range(most)]  # one shape, whatever is left
+        # One shape, whatever is left.
+        numbers = [min(first + place, steps - 1) for place in range(most)]
         ids = {prefix: np.stack([rows_of(prefix, k) for k in numbers]) for prefix in parts}
         yield Rows(tables, put_ids(ids), np.int32(min(most, steps - first)))
 
 
 def _refuse_larger(source: Source, batch_size: int, drop_last: bool) -> None:
     if drop_last and batch_size > source.size:
-        raise ValueError(f"batch_size {batch_size} is larger than the {source.size} images to train on")
+        raise ValueError(
+            f"batch_size {batch_size} is larger than the {source.size} images to train on"
+        )
 
 
-def ahead(read: Callable[[np.ndarray], np.ndarray], ids: np.ndarray, size: int) -> Iterator[tuple[int, np.ndarray]]:
-    """read(ids) in chunks of `size`, in order: (how many are done, chunk), the next being read meanwhile."""
+def ahead(
+    read: Callable[[np.ndarray], np.ndarray], ids: np.ndarray, size: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """read(ids) in chunks of `size`, in order: (how many are done, chunk), the next being read
+    meanwhile."""
     chunks = [ids[start : start + size] for start in range(0, len(ids), size)]
     with ThreadPoolExecutor(1) as reader:
         waiting = reader.submit(read, chunks[0]) if chunks else None

@@ -35,8 +35,8 @@ from qmx.data.cached import MANIFEST, SIZE, VERSION, missing_or_resized, sha256,
 from qmx.data.photos import Photos, canvas, decode, oddities, title
 from qmx.progress import progress, say
 
-# Full colour resolution: for a quarter more bytes than 4:2:0 the error falls by 2 dB (39.2 against 37.1 on 126
-# ImageNet photos at quality 90), and views exaggerate colour.
+# Full colour resolution: for a quarter more bytes than 4:2:0 the error falls by 2 dB (39.2 against
+# 37.1 on 126 ImageNet photos at quality 90), and views exaggerate colour.
 SUBSAMPLING = "4:4:4"
 LOCK = "writing.lock"
 
@@ -60,8 +60,16 @@ def settle(part: Path, path: Path) -> None:
             part.replace(path)
 
 
-def write_shard(out: Path, number: int, made_of: dict[str, Any], where: str, read: Callable[[int, str], bytes],
-                first: int, count: int, names: tuple[str, ...]) -> int:
+def write_shard(
+    out: Path,
+    number: int,
+    made_of: dict[str, Any],
+    where: str,
+    read: Callable[[int, str], bytes],
+    first: int,
+    count: int,
+    names: tuple[str, ...],
+) -> int:
     """Write one shard and, when it is whole, the JSON beside it that says so; returns `count`.
 
     Args:
@@ -88,11 +96,21 @@ def write_shard(out: Path, number: int, made_of: dict[str, Any], where: str, rea
                 continue
             pixels, size = canvas(image, made_of["side"])
             jpeg = io.BytesIO()
-            Image.fromarray(pixels).save(jpeg, "JPEG", quality=made_of["quality"], subsampling=SUBSAMPLING)
+            Image.fromarray(pixels).save(
+                jpeg, "JPEG", quality=made_of["quality"], subsampling=SUBSAMPLING
+            )
             writer.write(SIZE.pack(*size) + jpeg.getvalue())
         writer.close()
-        beside = {"file": path.name, "count": count - len(broken), "bytes": part.stat().st_size, "sha256": sha256(part),
-                  "broken": broken, "odd": dict(sorted(odd.items())), "pillow": PIL.__version__, **made_of}
+        beside = {
+            "file": path.name,
+            "count": count - len(broken),
+            "bytes": part.stat().st_size,
+            "sha256": sha256(part),
+            "broken": broken,
+            "odd": dict(sorted(odd.items())),
+            "pillow": PIL.__version__,
+            **made_of,
+        }
         settle(part, path)
         save(path.with_suffix(".json"), json.dumps(beside) + "\n")
     except RuntimeError as error:  # array_record's, for a full disk as for anything else
@@ -102,7 +120,9 @@ def write_shard(out: Path, number: int, made_of: dict[str, Any], where: str, rea
     return count
 
 
-def finished_shards(out: Path, made_of: dict[str, Any], photos: Photos) -> dict[str, dict[str, Any]]:
+def finished_shards(
+    out: Path, made_of: dict[str, Any], photos: Photos
+) -> dict[str, dict[str, Any]]:
     """The records that whole shards keep of themselves, by file name.
 
     Raises:
@@ -118,12 +138,18 @@ def finished_shards(out: Path, made_of: dict[str, Any], photos: Photos) -> dict[
             if shard.get(key) == value:
                 continue
             if key in ("digest", "images"):
-                raise ValueError(f"{out} holds a cache of other photos than {photos.where}, or these have changed "
-                                 "since; remove it, or write to another folder")
-            raise ValueError(f"{out} holds shards of {key} {shard.get(key)}, and this is {value}; remove it, or give "
-                             f"--{key}={shard.get(key)}")
+                raise ValueError(
+                    f"{out} holds a cache of other photos than {photos.where}, or these have"
+                    " changed since; remove it, or write to another folder"
+                )
+            raise ValueError(
+                f"{out} holds shards of {key} {shard.get(key)}, and this is {value}; remove it, or"
+                f" give --{key}={shard.get(key)}"
+            )
         shards[shard["file"]] = shard
-    strangers = sorted(path.name for path in out.iterdir() if not path.name.startswith(("shard-", MANIFEST, LOCK)))
+    strangers = sorted(
+        path.name for path in out.iterdir() if not path.name.startswith(("shard-", MANIFEST, LOCK))
+    )
     if strangers:
         raise ValueError(f"{out} holds other files, such as {strangers[0]}; name a new folder")
     for file in missing_or_resized(out, list(shards.values())):
@@ -138,12 +164,15 @@ def alone(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{out}: another process is writing to it; wait for it, or stop it") from None
+            raise ValueError(
+                f"{out}: another process is writing to it; wait for it, or stop it"
+            ) from None
         yield
 
 
 def start_worker() -> None:
-    """In a worker: the parent decides when to stop, and if the parent is killed there is nobody to work for."""
+    """In a worker: the parent decides when to stop, and if the parent is killed there is nobody to
+    work for."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
@@ -160,7 +189,8 @@ def run_all(tasks: list[tuple], processes: int) -> Iterator[int]:
     if min(processes, len(tasks)) <= 1:
         yield from (write_shard(*task) for task in tasks)
         return
-    context = multiprocessing.get_context("spawn")  # a fork would copy locks that jax's threads may hold
+    # a fork would copy locks that jax's threads may hold.
+    context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(processes, len(tasks)), context, start_worker) as pool:
         try:
             for done in as_completed([pool.submit(write_shard, *task) for task in tasks]):
@@ -169,29 +199,55 @@ def run_all(tasks: list[tuple], processes: int) -> Iterator[int]:
             for child in multiprocessing.active_children():
                 child.terminate()
             if isinstance(error, BrokenProcessPool):
-                raise ValueError("a worker was killed, perhaps for memory; run again with fewer --processes") from None
+                raise ValueError(
+                    "a worker was killed, perhaps for memory; run again with fewer --processes"
+                ) from None
             raise
 
 
-def write(photos: Photos, out: Path, *, side: int = 256, quality: int = 90, per_shard: int = 5000,
-          processes: int = 1) -> dict[str, Any]:
-    """Write what is missing of a cache; returns its manifest. The files do not depend on `processes`.
+def write(
+    photos: Photos,
+    out: Path,
+    *,
+    side: int = 256,
+    quality: int = 90,
+    per_shard: int = 5000,
+    processes: int = 1,
+) -> dict[str, Any]:
+    """Write what is missing of a cache; returns its manifest. The files do not depend on
+    `processes`.
 
     Raises:
       ValueError: see `finished_shards`; another process is writing there; a file that has gone.
       OSError: no space, no permission.
     """
     out.mkdir(parents=True, exist_ok=True)
-    made_of = {"version": VERSION, "digest": photos.digest, "images": photos.size, "side": side, "quality": quality,
-               "shard": per_shard}
+    made_of = {
+        "version": VERSION,
+        "digest": photos.digest,
+        "images": photos.size,
+        "side": side,
+        "quality": quality,
+        "shard": per_shard,
+    }
     tasks, todo = [], 0
     with alone(out):
         shards = finished_shards(out, made_of, photos)
         for number, first in enumerate(range(0, photos.size, per_shard)):
             count = min(per_shard, photos.size - first)
             if f"shard-{number:05d}.array_record" not in shards:
-                tasks.append((out, number, made_of, photos.where, photos.read, first, count,
-                              photos.names[first : first + count]))
+                tasks.append(
+                    (
+                        out,
+                        number,
+                        made_of,
+                        photos.where,
+                        photos.read,
+                        first,
+                        count,
+                        photos.names[first : first + count],
+                    )
+                )
                 todo += count
         if shards and tasks:
             say(f"cache: {len(shards)} shards are there, {len(tasks)} are to be written")
@@ -208,9 +264,14 @@ def write(photos: Photos, out: Path, *, side: int = 256, quality: int = 90, per_
             **made_of,
             "count": sum(shard["count"] for shard in ordered),
             "pillow": sorted({shard["pillow"] for shard in ordered}),
-            "odd": dict(sorted(sum((Counter(shard["odd"]) for shard in ordered), Counter[str]()).items())),
+            "odd": dict(
+                sorted(sum((Counter(shard["odd"]) for shard in ordered), Counter[str]()).items())
+            ),
             "broken": [entry for shard in ordered for entry in shard["broken"]],
-            "shards": [{key: shard[key] for key in ("file", "count", "bytes", "sha256")} for shard in ordered],
+            "shards": [
+                {key: shard[key] for key in ("file", "count", "bytes", "sha256")}
+                for shard in ordered
+            ],
         }
         save(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     return manifest
@@ -218,8 +279,10 @@ def write(photos: Photos, out: Path, *, side: int = 256, quality: int = 90, per_
 
 def describe(manifest: dict[str, Any], out: Path) -> str:
     """A manifest for the user."""
-    lines = [f"{out}: {manifest['count']:,} images in {len(manifest['shards'])} shards, "
-             f"{sum(shard['bytes'] for shard in manifest['shards']) / 1e9:.3g} GB"]
+    lines = [
+        f"{out}: {manifest['count']:,} images in {len(manifest['shards'])} shards, "
+        f"{sum(shard['bytes'] for shard in manifest['shards']) / 1e9:.3g} GB"
+    ]
     lines += [f"  {count:,} {what}" for what, count in manifest["odd"].items()]
     if manifest["broken"]:
         lines.append(f"  {len(manifest['broken']):,} cannot be read and are left out:")
@@ -229,16 +292,27 @@ def describe(manifest: dict[str, Any], out: Path) -> str:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser("python -m qmx.data.cache", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", nargs="?", help="the pool: a folder of class folders, or the name of a TFDS set")
+    parser = argparse.ArgumentParser(
+        "python -m qmx.data.cache",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "path", nargs="?", help="the pool: a folder of class folders, or the name of a TFDS set"
+    )
     parser.add_argument("out", nargs="?", help="the cache")
-    parser.add_argument("--source", choices=("folder", "tfds"), default="folder", help="what PATH is")
-    parser.add_argument("--side", type=int, default=256, help="of the squashed canvas in pixels (256)")
+    parser.add_argument(
+        "--source", choices=("folder", "tfds"), default="folder", help="what PATH is"
+    )
+    parser.add_argument(
+        "--side", type=int, default=256, help="of the squashed canvas in pixels (256)"
+    )
     parser.add_argument("--quality", type=int, default=90, help="of the JPEGs, 1 to 95 (90)")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="(as many as cores)")
     parser.add_argument("--shard", type=int, default=5000, help="images in a shard (5000)")
-    parser.add_argument("--verify", metavar="OUT", help="check the digests of a cache, and nothing else")
+    parser.add_argument(
+        "--verify", metavar="OUT", help="check the digests of a cache, and nothing else"
+    )
     keys = parser.parse_args(argv)
     if not keys.verify and not keys.out:
         parser.error("PATH and OUT are needed, or --verify=OUT")
@@ -249,9 +323,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit status: 0 done, 2 a mistake in one line, 75 stopped and worth calling again."""
+    """Returns the exit status: 0 done, 2 a mistake in one line, 75 stopped and worth calling
+    again."""
     keys = parse(argv)
-    for number in (signal.SIGTERM, signal.SIGINT):  # the second too, which a shell has its background jobs ignore
+    # The second too, which a shell has its background jobs ignore.
+    for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.default_int_handler)
     try:
         if keys.verify:
@@ -260,12 +336,26 @@ def main(argv: list[str]) -> int:
         out = Path(keys.out)
         if keys.source == "folder":
             if Path(keys.path).resolve() in (out.resolve(), *out.resolve().parents):
-                raise ValueError(f"{out} is inside {keys.path}, where it would be taken for a class; write elsewhere")
+                raise ValueError(
+                    f"{out} is inside {keys.path}, where it would be taken for a class; write"
+                    " elsewhere"
+                )
             photos, _ = folders.listing(keys.path)
         else:
             photos = prepared.split_photos(keys.path, "train")
-        print(describe(write(photos, out, side=keys.side, quality=keys.quality, per_shard=keys.shard,
-                             processes=keys.processes), out))
+        print(
+            describe(
+                write(
+                    photos,
+                    out,
+                    side=keys.side,
+                    quality=keys.quality,
+                    per_shard=keys.shard,
+                    processes=keys.processes,
+                ),
+                out,
+            )
+        )
     except KeyboardInterrupt:
         print("qmx.data.cache: stopped; the same command goes on from here", file=sys.stderr)
         return 75

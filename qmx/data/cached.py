@@ -3,7 +3,8 @@
 A folder of ArrayRecord shards. A record is the photo's own height and width, two little-endian
 uint32, and the JPEG of its canvas. `manifest.json`, written last, says what the cache was made of
 and names the files that could not be read: these have no record, and the others follow each other
-in the order of the listing. ArrayRecord keeps a hash of each chunk, so damage shows when it is read.
+in the order of the listing. ArrayRecord keeps a hash of each chunk, so damage shows when it is
+read.
 """
 
 import hashlib
@@ -44,8 +45,10 @@ def read_manifest(folder: str, made_by: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {error}; run {made_by} again") from None
     if manifest.get("version") != VERSION:
-        raise ValueError(f"{path}: version {manifest.get('version')}, and this is {VERSION}; run {made_by} into a new "
-                         "folder")
+        raise ValueError(
+            f"{path}: version {manifest.get('version')}, and this is {VERSION}; run {made_by} into"
+            " a new folder"
+        )
     if lacking := KEYS - set(manifest):
         raise ValueError(f"{path}: no {min(lacking)} in it; run {made_by} again")
     return manifest
@@ -53,20 +56,33 @@ def read_manifest(folder: str, made_by: str) -> dict[str, Any]:
 
 def missing_or_resized(folder: Path, shards: list[dict[str, Any]]) -> list[str]:
     """The shards that are not there or not of the size that they were written with."""
-    return [shard["file"] for shard in shards
-            if not (folder / shard["file"]).is_file() or (folder / shard["file"]).stat().st_size != shard["bytes"]]
+    return [
+        shard["file"]
+        for shard in shards
+        if not (folder / shard["file"]).is_file()
+        or (folder / shard["file"]).stat().st_size != shard["bytes"]
+    ]
 
 
 def verify(folder: str) -> str:
-    """Check the digest of every shard; returns a line for the user, ValueError names what is damaged."""
+    """Check the digest of every shard; returns a line for the user, ValueError names what is
+    damaged."""
     manifest = read_manifest(folder, f"python -m qmx.data.cache SOURCE {folder}")
     bad = missing_or_resized(Path(folder), manifest["shards"])
-    bad += [shard["file"] for shard in manifest["shards"]
-            if shard["file"] not in bad and sha256(Path(folder, shard["file"])) != shard["sha256"]]
+    bad += [
+        shard["file"]
+        for shard in manifest["shards"]
+        if shard["file"] not in bad and sha256(Path(folder, shard["file"])) != shard["sha256"]
+    ]
     if bad:
-        raise ValueError(f"{folder}: {len(bad)} of {len(manifest['shards'])} shards are damaged: {', '.join(bad)}; "
-                         "remove them and make the cache again, which writes only these")
-    return f"{folder}: {manifest['count']:,} images in {len(manifest['shards'])} shards, all as they were written"
+        raise ValueError(
+            f"{folder}: {len(bad)} of {len(manifest['shards'])} shards are damaged:"
+            f" {', '.join(bad)}; remove them and make the cache again, which writes only these"
+        )
+    return (
+        f"{folder}: {manifest['count']:,} images in {len(manifest['shards'])} shards, all as they"
+        " were written"
+    )
 
 
 def reader(folder: str, photos: Photos, side: int) -> tuple[np.ndarray, Read, list[str]]:
@@ -79,27 +95,34 @@ def reader(folder: str, photos: Photos, side: int) -> tuple[np.ndarray, Read, li
 
     Returns:
       kept: i64[m], the photos that have a record.
-      read: ids i64[b] in 0..m-1 -> (uint8[b, side, side, 3], f32[b, 2] heights and widths); ValueError
-        names a damaged shard.
+      read: ids i64[b] in 0..m-1 -> (uint8[b, side, side, 3], f32[b, 2] heights and widths);
+        ValueError names a damaged shard.
       left_out: names of the photos that have none.
 
     Raises:
-      ValueError: no finished cache; one of other photos or of another side; a shard that is missing or
-        has changed in size.
+      ValueError: no finished cache; one of other photos or of another side; a shard that is missing
+        or has changed in size.
     """
     made_by = f"python -m qmx.data.cache {photos.remake} {folder} --side={side}"
     manifest = read_manifest(folder, made_by)
     if manifest["digest"] != photos.digest:
-        raise ValueError(f"data.cache {folder} was made of other photos than {photos.where}, or these have changed "
-                         f"since; remove it and run {made_by}")
+        raise ValueError(
+            f"data.cache {folder} was made of other photos than {photos.where}, or these have"
+            f" changed since; remove it and run {made_by}"
+        )
     if manifest["side"] != side:
-        raise ValueError(f"data.cache {folder} has canvases of {manifest['side']} pixels and data.canvas is {side}; "
-                         f"use --config.data.canvas={manifest['side']}, or run {made_by} into another folder")
+        raise ValueError(
+            f"data.cache {folder} has canvases of {manifest['side']} pixels and data.canvas is"
+            f" {side}; use --config.data.canvas={manifest['side']}, or run {made_by} into another"
+            " folder"
+        )
     shards, root = manifest["shards"], Path(folder)
     bad = missing_or_resized(root, shards)
     if bad:
-        raise ValueError(f"data.cache {folder}: {len(bad)} of {len(shards)} shards are missing or cut off: "
-                         f"{', '.join(bad[:3])}; run {made_by}, which writes only these")
+        raise ValueError(
+            f"data.cache {folder}: {len(bad)} of {len(shards)} shards are missing or cut off: "
+            f"{', '.join(bad[:3])}; run {made_by}, which writes only these"
+        )
     starts = np.cumsum([0] + [shard["count"] for shard in shards])
     broken = {i for i, _, _ in manifest["broken"]}
 
@@ -108,24 +131,34 @@ def reader(folder: str, photos: Photos, side: int) -> tuple[np.ndarray, Read, li
         from array_record.python.array_record_module import ArrayRecordReader
 
         # Records are read in random order, one at a time: reading ahead would be for nothing.
-        shard = ArrayRecordReader(str(root / shards[number]["file"]), "readahead_buffer_size:0",
-                                  file_reader_buffer_size=32768)
+        shard = ArrayRecordReader(
+            str(root / shards[number]["file"]),
+            "readahead_buffer_size:0",
+            file_reader_buffer_size=32768,
+        )
         if shard.num_records() != shards[number]["count"]:
             raise RuntimeError(f"{shard.num_records()} records of {shards[number]['count']}")
         return shard
 
     def read(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        images, sizes = np.empty((len(ids), side, side, 3), np.uint8), np.empty((len(ids), 2), np.float32)
+        images, sizes = (
+            np.empty((len(ids), side, side, 3), np.uint8),
+            np.empty((len(ids), 2), np.float32),
+        )
 
         def one(row: int, i: int) -> None:
             number = int(np.searchsorted(starts, i, side="right")) - 1
             try:
                 record = opened(number).read([int(i - starts[number])])[0]
                 sizes[row] = SIZE.unpack_from(record)
-                images[row] = np.asarray(decode(record[SIZE.size :], f"record {i - starts[number]}"))
+                images[row] = np.asarray(
+                    decode(record[SIZE.size :], f"record {i - starts[number]}")
+                )
             except (RuntimeError, ValueError, struct.error) as error:
-                raise ValueError(f"{root / shards[number]['file']} is damaged, {' '.join(str(error).split())}; remove "
-                                 f"it and run {made_by}, which writes only it") from None
+                raise ValueError(
+                    f"{root / shards[number]['file']} is damaged, {' '.join(str(error).split())};"
+                    f" remove it and run {made_by}, which writes only it"
+                ) from None
 
         in_threads(one, ids)
         return images, sizes

@@ -24,20 +24,42 @@ def photographs(find: Callable[[Any], tuple[str, Photos, Photos]], keys: Any) ->
     """
     for name in ("canvas", "resize", "crop"):
         if getattr(keys, name) < 1:
-            raise ValueError(f"data.{name} {getattr(keys, name)} is no number of pixels; use 224 or 256")
+            raise ValueError(
+                f"data.{name} {getattr(keys, name)} is no number of pixels; use 224 or 256"
+            )
     name, pool, evaluation = find(keys)
     left_out: list[str] = []
     if keys.cache:
         kept, squashed, left_out = reader(keys.cache, pool, keys.canvas)
         source = photo_source(pool, keys, squashed, kept if left_out else None)
         if left_out:
-            say(f"{len(left_out):,} of {pool.size:,} images are unreadable and left out: {folder.first_few(left_out)}")
+            say(
+                f"{len(left_out):,} of {pool.size:,} images are unreadable and left out:"
+                f" {folder.first_few(left_out)}"
+            )
     else:
         source = photo_source(pool, keys)
-    listing = [pool.digest, evaluation.digest, bool(keys.cache), left_out, keys.canvas, keys.resize, keys.crop]
+    listing = [
+        pool.digest,
+        evaluation.digest,
+        bool(keys.cache),
+        left_out,
+        keys.canvas,
+        keys.resize,
+        keys.crop,
+    ]
     classes = len(pool.class_names) or int(max(pool.labels.max(), evaluation.labels.max())) + 1
-    return Dataset(name, source, photo_source(evaluation, keys), classes, (keys.crop, keys.crop, 3), IMAGENET_MEAN,
-                   IMAGENET_STD, hashlib.sha256(json.dumps(listing).encode()).hexdigest(), pool.class_names)
+    return Dataset(
+        name,
+        source,
+        photo_source(evaluation, keys),
+        classes,
+        (keys.crop, keys.crop, 3),
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
+        pool.class_names,
+    )
 
 
 # data.source -> (data) -> the data set
@@ -50,10 +72,13 @@ SOURCES: dict[str, Callable[[Any], Dataset]] = {
 
 
 def channels(keys: Any, name: str, least: float, wanted: int) -> tuple[float, ...]:
-    """data.mean or data.std as given, () where it is not; ValueError unless it is `wanted` numbers in 0..1."""
+    """data.mean or data.std as given, () where it is not; ValueError unless it is `wanted` numbers
+    in 0..1."""
     values = tuple(map(float, getattr(keys, name)))
     if values and (len(values) != wanted or not all(least <= value <= 1 for value in values)):
-        raise ValueError(f"data.{name} {values} must be {wanted} numbers in {least:g} .. 1, one a channel")
+        raise ValueError(
+            f"data.{name} {values} must be {wanted} numbers in {least:g} .. 1, one a channel"
+        )
     return values
 
 
@@ -70,18 +95,27 @@ def load(keys: Any) -> Dataset:
         limit: how many images of the pool and of the evaluation are kept; 0 keeps all.
     """
     if keys.source not in SOURCES:
-        raise ValueError(f"data.source {keys.source!r} is unknown; choose one of {', '.join(SOURCES)}")
+        raise ValueError(
+            f"data.source {keys.source!r} is unknown; choose one of {', '.join(SOURCES)}"
+        )
     if keys.cache and keys.source in ("digits", "arrays"):
-        raise ValueError(f"data.cache is not read by data.source={keys.source}, whose images are in memory; leave it "
-                         "out")
+        raise ValueError(
+            f"data.cache is not read by data.source={keys.source}, whose images are in memory;"
+            " leave it out"
+        )
     if keys.limit < 0:
         raise ValueError(f"data.limit {keys.limit} must be a number of images, or 0 for all")
     data = SOURCES[keys.source](keys)
     mean = channels(keys, "mean", 0.0, data.shape[-1]) or data.mean
     std = channels(keys, "std", 1e-6, data.shape[-1]) or data.std
     digest = hashlib.sha256(json.dumps([data.digest, keys.limit, mean, std]).encode()).hexdigest()
-    return data._replace(mean=mean, std=std, digest=digest, pool=spread(data.pool, keys.limit),
-                         evaluation=spread(data.evaluation, keys.limit))
+    return data._replace(
+        mean=mean,
+        std=std,
+        digest=digest,
+        pool=spread(data.pool, keys.limit),
+        evaluation=spread(data.evaluation, keys.limit),
+    )
 
 
 def spread(source: Source, limit: int) -> Source:

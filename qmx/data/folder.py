@@ -1,4 +1,5 @@
-"""Photos in folders, one for each class, as ImageNet is kept and torchvision's ImageFolder reads it."""
+"""Photos in folders, one for each class, as ImageNet is kept and torchvision's ImageFolder reads
+it."""
 
 import hashlib
 import os
@@ -12,7 +13,8 @@ import numpy as np
 
 from qmx.data.photos import Photos
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
+# Torchvision's.
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 LISTING_THREADS = 16  # most of a listing is waiting, above all on network file systems
 
 
@@ -26,7 +28,8 @@ def read_file(root: str, i: int, name: str) -> bytes:
 
 
 def walk(path: str, prefix: str) -> Iterator[tuple[str, list[tuple[str, int]]]]:
-    """(folder, its photos as (name, bytes)) for a class folder and all below it; names start with `prefix`."""
+    """(folder, its photos as (name, bytes)) for a class folder and all below it; names start with
+    `prefix`."""
     found = []
     with os.scandir(path) as entries:
         for entry in entries:
@@ -59,21 +62,38 @@ def listing(path: str) -> tuple[Photos, np.ndarray]:
         classes = tuple(name for name, is_folder in inside if is_folder)
         if not classes:
             loose = sum(name.lower().endswith(EXTENSIONS) for name, _ in inside)
-            raise ValueError(f"{path}: no class folders in it{f', only {loose} loose images' if loose else ''}; photos "
-                             "are looked for as FOLDER/CLASS/NAME.JPEG")
+            raise ValueError(
+                f"{path}: no class folders in it{f', only {loose} loose images' if loose else ''};"
+                " photos are looked for as FOLDER/CLASS/NAME.JPEG"
+            )
         with ThreadPoolExecutor(LISTING_THREADS) as threads:
-            found = list(threads.map(lambda name: sorted(walk(os.path.join(path, name), name)), classes))
+            found = list(
+                threads.map(lambda name: sorted(walk(os.path.join(path, name), name)), classes)
+            )
     except OSError as error:
         raise ValueError(f"{error.filename or path}: {error.strerror or error}") from None
-    files = [[file for _, of_folder in of_class for file in sorted(of_folder)] for of_class in found]
+    files = [
+        [file for _, of_folder in of_class for file in sorted(of_folder)] for of_class in found
+    ]
     empty = [name for name, of_class in zip(classes, files, strict=True) if not of_class]
     if empty:
-        raise ValueError(f"{path}: no image in class folder {first_few(empty)}; remove it, or fill it")
+        raise ValueError(
+            f"{path}: no image in class folder {first_few(empty)}; remove it, or fill it"
+        )
     names = tuple(name for of_class in files for name, _ in of_class)
     sizes = np.array([size for of_class in files for _, size in of_class], np.int64)
-    labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(of_class) for of_class in files])
-    photos = Photos(path.rstrip("/") or path, partial(read_file, path), names, labels, classes, digest(names, sizes),
-                    path)
+    labels = np.repeat(
+        np.arange(len(classes), dtype=np.int32), [len(of_class) for of_class in files]
+    )
+    photos = Photos(
+        path.rstrip("/") or path,
+        partial(read_file, path),
+        names,
+        labels,
+        classes,
+        digest(names, sizes),
+        path,
+    )
     return photos, sizes
 
 
@@ -96,22 +116,36 @@ def photos(keys: Any) -> tuple[str, Photos, Photos]:
         the same photo in both, which is seen by its relative name and size.
     """
     if not keys.path or not keys.eval_path:
-        raise ValueError("data.source=folder needs two folders of class folders: --config.data.path=POOL and "
-                         "--config.data.eval_path=EVALUATION")
+        raise ValueError(
+            "data.source=folder needs two folders of class folders: --config.data.path=POOL and "
+            "--config.data.eval_path=EVALUATION"
+        )
     here, there = Path(keys.path).resolve(), Path(keys.eval_path).resolve()
     if here == there or here in there.parents or there in here.parents:
-        raise ValueError(f"data.path {keys.path} and data.eval_path {keys.eval_path} are one folder, or one is inside "
-                         "the other; evaluate on images outside the pool")
+        raise ValueError(
+            f"data.path {keys.path} and data.eval_path {keys.eval_path} are one folder, or one is"
+            " inside the other; evaluate on images outside the pool"
+        )
     (pool, sizes), (evaluation, eval_sizes) = listing(keys.path), listing(keys.eval_path)
-    for (one, first), (other, second) in (((pool, keys.path), (evaluation, keys.eval_path)),
-                                          ((evaluation, keys.eval_path), (pool, keys.path))):
+    for (one, first), (other, second) in (
+        ((pool, keys.path), (evaluation, keys.eval_path)),
+        ((evaluation, keys.eval_path), (pool, keys.path)),
+    ):
         lacking = sorted(set(one.class_names) - set(other.class_names))
         if lacking:
-            raise ValueError(f"{len(lacking)} class folders of {first} are not in {second}: {first_few(lacking)}; "
-                             "both must have the same classes")
+            raise ValueError(
+                f"{len(lacking)} class folders of {first} are not in {second}:"
+                f" {first_few(lacking)}; both must have the same classes"
+            )
     seen = dict(zip(pool.names, sizes.tolist(), strict=True))
-    both = [name for name, size in zip(evaluation.names, eval_sizes.tolist(), strict=True) if seen.get(name) == size]
+    both = [
+        name
+        for name, size in zip(evaluation.names, eval_sizes.tolist(), strict=True)
+        if seen.get(name) == size
+    ]
     if both:
-        raise ValueError(f"{len(both)} of {evaluation.size} evaluation images are in the pool too, by name and size: "
-                         f"{first_few(both)}; remove them from one side")
+        raise ValueError(
+            f"{len(both)} of {evaluation.size} evaluation images are in the pool too, by name and"
+            f" size: {first_few(both)}; remove them from one side"
+        )
     return "/".join(here.parts[-2:]), pool, evaluation

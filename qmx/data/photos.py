@@ -30,7 +30,8 @@ class Photos(NamedTuple):
     """Photos by number, undecoded."""
 
     where: str  # the folder or the split, for messages
-    read: Callable[[int, str], bytes]  # (number, name) -> the file; picklable, and raises ValueError by name
+    # (number, name) -> the file; picklable, and raises ValueError by name.
+    read: Callable[[int, str], bytes]
     names: tuple[str, ...]  # of the files, () where there are none
     labels: np.ndarray  # i32[n]
     class_names: tuple[str, ...]
@@ -89,7 +90,9 @@ def decode(data: bytes, name: str) -> Image.Image:
 def oddities(data: bytes, name: str) -> tuple[str, ...]:
     """Oddities of a file that can be decoded, in words to be counted."""
     image = open_image(data, name)
-    found = [{"L": "greyscale", "P": "palette", "I;16": "16-bit greyscale"}.get(image.mode, image.mode)]
+    found = [
+        {"L": "greyscale", "P": "palette", "I;16": "16-bit greyscale"}.get(image.mode, image.mode)
+    ]
     if image.mode == "RGB":
         found = []
     if name.lower().endswith((".jpg", ".jpeg")) and image.format not in ("JPEG", "MPO"):
@@ -103,7 +106,8 @@ def oddities(data: bytes, name: str) -> tuple[str, ...]:
 
 
 def shown(image: Image.Image, resize: int, crop: int) -> np.ndarray:
-    """The centre of a photo, uint8[crop, crop, 3]: torchvision's Resize(resize) and CenterCrop(crop).
+    """The centre of a photo, uint8[crop, crop, 3]: torchvision's Resize(resize) and
+    CenterCrop(crop).
 
     The short side becomes `resize`, the other int(resize * long / short), by Pillow's antialiased
     bilinear filter; where the result is smaller than the crop, zeros surround it. Source:
@@ -112,11 +116,14 @@ def shown(image: Image.Image, resize: int, crop: int) -> np.ndarray:
     width, height = image.size
     other = int(resize * max(width, height) / min(width, height))
     size = (resize, other) if width <= height else (other, resize)
-    pixels = np.asarray(image if size == image.size else image.resize(size, Image.Resampling.BILINEAR))
+    pixels = np.asarray(
+        image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
+    )
     missing = [max(crop - side, 0) for side in pixels.shape[:2]]
     if any(missing):
         pixels = np.pad(pixels, [*((m // 2, (m + 1) // 2) for m in missing), (0, 0)])
-    top, left = (round((side - crop) / 2) for side in pixels.shape[:2])  # halves to the even, as torchvision has it
+    # Halves to the even, as torchvision has it.
+    top, left = (round((side - crop) / 2) for side in pixels.shape[:2])
     return pixels[top : top + crop, left : left + crop]
 
 
@@ -128,7 +135,8 @@ def canvas(image: Image.Image, side: int) -> tuple[np.ndarray, tuple[int, int]]:
 
 @cache
 def workers() -> ThreadPoolExecutor:
-    """One thread for each core, shared by everything in this process: Pillow decodes without the GIL."""
+    """One thread for each core, shared by everything in this process: Pillow decodes without the
+    GIL."""
     return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="photos")
 
 
@@ -149,10 +157,14 @@ def in_threads(work: Callable[[int, int], None], ids: np.ndarray) -> None:
 
 
 def canvases(photos: Photos, side: int) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """squashed(ids i64[b]) -> (uint8[b, side, side, 3], f32[b, 2] heights and widths), from the files themselves."""
+    """squashed(ids i64[b]) -> (uint8[b, side, side, 3], f32[b, 2] heights and widths), from the
+    files themselves."""
 
     def squashed(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        images, sizes = np.empty((len(ids), side, side, 3), np.uint8), np.empty((len(ids), 2), np.float32)
+        images, sizes = (
+            np.empty((len(ids), side, side, 3), np.uint8),
+            np.empty((len(ids), 2), np.float32),
+        )
 
         def one(row: int, i: int) -> None:
             images[row], sizes[row] = canvas(usable(photos, i), side)
@@ -168,18 +180,23 @@ def usable(photos: Photos, i: int) -> Image.Image:
     try:
         return decode(photos.load(i), photos.title(i))
     except ValueError as error:
-        raise ValueError(f"{error}; remove it, or leave out all that cannot be read with "
-                         f"python -m qmx.data.cache {photos.remake} CACHE and --config.data.cache=CACHE") from None
+        raise ValueError(
+            f"{error}; remove it, or leave out all that cannot be read with "
+            f"python -m qmx.data.cache {photos.remake} CACHE and --config.data.cache=CACHE"
+        ) from None
 
 
-def photo_source(photos: Photos, keys: Any, squashed: Callable | None = None, kept: np.ndarray | None = None) -> Source:
+def photo_source(
+    photos: Photos, keys: Any, squashed: Callable | None = None, kept: np.ndarray | None = None
+) -> Source:
     """A source of photos.
 
     Args:
       photos: the files.
       keys: the config's `data`: canvas, resize, crop.
       squashed: (ids i64[b]) -> canvases and sizes, see `canvases`, where a cache has them.
-      kept: i64[n], the photos to be used, all if not given; number k of the source is photo kept[k].
+      kept: i64[n], the photos to be used, all if not given; number k of the source is photo
+        kept[k].
     """
     ids_of = np.arange(photos.size) if kept is None else kept
     labels = photos.labels[ids_of]
@@ -202,5 +219,9 @@ def photo_source(photos: Photos, keys: Any, squashed: Callable | None = None, ke
         in_threads(one, ids_of[ids])
         return images
 
-    names = tuple(photos.names[i] for i in ids_of) if photos.names and kept is not None else photos.names
+    names = (
+        tuple(photos.names[i] for i in ids_of)
+        if photos.names and kept is not None
+        else photos.names
+    )
     return Source(len(ids_of), read, show, labels, names)

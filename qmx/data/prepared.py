@@ -1,4 +1,5 @@
-"""Photos of a set that tensorflow-datasets has prepared as array_record; read without TensorFlow."""
+"""Photos of a set that tensorflow-datasets has prepared as array_record; read without
+TensorFlow."""
 
 import hashlib
 import json
@@ -25,25 +26,36 @@ def builder(name: str) -> Any:
     from tensorflow_datasets.core.file_adapters import FileFormat
 
     absl, level = logging.getLogger("absl"), logging.getLogger("absl").level
-    absl.setLevel(logging.ERROR)  # its warning of a folder that is missing would come before our line
+    # Its warning of a folder that is missing would come before our line.
+    absl.setLevel(logging.ERROR)
     try:
-        made = tfds.builder(name, data_dir=os.environ.get("TFDS_DATA_DIR"))  # TFDS itself looks once, when imported
+        # TFDS itself looks once, when imported.
+        made = tfds.builder(name, data_dir=os.environ.get("TFDS_DATA_DIR"))
         ready = made.is_prepared()
     except Exception as error:  # of many kinds, with a list of every set there is
         reason = " ".join((str(error).strip() or repr(error)).splitlines()[0].split())
-        raise ValueError(f"data.path {name!r} is no set of tensorflow-datasets that can be read: {reason}") from None
+        raise ValueError(
+            f"data.path {name!r} is no set of tensorflow-datasets that can be read: {reason}"
+        ) from None
     finally:
         absl.setLevel(level)
     cure = PREPARE.format(name)
     if not ready:
-        raise ValueError(f"{name} is not prepared in {made.data_path}; run {cure}, or set TFDS_DATA_DIR to where it is")
+        raise ValueError(
+            f"{name} is not prepared in {made.data_path}; run {cure}, or set TFDS_DATA_DIR to where"
+            " it is"
+        )
     formats = {made.info.file_format, *(made.info.alternative_file_formats or ())}
     if FileFormat.ARRAY_RECORD not in formats:
-        raise ValueError(f"{name} in {made.data_path} is kept as {made.info.file_format.value}, which has no random "
-                         f"access; prepare it again in another TFDS_DATA_DIR with {cure}")
+        raise ValueError(
+            f"{name} in {made.data_path} is kept as {made.info.file_format.value}, which has no"
+            f" random access; prepare it again in another TFDS_DATA_DIR with {cure}"
+        )
     lacking = [key for key in ("image", "label") if key not in made.info.features]
     if lacking:
-        raise ValueError(f"{name} has no {lacking[0]!r} among its features, only {', '.join(made.info.features)}")
+        raise ValueError(
+            f"{name} has no {lacking[0]!r} among its features, only {', '.join(made.info.features)}"
+        )
     return made
 
 
@@ -59,7 +71,8 @@ def example(name: str, split: str, i: int) -> dict[str, Any]:
     """Example i of a split; ValueError says that it is damaged."""
     try:
         return records(name, split)[i]
-    except (RuntimeError, OSError) as error:  # array_record's word for bytes that do not match their hash
+    # array_record's word for bytes that do not match their hash.
+    except (RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{name}, {split}, image {i}: {reason}; prepare {name} again") from None
 
@@ -73,7 +86,8 @@ def split_photos(name: str, split: str) -> Photos:
     """The photos of a split; their labels, and names where the set has them, are read once.
 
     The digest is over the set's version and what is recorded of the split: number, bytes and
-    shards. Labels cost a pass over the records, undecoded: some 70 us each where they are in memory.
+    shards. Labels cost a pass over the records, undecoded: some 70 us each where they are in
+    memory.
     """
     made, size = builder(name), len(records(name, split))
     labels, names = np.empty(size, np.int32), []
@@ -83,27 +97,45 @@ def split_photos(name: str, split: str) -> Photos:
         if "file_name" in one:
             names.append(bytes(one["file_name"]).decode("utf-8", "replace"))
     info, feature = made.info.splits[split], made.info.features["label"]
-    listing = [made.info.full_name, split, info.num_examples, info.num_bytes, list(info.shard_lengths)]
+    listing = [
+        made.info.full_name,
+        split,
+        info.num_examples,
+        info.num_bytes,
+        list(info.shard_lengths),
+    ]
     class_names = tuple(feature.names) if getattr(feature, "num_classes", None) else ()
-    return Photos(f"{name}/{split}", partial(read_record, name, split), tuple(names), labels, class_names,
-                  hashlib.sha256(json.dumps(listing).encode()).hexdigest(), f"--source=tfds {name}")
+    return Photos(
+        f"{name}/{split}",
+        partial(read_record, name, split),
+        tuple(names),
+        labels,
+        class_names,
+        hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
+        f"--source=tfds {name}",
+    )
 
 
 def photos(keys: Any) -> tuple[str, Photos, Photos]:
-    """(name, pool, evaluation photos): the split "train", and data.eval_path or else validation or test.
+    """(name, pool, evaluation photos): the split "train", and data.eval_path or else validation or
+    test.
 
     Raises:
       ValueError: see `builder`; no such split.
     """
     if not keys.path:
-        raise ValueError("data.source=tfds needs the name of a set, --config.data.path=imagenet2012")
+        raise ValueError(
+            "data.source=tfds needs the name of a set, --config.data.path=imagenet2012"
+        )
     made = builder(keys.path)
     splits = sorted(made.info.splits)
     split = keys.eval_path or ("validation" if "validation" in splits else "test")
     for wanted in ("train", split):
         if wanted not in splits:
-            raise ValueError(f"{keys.path} has no split {wanted!r}, only {', '.join(splits)}; name the one to evaluate "
-                             "on with --config.data.eval_path")
+            raise ValueError(
+                f"{keys.path} has no split {wanted!r}, only {', '.join(splits)}; name the one to"
+                " evaluate on with --config.data.eval_path"
+            )
     if split == "train":
         raise ValueError("data.eval_path is 'train', which is the pool; evaluate on another split")
     return made.info.name, split_photos(keys.path, "train"), split_photos(keys.path, split)

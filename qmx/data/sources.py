@@ -10,15 +10,18 @@ class Source(NamedTuple):
     """Examples by number."""
 
     size: int
-    # ids i64[b] -> what training cuts its views from: "image" uint8[b, H, W, C], "label" i32[b], and, where photos
-    # are squashed onto one canvas, "size" f32[b, 2], their own height and width.
+    # ids i64[b] -> what training cuts its views from: "image" uint8[b, H, W, C], "label" i32[b],
+    # and, where photos are squashed onto one canvas, "size" f32[b, 2], their own height and width.
     read: Callable[[np.ndarray], dict[str, np.ndarray]]
-    # ids i64[b] -> uint8[b, S, S, C], the exact pixels that a target is asked about and networks are evaluated on
+    # ids i64[b] -> uint8[b, S, S, C], the exact pixels that a target is asked about and networks
+    # are evaluated on
     shown: Callable[[np.ndarray], np.ndarray]
     labels: np.ndarray  # i32[n]; empty where the arrays have none
-    names: tuple[str, ...] = ()  # of the files, "n01440764/n01440764_10026.JPEG"; () where there are none
+    # Of the files, "n01440764/n01440764_10026.JPEG"; () where there are none.
+    names: tuple[str, ...] = ()
     beside: "Beside | None" = None  # what batches hold of another source too
-    held: "Held | None" = None  # the arrays that `read` reads, where they are in memory; None where it reads files
+    # The arrays that `read` reads, where they are in memory; None where it reads files.
+    held: "Held | None" = None
 
     def all(self) -> dict[str, np.ndarray]:
         """Every example as `read` gives it, in order. For what fits in memory."""
@@ -26,7 +29,8 @@ class Source(NamedTuple):
 
 
 class Held(NamedTuple):
-    """Arrays in memory, of which a source is some rows: `read(ids)` gives `arrays[name][rows[ids]]`."""
+    """Arrays in memory, of which a source is some rows: `read(ids)` gives
+    `arrays[name][rows[ids]]`."""
 
     arrays: dict[str, np.ndarray]  # of equal length
     rows: np.ndarray  # i64[n], each at most once
@@ -37,7 +41,8 @@ class Held(NamedTuple):
 
 
 class Beside(NamedTuple):
-    """Other examples that come with those of a source, in an order of their own; see `qmx.data.batches`."""
+    """Other examples that come with those of a source, in an order of their own; see
+    `qmx.data.batches`."""
 
     source: Source
     ratio: int  # so many for each of the source's own
@@ -58,7 +63,8 @@ class Dataset(NamedTuple):
 
 
 def in_memory(**arrays: np.ndarray) -> Source:
-    """A source over arrays of equal length; "image" is what is shown, "label" the labels, where there are such."""
+    """A source over arrays of equal length; "image" is what is shown, "label" the labels, where
+    there are such."""
     sizes = {name: len(array) for name, array in arrays.items()}
     if len(set(sizes.values())) != 1:
         raise ValueError(f"arrays differ in length: {sizes}")
@@ -73,7 +79,8 @@ def in_memory(**arrays: np.ndarray) -> Source:
 
 
 def take(source: Source, ids: np.ndarray, **more: Any) -> Source:
-    """The examples `ids` of a source, in that order, with `more` arrays of their length beside what is read."""
+    """The examples `ids` of a source, in that order, with `more` arrays of their length beside what
+    is read."""
     return Source(
         size=len(ids),
         read=lambda rows: {**source.read(ids[rows]), **{name: a[rows] for name, a in more.items()}},
@@ -85,7 +92,8 @@ def take(source: Source, ids: np.ndarray, **more: Any) -> Source:
 
 
 def _held(source: Source, ids: np.ndarray, more: dict[str, Any]) -> Held | None:
-    """The arrays of the whole source, so that all that is taken of it has tables of one shape, and one compilation."""
+    """The arrays of the whole source, so that all that is taken of it has tables of one shape, and
+    one compilation."""
     if source.held is None or len(np.unique(ids)) < len(ids):
         return None
     rows = source.held.rows[ids]
@@ -97,4 +105,10 @@ def _held(source: Source, ids: np.ndarray, more: dict[str, Any]) -> Held | None:
         return whole
 
     everything = np.arange(len(ids))
-    return Held({**source.held.arrays, **{name: spread_out(array[everything]) for name, array in more.items()}}, rows)
+    return Held(
+        {
+            **source.held.arrays,
+            **{name: spread_out(array[everything]) for name, array in more.items()},
+        },
+        rows,
+    )

@@ -8,5 +8,14 @@ from qmx.ledger.content import keys_of, keys_of_digests, pixel_digests
 from qmx.ledger.file import Damaged
 from qmx.ledger.ledger import Ledger, Unavailable
 
-__all__ = ["PURPOSES", "Account", "BudgetSpent", "Damaged", "Ledger", "Unavailable", "keys_of",
-           "keys_of_digests", "pixel_digests"]
+__all__ = [
+    "PURPOSES",
+    "Account",
+    "BudgetSpent",
+    "Damaged",
+    "Ledger",
+    "Unavailable",
+    "keys_of",
+    "keys_of_digests",
+    "pixel_digests",
+]

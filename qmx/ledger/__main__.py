@@ -7,7 +7,8 @@
   python -m qmx.ledger export FILE OUT.npz|OUT.parquet [--target=BEGINNING]
       the answers of one target as a table, see qmx/ledger/table.py
 
-FILE is only read. Exit status: 0 done, and the file is whole; 1 it is damaged; 2 a mistake, told in one line.
+FILE is only read. Exit status: 0 done, and the file is whole; 1 it is damaged; 2 a mistake, told in
+  one line.
 """
 
 import argparse
@@ -35,11 +36,16 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: list[str]) -> int:
     """Run one command; returns the exit status."""
-    parser = Parser(prog="python -m qmx.ledger", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="python -m qmx.ledger",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     for name in ("summary", "verify", "export"):
-        command = commands.add_parser(name, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        command = commands.add_parser(
+            name, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
         command.add_argument("file", type=Path)
         if name == "verify":
             command.add_argument("--out", type=Path)
@@ -54,7 +60,9 @@ def main(argv: list[str]) -> int:
             print(summary(given.file))
             return WHOLE
         if given.command == "verify":
-            return verify(given.file, given.out or given.file.with_name(given.file.name + ".recovered"))
+            return verify(
+                given.file, given.out or given.file.with_name(given.file.name + ".recovered")
+            )
         return export(given.file, given.out, given.target)
     except Damaged as error:
         return fail(str(error), DAMAGED)
@@ -66,19 +74,31 @@ def summary(path: Path) -> str:
     """Whose answers a ledger holds, and the account of each target, as text."""
     with looked_into(path) as file:
         kinds = file.run(
-            "SELECT target, preprocessing, purpose, access, dtype, MIN(LENGTH(scores)), COUNT(*) FROM answers "
-            "JOIN scores USING (row) JOIN requests ON request = id GROUP BY 1, 2, 3, 4, 5 ORDER BY 1, 2, 3")
+            "SELECT target, preprocessing, purpose, access, dtype, MIN(LENGTH(scores)), COUNT(*)"
+            " FROM answers JOIN scores USING (row) JOIN requests ON request = id GROUP BY 1, 2, 3,"
+            " 4, 5 ORDER BY 1, 2, 3"
+        )
         lines = [f"{path}, {path.stat().st_size / 1e6:.1f} MB"]
-        for target, in file.run("SELECT target FROM requests GROUP BY target ORDER BY MIN(id)"):
+        for (target,) in file.run("SELECT target FROM requests GROUP BY target ORDER BY MIN(id)"):
             asked = account(file, target)
             used = ", ".join(f"{count} for {purpose}" for purpose, count in asked.purposes.items())
             lines += [f"target {target}"]
-            lines += [f"  {count} answers for {purpose}: {access} of {size // int(DTYPES[dtype][-1])} classes in "
-                      f"{dtype}; preprocessing {preprocessing}"
-                      for owner, preprocessing, purpose, access, dtype, size, count in kinds if owner == target]
-            lines += [f"  asked: {asked.images} distinct images ({used}), {asked.views} views, {asked.calls} calls",
-                      f"  {asked.failed} sent in requests that failed ({asked.retried} sent again), "
-                      f"{asked.unanswered} without an answer"]
+            lines += [
+                f"  {count} answers for {purpose}: {access} of {size // int(DTYPES[dtype][-1])}"
+                f" classes in {dtype}; preprocessing {preprocessing}"
+                for owner, preprocessing, purpose, access, dtype, size, count in kinds
+                if owner == target
+            ]
+            lines += [
+                (
+                    f"  asked: {asked.images} distinct images ({used}), {asked.views} views,"
+                    f" {asked.calls} calls"
+                ),
+                (
+                    f"  {asked.failed} sent in requests that failed ({asked.retried} sent again), "
+                    f"{asked.unanswered} without an answer"
+                ),
+            ]
     return "\n".join(lines)
 
 
@@ -93,11 +113,18 @@ def verify(path: Path, out: Path) -> int:
     with progress(f"recover {path.name}", 100, unit="per cent") as shown:
         back = recover(path, out, lambda done, total: shown.update(100 * done // total))
     share = 100 * back.answers / max(back.of, 1)
-    print(f"{back.answers} of {back.of} answers of which there are traces ({share:.2f} %) are as they were written; "
-          f"they are in {back.path}, and {path} is as it was")
-    print(f"the requests on record brought {back.asked} answers; what is missing can be asked for again")
+    print(
+        f"{back.answers} of {back.of} answers of which there are traces ({share:.2f} %) are as they"
+        f" were written; they are in {back.path}, and {path} is as it was"
+    )
+    print(
+        f"the requests on record brought {back.asked} answers; what is missing can be asked for"
+        " again"
+    )
     if back.lost_requests:
-        print(f"{back.lost_requests} of them lost the record of their request; they count for train")
+        print(
+            f"{back.lost_requests} of them lost the record of their request; they count for train"
+        )
     return DAMAGED
 
 
@@ -106,9 +133,15 @@ def export(path: Path, out: Path, target: str | None) -> int:
     recorded.check_kind(out)
     table, views = recorded.from_ledger(path, target)
     recorded.save(out, table)
-    print(f"{len(table.image)} answers of {table.scores.shape[1]} classes, target {table.target}, are in {out}")
+    print(
+        f"{len(table.image)} answers of {table.scores.shape[1]} classes, target {table.target}, are"
+        f" in {out}"
+    )
     if views:
-        print(f"{views} answers to views of other images were left out; a table holds images as they are")
+        print(
+            f"{views} answers to views of other images were left out; a table holds images as"
+            " they are"
+        )
     return WHOLE
 
 

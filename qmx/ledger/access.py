@@ -6,8 +6,8 @@ import numpy as np
 
 from qmx.ledger.weaken import WEAKENINGS, parse
 
-# What a target is asked for, from the richest to the poorest; each can be derived from those before it, and from the
-# first two also the weakened levels of qmx/ledger/weaken.py.
+# What a target is asked for, from the richest to the poorest; each can be derived from those before
+# it, and from the first two also the weakened levels of qmx/ledger/weaken.py.
 ACCESS = ("logits", "probs", "label")
 
 
@@ -22,13 +22,18 @@ def names() -> list[str]:
 
 
 def check(access: str, weakened: bool = False) -> None:
-    """Raise ValueError for a level that does not exist; weakened ones are read and not asked for."""
+    """Raise ValueError for a level that does not exist; weakened ones are read and not asked
+    for."""
     if access not in ACCESS and not (weakened and known(access)):
-        raise ValueError(f"access {access!r} is unknown; choose one of {', '.join(names() if weakened else ACCESS)}")
+        raise ValueError(
+            f"access {access!r} is unknown; choose one of"
+            f" {', '.join(names() if weakened else ACCESS)}"
+        )
 
 
 def derivable(have: str, want: str) -> bool:
-    """Whether answers of level `have`, one of `ACCESS`, tell what those of `want` would have been."""
+    """Whether answers of level `have`, one of `ACCESS`, tell what those of `want` would have
+    been."""
     check(have)
     check(want, weakened=True)
     return ACCESS.index(have) <= ACCESS.index(_needed(want))
@@ -50,14 +55,18 @@ def derive(scores: np.ndarray, have: str, want: str, keys: Sequence[bytes] = ())
       ValueError: `have` is poorer than `want`, or one of them is unknown.
     """
     if not derivable(have, want):
-        raise ValueError(f"the answers are {have}, from which {want} cannot be derived; ask with "
-                         f"access={_needed(want)!r}")
+        raise ValueError(
+            f"the answers are {have}, from which {want} cannot be derived; ask with "
+            f"access={_needed(want)!r}"
+        )
     weakened = parse(want)
     if have == want:
         return scores
     if weakened:
         kind, number = weakened
-        return kind.apply(derive(scores, have, "probs").astype(np.float64), number, keys).astype(np.float32)
+        return kind.apply(derive(scores, have, "probs").astype(np.float64), number, keys).astype(
+            np.float32
+        )
     if want == "probs":
         from scipy.special import softmax  # it would take a sixth of the time of `import qmx`
 
@@ -72,34 +81,50 @@ def received(answer: np.ndarray, rows: int, classes: int, access: str) -> np.nda
       answer: numbers [rows, N]; for "label" class numbers, [rows] or [rows, 1], or one-hot rows.
 
     Raises:
-      ValueError: another number of images or classes, what is not finite, or what is not of that level: negative
-        "probs" or a row that does not sum to 1 (within 5 %, for interfaces that round), or "logits" that are
-        probabilities.
+      ValueError: another number of images or classes, what is not finite, or what is not of that
+        level: negative "probs" or a row that does not sum to 1 (within 5 %, for interfaces that
+        round), or "logits" that are probabilities.
     """
-    if access == "label" and np.issubdtype(answer.dtype, np.integer) and answer.shape in ((rows,), (rows, 1)):
+    if (
+        access == "label"
+        and np.issubdtype(answer.dtype, np.integer)
+        and answer.shape in ((rows,), (rows, 1))
+    ):
         numbers = answer.reshape(rows)
         if ((numbers < 0) | (numbers >= classes)).any():
-            raise ValueError(f"the target names classes from {numbers.min()} to {numbers.max()}, and there are "
-                             f"{classes}, from 0 on")
+            raise ValueError(
+                f"the target names classes from {numbers.min()} to {numbers.max()}, and there are "
+                f"{classes}, from 0 on"
+            )
         return np.eye(classes, dtype=np.float32)[numbers]
     if answer.ndim != 2 or len(answer) != rows or answer.shape[1] != classes:
-        raise ValueError(f"the target answered {rows} images with the shape {list(answer.shape)}, and it must be "
-                         f"{[rows, classes]}, a number for each image and class; nothing of this batch is kept")
+        raise ValueError(
+            f"the target answered {rows} images with the shape {list(answer.shape)}, and it must be"
+            f" {[rows, classes]}, a number for each image and class; nothing of this batch is kept"
+        )
     with np.errstate(over="ignore"):
         scores = answer.astype(np.float32)
     bad = int((~np.isfinite(scores)).any(1).sum())
     if bad:
-        raise ValueError(f"the target's scores are not finite for {bad} of {rows} images; nothing of this batch is "
-                         "kept")
+        raise ValueError(
+            f"the target's scores are not finite for {bad} of {rows} images; nothing of this batch"
+            " is kept"
+        )
     off = np.abs(scores.sum(1) - 1).max()
     if access == "label" and not (np.isin(scores, (0, 1)).all() and off == 0):
-        raise ValueError("the target's answers are no labels but scores; set target.access to logits or probs")
+        raise ValueError(
+            "the target's answers are no labels but scores; set target.access to logits or probs"
+        )
     if access == "probs" and (scores.min() < 0 or off > 0.05):
-        raise ValueError(f"the target's answers are no probabilities: the least is {scores.min():.4g}, and the sum of "
-                         f"a row is {off:.4g} away from 1; set target.access=logits if they are logits")
+        raise ValueError(
+            f"the target's answers are no probabilities: the least is {scores.min():.4g}, and the"
+            f" sum of a row is {off:.4g} away from 1; set target.access=logits if they are logits"
+        )
     if access == "logits" and classes > 1 and scores.min() >= 0 and off < 1e-3:
-        raise ValueError("the target's answers are probabilities, for they are positive and each row sums to 1; set "
-                         "target.access=probs")
+        raise ValueError(
+            "the target's answers are probabilities, for they are positive and each row sums to 1;"
+            " set target.access=probs"
+        )
     return scores
 
 

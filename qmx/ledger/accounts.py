@@ -6,8 +6,10 @@ from qmx.ledger.file import File
 
 PURPOSES = ("train", "select", "report")
 RECORDED = "recorded"  # the purpose of answers that the owner handed out and that were not used yet
-PAID = ("answers WHERE request IN "
-        f"(SELECT id FROM requests WHERE target = ? AND purpose NOT IN ('report', '{RECORDED}'))")
+PAID = (
+    "answers WHERE request IN "
+    f"(SELECT id FROM requests WHERE target = ? AND purpose NOT IN ('report', '{RECORDED}'))"
+)
 MANY = 65536  # rows that are looked at together
 
 
@@ -24,10 +26,12 @@ class Account(NamedTuple):
     unanswered: int  # images sent in requests that are in flight, or were when a process was killed
     failed: int  # images sent in requests that failed, or whose answer could not be used
     retried: int  # images sent again in requests that repeated a failed one
-    purposes: dict[str, int]  # distinct images by what they were first answered for; the report's give way
+    # Distinct images by what they were first answered for; the report's give way.
+    purposes: dict[str, int]
 
 
-# Distinct images are counted in Python's sets: over a million rows in a fifth of the time of SQLite's COUNT(DISTINCT).
+# Distinct images are counted in Python's sets: over a million rows in a fifth of the time of
+# SQLite's COUNT(DISTINCT).
 
 
 def spent(file: File, target: str) -> int:
@@ -38,29 +42,52 @@ def spent(file: File, target: str) -> int:
 def account(file: File, target: str) -> Account:
     """What one target was asked, so far."""
     calls, unanswered, failed, retried = file.run(
-        "SELECT COALESCE(SUM(views * answered), 0), COALESCE(SUM(views * (1 - answered - failed)), 0), "
-        "COALESCE(SUM(views * failed), 0), COALESCE(SUM(views * retry), 0) FROM requests WHERE target = ?", [target])[0]
+        "SELECT COALESCE(SUM(views * answered), 0), COALESCE(SUM(views * (1 - answered - failed)),"
+        " 0), COALESCE(SUM(views * failed), 0), COALESCE(SUM(views * retry), 0) FROM requests WHERE"
+        " target = ?",
+        [target],
+    )[0]
     used: dict[str, set[bytes]] = {name: set() for name in PURPOSES}
     views = 0
-    for rows in file.stream("SELECT purpose, image FROM answers JOIN requests ON request = id "
-                            "WHERE target = ? AND purpose != ?", [target, RECORDED], MANY):
+    for rows in file.stream(
+        "SELECT purpose, image FROM answers JOIN requests ON request = id "
+        "WHERE target = ? AND purpose != ?",
+        [target, RECORDED],
+        MANY,
+    ):
         views += len(rows)
         for purpose, image in rows:
             used[purpose].add(image)
-    return Account(calls, len(set().union(*used.values())), views, unanswered, failed, retried,
-                   {name: len(found) for name, found in used.items()})
+    return Account(
+        calls,
+        len(set().union(*used.values())),
+        views,
+        unanswered,
+        failed,
+        retried,
+        {name: len(found) for name, found in used.items()},
+    )
 
 
 def check_budget(file: File, target: str, images: set[bytes], budget: int) -> None:
     """Raise BudgetSpent if images, by their `pixel_digests`, are more than the budget has left."""
-    if not images or file.run(f"SELECT COUNT(*) FROM {PAID}", [target])[0][0] + len(images) <= budget:
+    if (
+        not images
+        or file.run(f"SELECT COUNT(*) FROM {PAID}", [target])[0][0] + len(images) <= budget
+    ):
         return  # without a look at each image that was paid for
     known = _paid(file, target)
     new = len(images - known)
     if new and len(known) + new > budget:
-        raise BudgetSpent(f"{len(known)} of {budget} queries are spent and {new} more are asked for; "
-                          "nothing was sent. Raise the budget or ask for fewer images")
+        raise BudgetSpent(
+            f"{len(known)} of {budget} queries are spent and {new} more are asked for; "
+            "nothing was sent. Raise the budget or ask for fewer images"
+        )
 
 
 def _paid(file: File, target: str) -> set[bytes]:
-    return {image for rows in file.stream(f"SELECT image FROM {PAID}", [target], MANY) for image, in rows}
+    return {
+        image
+        for rows in file.stream(f"SELECT image FROM {PAID}", [target], MANY)
+        for (image,) in rows
+    }

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-DTYPES = {"float32": "<f4", "float16": "<f2"}  # of stored scores: their names, and what they are in the file
+# Of stored scores: their names, and what they are in the file.
+DTYPES = {"float32": "<f4", "float16": "<f2"}
 
 
 def pixel_digests(images: np.ndarray) -> list[bytes]:
@@ -16,7 +17,9 @@ def pixel_digests(images: np.ndarray) -> list[bytes]:
       ValueError: the images are not uint8.
     """
     if images.dtype != np.uint8:
-        raise ValueError(f"images are {images.dtype}; the ledger keys the exact uint8 pixels that are sent")
+        raise ValueError(
+            f"images are {images.dtype}; the ledger keys the exact uint8 pixels that are sent"
+        )
     shape = str(images.shape[1:]).encode()
     return [hashlib.sha256(shape + image.tobytes()).digest() for image in images]
 
@@ -34,7 +37,9 @@ def keys_of(images: np.ndarray, target: str, preprocessing: str) -> list[bytes]:
 
 def checksum(key: bytes, image: bytes, access: str, dtype: str, scores: bytes) -> int:
     """CRC-32 of an answer: it finds damage, of which one in 2^32 goes unseen."""
-    return zlib.crc32(scores, zlib.crc32(b"%b%b%b %b" % (key, image, access.encode(), dtype.encode())))
+    return zlib.crc32(
+        scores, zlib.crc32(b"%b%b%b %b" % (key, image, access.encode(), dtype.encode()))
+    )
 
 
 def packed(scores: np.ndarray, dtype: str) -> np.ndarray:
@@ -47,15 +52,25 @@ def packed(scores: np.ndarray, dtype: str) -> np.ndarray:
         stored = scores.astype(DTYPES[dtype])
     bad = int((~np.isfinite(stored)).any(1).sum())
     if bad:
-        raise ValueError(f"the scores of {bad} of {len(scores)} images go up to {np.abs(scores).max():g} and {dtype} "
-                         "ends at 65504; keep them in a ledger of float32 (--config.ledger_dtype=float32). "
-                         "Nothing of this batch was kept")
+        raise ValueError(
+            f"the scores of {bad} of {len(scores)} images go up to {np.abs(scores).max():g} and"
+            f" {dtype} ends at 65504; keep them in a ledger of float32"
+            " (--config.ledger_dtype=float32). Nothing of this batch was kept"
+        )
     return stored
 
 
 def unpacked(scores: Sequence[bytes], dtypes: Sequence[str]) -> np.ndarray:
     """Stored scores of n answers, each with its dtype, as f32[n, N]."""
     if len(set(dtypes)) == 1:
-        return np.frombuffer(b"".join(scores), DTYPES[dtypes[0]]).reshape(len(scores), -1).astype(np.float32)
-    return np.stack([np.frombuffer(row, DTYPES[dtype]).astype(np.float32)
-                     for row, dtype in zip(scores, dtypes, strict=True)])
+        return (
+            np.frombuffer(b"".join(scores), DTYPES[dtypes[0]])
+            .reshape(len(scores), -1)
+            .astype(np.float32)
+        )
+    return np.stack(
+        [
+            np.frombuffer(row, DTYPES[dtype]).astype(np.float32)
+            for row, dtype in zip(scores, dtypes, strict=True)
+        ]
+    )

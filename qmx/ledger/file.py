@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-# WAL with synchronous=FULL: a committed answer survives the process and the power. A checkpoint after 64 MB and not
-# after 4: keys are random, so that each batch changes as many pages of their index as it has rows, and the
-# more batches a checkpoint holds, the more of those pages it writes once. The cache holds the index of a million keys.
+# WAL with synchronous=FULL: a committed answer survives the process and the power. A checkpoint
+# after 64 MB and not after 4: keys are random, so that each batch changes as many pages of their
+# index as it has rows, and the more batches a checkpoint holds, the more of those pages it writes
+# once. The cache holds the index of a million keys.
 SCHEMA = """
 PRAGMA journal_mode = WAL;
 PRAGMA synchronous = FULL;
@@ -34,22 +35,27 @@ CREATE TABLE IF NOT EXISTS answers (
   checksum INTEGER NOT NULL             -- see qmx/ledger/content.py
 );
 CREATE INDEX IF NOT EXISTS answers_by_request ON answers (request);
-CREATE TABLE IF NOT EXISTS scores (     -- apart, so that what is there can be found without reading them
+CREATE TABLE IF NOT EXISTS scores (     -- apart: answers can be found without reading them
   row INTEGER PRIMARY KEY,              -- that of answers
   scores BLOB NOT NULL                  -- little-endian
 );
 """
 
-COLUMNS = {"requests": "id, target, preprocessing, purpose, views, retry, answered, failed",
-           "answers": "row, key, image, request, access, dtype, checksum", "scores": "row, scores"}
+COLUMNS = {
+    "requests": "id, target, preprocessing, purpose, views, retry, answered, failed",
+    "answers": "row, key, image, request, access, dtype, checksum",
+    "scores": "row, scores",
+}
 
 
 class Damaged(ValueError):
     """A ledger's file that cannot be read as it was written."""
 
     def __init__(self, path: Path, what: object):
-        super().__init__(f"{path} is damaged ({what}); python -m qmx.ledger verify {path} says how far, and "
-                         "recovers the answers that are whole")
+        super().__init__(
+            f"{path} is damaged ({what}); python -m qmx.ledger verify {path} says how far, and "
+            "recovers the answers that are whole"
+        )
 
 
 class File:
@@ -95,7 +101,8 @@ class File:
         self._told(lambda: self._db.executemany(statement, parameters))
 
     def together(self, work: Callable[[], None]) -> None:
-        """What `work` writes is there altogether, and durable, when this returns; or none of it is."""
+        """What `work` writes is there altogether, and durable, when this returns; or none of it
+        is."""
         self.run("BEGIN IMMEDIATE")
         try:
             work()
@@ -148,7 +155,8 @@ def looked_into(path: Path) -> File:
 
 
 def read_only(path: Path) -> sqlite3.Connection:
-    """A connection that changes nothing. What lies in a write-ahead log is read too, if there is one."""
+    """A connection that changes nothing. What lies in a write-ahead log is read too, if there is
+    one."""
     log = path.with_name(path.name + "-wal")
     how = "mode=ro" if log.exists() and log.stat().st_size else "immutable=1"
     return sqlite3.connect(f"{path.absolute().as_uri()}?{how}", uri=True, timeout=30)

@@ -44,17 +44,26 @@ class Ledger:
       budget: how many distinct images may be asked for "train" and "select"; None is no limit.
         Images asked for "report" alone, to measure fidelity, are counted apart. It is checked once
         for each call of `ask`: two processes that ask at the same time could exceed it together.
-      dtype: of the scores that are written from now on, "float32" or "float16", which halves the file
-        and rounds to 3 digits. What is there already keeps its own.
+      dtype: of the scores that are written from now on, "float32" or "float16", which halves the
+        file and rounds to 3 digits. What is there already keeps its own.
 
     Raises:
       ValueError: the file is not a ledger, or the dtype is unknown.
     """
 
-    def __init__(self, path: str | Path, *, target: str, preprocessing: str = "as-is", budget: int | None = None,
-                 dtype: str = "float32"):
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        target: str,
+        preprocessing: str = "as-is",
+        budget: int | None = None,
+        dtype: str = "float32",
+    ):
         if dtype not in DTYPES:
-            raise ValueError(f"a ledger's dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+            raise ValueError(
+                f"a ledger's dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}"
+            )
         self.path, self.target, self.preprocessing = Path(path), target, preprocessing
         self.budget, self.dtype = budget, dtype
         self._file = opened(self.path)
@@ -95,7 +104,9 @@ class Ledger:
             found = stored.find(self._file, block)
             rows[start : start + MANY] = [found[key].row if key in found else 0 for key in block]
         if missing := int((rows == 0).sum()):
-            raise LookupError(f"{missing} of {len(keys)} images have no answer in {self.path}; ask for them first")
+            raise LookupError(
+                f"{missing} of {len(keys)} images have no answer in {self.path}; ask for them first"
+            )
         answers = np.empty((len(keys), stored.classes(self._file, self.target) or 0), np.float32)
         order = np.argsort(rows, kind="stable")  # as they lie in the file
         for places in np.split(order, range(stored.FEW, len(order), stored.FEW)):
@@ -119,17 +130,19 @@ class Ledger:
         pause: Callable[[float, Unavailable], None] = lambda seconds, _: time.sleep(seconds),
         on_progress: Callable[[int, int], None] | None = None,
     ) -> np.ndarray:
-        """Answers to images: those that the ledger has, and the target's for the rest, paid for once.
+        """Answers to images: those that the ledger has, and the target's for the rest, paid for
+        once.
 
         Args:
-          query: uint8[b, H, W, C] -> f32[b, N], one call for each batch of images without an answer.
+          query: uint8[b, H, W, C] -> f32[b, N], one call for each batch of images without an
+            answer.
           images: uint8[n, H, W, C], the exact pixels to send; repeated ones are sent once.
           purpose: "train", "select" or "report".
           access: the level of what `query` returns. An answer of a poorer level is bought anew.
           of: uint8[n, ...], the images that `images` are views of, which are what the budget
             counts; by default each view is an image.
-          waits: seconds before each further attempt at a batch for which `query` raised Unavailable;
-            longer if the target asked for more. Each attempt is a request of its own.
+          waits: seconds before each further attempt at a batch for which `query` raised
+            Unavailable; longer if the target asked for more. Each attempt is a request of its own.
           pause: waits so many seconds; is told why, and may raise to give up.
           on_progress: called with (answered, to ask) after each batch.
 
@@ -152,8 +165,13 @@ class Ledger:
         found = stored.find(self._file, keys)
         rows = _missing(keys, found, access)
         if purpose != "report":
-            self.check_budget({source for key, source in zip(keys, sources, strict=True)
-                               if key not in found or found[key].purpose in ("report", RECORDED)})
+            self.check_budget(
+                {
+                    source
+                    for key, source in zip(keys, sources, strict=True)
+                    if key not in found or found[key].purpose in ("report", RECORDED)
+                }
+            )
         gives_way = (RECORDED,) if purpose == "report" else (RECORDED, "report")
         if freed := [answer.row for answer in found.values() if answer.purpose in gives_way]:
             stored.assign(self._file, freed, self._request(purpose, views=0, retry=0))
@@ -163,17 +181,33 @@ class Ledger:
             batch = rows[start : start + batch_size]
             request, scores = self._send(query, images[batch], purpose, classes, waits, pause)
             classes = scores.shape[1]
-            stored.keep(self._file, request, [keys[row] for row in batch], [sources[row] for row in batch], scores,
-                        access, self.dtype)
+            stored.keep(
+                self._file,
+                request,
+                [keys[row] for row in batch],
+                [sources[row] for row in batch],
+                scores,
+                access,
+                self.dtype,
+            )
             if on_progress:
                 on_progress(min(start + batch_size, len(rows)), len(rows))
         return self.read_keys(keys, access)
 
-    def _send(self, query: Callable[[np.ndarray], np.ndarray], batch: np.ndarray, purpose: str, classes: int | None,
-              waits: Sequence[float], pause: Callable[[float, Unavailable], None]) -> tuple[int, np.ndarray]:
-        """One batch's scores, and the number of the request that brought them, which `ask` marks as answered."""
+    def _send(
+        self,
+        query: Callable[[np.ndarray], np.ndarray],
+        batch: np.ndarray,
+        purpose: str,
+        classes: int | None,
+        waits: Sequence[float],
+        pause: Callable[[float, Unavailable], None],
+    ) -> tuple[int, np.ndarray]:
+        """One batch's scores, and the number of the request that brought them, which `ask` marks as
+        answered."""
         for attempt in range(len(waits) + 1):
-            # Of a request the power may take the record, but no kill: its answers are what the disk is waited for.
+            # Of a request the power may take the record, but no kill: its answers are what the disk
+            # is waited for.
             self._file.run("PRAGMA synchronous = NORMAL")
             request = self._request(purpose, views=len(batch), retry=int(attempt > 0))
             self._file.run("PRAGMA synchronous = FULL")
@@ -200,7 +234,15 @@ class Ledger:
         levels.check(access)
         keys = keys_of_digests(images, self.target, self.preprocessing)
         scores = _checked(scores, len(keys), stored.classes(self._file, self.target), self.dtype)
-        stored.keep(self._file, self._request(RECORDED, views=0, retry=0), keys, images, scores, access, self.dtype)
+        stored.keep(
+            self._file,
+            self._request(RECORDED, views=0, retry=0),
+            keys,
+            images,
+            scores,
+            access,
+            self.dtype,
+        )
 
     def unanswered(self, images: np.ndarray, access: str = "logits") -> list[int]:
         """The rows of uint8[n, H, W, C] that `ask` would send, in its order."""
@@ -225,31 +267,54 @@ class Ledger:
         return accounts.account(self._file, self.target)
 
     def check_budget(self, images: set[bytes]) -> None:
-        """Raise BudgetSpent if images, by their `pixel_digests`, are more than the budget has left."""
+        """Raise BudgetSpent if images, by their `pixel_digests`, are more than the budget has
+        left."""
         if self.budget is not None:
             accounts.check_budget(self._file, self.target, images, self.budget)
 
     def _request(self, purpose: str, *, views: int, retry: int) -> int:
         """A new request on record; returns its number."""
-        return self._file.insert("requests", {"target": self.target, "preprocessing": self.preprocessing,
-                                              "purpose": purpose, "views": views, "retry": retry})
+        return self._file.insert(
+            "requests",
+            {
+                "target": self.target,
+                "preprocessing": self.preprocessing,
+                "purpose": purpose,
+                "views": views,
+                "retry": retry,
+            },
+        )
 
 
 def _missing(keys: list[bytes], found: dict[bytes, stored.Known], access: str) -> list[int]:
     """The first row of each key that has no answer, or a poorer one than `access`."""
     rank = levels.ACCESS.index(access)
-    return sorted({key: row for row, key in reversed(list(enumerate(keys)))
-                   if key not in found or levels.ACCESS.index(found[key].access) > rank}.values())
+    return sorted(
+        {
+            key: row
+            for row, key in reversed(list(enumerate(keys)))
+            if key not in found or levels.ACCESS.index(found[key].access) > rank
+        }.values()
+    )
 
 
 def _checked(answer: np.ndarray, rows: int, classes: int | None, dtype: str) -> np.ndarray:
-    """The query's answer [rows, classes] as it is stored, or ValueError with what is wrong with it."""
+    """The query's answer [rows, classes] as it is stored, or ValueError with what is wrong with
+    it."""
     scores = np.asarray(answer, np.float32)
-    if scores.ndim != 2 or len(scores) != rows or scores.shape[1] != (classes or max(scores.shape[1], 1)):
-        raise ValueError(f"the query answered {rows} images with shape {scores.shape}; it must be "
-                         f"[{rows}, {classes or 'N'}]. Nothing of this batch was kept")
+    if (
+        scores.ndim != 2
+        or len(scores) != rows
+        or scores.shape[1] != (classes or max(scores.shape[1], 1))
+    ):
+        raise ValueError(
+            f"the query answered {rows} images with shape {scores.shape}; it must be "
+            f"[{rows}, {classes or 'N'}]. Nothing of this batch was kept"
+        )
     bad = int((~np.isfinite(scores)).any(1).sum())
     if bad:
-        raise ValueError(f"the query's scores are not finite for {bad} of {rows} images; "
-                         "nothing of this batch was kept")
+        raise ValueError(
+            f"the query's scores are not finite for {bad} of {rows} images; "
+            "nothing of this batch was kept"
+        )
     return packed(scores, dtype)

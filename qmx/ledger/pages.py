@@ -1,6 +1,8 @@
-"""Records of an SQLite file page by page, without its trees: what is whole is found, whatever is broken beside it.
+"""Records of an SQLite file page by page, without its trees: what is whole is found, whatever is
+broken beside it.
 
-As https://www.sqlite.org/fileformat2.html describes the format; the section is named where one is followed.
+As https://www.sqlite.org/fileformat2.html describes the format; the section is named where one is
+followed.
 """
 
 import mmap
@@ -17,12 +19,14 @@ Record = list[Any]
 Fetch = Callable[[int], bytes]
 
 
-def records(path: Path, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Iterator[
-        tuple[int, Record]]:
-    """(row number, values) of every record that can be made out in a file and in the write-ahead log beside it.
+def records(
+    path: Path, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> Iterator[tuple[int, Record]]:
+    """(row number, values) of every record that can be made out in a file and in the write-ahead
+    log beside it.
 
-    Values are None, int, str and bytes. Some may be old, damaged or garbage: only a checksum can tell. What is newer
-    comes later.
+    Values are None, int, str and bytes. Some may be old, damaged or garbage: only a checksum can
+    tell. What is newer comes later.
 
     Args:
       on_progress: called with (pages done, pages) now and then.
@@ -38,7 +42,10 @@ def records(path: Path, on_progress: Callable[[int, int], None] = lambda done, t
     def newest(number: int) -> bytes:
         return log[newer[number] : newer[number] + size] if number in newer else original(number)
 
-    for numbers, fetch in ((range(1, -(-len(data) // size) + 1), original), (sorted(newer), newest)):
+    for numbers, fetch in (
+        (range(1, -(-len(data) // size) + 1), original),
+        (sorted(newer), newest),
+    ):
         for number in numbers:
             yield from _rows(fetch(number), 100 if number == 1 else 0, fetch, size)
             done += 1
@@ -54,7 +61,10 @@ def _mapped(path: Path) -> Any:
 
 
 def _page_size(data: Any, log: Any) -> int:
-    for found in ([int.from_bytes(data[16:18]) if data[:15] == b"SQLite format 3" else 0, int.from_bytes(log[8:12])]):
+    for found in [
+        int.from_bytes(data[16:18]) if data[:15] == b"SQLite format 3" else 0,
+        int.from_bytes(log[8:12]),
+    ]:
         size = 65536 if found == 1 else found
         if 512 <= size <= 65536 and size & (size - 1) == 0:
             return size
@@ -62,7 +72,8 @@ def _page_size(data: Any, log: Any) -> int:
 
 
 def _frames(log: Any, size: int) -> Iterator[tuple[int, int]]:
-    """(page number, where it lies) of the frames in a write-ahead log, of its present run alone (4.1)."""
+    """(page number, where it lies) of the frames in a write-ahead log, of its present run alone
+    (4.1)."""
     salt = log[16:24]
     for at in range(32, len(log) - size - 23, size + 24):
         if log[at + 8 : at + 16] == salt:
@@ -70,7 +81,8 @@ def _frames(log: Any, size: int) -> Iterator[tuple[int, int]]:
 
 
 def _rows(page: bytes, head: int, fetch: Fetch, size: int) -> Iterator[tuple[int, Record]]:
-    """The records of a page, if it is one that holds some (1.6); those that make no sense are left out."""
+    """The records of a page, if it is one that holds some (1.6); those that make no sense are left
+    out."""
     if len(page) <= head or page[head] != LEAF:
         return
     for cell in range(min(int.from_bytes(page[head + 3 : head + 5]), size // 4)):
@@ -127,8 +139,13 @@ def _values(record: bytes) -> Record:
         if kind in (7, 10, 11) or at + length > len(record):
             raise ValueError
         part, at = record[at : at + length], at + length
-        values.append(int.from_bytes(part, signed=True) if kind in INTEGER_BYTES
-                      else str(part, "utf-8") if kind % 2 else bytes(part))
+        values.append(
+            int.from_bytes(part, signed=True)
+            if kind in INTEGER_BYTES
+            else str(part, "utf-8")
+            if kind % 2
+            else bytes(part)
+        )
     return values
 
 

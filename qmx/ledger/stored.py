@@ -24,28 +24,38 @@ def find(file: File, keys: list[bytes]) -> dict[bytes, Known]:
     """What is known of those of the keys that have an answer, but the scores."""
     found = {}
     for few in blocks(sorted(set(keys)), FEW):  # neighbours in the index
-        rows = file.run("SELECT key, row, access, purpose FROM answers JOIN requests ON request = id "
-                        f"WHERE key IN ({','.join('?' * len(few))})", few)
+        rows = file.run(
+            "SELECT key, row, access, purpose FROM answers JOIN requests ON request = id "
+            f"WHERE key IN ({','.join('?' * len(few))})",
+            few,
+        )
         found.update({key: Known(row, access, purpose) for key, row, access, purpose in rows})
     return found
 
 
 def count(file: File, keys: list[bytes]) -> int:
     """How many of the keys, sorted and no two alike, have an answer."""
-    return sum(file.run(f"SELECT COUNT(*) FROM answers WHERE key IN ({','.join('?' * len(few))})", few)[0][0]
-               for few in blocks(keys, FEW))
+    return sum(
+        file.run(f"SELECT COUNT(*) FROM answers WHERE key IN ({','.join('?' * len(few))})", few)[0][
+            0
+        ]
+        for few in blocks(keys, FEW)
+    )
 
 
 def read(file: File, rows: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """The levels str[n] and scores f32[n, N] of answers by their rows, at most `FEW` and in their order.
+    """The levels str[n] and scores f32[n, N] of answers by their rows, at most `FEW` and in their
+    order.
 
     Raises:
       Damaged: one of them is not as it was written.
     """
     found = {}
     for row, key, image, access, dtype, written, scores in file.run(
-            "SELECT row, key, image, access, dtype, checksum, scores FROM answers JOIN scores USING (row) "
-            f"WHERE row IN ({','.join('?' * len(rows))})", rows):
+        "SELECT row, key, image, access, dtype, checksum, scores FROM answers JOIN scores USING"
+        f" (row) WHERE row IN ({','.join('?' * len(rows))})",
+        rows,
+    ):
         if checksum(key, image, access, dtype, scores) != written:
             raise Damaged(file.path, f"the answer in row {row} is not as it was written")
         found[row] = access, dtype, scores
@@ -55,9 +65,17 @@ def read(file: File, rows: list[int]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(access), unpacked(scores, dtypes)
 
 
-def keep(file: File, request: int, keys: list[bytes], images: list[bytes], scores: np.ndarray, access: str,
-         dtype: str) -> None:
-    """Write a request's answers, `packed` [n, N], whole and durable. One as rich that is there stays."""
+def keep(
+    file: File,
+    request: int,
+    keys: list[bytes],
+    images: list[bytes],
+    scores: np.ndarray,
+    access: str,
+    dtype: str,
+) -> None:
+    """Write a request's answers, `packed` [n, N], whole and durable. One as rich that is there
+    stays."""
     blobs, rank = [row.tobytes() for row in scores], ACCESS.index(access)
 
     def write() -> None:
@@ -68,11 +86,24 @@ def keep(file: File, request: int, keys: list[bytes], images: list[bytes], score
                 continue
             row += key not in known
             place = known[key].row if key in known else row
-            answers.append((place, key, image, request, access, dtype, checksum(key, image, access, dtype, blob)))
+            answers.append(
+                (
+                    place,
+                    key,
+                    image,
+                    request,
+                    access,
+                    dtype,
+                    checksum(key, image, access, dtype, blob),
+                )
+            )
             rows.append((place, blob))
-        file.run_many("INSERT INTO answers (row, key, image, request, access, dtype, checksum) "
-                      "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (row) DO UPDATE SET image = excluded.image, "
-                      "access = excluded.access, dtype = excluded.dtype, checksum = excluded.checksum", answers)
+        file.run_many(
+            "INSERT INTO answers (row, key, image, request, access, dtype, checksum) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (row) DO UPDATE SET image = excluded.image, "
+            "access = excluded.access, dtype = excluded.dtype, checksum = excluded.checksum",
+            answers,
+        )
         file.run_many("INSERT OR REPLACE INTO scores (row, scores) VALUES (?, ?)", rows)
         file.run("UPDATE requests SET answered = 1 WHERE id = ?", [request])
 
@@ -83,7 +114,9 @@ def assign(file: File, rows: list[int], request: int) -> None:
     """Let answers count for the purpose of another request."""
 
     def write() -> None:
-        file.run_many("UPDATE answers SET request = ? WHERE row = ?", ((request, row) for row in rows))
+        file.run_many(
+            "UPDATE answers SET request = ? WHERE row = ?", ((request, row) for row in rows)
+        )
         file.run("UPDATE requests SET answered = 1 WHERE id = ?", [request])
 
     file.together(write)
@@ -91,8 +124,11 @@ def assign(file: File, rows: list[int], request: int) -> None:
 
 def classes(file: File, target: str) -> int | None:
     """N of a target's answers so far."""
-    found = file.run("SELECT LENGTH(scores), dtype FROM answers JOIN scores USING (row) WHERE request IN "
-                     "(SELECT id FROM requests WHERE target = ?) LIMIT 1", [target])
+    found = file.run(
+        "SELECT LENGTH(scores), dtype FROM answers JOIN scores USING (row) WHERE request IN "
+        "(SELECT id FROM requests WHERE target = ?) LIMIT 1",
+        [target],
+    )
     return found[0][0] // np.dtype(DTYPES[found[0][1]]).itemsize if found else None
 
 

@@ -51,15 +51,25 @@ def load(path: Path) -> Recorded:
     try:
         columns = _read_npz(path) if path.suffix == ".npz" else _read_parquet(path)
     except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} cannot be read as a table of answers with the columns {', '.join(COLUMNS)}: "
-                         f"{error}") from None
+        raise ValueError(
+            f"{path} cannot be read as a table of answers with the columns {', '.join(COLUMNS)}: "
+            f"{error}"
+        ) from None
     image, scores = columns["image"], columns["scores"]
     if image.dtype != np.uint8 or image.ndim != 2 or image.shape[1] != 32:
-        raise ValueError(f"{path}: image is {image.dtype}{list(image.shape)}; it must hold SHA-256 digests, "
-                         "uint8[n, 32]")
-    if scores.dtype not in (np.float32, np.float16) or scores.shape[:1] != image.shape[:1] or scores.ndim != 2:
-        raise ValueError(f"{path}: scores are {scores.dtype}{list(scores.shape)}; they must be float32 or float16 "
-                         f"[{len(image)}, N], a row for each image")
+        raise ValueError(
+            f"{path}: image is {image.dtype}{list(image.shape)}; it must hold SHA-256 digests, "
+            "uint8[n, 32]"
+        )
+    if (
+        scores.dtype not in (np.float32, np.float16)
+        or scores.shape[:1] != image.shape[:1]
+        or scores.ndim != 2
+    ):
+        raise ValueError(
+            f"{path}: scores are {scores.dtype}{list(scores.shape)}; they must be float32 or"
+            f" float16 [{len(image)}, N], a row for each image"
+        )
     if not len(image) or not np.isfinite(scores).all():
         raise ValueError(f"{path} holds {len(image)} answers, and every one needs finite scores")
     if len(np.unique(image, axis=0)) < len(image):
@@ -67,11 +77,18 @@ def load(path: Path) -> Recorded:
     texts = {name: np.broadcast_to(columns[name], len(image)) for name in COLUMNS[2:]}
     for name in ("target", "preprocessing"):
         if len(found := np.unique(texts[name]).tolist()) > 1:
-            raise ValueError(f"{path} holds answers of several {name}s, {found[0]!r} and {found[1]!r}; take one for "
-                             "each table, as `python -m qmx.ledger export --target` does")
+            raise ValueError(
+                f"{path} holds answers of several {name}s, {found[0]!r} and {found[1]!r}; take one"
+                " for each table, as `python -m qmx.ledger export --target` does"
+            )
     if unknown := {*np.unique(texts["access"]).tolist()} - {*ACCESS}:
-        raise ValueError(f"{path} has answers of the unknown access {min(unknown)!r}; choose among {', '.join(ACCESS)}")
-    return Recorded(image, scores, texts["access"], str(texts["target"][0]), str(texts["preprocessing"][0]))
+        raise ValueError(
+            f"{path} has answers of the unknown access {min(unknown)!r}; choose among"
+            f" {', '.join(ACCESS)}"
+        )
+    return Recorded(
+        image, scores, texts["access"], str(texts["target"][0]), str(texts["preprocessing"][0])
+    )
 
 
 def save(path: Path, table: Recorded) -> None:
@@ -89,8 +106,14 @@ def save(path: Path, table: Recorded) -> None:
         with open(part, "wb") as file:
             if path.suffix == ".npz":
                 access: Any = table.access[0] if len({*table.access}) == 1 else table.access
-                np.savez(file, image=table.image, scores=table.scores, access=access,
-                         target=np.array(table.target), preprocessing=np.array(table.preprocessing))
+                np.savez(
+                    file,
+                    image=table.image,
+                    scores=table.scores,
+                    access=access,
+                    target=np.array(table.target),
+                    preprocessing=np.array(table.preprocessing),
+                )
             else:
                 _write_parquet(file, table)
             file.flush()
@@ -101,22 +124,30 @@ def save(path: Path, table: Recorded) -> None:
 
 
 def from_ledger(path: Path, target: str | None = None) -> tuple[Recorded, int]:
-    """A ledger's answers as a table, and how many were left out because they answer views of other images.
+    """A ledger's answers as a table, and how many were left out because they answer views of other
+    images.
 
     Args:
-      target: the digest or name of one of its targets, or the beginning; needed where there are several.
+      target: the digest or name of one of its targets, or the beginning; needed where there are
+        several.
 
     Raises:
       ValueError: no ledger, no such target, or several.
       Damaged: an answer is not as it was written.
     """
     with looked_into(path) as file:
-        names = file.run("SELECT DISTINCT target, preprocessing FROM requests WHERE id IN "
-                         "(SELECT request FROM answers)")
+        names = file.run(
+            "SELECT DISTINCT target, preprocessing FROM requests WHERE id IN "
+            "(SELECT request FROM answers)"
+        )
         chosen = [name for name in names if name[0].startswith(target or "")]
         if len(chosen) != 1:
-            what = f"{path} has {len(chosen)} targets with answers" + (f" that begin with {target!r}" if target else "")
-            listed = "; ".join(f"{name} ({preprocessing})" for name, preprocessing in chosen or names)
+            what = f"{path} has {len(chosen)} targets with answers" + (
+                f" that begin with {target!r}" if target else ""
+            )
+            listed = "; ".join(
+                f"{name} ({preprocessing})" for name, preprocessing in chosen or names
+            )
             raise ValueError(f"{what}; give --target=BEGINNING of one of: {listed or 'none'}")
         return _answers(file, *chosen[0])
 
@@ -124,9 +155,15 @@ def from_ledger(path: Path, target: str | None = None) -> tuple[Recorded, int]:
 def _answers(file: File, target: str, preprocessing: str) -> tuple[Recorded, int]:
     images, access, scores, views = list[bytes](), list[str](), list[np.ndarray](), 0
     for rows in file.stream(
-            "SELECT key, image, access, dtype, checksum, scores FROM answers JOIN scores USING (row) JOIN requests ON "
-            "request = id WHERE target = ? AND preprocessing = ? ORDER BY row", [target, preprocessing], CHUNK):
-        if any(checksum(key, image, level, dtype, blob) != written for key, image, level, dtype, written, blob in rows):
+        "SELECT key, image, access, dtype, checksum, scores FROM answers JOIN scores USING (row)"
+        " JOIN requests ON request = id WHERE target = ? AND preprocessing = ? ORDER BY row",
+        [target, preprocessing],
+        CHUNK,
+    ):
+        if any(
+            checksum(key, image, level, dtype, blob) != written
+            for key, image, level, dtype, written, blob in rows
+        ):
             raise Damaged(file.path, "an answer is not as it was written")
         keys = keys_of_digests([row[1] for row in rows], target, preprocessing)
         whole = [row for row, key in zip(rows, keys, strict=True) if row[0] == key]
@@ -135,11 +172,21 @@ def _answers(file: File, target: str, preprocessing: str) -> tuple[Recorded, int
         access += [row[2] for row in whole]
         if whole:
             values = unpacked([row[5] for row in whole], [row[3] for row in whole])
-            scores.append(values.astype(np.float16) if {row[3] for row in whole} == {"float16"} else values)
+            scores.append(
+                values.astype(np.float16) if {row[3] for row in whole} == {"float16"} else values
+            )
     if not images:
         raise ValueError(f"{file.path} has no answers that a table could hold")
-    return Recorded(np.frombuffer(b"".join(images), np.uint8).reshape(-1, 32), np.concatenate(scores),
-                    np.array(access), target, preprocessing), views
+    return (
+        Recorded(
+            np.frombuffer(b"".join(images), np.uint8).reshape(-1, 32),
+            np.concatenate(scores),
+            np.array(access),
+            target,
+            preprocessing,
+        ),
+        views,
+    )
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -155,24 +202,36 @@ def _read_parquet(path: Path) -> dict[str, np.ndarray]:
     if len(width) != 1 or scores.null_count:
         raise ValueError(f"its rows have {sorted(width)} scores")
     image = b"".join(table["image"].to_pylist())
-    return {"image": np.frombuffer(image, np.uint8).reshape(len(table), -1),
-            "scores": scores.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1),
-            **{name: np.array(table[name].to_pylist(), str) for name in COLUMNS[2:]}}
+    return {
+        "image": np.frombuffer(image, np.uint8).reshape(len(table), -1),
+        "scores": scores.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1),
+        **{name: np.array(table[name].to_pylist(), str) for name in COLUMNS[2:]},
+    }
 
 
 def _write_parquet(file: Any, table: Recorded) -> None:
     pyarrow, size = _pyarrow(file.name), len(table.image)
-    pyarrow.parquet.write_table(pyarrow.table({
-        "image": pyarrow.array([row.tobytes() for row in table.image], pyarrow.binary(32)),
-        "scores": pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(table.scores.ravel()), table.scores.shape[1]),
-        "access": pyarrow.array(table.access.tolist()),
-        "target": pyarrow.array([table.target] * size),
-        "preprocessing": pyarrow.array([table.preprocessing] * size)}), file)
+    pyarrow.parquet.write_table(
+        pyarrow.table(
+            {
+                "image": pyarrow.array([row.tobytes() for row in table.image], pyarrow.binary(32)),
+                "scores": pyarrow.FixedSizeListArray.from_arrays(
+                    pyarrow.array(table.scores.ravel()), table.scores.shape[1]
+                ),
+                "access": pyarrow.array(table.access.tolist()),
+                "target": pyarrow.array([table.target] * size),
+                "preprocessing": pyarrow.array([table.preprocessing] * size),
+            }
+        ),
+        file,
+    )
 
 
 def _pyarrow(path: Any) -> Any:
     try:
         import pyarrow.parquet  # tensorflow-datasets brings it
     except ImportError:
-        raise ValueError(f"{path} needs pyarrow (pip install pyarrow), or take .npz, which needs nothing") from None
+        raise ValueError(
+            f"{path} needs pyarrow (pip install pyarrow), or take .npz, which needs nothing"
+        ) from None
     return pyarrow

@@ -15,8 +15,8 @@ SHOWN = 5  # problems of one kind that are told one by one
 
 # What records were found, whole or not; of one row there may be an older and a newer one.
 FOUND = """
-CREATE TEMP TABLE found_answers (row INTEGER, key BLOB, image BLOB, request INTEGER, access TEXT, dtype TEXT,
-                                 checksum INTEGER);
+CREATE TEMP TABLE found_answers (row INTEGER, key BLOB, image BLOB, request INTEGER, access TEXT,
+                                 dtype TEXT, checksum INTEGER);
 CREATE TEMP TABLE found_scores (row INTEGER, scores BLOB);
 """
 
@@ -28,10 +28,13 @@ class Recovered(NamedTuple):
     answers: int  # recovered; each is as it was written
     of: int  # answers of which there are traces: the highest row number
     asked: int  # images sent in answered requests whose records came back
-    lost_requests: int  # recovered answers whose target was found by their key, and that count for "train"
+    # Recovered answers whose target was found by their key, and that count for "train".
+    lost_requests: int
 
 
-def problems(path: Path, on_progress: Callable[[int, int], None] = lambda done, total: None) -> list[str]:
+def problems(
+    path: Path, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> list[str]:
     """What is wrong with a ledger's file, in words; nothing is written.
 
     Args:
@@ -47,11 +50,15 @@ def problems(path: Path, on_progress: Callable[[int, int], None] = lambda done, 
             try:
                 check_tables(db)
             except sqlite3.OperationalError as error:
-                if path.with_name(path.name + "-wal").exists():  # where they may be, behind what is damaged
+                # Where they may be, behind what is damaged.
+                if path.with_name(path.name + "-wal").exists():
                     return [*found, f"SQLite: {error}"]
                 raise ValueError(f"{path} cannot be used as a ledger: {error}") from None
-            found += [f"SQLite: {line}" for line in _first(line for line, in db.execute("PRAGMA integrity_check(100)"))
-                      if line != "ok"]
+            found += [
+                f"SQLite: {line}"
+                for line in _first(line for (line,) in db.execute("PRAGMA integrity_check(100)"))
+                if line != "ok"
+            ]
             found += _wrong_answers(db, on_progress)
         finally:
             db.close()
@@ -60,11 +67,13 @@ def problems(path: Path, on_progress: Callable[[int, int], None] = lambda done, 
     return found
 
 
-def recover(path: Path, out: Path, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Recovered:
+def recover(
+    path: Path, out: Path, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> Recovered:
     """Write what is whole of a damaged file into a new ledger; the old one is only read.
 
-    Every page of the file is looked at, so that answers come back to which no tree leads any more. An answer comes
-    back if it, and its scores, have the checksum that was written with them.
+    Every page of the file is looked at, so that answers come back to which no tree leads any more.
+    An answer comes back if it, and its scores, have the checksum that was written with them.
 
     Args:
       on_progress: called with (pages read, pages) now and then.
@@ -78,7 +87,9 @@ def recover(path: Path, out: Path, on_progress: Callable[[int, int], None] = lam
     part.unlink(missing_ok=True)
     try:
         db = sqlite3.connect(part, isolation_level=None)
-        db.executescript(SCHEMA.replace("WAL", "DELETE") + FOUND + "PRAGMA synchronous = OFF; BEGIN;")
+        db.executescript(
+            SCHEMA.replace("WAL", "DELETE") + FOUND + "PRAGMA synchronous = OFF; BEGIN;"
+        )
         highest = _collect(db, path, on_progress)
         lost = _keep_whole(db)
         answers = db.execute("SELECT COUNT(*) FROM answers").fetchone()[0]
@@ -107,8 +118,9 @@ def _wrong_answers(db: sqlite3.Connection, on_progress: Callable[[int, int], Non
     total = db.execute("SELECT COUNT(*) FROM answers").fetchone()[0]
     wrong, checked = list[int](), 0
     for row, written, *content in db.execute(
-            "SELECT row, checksum, key, image, access, dtype, scores FROM answers JOIN scores USING (row) "
-            "ORDER BY row"):
+        "SELECT row, checksum, key, image, access, dtype, scores FROM answers JOIN scores USING"
+        " (row) ORDER BY row"
+    ):
         checked += 1
         if checksum(*content) != written:
             wrong.append(row)
@@ -120,9 +132,14 @@ def _wrong_answers(db: sqlite3.Connection, on_progress: Callable[[int, int], Non
         found.append(f"{len(wrong)} of {total} answers are not as they were written (rows {shown})")
     if checked < total:
         found.append(f"{total - checked} of {total} answers have lost their scores")
-    homeless = db.execute("SELECT COUNT(*) FROM answers WHERE request NOT IN (SELECT id FROM requests)").fetchone()[0]
+    homeless = db.execute(
+        "SELECT COUNT(*) FROM answers WHERE request NOT IN (SELECT id FROM requests)"
+    ).fetchone()[0]
     if homeless:
-        found.append(f"{homeless} of {total} answers have lost their request, which says whose answers they are")
+        found.append(
+            f"{homeless} of {total} answers have lost their request, which says whose answers"
+            " they are"
+        )
     return found
 
 
@@ -136,9 +153,19 @@ def _collect(db: sqlite3.Connection, path: Path, on_progress: Callable[[int, int
     """Every record that looks like one of ours; returns the highest row number of an answer."""
     highest = 0
     for row, values in records(path, on_progress):
-        if _fits(values, None, str, str, str, int, int, int, int) and values[3] in (*PURPOSES, RECORDED):
-            db.execute("INSERT OR REPLACE INTO requests VALUES (?, ?, ?, ?, ?, ?, ?, ?)", [row, *values[1:]])
-        elif (_fits(values, None, bytes, bytes, int, str, str, int) and values[4] in ACCESS and values[5] in DTYPES):
+        if _fits(values, None, str, str, str, int, int, int, int) and values[3] in (
+            *PURPOSES,
+            RECORDED,
+        ):
+            db.execute(
+                "INSERT OR REPLACE INTO requests VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                [row, *values[1:]],
+            )
+        elif (
+            _fits(values, None, bytes, bytes, int, str, str, int)
+            and values[4] in ACCESS
+            and values[5] in DTYPES
+        ):
             db.execute("INSERT INTO found_answers VALUES (?, ?, ?, ?, ?, ?, ?)", [row, *values[1:]])
             highest = max(highest, row)
         elif _fits(values, None, bytes):
@@ -150,15 +177,20 @@ def _collect(db: sqlite3.Connection, path: Path, on_progress: Callable[[int, int
 
 def _fits(values: list[Any], *kinds: type | None) -> bool:
     return len(values) == len(kinds) and all(
-        value is None if kind is None else type(value) is kind for value, kind in zip(values, kinds, strict=True))
+        value is None if kind is None else type(value) is kind
+        for value, kind in zip(values, kinds, strict=True)
+    )
 
 
 def _keep_whole(db: sqlite3.Connection) -> int:
-    """Answers whose checksum fits become the new file's; returns how many had lost their request."""
+    """Answers whose checksum fits become the new file's; returns how many had lost their
+    request."""
     requests = {row[0] for row in db.execute("SELECT id FROM requests")}
     targets = db.execute("SELECT DISTINCT target, preprocessing FROM requests").fetchall()
-    found = db.execute("SELECT row, key, image, request, access, dtype, checksum, scores FROM found_answers "
-                       "JOIN found_scores USING (row)")
+    found = db.execute(
+        "SELECT row, key, image, request, access, dtype, checksum, scores FROM found_answers "
+        "JOIN found_scores USING (row)"
+    )
     rows, lost, invented = dict[bytes, tuple[int, str]](), 0, set[int]()
     for _, key, image, request, access, dtype, written, scores in found:
         if checksum(key, image, access, dtype, scores) != written:
@@ -167,8 +199,11 @@ def _keep_whole(db: sqlite3.Connection) -> int:
             owner = [names for names in targets if keys_of_digests([image], *names) == [key]]
             if not owner:
                 continue  # nothing says whose answer it is
-            db.execute("INSERT INTO requests (id, target, preprocessing, purpose, views, retry, answered) "
-                       "VALUES (?, ?, ?, 'train', 0, 0, 1)", [request, *owner[0]])
+            db.execute(
+                "INSERT INTO requests (id, target, preprocessing, purpose, views, retry, answered) "
+                "VALUES (?, ?, ?, 'train', 0, 0, 1)",
+                [request, *owner[0]],
+            )
             requests.add(request)
             invented.add(request)
         place, known = rows.get(key, (len(rows) + 1, ""))
@@ -176,7 +211,9 @@ def _keep_whole(db: sqlite3.Connection) -> int:
             continue
         lost += request in invented
         rows[key] = place, access
-        db.execute("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?)",
-                   [place, key, image, request, access, dtype, written])
+        db.execute(
+            "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?)",
+            [place, key, image, request, access, dtype, written],
+        )
         db.execute("INSERT OR REPLACE INTO scores VALUES (?, ?)", [place, scores])
     return lost

@@ -1,7 +1,7 @@
 """What an owner may do to the scores before handing them out: less of them, or perturbed ones.
 
-A weakened level is written as a name and a number, as in "top5" or "rounded2"; each is a pure function of
-probabilities. All of them are replayed from answers that were paid for once.
+A weakened level is written as a name and a number, as in "top5" or "rounded2"; each is a pure
+function of probabilities. All of them are replayed from answers that were paid for once.
 """
 
 import re
@@ -16,7 +16,8 @@ REVERSE_SIGMOID_GAMMA = 0.2  # Lee et al. 2018, section 4; beta is the level's n
 class Weakening(NamedTuple):
     """A kind of weakened level."""
 
-    apply: Callable[[np.ndarray, float, Sequence[bytes]], np.ndarray]  # (f64[n, N], number, keys) -> f64[n, N]
+    # (f64[n, N], number, keys) -> f64[n, N].
+    apply: Callable[[np.ndarray, float, Sequence[bytes]], np.ndarray]
     whole: bool  # whether the number must be whole
     example: str
 
@@ -27,7 +28,8 @@ def top(p: np.ndarray, k: float, _: Sequence[bytes] = ()) -> np.ndarray:
 
 
 def top_spread(p: np.ndarray, k: float, _: Sequence[bytes] = ()) -> np.ndarray:
-    """The k highest probabilities as they are, and what is left spread evenly over the other classes."""
+    """The k highest probabilities as they are, and what is left spread evenly over the other
+    classes."""
     kept = _among_highest(p, int(k))
     left = np.maximum(1 - np.where(kept, p, 0).sum(1, keepdims=True), 0)
     return np.where(kept, p, left / max(p.shape[1] - int(k), 1))
@@ -39,7 +41,8 @@ def rounded(p: np.ndarray, decimals: float, _: Sequence[bytes] = ()) -> np.ndarr
 
 
 def noise(p: np.ndarray, deviation: float, keys: Sequence[bytes]) -> np.ndarray:
-    """Gaussian noise of a standard deviation, cut at 0 and made to sum to 1; the same for one image each time.
+    """Gaussian noise of a standard deviation, cut at 0 and made to sum to 1; the same for one image
+    each time.
 
     As the additive-noise baseline of Orekondy et al. 2020, *Prediction Poisoning*, section 5.1.
 
@@ -48,15 +51,17 @@ def noise(p: np.ndarray, deviation: float, keys: Sequence[bytes]) -> np.ndarray:
     """
     if len(keys) != len(p):
         raise ValueError(f"noise needs a key for each of {len(p)} answers and has {len(keys)}")
-    drawn = np.stack([np.random.default_rng(int.from_bytes(key[:16])).normal(size=p.shape[1]) for key in keys])
+    drawn = np.stack(
+        [np.random.default_rng(int.from_bytes(key[:16])).normal(size=p.shape[1]) for key in keys]
+    )
     return normalised(np.maximum(p + deviation * drawn, 0))
 
 
 def reverse_sigmoid(p: np.ndarray, beta: float, _: Sequence[bytes] = ()) -> np.ndarray:
     """p - beta (sigmoid(gamma logit(p)) - 1/2), made to sum to 1: many scores lead to one answer.
 
-    Lee et al. 2018, *Defending Against Machine Learning Model Stealing Attacks Using Deceptive Perturbations*,
-    section 3.
+    Lee et al. 2018, *Defending Against Machine Learning Model Stealing Attacks Using Deceptive
+    Perturbations*, section 3.
     """
     inner = np.clip(p, 1e-12, 1 - 1e-12)
     odds = REVERSE_SIGMOID_GAMMA * (np.log(inner) - np.log1p(-inner))

@@ -6,7 +6,17 @@ Hinton et al. 2015; Jagielski et al. 2020, whose temperature acts on the target 
 import jax
 import jax.numpy as jnp
 
-from qmx.contract import Batch, Encoder, Method, Network, PyTree, View, chain, check_shapes, view_shape
+from qmx.contract import (
+    Batch,
+    Encoder,
+    Method,
+    Network,
+    PyTree,
+    View,
+    chain,
+    check_shapes,
+    view_shape,
+)
 from qmx.losses import kl_target_student
 
 
@@ -37,7 +47,9 @@ def make(
     def init(rng: jax.Array, batch: Batch) -> tuple[PyTree, PyTree]:
         return network.init(rng, view_shape(view, batch))
 
-    def loss(params: PyTree, state: PyTree, batch: Batch, rng: jax.Array) -> tuple[jax.Array, tuple]:
+    def loss(
+        params: PyTree, state: PyTree, batch: Batch, rng: jax.Array
+    ) -> tuple[jax.Array, tuple]:
         logits, state = network.apply(params, state, view(rng, batch), True)
         losses = kl_target_student(batch["scores"], logits, target_temperature, student_temperature)
         agree = logits.argmax(-1) == batch["scores"].argmax(-1)

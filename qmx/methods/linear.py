@@ -34,8 +34,12 @@ def make(net: Network, head: Network, view: View) -> Method:
         params, stats = head.init(head_key, jnp.zeros(features.shape, features.dtype))
         return {"head": params}, {"head": stats, "backbone": backbone}
 
-    def loss(params: PyTree, state: PyTree, batch: Batch, rng: jax.Array) -> tuple[jax.Array, tuple]:
-        features, _ = net.apply(state["backbone"].params, state["backbone"].stats, view(rng, batch), False)
+    def loss(
+        params: PyTree, state: PyTree, batch: Batch, rng: jax.Array
+    ) -> tuple[jax.Array, tuple]:
+        features, _ = net.apply(
+            state["backbone"].params, state["backbone"].stats, view(rng, batch), False
+        )
         logits, stats = head.apply(params["head"], state["head"], features, True)
         losses = soft_cross_entropy(batch["scores"], logits)
         right = logits.argmax(-1) == batch["scores"].argmax(-1)

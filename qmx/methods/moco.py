@@ -64,8 +64,10 @@ def make(
     def init(rng: jax.Array, batch: Batch) -> tuple[PyTree, MocoState]:
         x = view_shape(view, batch)
         if queue_size % len(x):
-            raise ValueError(f"queue_size {queue_size} is not a multiple of batch_size {len(x)}; "
-                             f"{max(queue_size // len(x), 1) * len(x)} is")
+            raise ValueError(
+                f"queue_size {queue_size} is not a multiple of batch_size {len(x)}; "
+                f"{max(queue_size // len(x), 1) * len(x)} is"
+            )
         net_key, queue_key = jax.random.split(rng)
         params, stats = encode.init(net_key, x)
         features = jax.eval_shape(lambda: encode.apply(params, stats, x, True)[0])
@@ -74,7 +76,9 @@ def make(
         copy = jax.tree.map(jnp.copy, stats)
         return params, MocoState(stats, average.init(params), copy, queue, jnp.int32(0))
 
-    def loss(params: PyTree, state: MocoState, batch: Batch, rng: jax.Array) -> tuple[jax.Array, tuple]:
+    def loss(
+        params: PyTree, state: MocoState, batch: Batch, rng: jax.Array
+    ) -> tuple[jax.Array, tuple]:
         query_key, key_key, shuffle_key = jax.random.split(rng, 3)
         q, stats = encode.apply(params, state.stats, view(query_key, batch), True)
         q = _unit(q)

@@ -36,7 +36,9 @@ def make(net: Network, head: Network, view: View) -> Method:
     def init(rng: jax.Array, batch: Batch) -> tuple[PyTree, PyTree]:
         return network.init(rng, rotations(view_shape(view, batch))[0])
 
-    def loss(params: PyTree, state: PyTree, batch: Batch, rng: jax.Array) -> tuple[jax.Array, tuple]:
+    def loss(
+        params: PyTree, state: PyTree, batch: Batch, rng: jax.Array
+    ) -> tuple[jax.Array, tuple]:
         x, turns = rotations(view(rng, batch))
         logits, state = network.apply(params, state, x, True)
         losses = optax.losses.softmax_cross_entropy_with_integer_labels(wide(logits), turns)

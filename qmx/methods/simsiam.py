@@ -31,9 +31,13 @@ def make(net: Network, projector: Network, predictor: Network, view: View) -> Me
     encode = chain(backbone=net, head=projector)
 
     def init(rng: jax.Array, batch: Batch) -> tuple[PyTree, PyTree]:
-        return chain(backbone=net, head=projector, predictor=predictor).init(rng, view_shape(view, batch))
+        return chain(backbone=net, head=projector, predictor=predictor).init(
+            rng, view_shape(view, batch)
+        )
 
-    def loss(params: PyTree, state: PyTree, batch: Batch, rng: jax.Array) -> tuple[jax.Array, tuple]:
+    def loss(
+        params: PyTree, state: PyTree, batch: Batch, rng: jax.Array
+    ) -> tuple[jax.Array, tuple]:
         key1, key2 = jax.random.split(rng)
         stats, head_stats = {k: state[k] for k in ("backbone", "head")}, state["predictor"]
         z1, stats = encode.apply(params, stats, view(key1, batch), True)

@@ -11,8 +11,16 @@ from qmx.models.heads import Classifier, MocoHead, SimsiamPredictor, SimsiamProj
 from qmx.models.norm import fold
 from qmx.models.resnet import ARCHS, ResNet
 
-__all__ = ["ARCHS", "backbone", "classifier", "fold", "from_linen", "moco_head", "simsiam_predictor",
-           "simsiam_projector"]
+__all__ = [
+    "ARCHS",
+    "backbone",
+    "classifier",
+    "fold",
+    "from_linen",
+    "moco_head",
+    "simsiam_predictor",
+    "simsiam_projector",
+]
 
 
 def from_linen(module: nn.Module) -> Network:
@@ -32,8 +40,14 @@ def from_linen(module: nn.Module) -> Network:
     return Network(init, apply)
 
 
-def backbone(arch: str, *, stats_groups: int = 1, zero_init: bool = False, dtype: Any = jnp.float32,
-             folded: bool = False) -> Network:
+def backbone(
+    arch: str,
+    *,
+    stats_groups: int = 1,
+    zero_init: bool = False,
+    dtype: Any = jnp.float32,
+    folded: bool = False,
+) -> Network:
     """A ResNet or ResNeXt by name, up to its pooled features; see `qmx.models.resnet.ResNet`.
 
     Raises:
@@ -44,7 +58,9 @@ def backbone(arch: str, *, stats_groups: int = 1, zero_init: bool = False, dtype
     return from_linen(ResNet(ARCHS[arch], stats_groups, zero_init, dtype, folded))
 
 
-def classifier(classes: int, *, standardize: bool = False, kernel_std: float | None = None) -> Network:
+def classifier(
+    classes: int, *, standardize: bool = False, kernel_std: float | None = None
+) -> Network:
     """A linear layer onto `classes` scores (or onto an embedding, as MoCo v1 uses it); see
     `qmx.models.heads.Classifier`."""
     return from_linen(Classifier(classes, standardize, kernel_std))

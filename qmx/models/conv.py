@@ -1,7 +1,8 @@
 """Convolutions, with the formulation that is quickest on CPUs; elsewhere XLA's own.
 
-On CPUs XLA hands a plain convolution and its gradients to Eigen, which is good at most shapes. Here stand
-the exceptions, each the same sums in another order; times are of one core where not said, jax 0.10.2.
+On CPUs XLA hands a plain convolution and its gradients to Eigen, which is good at most shapes. Here
+stand the exceptions, each the same sums in another order; times are of one core where not said, jax
+0.10.2.
 """
 
 import math
@@ -17,8 +18,14 @@ NHWC = ("NHWC", "HWIO", "NHWC")
 def plain(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> jax.Array:
     """XLA's convolution, padded by kernel // 2 on both sides as torch pads it."""
     pad = kernel.shape[0] // 2  # "SAME" would pad (0, 1) at stride 2 on even sizes
-    return lax.conv_general_dilated(x, kernel, (stride, stride), [(pad, pad)] * 2, dimension_numbers=NHWC,
-                                    feature_group_count=groups)
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        [(pad, pad)] * 2,
+        dimension_numbers=NHWC,
+        feature_group_count=groups,
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -33,8 +40,12 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> jax.A
     Returns:
       [B, H', W', D].
     """
-    return lax.platform_dependent(x, kernel, cpu=partial(forward, stride=stride, groups=groups),
-                                  default=partial(plain, stride=stride, groups=groups))
+    return lax.platform_dependent(
+        x,
+        kernel,
+        cpu=partial(forward, stride=stride, groups=groups),
+        default=partial(plain, stride=stride, groups=groups),
+    )
 
 
 def _forward(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> tuple:
@@ -45,18 +56,25 @@ def _backward(stride: int, groups: int, kept: tuple[jax.Array, jax.Array], dy: j
     def default(x: jax.Array, kernel: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
         return _of_input(x, kernel, dy, stride, groups), _of_kernel(x, kernel, dy, stride, groups)
 
-    return lax.platform_dependent(*kept, dy, cpu=partial(backward, stride=stride, groups=groups), default=default)
+    return lax.platform_dependent(
+        *kept, dy, cpu=partial(backward, stride=stride, groups=groups), default=default
+    )
 
 
 convolve.defvjp(_forward, _backward)
 
 
-def _of_input(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int, groups: int) -> jax.Array:
-    """XLA's gradient of the input. A transpose and no `vjp`, which would put the forward pass there too."""
+def _of_input(
+    x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int, groups: int
+) -> jax.Array:
+    """XLA's gradient of the input. A transpose and no `vjp`, which would put the forward pass there
+    too."""
     return jax.linear_transpose(lambda x: plain(x, kernel, stride, groups), x)(dy)[0]
 
 
-def _of_kernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int, groups: int) -> jax.Array:
+def _of_kernel(
+    x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int, groups: int
+) -> jax.Array:
     """XLA's gradient of the kernel."""
     return jax.linear_transpose(lambda kernel: plain(x, kernel, stride, groups), kernel)(dy)[0]
 
@@ -70,8 +88,9 @@ def forward(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> jax.Ar
     return _by_patches(x, kernel, stride) if x.dtype == jnp.float64 else plain(x, kernel, stride, 1)
 
 
-def backward(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int,
-             groups: int) -> tuple[jax.Array, jax.Array]:
+def backward(
+    x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int, groups: int
+) -> tuple[jax.Array, jax.Array]:
     """The gradients of `convolve` for CPUs, of the input and of the kernel."""
     if groups > 1:
         return _backward_by_groups(x, kernel, dy, stride, groups)
@@ -84,7 +103,9 @@ def backward(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int,
     return dx, _of_kernel(x, kernel, dy, stride, 1)
 
 
-def _pointwise_backward(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int) -> tuple[jax.Array, jax.Array]:
+def _pointwise_backward(
+    x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int
+) -> tuple[jax.Array, jax.Array]:
     """As matrix products: the kernel's gradient of 64 -> 256 at 56 pixels takes 2 ms and not 16."""
     seen = x[:, ::stride, ::stride]
     entering, leaving = kernel.shape[2:]
@@ -94,17 +115,20 @@ def _pointwise_backward(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: 
         dkernel = jnp.einsum("bhwd,bhwc->dc", dy, seen).T
     dx = dy @ kernel[0, 0].T
     if stride > 1:
-        rest = [(0, size - 1 - stride * (small - 1), stride - 1)
-                for size, small in zip(x.shape[1:3], dx.shape[1:3], strict=True)]
+        rest = [
+            (0, size - 1 - stride * (small - 1), stride - 1)
+            for size, small in zip(x.shape[1:3], dx.shape[1:3], strict=True)
+        ]
         dx = lax.pad(dx, jnp.zeros((), dx.dtype), [(0, 0, 0), *rest, (0, 0, 0)])
     return dx, dkernel[None, None]
 
 
 def _by_phases(kernel: jax.Array, dy: jax.Array) -> jax.Array:
-    """The input's gradient of a 3x3 convolution with stride 2: four dense ones, for even and odd rows and columns.
+    """The input's gradient of a 3x3 convolution with stride 2: four dense ones, for even and odd
+    rows and columns.
 
-    XLA would convolve `dy` with zeros put between its pixels, four times the work: 41 and not 16 ms for
-    64 -> 128 at 32 pixels, batch 64.
+    XLA would convolve `dy` with zeros put between its pixels, four times the work: 41 and not 16 ms
+    for 64 -> 128 at 32 pixels, batch 64.
     """
     kernel = kernel.transpose(0, 1, 3, 2)
     taps = {0: [1], 1: [2, 0]}  # of the kernel, that a pixel at an even and at an odd place met
@@ -113,7 +137,9 @@ def _by_phases(kernel: jax.Array, dy: jax.Array) -> jax.Array:
         columns = []
         for j in (0, 1):
             part = jnp.stack([jnp.stack([kernel[a, b] for b in taps[j]]) for a in taps[i]])
-            columns.append(lax.conv_general_dilated(dy, part, (1, 1), [(0, i), (0, j)], dimension_numbers=NHWC))
+            columns.append(
+                lax.conv_general_dilated(dy, part, (1, 1), [(0, i), (0, j)], dimension_numbers=NHWC)
+            )
         rows.append(jnp.stack(columns, 3))
     dx = jnp.stack(rows, 2)
     b, h, _, w, _, c = dx.shape
@@ -121,15 +147,18 @@ def _by_phases(kernel: jax.Array, dy: jax.Array) -> jax.Array:
 
 
 def _by_patches(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """As a matrix product, some images at a time: for float64, which Eigen's convolution does not know.
+    """As a matrix product, some images at a time: for float64, which Eigen's convolution does not
+    know.
 
-    XLA's own loops take 20 and not 3 ms for 16 channels at 8 pixels, batch 512, two cores, and for the gradients 51 and
-    not 10; patches of the whole batch at once leave the cache: 25 and 35.
+    XLA's own loops take 20 and not 3 ms for 16 channels at 8 pixels, batch 512, two cores, and for
+    the gradients 51 and not 10; patches of the whole batch at once leave the cache: 25 and 35.
     """
     return _whole(lax.map(lambda part: _products(part, kernel, stride), _parts(x)))
 
 
-def _backward_by_patches(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int) -> tuple[jax.Array, jax.Array]:
+def _backward_by_patches(
+    x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int
+) -> tuple[jax.Array, jax.Array]:
     """The same for the gradients, of the input and of the kernel."""
 
     def one(dkernel: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -141,7 +170,8 @@ def _backward_by_patches(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride:
 
 
 def _parts(x: jax.Array) -> jax.Array:
-    """[B, ...] -> [parts, images of each, ...]; every n-th image, so that each part lies on all devices."""
+    """[B, ...] -> [parts, images of each, ...]; every n-th image, so that each part lies on all
+    devices."""
     few = math.gcd(len(x), 32)
     return x.reshape(few, len(x) // few, *x.shape[1:]).swapaxes(0, 1)
 
@@ -162,13 +192,16 @@ def _patches(x: jax.Array, size: int, stride: int) -> jax.Array:
     padded = jnp.pad(x, [(0, 0), (pad, pad), (pad, pad), (0, 0)])
 
     def tap(i: int, j: int) -> jax.Array:
-        return padded[:, i : i + stride * (high - 1) + 1 : stride, j : j + stride * (wide - 1) + 1 : stride]
+        return padded[
+            :, i : i + stride * (high - 1) + 1 : stride, j : j + stride * (wide - 1) + 1 : stride
+        ]
 
     return jnp.concatenate([tap(i, j) for i in range(size) for j in range(size)], -1)
 
 
 def _by_groups(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> jax.Array:
-    """One convolution for each group, in a loop: 512 channels at 56 pixels in 32 groups, batch 8, 61 and not 163 ms.
+    """One convolution for each group, in a loop: 512 channels at 56 pixels in 32 groups, batch 8,
+    61 and not 163 ms.
 
     Merging groups into block-diagonal kernels costs more than it saves, and so does im2col.
     """
@@ -181,12 +214,15 @@ def _by_groups(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> jax
     return lax.fori_loop(0, groups, one, jnp.zeros((len(x), *side, kernel.shape[-1]), x.dtype))
 
 
-def _backward_by_groups(x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int,
-                        groups: int) -> tuple[jax.Array, jax.Array]:
-    """The same for the gradients. XLA's own of the kernel is a dilated convolution in three dimensions: seconds.
+def _backward_by_groups(
+    x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int, groups: int
+) -> tuple[jax.Array, jax.Array]:
+    """The same for the gradients. XLA's own of the kernel is a dilated convolution in three
+    dimensions: seconds.
 
-    In a loop XLA's gradients of one group are slow too; the kernel's is a matrix product of patches (14 and not 279 ms
-    for 512 channels at 28 pixels, batch 8, two cores), the input's at stride 1 a convolution with the turned kernel.
+    In a loop XLA's gradients of one group are slow too; the kernel's is a matrix product of patches
+    (14 and not 279 ms for 512 channels at 28 pixels, batch 8, two cores), the input's at stride 1 a
+    convolution with the turned kernel.
     """
 
     def one(group: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -1,8 +1,8 @@
 """Released PyTorch weights: `python -m qmx.models.from_torch FILE OUT.safetensors`.
 
-Understood are ResNets and ResNeXts with torchvision's names, alone or as MoCo, SimSiam, mmselfsup and
-OpenSelfSup save them. Files are read as data alone (safetensors, or torch with `weights_only=True`), and
-every tensor in them is used, dropped by name, or an error.
+Understood are ResNets and ResNeXts with torchvision's names, alone or as MoCo, SimSiam, mmselfsup
+and OpenSelfSup save them. Files are read as data alone (safetensors, or torch with
+`weights_only=True`), and every tensor in them is used, dropped by name, or an error.
 """
 
 import argparse
@@ -36,28 +36,41 @@ class Layout(NamedTuple):
     """How a code base saves a backbone."""
 
     prefix: str  # of the backbone's names
-    dropped: tuple[str, ...] = ()  # what else is in the file: names, or prefixes that end with a dot
+    # What else is in the file: names, or prefixes that end with a dot.
+    dropped: tuple[str, ...] = ()
     heads: tuple[frozenset[str], ...] = ()  # dropped sets of names that "fc." may stand before
 
 
 def head(*layers: str) -> frozenset[str]:
     """The names of a head's tensors; "1:bn" is an index and a kind of layer."""
-    kinds = {"linear": ("weight", "bias"), "no bias": ("weight",), "stats": ("running_mean", "running_var"),
-             "bn": ("weight", "bias", "running_mean", "running_var")}
+    kinds = {
+        "linear": ("weight", "bias"),
+        "no bias": ("weight",),
+        "stats": ("running_mean", "running_var"),
+        "bn": ("weight", "bias", "running_mean", "running_var"),
+    }
     pairs = [layer.rpartition(":")[::2] for layer in layers]
-    return frozenset(f"{at}.{kind}".removeprefix(".") for at, layer in pairs for kind in kinds[layer])
+    return frozenset(
+        f"{at}.{kind}".removeprefix(".") for at, layer in pairs for kind in kinds[layer]
+    )
 
 
 MOCO = (head(":linear"), head("0:linear", "2:linear"))  # v1, v2
-SIMSIAM = (head("0:no bias", "1:bn", "3:no bias", "4:bn", "6:linear", "7:stats"),
-           head("0:no bias", "1:bn", "3:linear", "4:stats"))  # ImageNet's, CIFAR's
+SIMSIAM = (
+    head("0:no bias", "1:bn", "3:no bias", "4:bn", "6:linear", "7:stats"),
+    head("0:no bias", "1:bn", "3:linear", "4:stats"),
+)  # ImageNet's, CIFAR's
 
-# DataParallel puts "module." before all of the names. OpenSelfSup keeps the backbone under two names.
+# DataParallel puts "module." before all of the names. OpenSelfSup keeps the backbone under two
+# names.
 LAYOUTS = (
     Layout(""),
     Layout("encoder_q.", ("encoder_k.", "queue", "queue_ptr"), MOCO),  # moco/builder.py
     Layout("encoder.", ("predictor.",), SIMSIAM),  # simsiam/builder.py
-    Layout("backbone.", ("neck.", "head.", "encoder_q.", "encoder_k.", "encoder.", "queue", "queue_ptr")),
+    Layout(
+        "backbone.",
+        ("neck.", "head.", "encoder_q.", "encoder_k.", "encoder.", "queue", "queue_ptr"),
+    ),
 )
 
 
@@ -79,12 +92,12 @@ def convert(tensors: dict[str, np.ndarray], arch: str = "", *, what: str = "the 
       what: the name of the file in errors.
 
     Returns:
-      f32 arrays: convolutions OIHW -> HWIO (grouped ones too: I is already that of one group), dense
-      (out, in) -> (in, out), batch norm's four renamed, `num_batches_tracked` dropped.
+      f32 arrays: convolutions OIHW -> HWIO (grouped ones too: I is already that of one group),
+      dense (out, in) -> (in, out), batch norm's four renamed, `num_batches_tracked` dropped.
 
     Raises:
-      ValueError: another architecture; tensors that are missing, unexpected or of the wrong shape, all
-        of them by name; values that are not finite; a variance below zero.
+      ValueError: another architecture; tensors that are missing, unexpected or of the wrong shape,
+        all of them by name; values that are not finite; a variance below zero.
     """
     if arch and arch not in ARCHS:
         raise ValueError(f"network {arch!r} is unknown; choose one of {', '.join(ARCHS)}")
@@ -93,15 +106,27 @@ def convert(tensors: dict[str, np.ndarray], arch: str = "", *, what: str = "the 
             ours = to_torch(*unflatten(tensors))
         except ValueError as error:
             raise ValueError(f"{what}: {error}") from None
-        tensors = {name: value for name, value in ours.items() if not name.endswith("num_batches_tracked")}
+        tensors = {
+            name: value for name, value in ours.items() if not name.endswith("num_batches_tracked")
+        }
 
     layout = layout_of(tensors)
     prefix = layout.prefix
-    found = {name[len(prefix):]: tuple(value.shape) for name, value in tensors.items() if name.startswith(prefix)}
+    found = {
+        name[len(prefix) :]: tuple(value.shape)
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }
     best, wanted = recognise(found, arch, what)
     if layout.heads:
-        names = {name[3:] for name in found if name.startswith("fc.") and not name.endswith("num_batches_tracked")}
-        nearest = min([frozenset[str](), *layout.heads], key=lambda names_of_one: len(names ^ names_of_one))
+        names = {
+            name[3:]
+            for name in found
+            if name.startswith("fc.") and not name.endswith("num_batches_tracked")
+        }
+        nearest = min(
+            [frozenset[str](), *layout.heads], key=lambda names_of_one: len(names ^ names_of_one)
+        )
         discarded = {f"fc.{name}" for name in nearest}
     else:
         discarded = set()
@@ -109,14 +134,29 @@ def convert(tensors: dict[str, np.ndarray], arch: str = "", *, what: str = "the 
             classes = (*found.get("fc.bias", ()), *found.get("fc.weight", ()))[:1]
             wanted = wanted | {"fc.weight": (*classes, features(ARCHS[best])), "fc.bias": classes}
 
-    norms = {name.rpartition(".")[0] for name in wanted.keys() | discarded if name.endswith("running_mean")}
+    norms = {
+        name.rpartition(".")[0]
+        for name in wanted.keys() | discarded
+        if name.endswith("running_mean")
+    }
     dropped = [name for name in tensors if belongs(name, layout.dropped)]
     dropped += [prefix + name for name in found if name in discarded]
-    dropped += [name for name in tensors if name.startswith(prefix) and name.endswith(".num_batches_tracked")
-                and name[len(prefix):].rpartition(".")[0] in norms]
+    dropped += [
+        name
+        for name in tensors
+        if name.startswith(prefix)
+        and name.endswith(".num_batches_tracked")
+        and name[len(prefix) :].rpartition(".")[0] in norms
+    ]
     used = {prefix + name for name in wanted}
-    check(what, best, tensors, {prefix + name: shape for name, shape in wanted.items()},
-          missing=[prefix + name for name in sorted(discarded - found.keys())], dropped=set(dropped))
+    check(
+        what,
+        best,
+        tensors,
+        {prefix + name: shape for name, shape in wanted.items()},
+        missing=[prefix + name for name in sorted(discarded - found.keys())],
+        dropped=set(dropped),
+    )
     check_values(what, {name: tensors[name] for name in sorted(used)})
 
     trees: dict[str, dict[str, Any]] = {"params": {}, "stats": {}, "head": {}}
@@ -124,64 +164,107 @@ def convert(tensors: dict[str, np.ndarray], arch: str = "", *, what: str = "the 
         value = tensors[prefix + name]
         path = our_path(name, value.ndim)
         value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
-        at = trees["head" if path[0] == "fc" else "stats" if path[-1] in ("mean", "var") else "params"]
+        at = trees[
+            "head" if path[0] == "fc" else "stats" if path[-1] in ("mean", "var") else "params"
+        ]
         for module in path[:-1]:
             at = at.setdefault(module, {})
         at[path[-1]] = value
-    return Converted(best, Encoder(trees["params"], trees["stats"]), trees["head"] or None, len(used), tuple(dropped))
+    return Converted(
+        best,
+        Encoder(trees["params"], trees["stats"]),
+        trees["head"] or None,
+        len(used),
+        tuple(dropped),
+    )
 
 
 def belongs(name: str, names: tuple[str, ...]) -> bool:
-    """Whether a name is among `names`, where one that ends with a dot stands for all that begin with it."""
+    """Whether a name is among `names`, where one that ends with a dot stands for all that begin
+    with it."""
     return any(name == known or (known.endswith(".") and name.startswith(known)) for known in names)
 
 
 def layout_of(tensors: dict[str, np.ndarray]) -> Layout:
-    """The layout under whose prefix the most tensors of a backbone stand, "module." before it or not."""
+    """The layout under whose prefix the most tensors of a backbone stand, "module." before it or
+    not."""
 
     def with_root(layout: Layout, root: str) -> Layout:
-        return Layout(root + layout.prefix, tuple(root + name for name in layout.dropped), layout.heads)
+        return Layout(
+            root + layout.prefix, tuple(root + name for name in layout.dropped), layout.heads
+        )
 
     def count(layout: Layout) -> int:
         pattern = re.compile(re.escape(layout.prefix) + r"(conv1|bn1|layer\d+\.\d+)\.")
         return sum(pattern.match(name) is not None for name in tensors)
 
-    return max((with_root(layout, root) for root in ("", "module.") for layout in LAYOUTS), key=count)
+    return max(
+        (with_root(layout, root) for root in ("", "module.") for layout in LAYOUTS), key=count
+    )
 
 
-def recognise(found: dict[str, tuple[int, ...]], arch: str, what: str) -> tuple[str, dict[str, tuple[int, ...]]]:
-    """The one of `ARCHS` that differs from the shapes `found` in the fewest tensors, and its shapes."""
+def recognise(
+    found: dict[str, tuple[int, ...]], arch: str, what: str
+) -> tuple[str, dict[str, tuple[int, ...]]]:
+    """The one of `ARCHS` that differs from the shapes `found` in the fewest tensors, and its
+    shapes."""
     stem = found.get("conv1.weight", ())
     every = {name: shapes(known, stem[1] if len(stem) == 4 else 3) for name, known in ARCHS.items()}
     known_names = set().union(*every.values())
     ours = {name: shape for name, shape in found.items() if name in known_names}
 
     def differing(name: str) -> int:
-        return len(ours.keys() ^ every[name].keys()) + sum(every[name].get(k, v) != v for k, v in ours.items())
+        return len(ours.keys() ^ every[name].keys()) + sum(
+            every[name].get(k, v) != v for k, v in ours.items()
+        )
 
     best = min(ARCHS, key=lambda name: (differing(name), name != arch))
     if 2 * sum(every[best].get(name) == shape for name, shape in ours.items()) < len(every[best]):
-        raise ValueError(f"{what} holds {len(found)} tensors ({', '.join(sorted(found)[:3])}, ...), which are not "
-                         f"those of any network known here; known are {', '.join(ARCHS)}")
+        raise ValueError(
+            f"{what} holds {len(found)} tensors ({', '.join(sorted(found)[:3])}, ...), which are"
+            f" not those of any network known here; known are {', '.join(ARCHS)}"
+        )
     if arch and best != arch:
-        raise ValueError(f"{what} holds {best} and not {arch}; set arch to {best}, or give another file")
+        raise ValueError(
+            f"{what} holds {best} and not {arch}; set arch to {best}, or give another file"
+        )
     return best, every[best]
 
 
-def check(what: str, arch: str, tensors: dict[str, np.ndarray], wanted: dict[str, tuple[int, ...]], *,
-          missing: list[str], dropped: set[str]) -> None:
-    """Raise ValueError unless the tensors are `wanted` and `dropped`, with all that differ by name."""
+def check(
+    what: str,
+    arch: str,
+    tensors: dict[str, np.ndarray],
+    wanted: dict[str, tuple[int, ...]],
+    *,
+    missing: list[str],
+    dropped: set[str],
+) -> None:
+    """Raise ValueError unless the tensors are `wanted` and `dropped`, with all that differ by
+    name."""
     have = {name: tuple(value.shape) for name, value in tensors.items()}
     lists = {
         "missing": sorted(wanted.keys() - have.keys()) + missing,
-        "unexpected": [f"{name} {have[name]}" for name in sorted(have.keys() - wanted.keys() - dropped)],
-        "wrong shape": [f"{name} is {have[name]} and should be {wanted[name]}"
-                        for name in sorted(have.keys() & wanted.keys()) if have[name] != wanted[name]],
-        "not floating-point": [f"{name} is {tensors[name].dtype}" for name in sorted(have.keys() & wanted.keys())
-                               if tensors[name].dtype != np.float32],
+        "unexpected": [
+            f"{name} {have[name]}" for name in sorted(have.keys() - wanted.keys() - dropped)
+        ],
+        "wrong shape": [
+            f"{name} is {have[name]} and should be {wanted[name]}"
+            for name in sorted(have.keys() & wanted.keys())
+            if have[name] != wanted[name]
+        ],
+        "not floating-point": [
+            f"{name} is {tensors[name].dtype}"
+            for name in sorted(have.keys() & wanted.keys())
+            if tensors[name].dtype != np.float32
+        ],
     }
-    wrong = [f"{kind}: {', '.join(names[:10])}" + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-             for kind, names in lists.items() if names]
+    wrong = [
+        f"{kind}: {', '.join(names[:10])}"
+        + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+        for kind, names in lists.items()
+        if names
+    ]
     if wrong:
         raise ValueError(f"{what} is not quite {arch}, the nearest network; {'; '.join(wrong)}")
 
@@ -190,37 +273,58 @@ def check_values(what: str, tensors: dict[str, np.ndarray]) -> None:
     """Raise ValueError, with the names, if a value is not finite or a variance is below zero."""
     for problem, names in {
         "values that are not finite": [n for n, x in tensors.items() if not np.isfinite(x).all()],
-        "a variance below zero": [n for n, x in tensors.items() if n.endswith("running_var") and (x < 0).any()],
+        "a variance below zero": [
+            n for n, x in tensors.items() if n.endswith("running_var") and (x < 0).any()
+        ],
     }.items():
         if names:
-            raise ValueError(f"{what} has {problem} in {len(names)} tensors: {', '.join(names[:10])}; "
-                             "download or train it again")
+            raise ValueError(
+                f"{what} has {problem} in {len(names)} tensors: {', '.join(names[:10])}; "
+                "download or train it again"
+            )
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status, 2 for a usage error."""
-    parser = argparse.ArgumentParser("python -m qmx.models.from_torch", description="Convert released PyTorch "
-                                     "weights of a ResNet or ResNeXt, once and strictly.")
-    parser.add_argument("file", type=Path, help=".safetensors, or .pth, .pth.tar, ... (these need qmx[torch])")
+    parser = argparse.ArgumentParser(
+        "python -m qmx.models.from_torch",
+        description="Convert released PyTorch weights of a ResNet or ResNeXt, once and strictly.",
+    )
+    parser.add_argument(
+        "file", type=Path, help=".safetensors, or .pth, .pth.tar, ... (these need qmx[torch])"
+    )
     parser.add_argument("out", type=Path, help="to write, .safetensors")
-    parser.add_argument("--arch", default="", help="fail unless it is this network; one of " + ", ".join(ARCHS))
+    parser.add_argument(
+        "--arch", default="", help="fail unless it is this network; one of " + ", ".join(ARCHS)
+    )
     args = parser.parse_args(argv)
     try:
         if args.out.suffix != ".safetensors" or not args.out.absolute().parent.is_dir():
-            raise ValueError(f"cannot write {args.out}; give a name that ends with .safetensors, in a directory that "
-                             "exists")
+            raise ValueError(
+                f"cannot write {args.out}; give a name that ends with .safetensors, in a directory"
+                " that exists"
+            )
         if args.out.exists() and args.file.exists() and args.out.samefile(args.file):
             raise ValueError(f"{args.out} is the file to convert; give another name to write to")
         net = load(args.file, args.arch)
         tree = net.backbone
         if net.head is not None:
-            tree = Encoder({"backbone": tree.params, "head": net.head}, {"backbone": tree.stats, "head": {}})
+            tree = Encoder(
+                {"backbone": tree.params, "head": net.head}, {"backbone": tree.stats, "head": {}}
+            )
         digest = save_weights(args.out, tree)
     except (ValueError, OSError) as error:
         print("from_torch:", *str(error).split(), file=sys.stderr)
         return 2
-    classes = f" with a classifier of {net.head['fc']['bias'].size} classes" if net.head else ", no classifier"
-    print(f"{args.file}: {net.arch}{classes}\nsource SHA-256 {file_digest(args.file)}\nused {net.used} tensors")
+    classes = (
+        f" with a classifier of {net.head['fc']['bias'].size} classes"
+        if net.head
+        else ", no classifier"
+    )
+    print(
+        f"{args.file}: {net.arch}{classes}\nsource SHA-256 {file_digest(args.file)}\nused"
+        f" {net.used} tensors"
+    )
     for group, count in sorted(Counter(map(group_of, net.dropped)).items()):
         print(f"dropped {count} tensors: {group}")
     print(f"wrote {args.out}, digest {digest}")
@@ -232,7 +336,11 @@ def group_of(name: str) -> str:
     if name.endswith("num_batches_tracked"):
         return "num_batches_tracked"
     name = name.removeprefix("module.")
-    return name if name.startswith("queue") else re.sub(r"^(encoder_q\.fc|encoder\.fc|[^.]+)\..*", r"\1.*", name)
+    return (
+        name
+        if name.startswith("queue")
+        else re.sub(r"^(encoder_q\.fc|encoder\.fc|[^.]+)\..*", r"\1.*", name)
+    )
 
 
 if __name__ == "__main__":

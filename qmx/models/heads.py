@@ -37,11 +37,16 @@ class Linear(nn.Module):
         def init(rng: jax.Array) -> jax.Array:
             if std is not None:
                 return jnp.zeros((self.features,), x.dtype)
-            return (jax.random.uniform(rng, (self.features,), jnp.float32, -1, 1) / fan_in**0.5).astype(x.dtype)
+            return (
+                jax.random.uniform(rng, (self.features,), jnp.float32, -1, 1) / fan_in**0.5
+            ).astype(x.dtype)
 
         if self.bias == "frozen":
             # Among the statistics, where no gradient and no weight decay reaches it.
-            return y + self.variable("batch_stats", "bias", lambda: init(self.make_rng("params"))).value
+            return (
+                y
+                + self.variable("batch_stats", "bias", lambda: init(self.make_rng("params"))).value
+            )
         return y + self.param("bias", init)
 
 

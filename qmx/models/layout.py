@@ -4,27 +4,40 @@ import re
 
 from qmx.models.resnet import Arch
 
-KINDS = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+KINDS = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
 
 
 def torch_name(path: str) -> str:
-    """ "layer1_0/conv1/kernel" -> "layer1.0.conv1.weight"; ValueError for what torch has no name for. """
+    """ "layer1_0/conv1/kernel" -> "layer1.0.conv1.weight"; ValueError for what torch has no name
+    for."""
     *modules, kind = path.split("/")
     if kind not in KINDS:
-        raise ValueError(f"{path} has no place in a torchvision network; its last part should be one of "
-                         f"{', '.join(KINDS)}")
+        raise ValueError(
+            f"{path} has no place in a torchvision network; its last part should be one of "
+            f"{', '.join(KINDS)}"
+        )
     return ".".join([re.sub(r"_(\d+)$", r".\1", module) for module in modules] + [KINDS[kind]])
 
 
 def our_path(name: str, ndim: int) -> tuple[str, ...]:
-    """ "layer1.0.conv1.weight", 4 -> ("layer1_0", "conv1", "kernel"); the rank tells a kernel from a scale. """
+    """ "layer1.0.conv1.weight", 4 -> ("layer1_0", "conv1", "kernel"); the rank tells a kernel from
+    a scale."""
     *modules, kind = re.sub(r"\.(\d+)", r"_\1", name).split(".")
-    kinds = {theirs: ours for ours, theirs in KINDS.items()} | {"weight": "scale" if ndim == 1 else "kernel"}
+    kinds = {theirs: ours for ours, theirs in KINDS.items()} | {
+        "weight": "scale" if ndim == 1 else "kernel"
+    }
     return *modules, kinds[kind]
 
 
 def shapes(arch: Arch, channels: int = 3) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a backbone by torchvision's name, with torch's shape (OIHW), without `num_batches_tracked`.
+    """Every tensor of a backbone by torchvision's name, with torch's shape (OIHW), without
+    `num_batches_tracked`.
 
     Written out, and not read off the network, because every one of `ARCHS` is compared with a file.
     """

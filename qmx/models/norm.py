@@ -1,4 +1,5 @@
-"""Batch normalisation over equal groups of the global batch, with PyTorch's conventions; and without, folded in."""
+"""Batch normalisation over equal groups of the global batch, with PyTorch's conventions; and
+without, folded in."""
 
 import re
 from typing import Any
@@ -15,7 +16,8 @@ EPSILON = 1e-5
 
 
 def drawn(init: nn.initializers.Initializer) -> nn.initializers.Initializer:
-    """`init`, drawn in float32 whatever the dtype: a network in float64 starts where the one in float32 does."""
+    """`init`, drawn in float32 whatever the dtype: a network in float64 starts where the one in
+    float32 does."""
     return lambda rng, shape, dtype=jnp.float32: init(rng, shape, jnp.float32).astype(dtype)
 
 
@@ -57,28 +59,37 @@ class BatchNorm(nn.Module):
 
         if train:
             if x.shape[0] % self.groups:
-                raise ValueError(f"a batch of {x.shape[0]} does not divide into {self.groups} groups "
-                                 "of batch statistics; make the batch a multiple of it")
+                raise ValueError(
+                    f"a batch of {x.shape[0]} does not divide into {self.groups} groups "
+                    "of batch statistics; make the batch a multiple of it"
+                )
             n = x.size // (self.groups * channels)
             if n < 2:
-                raise ValueError("a group of batch statistics holds a single value for each channel; "
-                                 "use fewer groups or a larger batch")
+                raise ValueError(
+                    "a group of batch statistics holds a single value for each channel; "
+                    "use fewer groups or a larger batch"
+                )
             y, mean, var = normalized(x.reshape(self.groups, n, channels), scale, bias)
             if not self.is_initializing():
                 mean_ema.value = MOMENTUM * mean_ema.value + (1 - MOMENTUM) * mean.mean(0)
-                var_ema.value = MOMENTUM * var_ema.value + (1 - MOMENTUM) * var.mean(0) * n / (n - 1)
+                var_ema.value = MOMENTUM * var_ema.value + (1 - MOMENTUM) * var.mean(0) * n / (
+                    n - 1
+                )
             y = y.reshape(x.shape)
         else:
             y = (x - mean_ema.value) * jax.lax.rsqrt(var_ema.value + EPSILON) * scale + bias
         return y.astype(self.dtype or x.dtype)
 
 
-def normalized(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def normalized(
+    x: jax.Array, scale: jax.Array, bias: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Each group of rows brought to mean 0 and variance 1, then scaled and shifted.
 
     Args:
-      x: [G, n, C], float32 or float64. In two dimensions, because XLA's reductions over several are slow on CPUs:
-        [64, 32, 32, 64] and its gradient take 9 ms on one core here and 35 ms over (1, 2, 3).
+      x: [G, n, C], float32 or float64. In two dimensions, because XLA's reductions over several are
+        slow on CPUs: [64, 32, 32, 64] and its gradient take 9 ms on one core here and 35 ms over
+        (1, 2, 3).
       scale, bias: [C].
 
     Returns:
@@ -88,8 +99,12 @@ def normalized(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Arr
     return y, jax.lax.stop_gradient(mean), jax.lax.stop_gradient(var)
 
 
-@jax.custom_vjp  # keeps the input and [G, C], and reads it twice going back: a third less time than jax's own gradient
-def _normalized(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+# Keeps the input and [G, C], and reads it twice going back: a third less time than jax's own
+# gradient.
+@jax.custom_vjp
+def _normalized(
+    x: jax.Array, scale: jax.Array, bias: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     return _forward(x, scale, bias)[0]
 
 
@@ -108,7 +123,9 @@ def _backward(kept: tuple, gradients: tuple) -> tuple[jax.Array, jax.Array, jax.
     dy, rsqrt, centred = gradients[0], jax.lax.rsqrt(var + EPSILON), x - mean[:, None]
     along_one, along_x = dy.sum(1), (dy * centred).sum(1) * rsqrt
     n = x.shape[1]
-    dx = (scale * rsqrt)[:, None] * (dy - (along_one / n)[:, None] - centred * (along_x * rsqrt / n)[:, None])
+    dx = (scale * rsqrt)[:, None] * (
+        dy - (along_one / n)[:, None] - centred * (along_x * rsqrt / n)[:, None]
+    )
     return dx, along_x.sum(0), along_one.sum(0)
 
 
@@ -116,10 +133,11 @@ _normalized.defvjp(_forward, _backward)
 
 
 def fold(params: PyTree, stats: PyTree) -> Encoder:
-    """The variables of `backbone(arch, folded=True)` that computes what these compute with `train=False`.
+    """The variables of `backbone(arch, folded=True)` that computes what these compute with
+    `train=False`.
 
-    With s = scale / sqrt(var + eps): kernel * s, output channel by output channel, and bias - mean * s;
-    in float64, rounded once (Jacob et al. 2018, section 3.2).
+    With s = scale / sqrt(var + eps): kernel * s, output channel by output channel, and bias - mean
+    * s; in float64, rounded once (Jacob et al. 2018, section 3.2).
 
     Args:
       params, stats: a backbone's variables, nested dicts of arrays.
@@ -137,13 +155,21 @@ def fold(params: PyTree, stats: PyTree) -> Encoder:
             if "kernel" in value:
                 norm = norm_of(name)
                 if norm not in stats or norm not in params or "bias" in value:
-                    raise ValueError(f"{path}{name} has no batch norm {norm} to fold; give the variables of a "
-                                     "backbone that is not folded yet")
-                exact = {key: np.asarray(x, np.float64) for key, x in (params[norm] | stats[norm]).items()}
+                    raise ValueError(
+                        f"{path}{name} has no batch norm {norm} to fold; give the variables of a "
+                        "backbone that is not folded yet"
+                    )
+                exact = {
+                    key: np.asarray(x, np.float64)
+                    for key, x in (params[norm] | stats[norm]).items()
+                }
                 factor = exact["scale"] / np.sqrt(exact["var"] + EPSILON)
-                kernel = np.asarray(value["kernel"]) * factor  # the output channels are the last axis of HWIO
-                found[name] = {"kernel": kernel.astype(value["kernel"].dtype),
-                               "bias": (exact["bias"] - exact["mean"] * factor).astype(value["kernel"].dtype)}
+                # The output channels are the last axis of HWIO.
+                kernel = np.asarray(value["kernel"]) * factor
+                found[name] = {
+                    "kernel": kernel.astype(value["kernel"].dtype),
+                    "bias": (exact["bias"] - exact["mean"] * factor).astype(value["kernel"].dtype),
+                }
             elif "scale" not in value:
                 found[name] = walk(value, stats.get(name, {}), f"{path}{name}/")
         return found

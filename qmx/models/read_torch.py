@@ -14,12 +14,13 @@ import numpy as np
 def read(path: Path | str) -> dict[str, np.ndarray]:
     """Every tensor of a file by its name; floats of other widths become f32.
 
-    `.safetensors` is read without torch. Anything else goes through `torch.load(weights_only=True)`, in the
-    zip or in the older form; of a dict with a "state_dict" or a "model" only that is taken.
+    `.safetensors` is read without torch. Anything else goes through
+    `torch.load(weights_only=True)`, in the zip or in the older form; of a dict with a "state_dict"
+    or a "model" only that is taken.
 
     Raises:
-      ValueError: torch is absent or too old; or the file is missing, empty, cut short, text, of another
-        format, or holds more than tensors.
+      ValueError: torch is absent or too old; or the file is missing, empty, cut short, text, of
+        another format, or holds more than tensors.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
@@ -32,14 +33,19 @@ def read(path: Path | str) -> dict[str, np.ndarray]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it warns of files that it then refuses
             # Mapped, a file costs the memory of what is used of it; the older form cannot be.
-            content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=magic.startswith(b"PK"))
+            content = torch.load(
+                str(path), map_location="cpu", weights_only=True, mmap=magic.startswith(b"PK")
+            )
     except Exception as error:  # torch raises many kinds for damaged files
         text = " ".join(str(error).split())
         if refused := re.search(r"GLOBAL (\S+)|WeightsUnpickler error: (.{,60})", text):
-            raise ValueError(f"{path} holds more than tensors, which could run code, and is not read "
-                             f"({refused[1] or refused[2]}); save its state_dict alone") from None
-        raise ValueError(f"{path} cannot be read; it is damaged or cut short ({text[:100]}); "
-                         "download it again") from None
+            raise ValueError(
+                f"{path} holds more than tensors, which could run code, and is not read "
+                f"({refused[1] or refused[2]}); save its state_dict alone"
+            ) from None
+        raise ValueError(
+            f"{path} cannot be read; it is damaged or cut short ({text[:100]}); download it again"
+        ) from None
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -47,11 +53,15 @@ def read(path: Path | str) -> dict[str, np.ndarray]:
     for name, value in content.items() if isinstance(content, dict) else ():
         if isinstance(name, str) and isinstance(value, torch.Tensor):
             if value.layout != torch.strided or value.is_quantized or value.is_complex():
-                raise ValueError(f"{path}: {name} is sparse, quantised or complex; save plain tensors")
+                raise ValueError(
+                    f"{path}: {name} is sparse, quantised or complex; save plain tensors"
+                )
             value = value.detach()
             tensors[name] = f32((value.float() if value.is_floating_point() else value).numpy())
     if not tensors:
-        raise ValueError(f"{path} holds no tensors by name, but a {type(content).__name__}; save a state_dict")
+        raise ValueError(
+            f"{path} holds no tensors by name, but a {type(content).__name__}; save a state_dict"
+        )
     return tensors
 
 
@@ -68,7 +78,9 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
         arrays = load_file(path)
     except (SafetensorError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not .safetensors, or is cut short ({error}); download it again") from None
+        raise ValueError(
+            f"{path} is not .safetensors, or is cut short ({error}); download it again"
+        ) from None
     if not arrays:
         raise ValueError(f"{path} holds no tensors; download it again")
     return arrays
@@ -93,7 +105,9 @@ def look(path: Path) -> bytes:
     if not start:
         raise ValueError(f"{path} is empty; download it again")
     if start.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is a Git LFS pointer and not the weights; fetch the file itself (git lfs pull)")
+        raise ValueError(
+            f"{path} is a Git LFS pointer and not the weights; fetch the file itself (git lfs pull)"
+        )
     if start.isascii() and not re.search(rb"[\x00-\x08\x0e-\x1f]", start):
         kind = "a web page" if start.lstrip().startswith(b"<") else "text"
         raise ValueError(f"{path} is {kind} and not weights; download it again")
@@ -104,8 +118,8 @@ def import_torch(path: Path) -> ModuleType:
     """torch, of a version that is safe to read files with.
 
     Raises:
-      ValueError: it is absent, or older than 2.10, where a crafted file could execute code in spite of
-        `weights_only=True` (CVE-2025-32434, CVE-2026-24747).
+      ValueError: it is absent, or older than 2.10, where a crafted file could execute code in spite
+        of `weights_only=True` (CVE-2025-32434, CVE-2026-24747).
     """
     cure = "pip install 'qmx[torch]', or convert the file to .safetensors elsewhere"
     try:
@@ -113,5 +127,7 @@ def import_torch(path: Path) -> ModuleType:
     except ImportError:
         raise ValueError(f"{path} needs PyTorch; {cure}") from None
     if tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2]) < (2, 10):
-        raise ValueError(f"{path} needs PyTorch 2.10 or newer, and here is {torch.__version__}; {cure}")
+        raise ValueError(
+            f"{path} needs PyTorch 2.10 or newer, and here is {torch.__version__}; {cure}"
+        )
     return torch

@@ -28,13 +28,15 @@ class Arch(NamedTuple):
     width: int = 64  # planes of the first stage, doubled at each next one
     groups: int = 1  # of the 3x3 convolutions; 32 in ResNeXt
     width_per_group: int = 64
-    stem: str = "large"  # "large": 7x7 stride 2 and max-pool; "small": 3x3 stride 1 (32 px and less)
+    # "large": 7x7 stride 2 and max-pool; "small": 3x3 stride 1 (32 px and less).
+    stem: str = "large"
 
 
 ARCHS = {
     # He et al. 2016, section 4.2, n = 1, with projections for shortcuts: quick on a CPU.
     "resnet8": Arch((1, 1, 1), bottleneck=False, width=16, stem="small"),
-    "resnet8_narrow": Arch((1, 1, 1), bottleneck=False, width=8, stem="small"),  # a quarter of its operations
+    # a quarter of its operations.
+    "resnet8_narrow": Arch((1, 1, 1), bottleneck=False, width=8, stem="small"),
     "resnet18": Arch((2, 2, 2, 2), bottleneck=False),
     "resnet18_small": Arch((2, 2, 2, 2), bottleneck=False, stem="small"),
     "resnet34": Arch((3, 4, 6, 3), bottleneck=False),
@@ -52,7 +54,8 @@ ARCHS = {
 
 
 class Conv(nn.Module):
-    """A convolution, padded by kernel // 2 on both sides as torch pads it; a bias only where norms are folded in."""
+    """A convolution, padded by kernel // 2 on both sides as torch pads it; a bias only where norms
+    are folded in."""
 
     features: int
     kernel: int
@@ -68,7 +71,9 @@ class Conv(nn.Module):
         kernel = self.param("kernel", kaiming_normal, shape, wide_dtype)
         y = convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.groups)
         if self.bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,), wide_dtype).astype(self.dtype)
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,), wide_dtype).astype(
+                self.dtype
+            )
         return y
 
 
@@ -117,12 +122,11 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """f32[B, H, W, C] -> pooled features f32[B, D].
 
-    Attributes:
-      arch: one of `ARCHS`, or another.
-      stats_groups: G, groups of the global batch whose batch statistics are their own.
-      zero_init: start each residual branch at zero (SimSiam does, MoCo does not).
-      dtype: of the convolutions; parameters, statistics and features are float32, or float64 with it.
-      folded: the network for inference that `qmx.models.fold` makes the variables of: every convolution
+    Attributes: arch: one of `ARCHS`, or another. stats_groups: G, groups of the global batch whose
+      batch statistics are their own. zero_init: start each residual branch at zero (SimSiam does,
+      MoCo does not). dtype: of the convolutions; parameters, statistics and features are float32,
+      or float64 with it. folded: the network for inference that `qmx.models.fold` makes the
+      variables of: every convolution
         has a bias, and there is no batch norm.
     """
 
@@ -134,7 +138,11 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        norm = no_norm if self.folded else partial(BatchNorm, groups=self.stats_groups, dtype=self.dtype)
+        norm = (
+            no_norm
+            if self.folded
+            else partial(BatchNorm, groups=self.stats_groups, dtype=self.dtype)
+        )
         convolution = partial(Conv, dtype=self.dtype, bias=self.folded)
         x = x.astype(self.dtype)
         if self.arch.stem == "large":
@@ -147,6 +155,14 @@ class ResNet(nn.Module):
         for stage, blocks in enumerate(self.arch.blocks):
             for index in range(blocks):
                 stride = 2 if stage > 0 and index == 0 else 1
-                x = Block(self.arch, self.arch.width * 2**stage, stride, norm, self.zero_init, self.dtype,
-                          self.folded, name=f"layer{stage + 1}_{index}")(x, train)
+                x = Block(
+                    self.arch,
+                    self.arch.width * 2**stage,
+                    stride,
+                    norm,
+                    self.zero_init,
+                    self.dtype,
+                    self.folded,
+                    name=f"layer{stage + 1}_{index}",
+                )(x, train)
         return wide(x).mean((1, 2))

@@ -1,4 +1,5 @@
-"""Our weights under torchvision's names: `python -m qmx.models.to_torch WEIGHTS.safetensors OUT.safetensors`."""
+"""Our weights under torchvision's names: `python -m qmx.models.to_torch WEIGHTS.safetensors
+OUT.safetensors`."""
 
 import argparse
 import sys
@@ -21,24 +22,28 @@ def to_torch(params: PyTree, stats: PyTree) -> dict[str, np.ndarray]:
         top; a classifier that standardises is folded into one linear layer.
 
     Returns:
-      C-contiguous arrays by name: kernels as OIHW and (out, in), and a `num_batches_tracked` of zero
-      for every batch norm, which torch wants to see in a strict `load_state_dict`.
+      C-contiguous arrays by name: kernels as OIHW and (out, in), and a `num_batches_tracked` of
+      zero for every batch norm, which torch wants to see in a strict `load_state_dict`.
 
     Raises:
       ValueError: the variables are not those of such a network.
     """
     if "backbone" in params:
         if set(params) - {"backbone", "head"}:
-            raise ValueError(f"variables of the parts {', '.join(sorted(params))} cannot be written as one torch "
-                             "network; give those of a backbone, or of a backbone and a head")
+            raise ValueError(
+                f"variables of the parts {', '.join(sorted(params))} cannot be written as one torch"
+                " network; give those of a backbone, or of a backbone and a head"
+            )
         found = to_torch(params["backbone"], stats["backbone"])
         head, head_stats = params.get("head", {}), stats.get("head", {})
         if "norm" in head_stats and "fc" in head:
             head, head_stats = {"fc": standardised(head["fc"], head_stats["norm"])}, {}
         return found | names(head, head_stats)
     if "conv1" not in params or "bn1" not in params:
-        raise ValueError(f"variables of {', '.join(sorted(params)) or 'nothing'} are not those of a backbone; a "
-                         "network whose batch norms are folded in has no torchvision form")
+        raise ValueError(
+            f"variables of {', '.join(sorted(params)) or 'nothing'} are not those of a backbone; a "
+            "network whose batch norms are folded in has no torchvision form"
+        )
     return names(params, stats)
 
 
@@ -52,13 +57,18 @@ def names(params: PyTree, stats: PyTree) -> dict[str, np.ndarray]:
                 value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
             found[torch_name(path)] = np.ascontiguousarray(value)
             if path.endswith("/mean"):
-                found[torch_name(path).replace("running_mean", "num_batches_tracked")] = np.zeros((), np.int64)
+                found[torch_name(path).replace("running_mean", "num_batches_tracked")] = np.zeros(
+                    (), np.int64
+                )
     return found
 
 
 def standardised(fc: dict[str, Any], norm: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The linear layer that does what `fc` does on features standardised by `norm`; in float64, rounded once."""
-    kernel, bias, mean, var = (np.asarray(x, np.float64) for x in (fc["kernel"], fc["bias"], norm["mean"], norm["var"]))
+    """The linear layer that does what `fc` does on features standardised by `norm`; in float64,
+    rounded once."""
+    kernel, bias, mean, var = (
+        np.asarray(x, np.float64) for x in (fc["kernel"], fc["bias"], norm["mean"], norm["var"])
+    )
     kernel = kernel / np.sqrt(var + EPSILON)[:, None]
     return {"kernel": kernel.astype(np.float32), "bias": (bias - mean @ kernel).astype(np.float32)}
 
@@ -70,8 +80,10 @@ def unflatten(arrays: dict[str, np.ndarray]) -> Encoder:
       ValueError: a path that starts with neither "params/" nor "stats/".
     """
     if foreign := [path for path in arrays if not path.startswith(("params/", "stats/"))]:
-        raise ValueError(f"the tensors {', '.join(sorted(foreign)[:3])} are none that qmx wrote; give an encoder, a "
-                         "target or a student")
+        raise ValueError(
+            f"the tensors {', '.join(sorted(foreign)[:3])} are none that qmx wrote; give an"
+            " encoder, a target or a student"
+        )
     tree: dict[str, Any] = {"params": {}, "stats": {}}
     for path, leaf in arrays.items():
         *parents, name = path.split("/")
@@ -81,21 +93,30 @@ def unflatten(arrays: dict[str, np.ndarray]) -> Encoder:
         at[name] = leaf
     if "backbone" in tree["params"]:
         for part in tree["params"]:
-            tree["stats"].setdefault(part, {})  # a part without statistics leaves no trace in the file
+            # a part without statistics leaves no trace in the file.
+            tree["stats"].setdefault(part, {})
     return Encoder(tree["params"], tree["stats"])
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status, 2 for a usage error."""
-    parser = argparse.ArgumentParser("python -m qmx.models.to_torch", description="Write weights of qmx under "
-                                     "torchvision's names, for a strict load_state_dict.")
-    parser.add_argument("weights", type=Path, help="what qmx wrote: encoder, target or student .safetensors")
-    parser.add_argument("out", type=Path, help="to write: .safetensors, or .pth (which needs the extra qmx[torch])")
+    parser = argparse.ArgumentParser(
+        "python -m qmx.models.to_torch",
+        description="Write weights of qmx under torchvision's names, for a strict load_state_dict.",
+    )
+    parser.add_argument(
+        "weights", type=Path, help="what qmx wrote: encoder, target or student .safetensors"
+    )
+    parser.add_argument(
+        "out", type=Path, help="to write: .safetensors, or .pth (which needs the extra qmx[torch])"
+    )
     args = parser.parse_args(argv)
     try:
         if not args.out.parent.is_dir() or args.out.suffix not in (".safetensors", ".pth"):
-            raise ValueError(f"cannot write {args.out}; give a name that ends with .safetensors or .pth in a directory "
-                             "that exists")
+            raise ValueError(
+                f"cannot write {args.out}; give a name that ends with .safetensors or .pth in a"
+                " directory that exists"
+            )
         found = to_torch(*unflatten(read_safetensors(args.weights)))
         part = args.out.with_name(args.out.name + ".part")
         if args.out.suffix == ".pth":

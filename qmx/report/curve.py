@@ -8,24 +8,41 @@ from qmx.report.tables import label, values
 
 
 def curve(results: dict) -> bytes:
-    """Accuracy and fidelity against queries, a PNG; bars are one standard deviation over the seeds."""
+    """Accuracy and fidelity against queries, a PNG; bars are one standard deviation over the
+    seeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     panels = figure.subplots(1, 2)
     budgets = [budget["queries"] for budget in results["pool"]["budgets"]]
-    for panel, metric, title in zip(panels, ("top1", "fidelity_top1"), ("accuracy", "fidelity"), strict=True):
+    for panel, metric, title in zip(
+        panels, ("top1", "fidelity_top1"), ("accuracy", "fidelity"), strict=True
+    ):
         shown = columns(results["config"])
         for place, column in enumerate(shown):
             aside = 1.03 ** (place - len(shown) / 2)  # so that the bars do not hide each other
-            points = [(queries * aside, values(results, column, queries, metric)) for queries in budgets]
+            points = [
+                (queries * aside, values(results, column, queries, metric)) for queries in budgets
+            ]
             points = [(x, ys) for x, ys in points if ys]
-            panel.errorbar([x for x, _ in points], [mean(ys) for _, ys in points],
-                           [stdev(ys) if len(ys) > 1 else 0 for _, ys in points],
-                           marker="o", capsize=3, label=label(column, results))
+            panel.errorbar(
+                [x for x, _ in points],
+                [mean(ys) for _, ys in points],
+                [stdev(ys) if len(ys) > 1 else 0 for _, ys in points],
+                marker="o",
+                capsize=3,
+                label=label(column, results),
+            )
         if metric == "top1" and results["target"]["top1"] is not None:
-            panel.axhline(results["target"]["top1"], color="grey", linestyle="--", label="the target")
-        panel.set(xscale="log", xlabel="queries", ylabel=f"{title}, top-1 (%)", title=f"{title} against queries")
+            panel.axhline(
+                results["target"]["top1"], color="grey", linestyle="--", label="the target"
+            )
+        panel.set(
+            xscale="log",
+            xlabel="queries",
+            ylabel=f"{title}, top-1 (%)",
+            title=f"{title} against queries",
+        )
         panel.set_xticks(budgets, [str(queries) for queries in budgets])
         panel.minorticks_off()
         panel.grid(alpha=0.3)

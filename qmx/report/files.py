@@ -23,4 +23,6 @@ def write(directory: Path, results: dict) -> str:
     part.replace(directory / "curve.png")
     write_text(directory / "report.md", markdown(tables, notes))
     write_text(directory / "report.html", page(tables, notes, picture))
-    return "\n\n".join(["\n".join(notes), *(f"{t.title}\n\n{aligned(t)}" for t in reversed(tables))])
+    return "\n\n".join(
+        ["\n".join(notes), *(f"{t.title}\n\n{aligned(t)}" for t in reversed(tables))]
+    )

@@ -1,6 +1,5 @@
 """The lines above the tables: target, pool, and what was asked."""
 
-
 from qmx.grid import columns
 from qmx.report.tables import asked, budget_label
 
@@ -8,17 +7,26 @@ from qmx.report.tables import asked, budget_label
 def account_notes(results: dict) -> list[str]:
     """The target, the images and the account of the queries, a line each."""
     target, pool, account = results["target"], results["pool"], results["account"]
-    measured = "accuracy not measured yet" if target["top1"] is None else (
-        f"top-1 / top-5 {target['top1']:.1f} / {target['top5']:.1f} on the evaluation images")
+    measured = (
+        "accuracy not measured yet"
+        if target["top1"] is None
+        else (f"top-1 / top-5 {target['top1']:.1f} / {target['top5']:.1f} on the evaluation images")
+    )
     used = ", ".join(f"{count} for {purpose}" for purpose, count in account["purposes"].items())
     price = results["config"]["price"]
-    paid = "" if price is None else f" At {price:g} per 1,000 calls that is {price * account['calls'] / 1000:.2f}."
+    paid = (
+        ""
+        if price is None
+        else f" At {price:g} per 1,000 calls that is {price * account['calls'] / 1000:.2f}."
+    )
     return [
         f"Target: {target['name']}, {measured}, sha256 {target['sha256'][:16]}.",
         f"Pool: {pool['size']} images of {pool['name']}; evaluated on {pool['evaluation']} others.",
-        f"Asked: {account['images']} distinct images ({used}), {account['views']} views, {account['calls']} calls, "
-        f"{account['failed']} sent in requests that failed ({account['retried']} sent again), "
-        f"{account['unanswered']} without an answer.{paid}",
+        (
+            f"Asked: {account['images']} distinct images ({used}), {account['views']} views,"
+            f" {account['calls']} calls, {account['failed']} sent in requests that failed"
+            f" ({account['retried']} sent again), {account['unanswered']} without an answer.{paid}"
+        ),
         recipes_note(results) + " Figures are those of the last step.",
     ] + ([f"Warning: {target['warning']}."] if target["warning"] else [])
 
@@ -26,17 +34,27 @@ def account_notes(results: dict) -> list[str]:
 def recipes_note(results: dict) -> str:
     """What the columns of one row have in common."""
     config = results["config"]
-    used = {budget_label(results, budget): {row["recipe"] for row in results["rows"] if asked(row) == budget["queries"]}
-            for budget in results["pool"]["budgets"]}
+    used = {
+        budget_label(results, budget): {
+            row["recipe"] for row in results["rows"] if asked(row) == budget["queries"]
+        }
+        for budget in results["pool"]["budgets"]
+    }
     named = "; ".join(f"{budget} {', '.join(sorted(recipes))}" for budget, recipes in used.items())
     one_recipe = all(len(recipes) < 2 for recipes in used.values())
     one_choice = len({column.select for column in columns(config)}) == 1
-    shared = {(True, True): "recipe, seeds and images", (False, True): "seeds and images",
-              (True, False): "recipe and seeds", (False, False): "seeds"}[one_recipe, one_choice]
+    shared = {
+        (True, True): "recipe, seeds and images",
+        (False, True): "seeds and images",
+        (True, False): "recipe and seeds",
+        (False, False): "seeds",
+    }[one_recipe, one_choice]
     note = f"All columns of one row share {shared}"
     if not one_choice:
         note += "; those that do not say how their images were chosen share these too"
     if not one_recipe:
-        note += ("; students that start from nothing and those that start from an encoder train by recipes of their "
-                 f"own: {named}")
+        note += (
+            "; students that start from nothing and those that start from an encoder train by"
+            f" recipes of their own: {named}"
+        )
     return note + "."

@@ -1,4 +1,5 @@
-"""How many queries reach a share of the target's accuracy, read off the measured curve and never beyond it."""
+"""How many queries reach a share of the target's accuracy, read off the measured curve and never
+beyond it."""
 
 import math
 from collections.abc import Sequence
@@ -11,8 +12,9 @@ from qmx.report.tables import values
 def first_reached(queries: Sequence[int], accuracy: Sequence[float], level: float) -> float | None:
     """The number of queries at which a curve first reaches `level`; None where it never does.
 
-    Between two measured budgets accuracy is taken as linear in the logarithm of the queries, as curves of learning
-    nearly are. Where the smallest budget is at the level already the answer is that budget: it takes at most so many.
+    Between two measured budgets accuracy is taken as linear in the logarithm of the queries, as
+    curves of learning nearly are. Where the smallest budget is at the level already the answer is
+    that budget: it takes at most so many.
 
     Args:
       queries: measured budgets, ascending.
@@ -30,10 +32,12 @@ def first_reached(queries: Sequence[int], accuracy: Sequence[float], level: floa
 
 
 def reached(results: dict) -> list[dict]:
-    """For each column and each share of `config.reach`, the queries that reach it on the mean curve over the seeds.
+    """For each column and each share of `config.reach`, the queries that reach it on the mean curve
+    over the seeds.
 
-    Rows of {the column's axes, "share", "queries"}: float, or None where no measured budget reached it. A column is
-    left out as long as some budget of it was not run. `results` is as `results.json` holds them.
+    Rows of {the column's axes, "share", "queries"}: float, or None where no measured budget reached
+    it. A column is left out as long as some budget of it was not run. `results` is as
+    `results.json` holds them.
     """
     target, found = results["target"]["top1"], []
     queries = [budget["queries"] for budget in results["pool"]["budgets"]]
@@ -41,6 +45,12 @@ def reached(results: dict) -> list[dict]:
         each = [values(results, column, number, "top1") for number in queries]
         if all(each):
             curve = [mean(accuracies) for accuracies in each]
-            found += [{**column._asdict(), "share": share, "queries": first_reached(queries, curve, share * target)}
-                      for share in results["config"]["reach"]]
+            found += [
+                {
+                    **column._asdict(),
+                    "share": share,
+                    "queries": first_reached(queries, curve, share * target),
+                }
+                for share in results["config"]["reach"]
+            ]
     return found

@@ -15,15 +15,21 @@ class Table(NamedTuple):
 
 
 def label(column: Column, results: dict) -> str:
-    """A column's name: the init, and the other axes where the grid has a choice or the column leaves the first."""
+    """A column's name: the init, and the other axes where the grid has a choice or the column
+    leaves the first."""
     axes = {"select": "selects", "access": "accesses", "use": "uses"}
     config, chosen = results["config"], column._asdict()
-    more = [chosen[axis] for axis, key in axes.items() if len(config[key]) > 1 or chosen[axis] != config[key][0]]
+    more = [
+        chosen[axis]
+        for axis, key in axes.items()
+        if len(config[key]) > 1 or chosen[axis] != config[key][0]
+    ]
     return " + ".join([column.init, *more])
 
 
 def budget_label(results: dict, budget: dict) -> str:
-    """A row's name: "14 (1 %)" where the config gives the share, "20 (1.4 %)", to two digits, where the number."""
+    """A row's name: "14 (1 %)" where the config gives the share, "20 (1.4 %)", to two digits, where
+    the number."""
     share = budget["fraction"]
     exact = share in results["config"]["fractions"]
     return f"{budget['queries']} ({percent(share if exact else float(f'{share:.2g}'))})"
@@ -36,8 +42,11 @@ def asked(row: dict) -> int:
 
 def values(results: dict, column: Column, queries: int, metric: str) -> list[float]:
     """A metric of one cell of the table, for each seed that was run."""
-    return [row[metric] for row in results["rows"]
-            if Column(*(row[axis] for axis in Column._fields)) == column and asked(row) == queries]
+    return [
+        row[metric]
+        for row in results["rows"]
+        if Column(*(row[axis] for axis in Column._fields)) == column and asked(row) == queries
+    ]
 
 
 def spread(numbers: list[float], digits: int = 1) -> str:
@@ -55,7 +64,11 @@ def result_tables(results: dict) -> list[Table]:
     over = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     metrics_shown = [
         (f"Accuracy, top-1 / top-5, in per cent ({over})", ("top1", "top5"), 1),
-        (f"Fidelity to the target, top-1 / top-5, in per cent ({over})", ("fidelity_top1", "fidelity_top5"), 1),
+        (
+            f"Fidelity to the target, top-1 / top-5, in per cent ({over})",
+            ("fidelity_top1", "fidelity_top5"),
+            1,
+        ),
         (f"KL(target || student), in nats ({over})", ("kl_target_student",), 3),
     ]
     shown = columns(results["config"])
@@ -66,7 +79,10 @@ def result_tables(results: dict) -> list[Table]:
         for budget in results["pool"]["budgets"]:
             cells = []
             for column in shown:
-                each = [spread(values(results, column, budget["queries"], metric), digits) for metric in metrics]
+                each = [
+                    spread(values(results, column, budget["queries"], metric), digits)
+                    for metric in metrics
+                ]
                 cells.append(each[0] if each[0] == "not run" else " / ".join(each))
             rows.append([budget_label(results, budget), *cells])
         tables.append(Table(title, ["queries", *names], rows))
@@ -76,35 +92,66 @@ def result_tables(results: dict) -> list[Table]:
         looks = {"knn_top1": "pretrained", "knn_top1_random": "the same network, random"}
         if any("linear_top1" in m for m in results["monitors"]):
             looks["linear_top1"] = "linear probe"
-        tables.append(Table(
-            f"Features: accuracy of {first['knn_k']} weighted nearest neighbours "
-            f"(temperature {first['knn_temperature']:g}) "
-            f"{'and of a linear probe ' if len(looks) > 2 else ''}within the pool, in per cent ({over})",
-            ["encoder", *looks.values()],
-            [[init, *(spread([m[key] for m in results["monitors"] if m["init"] == init and key in m])
-                      for key in looks)]
-             for init in dict.fromkeys(m["init"] for m in results["monitors"])]))
+        tables.append(
+            Table(
+                f"Features: accuracy of {first['knn_k']} weighted nearest neighbours (temperature"
+                f" {first['knn_temperature']:g})"
+                f" {'and of a linear probe ' if len(looks) > 2 else ''}within the pool, in per cent"
+                f" ({over})",
+                ["encoder", *looks.values()],
+                [
+                    [
+                        init,
+                        *(
+                            spread(
+                                [
+                                    m[key]
+                                    for m in results["monitors"]
+                                    if m["init"] == init and key in m
+                                ]
+                            )
+                            for key in looks
+                        ),
+                    ]
+                    for init in dict.fromkeys(m["init"] for m in results["monitors"])
+                ],
+            )
+        )
     return tables
 
 
 def reach_tables(results: dict) -> list[Table]:
-    """The queries that reach a share of the target's accuracy, and their price if the config has one."""
+    """The queries that reach a share of the target's accuracy, and their price if the config has
+    one."""
     shares, price = results["config"]["reach"], results["config"]["price"]
     smallest, largest = (results["pool"]["budgets"][place]["queries"] for place in (0, -1))
 
     def cell(column: Column, share: float) -> str:
-        number = [row["queries"] for row in results["reach"] if row["share"] == share
-                  and Column(*(row[axis] for axis in Column._fields)) == column]
+        number = [
+            row["queries"]
+            for row in results["reach"]
+            if row["share"] == share and Column(*(row[axis] for axis in Column._fields)) == column
+        ]
         if not number or number[0] is None:
             return f"not by {largest}" if number else "not run"
         paid = "" if price is None else f" ({price * number[0] / 1000:.2f})"
         return f"{'at most ' if number[0] == smallest else ''}{number[0]:.0f}{paid}"
 
     shown = columns(results["config"])
-    title = "Queries that reach a share of the target's top-1 accuracy, interpolated between budgets"
-    return [Table(title + ("" if price is None else f" (price at {price:g} per 1,000)"),
-                  ["share", *(label(column, results) for column in shown)],
-                  [[percent(share), *(cell(column, share) for column in shown)] for share in shares])] if shares else []
+    title = (
+        "Queries that reach a share of the target's top-1 accuracy, interpolated between budgets"
+    )
+    return (
+        [
+            Table(
+                title + ("" if price is None else f" (price at {price:g} per 1,000)"),
+                ["share", *(label(column, results) for column in shown)],
+                [[percent(share), *(cell(column, share) for column in shown)] for share in shares],
+            )
+        ]
+        if shares
+        else []
+    )
 
 
 def access_tables(results: dict, over: str) -> list[Table]:
@@ -114,20 +161,38 @@ def access_tables(results: dict, over: str) -> list[Table]:
         groups.setdefault(column._replace(access=""), []).append(column)
     budgets = results["pool"]["budgets"]
     return [
-        Table(f"Access to the answers, {group.init} + {group.select} + {group.use}: accuracy / fidelity, top-1, "
-              f"in per cent ({over})",
-              ["access", *(budget_label(results, budget) for budget in budgets)],
-              [[column.access, *(" / ".join(spread(values(results, column, budget["queries"], metric))
-                                            for metric in ("top1", "fidelity_top1")) for budget in budgets)]
-               for column in group_columns])
-        for group, group_columns in groups.items() if len(group_columns) > 1]
+        Table(
+            f"Access to the answers, {group.init} + {group.select} + {group.use}: accuracy /"
+            f" fidelity, top-1, in per cent ({over})",
+            ["access", *(budget_label(results, budget) for budget in budgets)],
+            [
+                [
+                    column.access,
+                    *(
+                        " / ".join(
+                            spread(values(results, column, budget["queries"], metric))
+                            for metric in ("top1", "fidelity_top1")
+                        )
+                        for budget in budgets
+                    ),
+                ]
+                for column in group_columns
+            ],
+        )
+        for group, group_columns in groups.items()
+        if len(group_columns) > 1
+    ]
 
 
 def aligned(table: Table) -> str:
     """A Markdown table whose columns line up."""
     lines = [table.header, *table.rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(table.header))]
-    text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
-            for line in lines]
+    text = [
+        "| "
+        + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        + " |"
+        for line in lines
+    ]
     text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(text)

@@ -1,7 +1,8 @@
 """Which images to ask about, by features that cost neither labels nor queries.
 
-Each way is a pure function (features f32[n, D], budget, rng) -> i64[budget], distinct numbers of images, of features
-with unit rows, so that nearness is the cosine's. The same generator gives the same choice.
+Each way is a pure function (features f32[n, D], budget, rng) -> i64[budget], distinct numbers of
+images, of features with unit rows, so that nearness is the cosine's. The same generator gives the
+same choice.
 """
 
 from collections.abc import Callable
@@ -42,12 +43,14 @@ def balanced(features: np.ndarray, budget: int, rng: np.random.Generator) -> np.
 
 
 def typiclust(features: np.ndarray, budget: int, rng: np.random.Generator) -> np.ndarray:
-    """The densest point of each of as many k-means clusters as the budget; above 500 the next densest in turn.
+    """The densest point of each of as many k-means clusters as the budget; above 500 the next
+    densest in turn.
 
-    Hacohen et al. 2022, *Active Learning on a Budget*: typicality is the inverse of the mean distance to the 20
-    nearest neighbours within the cluster, or to half of a smaller cluster; larger clusters come first, and those of
-    5 and fewer only when the others have nothing left. Other than in avihu111/TypiClust, a cluster's typicalities
-    are not computed anew after each point that was taken from it.
+    Hacohen et al. 2022, *Active Learning on a Budget*: typicality is the inverse of the mean
+    distance to the 20 nearest neighbours within the cluster, or to half of a smaller cluster;
+    larger clusters come first, and those of 5 and fewer only when the others have nothing left.
+    Other than in avihu111/TypiClust, a cluster's typicalities are not computed anew after each
+    point that was taken from it.
 
     Cost: that of k-means, and n D times the size of a cluster.
     """
@@ -66,13 +69,14 @@ def typiclust(features: np.ndarray, budget: int, rng: np.random.Generator) -> np
 def kcenter(features: np.ndarray, budget: int, rng: np.random.Generator) -> np.ndarray:
     """Farthest first: each image the least like those before it, the first one at random.
 
-    Gonzalez 1985; Sener and Savarese 2018, *A Core-Set Approach*, algorithm 1. A smaller budget's choice begins a
-    larger one's.
+    Gonzalez 1985; Sener and Savarese 2018, *A Core-Set Approach*, algorithm 1. A smaller budget's
+    choice begins a larger one's.
 
     Cost: n D for each image of the budget, and n numbers of memory.
     """
     ids = np.empty(budget, np.int64)
-    nearest = np.full(len(features), -np.inf, np.float32)  # similarity to the most similar chosen one
+    # Similarity to the most similar chosen one.
+    nearest = np.full(len(features), -np.inf, np.float32)
     for place in range(budget):
         ids[place] = rng.integers(len(features)) if place == 0 else nearest.argmin()
         np.maximum(nearest, features @ features[ids[place]], out=nearest)
@@ -81,19 +85,26 @@ def kcenter(features: np.ndarray, budget: int, rng: np.random.Generator) -> np.n
 
 
 def probcover(features: np.ndarray, budget: int, rng: np.random.Generator) -> np.ndarray:
-    """Greedy covering by balls: each image the one whose ball holds most images that no ball holds yet.
+    """Greedy covering by balls: each image the one whose ball holds most images that no ball holds
+    yet.
 
-    Yehuda et al. 2022, *Active Learning Through a Covering Lens*, algorithm 1. Their radius is the largest whose
-    balls are pure in 95 % of the cases, by the classes of k-means; here k is the budget, up to 500, where they take
-    the number of classes. Once all is covered the rest is drawn at random. A smaller budget's choice begins a larger
-    one's only if both have the same radius.
+    Yehuda et al. 2022, *Active Learning Through a Covering Lens*, algorithm 1. Their radius is the
+    largest whose balls are pure in 95 % of the cases, by the classes of k-means; here k is the
+    budget, up to 500, where they take the number of classes. Once all is covered the rest is drawn
+    at random. A smaller budget's choice begins a larger one's only if both have the same radius.
 
     Cost: n n D, and as many numbers of memory as there are pairs within a radius.
     """
     sample = np.sort(rng.permutation(len(features))[:SAMPLE])
-    near = _radius(features[sample], k_means(features[sample], min(budget, MAX_CLUSTERS, len(sample)), rng))
+    near = _radius(
+        features[sample], k_means(features[sample], min(budget, MAX_CLUSTERS, len(sample)), rng)
+    )
     starts = range(0, len(features), CHUNK)
-    inside = [np.flatnonzero(row >= near) for at in starts for row in features[at : at + CHUNK] @ features.T]
+    inside = [
+        np.flatnonzero(row >= near)
+        for at in starts
+        for row in features[at : at + CHUNK] @ features.T
+    ]
     gain = np.array([len(ball) for ball in inside])
     covered = np.zeros(len(features), bool)
     ids: list[int] = []
@@ -124,21 +135,29 @@ def _mean_distance(rows: np.ndarray, neighbours: int) -> np.ndarray:
     found = []
     for start in range(0, len(rows), CHUNK):
         similarity = rows[start : start + CHUNK] @ rows.T
-        similarity[np.arange(len(similarity)), np.arange(start, start + len(similarity))] = -np.inf  # itself
+        # Itself.
+        similarity[np.arange(len(similarity)), np.arange(start, start + len(similarity))] = -np.inf
         best = -np.partition(-similarity, neighbours - 1, axis=1)[:, :neighbours]
         found.append(np.sqrt(np.maximum(2 - 2 * best, 0)).mean(1, dtype=np.float64))
     return np.concatenate(found)
 
 
 def _radius(rows: np.ndarray, clusters: np.ndarray) -> float:
-    """The least similarity down to which the balls of 95 % of the rows hold rows of their own cluster alone."""
+    """The least similarity down to which the balls of 95 % of the rows hold rows of their own
+    cluster alone."""
     stranger = np.empty(len(rows))  # each row's most similar one of another cluster
     for start in range(0, len(rows), CHUNK):
         similarity = rows[start : start + CHUNK] @ rows.T
         similarity[clusters[start : start + CHUNK, None] == clusters] = -np.inf
         stranger[start : start + CHUNK] = similarity.max(1)
-    return max(float(np.nextafter(np.sort(stranger)[int(np.ceil(PURITY * len(rows))) - 1], 2)), -1.0)
+    return max(
+        float(np.nextafter(np.sort(stranger)[int(np.ceil(PURITY * len(rows))) - 1], 2)), -1.0
+    )
 
 
 BY_FEATURES: dict[str, Choice] = {
-    "balanced": balanced, "kcenter": kcenter, "typiclust": typiclust, "probcover": probcover}
+    "balanced": balanced,
+    "kcenter": kcenter,
+    "typiclust": typiclust,
+    "probcover": probcover,
+}

@@ -34,8 +34,8 @@ def random_order(size: int, seed: int) -> np.ndarray:
 def class_balanced_order(labels: np.ndarray, seed: int) -> np.ndarray:
     """A seeded order of the images, i64[n], each prefix of which holds the classes equally often.
 
-    Up to one image, for as long as a class has images left. The classes come in another random order in each round,
-    so that a prefix which ends within one favours none.
+    Up to one image, for as long as a class has images left. The classes come in another random
+    order in each round, so that a prefix which ends within one favours none.
 
     Args:
       labels: i32[n].
@@ -55,13 +55,15 @@ def rank_within(groups: np.ndarray) -> np.ndarray:
 
 
 def predecessor_order(size: int) -> np.ndarray:
-    """numpy.random.seed(1234); numpy.random.shuffle(the list of all images): i64[size], the same for every run.
+    """numpy.random.seed(1234); numpy.random.shuffle(the list of all images): i64[size], the same
+    for every run.
 
     The ImageNet table that configs/imagenet.py repeats took the first int(f * size) of it. Source:
     alright-code/model-extraction-self-supervision, src/dataset.py.
     """
     order = np.arange(size)
-    np.random.RandomState(1234).shuffle(order)  # its stream is frozen, other than that of default_rng
+    # Its stream is frozen, other than that of default_rng.
+    np.random.RandomState(1234).shuffle(order)
     return order
 
 
@@ -75,31 +77,42 @@ def from_list(path: str, names: Sequence[str]) -> np.ndarray:
       names: of all images, see `Source.names`.
 
     Raises:
-      ValueError: the source has no names; no such file, or nothing in it; a name that no image has, or
-        several, or that comes twice.
+      ValueError: the source has no names; no such file, or nothing in it; a name that no image has,
+        or several, or that comes twice.
     """
     if not names:
-        raise ValueError(f"{path}: these images have no names to choose by; use another selection, or "
-                         "data.source=folder")
+        raise ValueError(
+            f"{path}: these images have no names to choose by; use another selection, or "
+            "data.source=folder"
+        )
     try:
         lines = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or 'not a text file'}") from None
+        raise ValueError(
+            f"{path}: {getattr(error, 'strerror', None) or 'not a text file'}"
+        ) from None
     if not lines:
         raise ValueError(f"{path}: no names in it; write one a line")
     by_file: dict[str, list[int]] = {}
     for i, name in enumerate(names):
         by_file.setdefault(name.rpartition("/")[2], []).append(i)
-    found = [[i for i in by_file.get(line.rpartition("/")[2], ()) if _same(line, names[i])] for line in lines]
+    found = [
+        [i for i in by_file.get(line.rpartition("/")[2], ()) if _same(line, names[i])]
+        for line in lines
+    ]
     ids = [i for few in found for i in few]
     problems = {
         "are of no image": [line for line, few in zip(lines, found, strict=True) if not few],
-        "are of several images each": [line for line, few in zip(lines, found, strict=True) if len(few) > 1],
+        "are of several images each": [
+            line for line, few in zip(lines, found, strict=True) if len(few) > 1
+        ],
         "come more than once": sorted({names[i] for i, times in Counter(ids).items() if times > 1}),
     }
     for problem, those in problems.items():
         if those:
-            raise ValueError(f"{path}: {len(those)} of {len(lines)} names {problem}: {', '.join(those[:3])}")
+            raise ValueError(
+                f"{path}: {len(those)} of {len(lines)} names {problem}: {', '.join(those[:3])}"
+            )
     return np.array(ids, np.int64)
 
 

@@ -1,4 +1,5 @@
-"""Scores for the images that were not asked about, from those that were: no query, no training, a closed form."""
+"""Scores for the images that were not asked about, from those that were: no query, no training, a
+closed form."""
 
 import numpy as np
 
@@ -7,13 +8,21 @@ from qmx.metrics import nearest
 TOLERANCE, ITERATIONS = 1e-6, 100  # of the conjugate gradients
 
 
-def propagate(features: np.ndarray, ids: np.ndarray, probabilities: np.ndarray, *, neighbours: int = 50,
-              power: float = 3.0, alpha: float = 0.99) -> np.ndarray:
+def propagate(
+    features: np.ndarray,
+    ids: np.ndarray,
+    probabilities: np.ndarray,
+    *,
+    neighbours: int = 50,
+    power: float = 3.0,
+    alpha: float = 0.99,
+) -> np.ndarray:
     """Label propagation over the graph of nearest neighbours.
 
-    Z = (I - alpha S)^-1 Y: S is the symmetric, normalised adjacency of weights max(cosine, 0)^power between each
-    image and its nearest ones, Y the answers. Zhou et al. 2004, *Learning with Local and Global Consistency*, with
-    the graph and the defaults of Iscen et al. 2019, *Label Propagation for Deep Semi-supervised Learning*, section 3.
+    Z = (I - alpha S)^-1 Y: S is the symmetric, normalised adjacency of weights max(cosine, 0)^power
+    between each image and its nearest ones, Y the answers. Zhou et al. 2004, *Learning with Local
+    and Global Consistency*, with the graph and the defaults of Iscen et al. 2019, *Label
+    Propagation for Deep Semi-supervised Learning*, section 3.
 
     Args:
       features: f32[n, D], unit rows, of the whole pool.
@@ -22,7 +31,8 @@ def propagate(features: np.ndarray, ids: np.ndarray, probabilities: np.ndarray, 
       neighbours: k; all others if there are fewer.
 
     Returns:
-      f32[n, N], probabilities: the answers for `ids`, what reached the others; uniform where nothing did.
+      f32[n, N], probabilities: the answers for `ids`, what reached the others; uniform where
+      nothing did.
     """
     from scipy.sparse import coo_array, diags_array, eye_array
     from scipy.sparse.linalg import cg
@@ -30,7 +40,10 @@ def propagate(features: np.ndarray, ids: np.ndarray, probabilities: np.ndarray, 
     size, k = len(features), min(neighbours, len(features) - 1)
     near, found = (np.concatenate(x) for x in zip(*nearest(features, features, k + 1), strict=True))
     rows = np.repeat(np.arange(size), k + 1)
-    weights = np.where(found.ravel() == rows, 0, np.maximum(near.ravel().astype(np.float64), 0) ** power)  # not itself
+    # Not itself.
+    weights = np.where(
+        found.ravel() == rows, 0, np.maximum(near.ravel().astype(np.float64), 0) ** power
+    )
     graph = coo_array((weights, (rows, found.ravel())), (size, size)).tocsr()
     graph = graph + graph.T
     inverse_root = diags_array(1 / np.sqrt(np.maximum(graph.sum(1), 1e-12)))

@@ -11,7 +11,9 @@ NEED_FEATURES = (*BY_FEATURES, *BY_ANSWERS)  # of an encoder
 SELECTS = ("random", "class_balanced", "list", "predecessor", *NEED_FEATURES)
 
 
-def select(name: str, pool: Source, budget: int, seed: int, lists: tuple[str, ...] = ()) -> np.ndarray:
+def select(
+    name: str, pool: Source, budget: int, seed: int, lists: tuple[str, ...] = ()
+) -> np.ndarray:
     """`budget` ids of the pool, i64[budget], without looking at the images.
 
     Args:
@@ -36,7 +38,11 @@ def select(name: str, pool: Source, budget: int, seed: int, lists: tuple[str, ..
         fitting = [ids for ids in read.values() if len(ids) == budget]
         if len(fitting) != 1:
             lengths = ", ".join(f"{path} {len(ids)}" for path, ids in read.items())
-            raise ValueError(f"{len(fitting)} of the lists have {budget} images ({lengths}); there must be one list of "
-                             "as many images as each budget has")
+            raise ValueError(
+                f"{len(fitting)} of the lists have {budget} images ({lengths}); there must be one"
+                " list of as many images as each budget has"
+            )
         return fitting[0]
-    raise ValueError(f"selection {name!r} is unknown, or needs features; choose among {', '.join(SELECTS)}")
+    raise ValueError(
+        f"selection {name!r} is unknown, or needs features; choose among {', '.join(SELECTS)}"
+    )

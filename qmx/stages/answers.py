@@ -23,16 +23,20 @@ CHUNK = 4096  # images between two looks at the budget, 0.6 GB of them at 224 pi
 BATCH = 256  # images in one request to a target that is computed here
 
 
-def ask_about(run: Run, ask: Callable[[], Query], source: Source, ids: np.ndarray, purpose: str,
-              name: str) -> list[bytes]:
-    """Answers for images of a source into the ledger, with progress called `name`; returns their keys."""
+def ask_about(
+    run: Run, ask: Callable[[], Query], source: Source, ids: np.ndarray, purpose: str, name: str
+) -> list[bytes]:
+    """Answers for images of a source into the ledger, with progress called `name`; returns their
+    keys."""
     keys: list[bytes] = []
     who = identity(run)
     if run.config.target.kind == "recorded":
         from_first(partial(_enter, run, who))
     with progress(name, len(ids), unit="images") as shown:
         for images in read_together(source.shown, ids):
-            ask_together(run, ask, images, purpose, partial(_answered, run, shown, name, len(keys), len(ids)))
+            ask_together(
+                run, ask, images, purpose, partial(_answered, run, shown, name, len(keys), len(ids))
+            )
             keys += keys_of(images, **who)
             shown.update(len(keys))
     return keys
@@ -43,14 +47,19 @@ def _enter(run: Run, who: dict[str, str]) -> None:
         recorded.enter(ledger, Path(run.config.target.path))
 
 
-def _answered(run: Run, shown: Progress, name: str, before: int, total: int, answered: int, _: int) -> None:
+def _answered(
+    run: Run, shown: Progress, name: str, before: int, total: int, answered: int, _: int
+) -> None:
     shown.update(before + answered)
     run.go_on(name, before + answered, total)
 
 
-def read_together(read: Callable[[np.ndarray], np.ndarray], ids: np.ndarray) -> Iterator[np.ndarray]:
+def read_together(
+    read: Callable[[np.ndarray], np.ndarray], ids: np.ndarray
+) -> Iterator[np.ndarray]:
     """Images in chunks, whole in every process, each of which reads its share of a chunk."""
-    here = ids_here(len(ids), -(-len(ids) // -(-len(ids) // CHUNK)))  # chunks of one size, hardly any filling
+    # Chunks of one size, hardly any filling.
+    here = ids_here(len(ids), -(-len(ids) // -(-len(ids) // CHUNK)))
     left = len(ids)
     for _, images in ahead(read, ids[here].ravel(), here.shape[1]):
         chunk = gathered(images)[:left]
@@ -58,12 +67,18 @@ def read_together(read: Callable[[np.ndarray], np.ndarray], ids: np.ndarray) -> 
         yield chunk
 
 
-def ask_together(run: Run, ask: Callable[[], Query], images: np.ndarray, purpose: str,
-                 on_progress: Callable[[int, int], None]) -> None:
+def ask_together(
+    run: Run,
+    ask: Callable[[], Query],
+    images: np.ndarray,
+    purpose: str,
+    on_progress: Callable[[int, int], None],
+) -> None:
     """Answers for a chunk of images into the ledger, which the first process keeps.
 
-    A target that is computed here computes in all processes: the others ask it the same batches as the ledger does. One
-    that is elsewhere is asked by the first process alone. `on_progress` is called in all of them after each batch.
+    A target that is computed here computes in all processes: the others ask it the same batches as
+    the ledger does. One that is elsewhere is asked by the first process alone. `on_progress` is
+    called in all of them after each batch.
     """
     who, keys = identity(run), run.config.target
     elsewhere = keys.kind in outside.KINDS
@@ -75,18 +90,29 @@ def ask_together(run: Run, ask: Callable[[], Query], images: np.ndarray, purpose
 
     rows = from_first(unanswered)
     if rows and keys.kind == "recorded":
-        raise ValueError(f"{keys.path} has no answer to {len(rows)} of {len(images)} images that are asked about for "
-                         f"{purpose}; record those too, or lower {budget_keys(run.config)}")
+        raise ValueError(
+            f"{keys.path} has no answer to {len(rows)} of {len(images)} images that are asked about"
+            f" for {purpose}; record those too, or lower {budget_keys(run.config)}"
+        )
     if rows:
         ask()  # in all processes, and before anything is on record as sent
     if first():
         with open_ledger(run, who) as ledger:
             try:
-                ledger.ask(lambda batch: ask()(batch), images, purpose=purpose, access=keys.access, batch_size=size,
-                           waits=outside.waits(keys.retries), pause=partial(outside.pause, run),
-                           on_progress=on_progress)
+                ledger.ask(
+                    lambda batch: ask()(batch),
+                    images,
+                    purpose=purpose,
+                    access=keys.access,
+                    batch_size=size,
+                    waits=outside.waits(keys.retries),
+                    pause=partial(outside.pause, run),
+                    on_progress=on_progress,
+                )
             except Unavailable as error:
-                raise Unavailable(f"{error} (what was answered is kept, and the same command goes on)") from None
+                raise Unavailable(
+                    f"{error} (what was answered is kept, and the same command goes on)"
+                ) from None
     else:
         for start in range(0, len(rows), size):
             if not elsewhere:
@@ -106,7 +132,8 @@ def read_answers(run: Run, keys: list[bytes], access: str) -> np.ndarray:
 
 
 def read_scores(run: Run, keys: list[bytes]) -> np.ndarray:
-    """All that the target shows of images by their keys, f32[n, N], as unnormalised log-probabilities."""
+    """All that the target shows of images by their keys, f32[n, N], as unnormalised
+    log-probabilities."""
     access = run.config.target.access
     return as_logits(read_answers(run, keys, access), access)
 
@@ -118,14 +145,17 @@ def shows(run: Run) -> dict:
 
 
 def afford(run: Run, source: Source, ids: np.ndarray) -> None:
-    """Raise BudgetSpent, in every process, if these images together are more than the budget has left.
+    """Raise BudgetSpent, in every process, if these images together are more than the budget has
+    left.
 
     `Ledger.ask` looks at the budget too, but only chunk by chunk, and in the first process alone.
     """
     if run.config.budget is None:
         return  # the images need not be read
     who = identity(run)
-    digests = {digest for images in read_together(source.shown, ids) for digest in pixel_digests(images)}
+    digests = {
+        digest for images in read_together(source.shown, ids) for digest in pixel_digests(images)
+    }
 
     def refusal() -> str:
         with open_ledger(run, who) as ledger:

@@ -45,33 +45,69 @@ def distill(run: Run, cell: Cell, todo: list[Cell]) -> dict:
         source = take(pool, ids, scores=scores)
         if cell.use == "pool":
             known = softmax(scores[np.arange(len(ids))], axis=1)
-            rows = propagate(features(run, cell.init, cell.seed), ids, known, **run.config.propagation)
+            rows = propagate(
+                features(run, cell.init, cell.seed), ids, known, **run.config.propagation
+            )
             source = take(pool, np.arange(pool.size), scores=as_logits(rows, "probs"))
         if cell.use == "fixmatch":
             source = source._replace(beside=Beside(pool, self_keys.mu))
             steps = trainers.fixmatch_steps(keys, self_keys, len(ids), pool.size)
-            trainer = trainers.self_labeller(keys, self_keys, student.arch, student.dtype, view, strong_view, seen,
-                                             steps)
+            trainer = trainers.self_labeller(
+                keys, self_keys, student.arch, student.dtype, view, strong_view, seen, steps
+            )
         else:
             steps = trainers.distill_steps(keys, source.size)
             trainer = trainers.distiller(keys, student.arch, student.dtype, view, seen, steps)
-        rng = root_key(cell.seed, "student")  # one key whatever it starts from: the same head, the same views
+        # One key whatever it starts from: the same head, the same views.
+        rng = root_key(cell.seed, "student")
         ts = trainer.init(rng)
         if cell.init != "none":
-            params, state = method.start_from(ts.params, ts.state, read_encoder(run, cell.init, cell.seed))
+            params, state = method.start_from(
+                ts.params, ts.state, read_encoder(run, cell.init, cell.seed)
+            )
             ts = ts._replace(params=params, state=state)
-        name = f"distill {cell.init} {cell.queries} {cell.select} {cell.access} {cell.use} seed {cell.seed}"
+        name = (
+            f"distill {cell.init} {cell.queries} {cell.select} {cell.access} {cell.use} seed"
+            f" {cell.seed}"
+        )
         began = time.monotonic()
-        ts = train(directory, name, trainer.step, ts, rng, source, batch_size=keys.batch_size,
-                   steps=steps, seed=cell.seed, drop_last=False, save_seconds=run.save_seconds,
-                   stopped=run.stopped)
-        digest = save_weights(directory / "student.safetensors", method.student(ts.params, ts.state))
-        return {"sha256": digest, "seconds": time.monotonic() - began,
-                "recipe": recipe_name(run.config, cell) or "distill"}
+        ts = train(
+            directory,
+            name,
+            trainer.step,
+            ts,
+            rng,
+            source,
+            batch_size=keys.batch_size,
+            steps=steps,
+            seed=cell.seed,
+            drop_last=False,
+            save_seconds=run.save_seconds,
+            stopped=run.stopped,
+        )
+        digest = save_weights(
+            directory / "student.safetensors", method.student(ts.params, ts.state)
+        )
+        return {
+            "sha256": digest,
+            "seconds": time.monotonic() - began,
+            "recipe": recipe_name(run.config, cell) or "distill",
+        }
 
     # By its name, without the share: 71 of 1,437 images are the same student as 5 %.
-    inputs = {"cell": cell.name, "distill": plain(keys), "weak_view": plain(view),
-              "student": plain(student), "encoder": start, **identity(run), "images": zlib.crc32(ids.tobytes()),
-              **({"propagation": plain(run.config.propagation)} if cell.use == "pool" else {}),
-              **({"fixmatch": plain(self_keys), "strong_view": plain(strong_view)} if cell.use == "fixmatch" else {})}
+    inputs = {
+        "cell": cell.name,
+        "distill": plain(keys),
+        "weak_view": plain(view),
+        "student": plain(student),
+        "encoder": start,
+        **identity(run),
+        "images": zlib.crc32(ids.tobytes()),
+        **({"propagation": plain(run.config.propagation)} if cell.use == "pool" else {}),
+        **(
+            {"fixmatch": plain(self_keys), "strong_view": plain(strong_view)}
+            if cell.use == "fixmatch"
+            else {}
+        ),
+    }
     return run.stage("distill", cell.name, inputs, work)

@@ -13,9 +13,13 @@ from qmx.workdir import write_arrays
 
 
 def features(run: Run, init: str, seed: int) -> np.ndarray:
-    """An encoder's features of the whole pool, with unit rows, f32[n, D]; by them it is chosen what to ask."""
+    """An encoder's features of the whole pool, with unit rows, f32[n, D]; by them it is chosen what
+    to ask."""
     name = f"{init}-seed{seed}"
-    inputs = {"encoder": pretrain(run, init, seed)["sha256"], "dtype": trainers.evaluated_in(run.config.student.dtype)}
+    inputs = {
+        "encoder": pretrain(run, init, seed)["sha256"],
+        "dtype": trainers.evaluated_in(run.config.student.dtype),
+    }
 
     def work(directory: Path) -> dict:
         encoder = read_encoder(run, init, seed)
@@ -25,5 +29,7 @@ def features(run: Run, init: str, seed: int) -> np.ndarray:
         return {"images": len(rows), "dimension": rows.shape[1]}
 
     run.stage("select", f"features-{name}", inputs, work)
-    with np.load(run.workdir / "select" / f"features-{name}" / "features.npz", allow_pickle=False) as file:
+    with np.load(
+        run.workdir / "select" / f"features-{name}" / "features.npz", allow_pickle=False
+    ) as file:
         return file["features"]

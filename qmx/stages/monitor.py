@@ -18,15 +18,20 @@ from qmx.training import train
 
 
 def monitor(run: Run, init: str, seed: int) -> dict:
-    """How good an encoder's features are beside a random network's, on a held-out part of the pool."""
+    """How good an encoder's features are beside a random network's, on a held-out part of the
+    pool."""
     made = pretrain(run, init, seed)
     keys, student, name = run.config.monitor, run.config.student, f"{init}-seed{seed}"
     arch, dtype = student.arch, trainers.evaluated_in(student.dtype)
     neighbours = {"knn_k": keys.knn_k, "knn_temperature": keys.knn_temperature}
 
     def look_at_random(_: Path) -> dict:
-        random = trainers.random_backbone(arch, dtype, trainers.look(run.data))(root_key(seed, "random"))
-        return {"knn_top1": knn_top1(run, f"a random network, seed {seed}", put_state(Encoder(*random)))}
+        random = trainers.random_backbone(arch, dtype, trainers.look(run.data))(
+            root_key(seed, "random")
+        )
+        return {
+            "knn_top1": knn_top1(run, f"a random network, seed {seed}", put_state(Encoder(*random)))
+        }
 
     def look(directory: Path) -> dict:
         encoder = read_encoder(run, init, seed)
@@ -38,8 +43,14 @@ def monitor(run: Run, init: str, seed: int) -> dict:
     # The random network is the same whatever the encoder: once a seed.
     same = {"arch": arch, "dtype": dtype, "monitor": neighbours}
     random = run.stage("monitor", f"random-seed{seed}", same, look_at_random)
-    probe = {"probe": plain(keys.probe), "weak_view": plain(run.config.weak_view)} if keys.linear else {}
-    found = run.stage("monitor", name, {"encoder": made["sha256"], "monitor": neighbours, **probe}, look)
+    probe = (
+        {"probe": plain(keys.probe), "weak_view": plain(run.config.weak_view)}
+        if keys.linear
+        else {}
+    )
+    found = run.stage(
+        "monitor", name, {"encoder": made["sha256"], "monitor": neighbours, **probe}, look
+    )
     return {**neighbours, **found, "knn_top1_random": random["knn_top1"]}
 
 
@@ -62,12 +73,27 @@ def linear_top1(run: Run, encoder: Encoder, directory: Path, name: str, seed: in
     ts = trainer.init(rng)
     ts = ts._replace(state=linear.start_from(ts.state, encoder))
     source = take(pool, learn, scores=Labels(pool.labels[learn], run.data.classes))
-    ts = train(directory, f"linear probe of {name}", trainer.step, ts, rng, source, batch_size=keys.batch_size,
-               steps=steps, seed=seed, drop_last=False, save_seconds=run.save_seconds,
-               stopped=run.stopped)
+    ts = train(
+        directory,
+        f"linear probe of {name}",
+        trainer.step,
+        ts,
+        rng,
+        source,
+        batch_size=keys.batch_size,
+        steps=steps,
+        seed=seed,
+        drop_last=False,
+        save_seconds=run.save_seconds,
+        stopped=run.stopped,
+    )
     classifier = trainers.classifier(arch, dtype, seen)
-    variables = Encoder({"backbone": encoder.params, "head": ts.params["head"]},
-                        {"backbone": encoder.stats, "head": ts.state["head"]})
+    variables = Encoder(
+        {"backbone": encoder.params, "head": ts.params["head"]},
+        {"backbone": encoder.stats, "head": ts.state["head"]},
+    )
     held = take(pool, np.flatnonzero(asking))
-    scores = outputs(run, f"probing {name}", classifier, jax.tree.map(jax.numpy.asarray, variables), held)
+    scores = outputs(
+        run, f"probing {name}", classifier, jax.tree.map(jax.numpy.asarray, variables), held
+    )
     return top_k(scores, held.labels, 1)

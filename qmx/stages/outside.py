@@ -1,5 +1,5 @@
-"""Targets that others compute, or did: a served model, a Python function, recorded answers. The first process alone
-asks them."""
+"""Targets that others compute, or did: a served model, a Python function, recorded answers. The
+first process alone asks them."""
 
 import time
 from typing import Any
@@ -18,11 +18,13 @@ from qmx.targets.query import Outside, Query
 from qmx.train import Stopped
 
 KINDS = ("served", "callable", "recorded")
-WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)  # seconds before each further attempt at a batch; then the last again
+# Seconds before each further attempt at a batch; then the last again.
+WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
 
 
 def connect(keys: Any, data: Dataset) -> Outside:
-    """The target that the config's `target` names. The server is asked about it, and it is asked nothing.
+    """The target that the config's `target` names. The server is asked about it, and it is asked
+    nothing.
 
     Raises:
       ValueError, Unavailable: it cannot be the target of `data`, or is not there.
@@ -34,9 +36,19 @@ def connect(keys: Any, data: Dataset) -> Outside:
     from qmx.targets import served  # brings urllib3, which is not on every machine
 
     return served.connect(
-        keys.url, keys.model, shape=data.shape, classes=data.classes, version=keys.version, input=keys.input,
-        output=keys.output, access=keys.access, token_env=keys.token_env, ca_file=keys.ca_file, timeout=keys.timeout,
-        rate=keys.rate)
+        keys.url,
+        keys.model,
+        shape=data.shape,
+        classes=data.classes,
+        version=keys.version,
+        input=keys.input,
+        output=keys.output,
+        access=keys.access,
+        token_env=keys.token_env,
+        ca_file=keys.ca_file,
+        timeout=keys.timeout,
+        rate=keys.rate,
+    )
 
 
 def describe(keys: Any, data: Dataset) -> dict:
@@ -50,7 +62,8 @@ def describe(keys: Any, data: Dataset) -> dict:
 
 
 def inputs_of(keys: Any) -> dict:
-    """What the name and digest depend on, as a stage's inputs; read from the config, so that no server is needed."""
+    """What the name and digest depend on, as a stage's inputs; read from the config, so that no
+    server is needed."""
     if keys.kind == "callable":
         return {"path": keys.path, "file": function.digest(keys.path)}
     if keys.kind == "recorded":
@@ -59,7 +72,8 @@ def inputs_of(keys: Any) -> dict:
 
 
 def query_of(keys: Any, data: Dataset, sha256: str) -> Query:
-    """The query function of the target with this digest; to be made in all processes, and called in the first.
+    """The query function of the target with this digest; to be made in all processes, and called in
+    the first.
 
     Raises:
       ValueError: another one is there now.
@@ -69,9 +83,11 @@ def query_of(keys: Any, data: Dataset, sha256: str) -> Query:
     def look() -> None:
         found = connect(keys, data)
         if found.sha256 != sha256:
-            raise ValueError(f"{found.name} is not what it was when this workdir was begun: its version, or what the "
-                             "server says of its inputs and outputs; take another --workdir, so that answers of two "
-                             "models are not mixed")
+            raise ValueError(
+                f"{found.name} is not what it was when this workdir was begun: its version, or what"
+                " the server says of its inputs and outputs; take another --workdir, so that"
+                " answers of two models are not mixed"
+            )
         made.append(found.query)
 
     from_first(look)
@@ -79,7 +95,9 @@ def query_of(keys: Any, data: Dataset, sha256: str) -> Query:
 
 
 def _not_here(images: np.ndarray) -> np.ndarray:
-    raise AssertionError(f"only the first process asks, and another one has {len(images)} images to ask about")
+    raise AssertionError(
+        f"only the first process asks, and another one has {len(images)} images to ask about"
+    )
 
 
 def waits(retries: int) -> list[float]:

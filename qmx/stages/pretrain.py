@@ -20,11 +20,25 @@ def pretrain(run: Run, init: str, seed: int) -> dict:
     keys, student = run.config.pretrain[init], run.config.student
     if keys.path:
         inputs = {"arch": student.arch, "file": file_digest(keys.path)}
-        return run.stage("pretrain", f"{init}-seed{seed}", inputs, lambda directory: _convert(run, init, directory))
+        return run.stage(
+            "pretrain",
+            f"{init}-seed{seed}",
+            inputs,
+            lambda directory: _convert(run, init, directory),
+        )
     view = view_of(init)
-    inputs = {"seed": seed, "pretrain": {init: plain(keys)}, view: plain(run.config[view]), "student": plain(student)}
-    return run.stage("pretrain", f"{init}-seed{seed}", inputs,
-                      lambda directory: _pretrain(run, init, seed, directory))
+    inputs = {
+        "seed": seed,
+        "pretrain": {init: plain(keys)},
+        view: plain(run.config[view]),
+        "student": plain(student),
+    }
+    return run.stage(
+        "pretrain",
+        f"{init}-seed{seed}",
+        inputs,
+        lambda directory: _pretrain(run, init, seed, directory),
+    )
 
 
 def view_of(init: str) -> str:
@@ -35,15 +49,30 @@ def view_of(init: str) -> str:
 def _pretrain(run: Run, init: str, seed: int, directory: Path) -> dict:
     keys, pool, seen = run.config.pretrain[init], run.data.pool, trainers.look(run.data)
     steps = trainers.pretrain_steps(keys, pool.size)
-    trainer = trainers.pretrainer(init, keys, run.config.student, run.config[view_of(init)], seen, steps)
+    trainer = trainers.pretrainer(
+        init, keys, run.config.student, run.config[view_of(init)], seen, steps
+    )
     rng = root_key(seed, init)
     began = time.monotonic()
-    ts = train(directory, f"pretrain {init} seed {seed}", trainer.step, trainer.init(rng), rng, pool,
-               batch_size=keys.batch_size, steps=steps, seed=seed, drop_last=True,
-               save_seconds=run.save_seconds, stopped=run.stopped,
-               watch=watch(steps // int(keys.epochs), keys.get("features"), keys.get("queue_size")))
+    ts = train(
+        directory,
+        f"pretrain {init} seed {seed}",
+        trainer.step,
+        trainer.init(rng),
+        rng,
+        pool,
+        batch_size=keys.batch_size,
+        steps=steps,
+        seed=seed,
+        drop_last=True,
+        save_seconds=run.save_seconds,
+        stopped=run.stopped,
+        watch=watch(steps // int(keys.epochs), keys.get("features"), keys.get("queue_size")),
+    )
     seconds = time.monotonic() - began
-    digest = save_weights(directory / "encoder.safetensors", trainer.method.encoder(ts.params, ts.state))
+    digest = save_weights(
+        directory / "encoder.safetensors", trainer.method.encoder(ts.params, ts.state)
+    )
     return {"sha256": digest, "seconds": seconds, "epochs": int(keys.epochs)}
 
 
@@ -51,11 +80,16 @@ def _convert(run: Run, init: str, directory: Path) -> dict:
     began = time.monotonic()
     encoder = converted(run.config, init, run.data).backbone
     digest = save_weights(directory / "encoder.safetensors", encoder)
-    return {"sha256": digest, "seconds": time.monotonic() - began, "source": Path(run.config.pretrain[init].path).name}
+    return {
+        "sha256": digest,
+        "seconds": time.monotonic() - began,
+        "source": Path(run.config.pretrain[init].path).name,
+    }
 
 
 def converted(config: Any, init: str, data: Dataset) -> from_torch.Converted:
-    """The weights that the config names for an init; ValueError unless a student can start from them."""
+    """The weights that the config names for an init; ValueError unless a student can start from
+    them."""
     path = config.pretrain[init].path
     made = from_torch.load(path, config.student.arch)
     check_channels(made, path, data)
@@ -65,7 +99,9 @@ def converted(config: Any, init: str, data: Dataset) -> from_torch.Converted:
 def backbone(run: Run) -> Network:
     """The encoders' network, as it is evaluated."""
     student = run.config.student
-    return trainers.backbone(student.arch, trainers.evaluated_in(student.dtype), trainers.look(run.data))
+    return trainers.backbone(
+        student.arch, trainers.evaluated_in(student.dtype), trainers.look(run.data)
+    )
 
 
 def read_encoder(run: Run, init: str, seed: int) -> Encoder:

@@ -24,8 +24,9 @@ from qmx.workdir import write_arrays
 def query(run: Run, todo: list[Cell]) -> dict:
     """Ask the target about the evaluation images, and about every image that some cell learns from.
 
-    Those whose answers chose others were asked about before, and stay "select" in the ledger's account. Leaves the keys
-    of all these images in the ledger, by which the later stages read the answers.
+    Those whose answers chose others were asked about before, and stay "select" in the ledger's
+    account. Leaves the keys of all these images in the ledger, by which the later stages read the
+    answers.
     """
     ids = np.unique(np.concatenate([selection(run, cell) for cell in todo]))
     evaluation = run.data.evaluation
@@ -34,8 +35,10 @@ def query(run: Run, todo: list[Cell]) -> dict:
         refuse_beyond(run.config, len(ids), run.workdir)
         keys: dict[str, list[bytes]] = {}
         ask = cache(lambda: target_query(run))
-        for purpose, source, wanted in (("report", evaluation, np.arange(evaluation.size)),
-                                        ("train", run.data.pool, ids)):
+        for purpose, source, wanted in (
+            ("report", evaluation, np.arange(evaluation.size)),
+            ("train", run.data.pool, ids),
+        ):
             keys[purpose] = ask_about(run, ask, source, wanted, purpose, f"query for {purpose}")
             if purpose == "report":
                 answers = read_scores(run, keys["report"])
@@ -44,11 +47,18 @@ def query(run: Run, todo: list[Cell]) -> dict:
                     say(f"warning: {warning}")
         both = len(set(keys["report"]) & set(keys["train"]))
         if both:
-            say(f"warning: {both} of the images asked about for training are evaluation images too, which flatters "
-                "every figure; remove them from one side")
-        rows = {name: np.frombuffer(b"".join(found), np.uint8).reshape(-1, 32) for name, found in keys.items()}
+            say(
+                f"warning: {both} of the images asked about for training are evaluation images too,"
+                " which flatters every figure; remove them from one side"
+            )
+        rows = {
+            name: np.frombuffer(b"".join(found), np.uint8).reshape(-1, 32)
+            for name, found in keys.items()
+        }
         if first():
-            write_arrays(directory / "keys.npz", ids=ids, train=rows["train"], report=rows["report"])
+            write_arrays(
+                directory / "keys.npz", ids=ids, train=rows["train"], report=rows["report"]
+            )
         return {"images": len(ids), **measured}
 
     inputs = {**identity(run), "images": zlib.crc32(ids.tobytes()), **shows(run)}
@@ -56,14 +66,18 @@ def query(run: Run, todo: list[Cell]) -> dict:
 
 
 def unexpected(expect: tuple[float, ...], measured: dict[str, float], size: int) -> str | None:
-    """A warning where a target is not as accurate as the config says; None where it is, up to chance."""
+    """A warning where a target is not as accurate as the config says; None where it is, up to
+    chance."""
     for k, want in zip((1, 5), expect, strict=False):
         # Three standard errors of `size` images, and what another JPEG decoder may change.
         slack = 0.2 + 300 * (want / 100 * (1 - want / 100) / size) ** 0.5
         if abs(measured[f"top{k}"] - want) > slack:
-            return (f"the target scores {measured['top1']:.1f} / {measured['top5']:.1f} on these {size} images and the "
-                    f"config expects {expect[0]:g} / {expect[1]:g}: other weights, other images, or another order of "
-                    "classes (83.3 / 96.8 is the wrongly saved resnext101_32x16d_swsl)")
+            return (
+                f"the target scores {measured['top1']:.1f} / {measured['top5']:.1f} on these {size}"
+                f" images and the config expects {expect[0]:g} / {expect[1]:g}: other weights,"
+                " other images, or another order of classes (83.3 / 96.8 is the wrongly saved"
+                " resnext101_32x16d_swsl)"
+            )
     return None
 
 
@@ -83,8 +97,8 @@ def evaluation_keys(run: Run) -> list[bytes]:
 def check_budget(config: Any, directory: Path, data: Dataset) -> None:
     """Raise BudgetSpent at once if the grid asks for more distinct images than the budget allows.
 
-    The ledger would stop it too, but only after the pretraining. Nothing is written. What is chosen by features
-    or answers is not known yet: of it only how many images the largest budget takes.
+    The ledger would stop it too, but only after the pretraining. Nothing is written. What is chosen
+    by features or answers is not known yet: of it only how many images the largest budget takes.
 
     Raises:
       ValueError: a selection that cannot be made of this pool.
@@ -102,6 +116,8 @@ def refuse_beyond(config: Any, images: int, directory: Path) -> None:
             sha256 = json.loads(done.read_text())["sha256"]
             with Ledger(directory / "ledger.sqlite", target=sha256) as ledger:
                 spent = ledger.spent()
-        raise BudgetSpent(f"the grid asks about {images} distinct images and the budget is {config.budget} "
-                          f"({spent} spent so far, nothing more is asked); raise --config.budget, or lower "
-                          f"{budget_keys(config)} or the number of seeds")
+        raise BudgetSpent(
+            f"the grid asks about {images} distinct images and the budget is {config.budget} "
+            f"({spent} spent so far, nothing more is asked); raise --config.budget, or lower "
+            f"{budget_keys(config)} or the number of seeds"
+        )

@@ -1,4 +1,5 @@
-"""Targets that are a table of recorded answers: into the ledger with them, and no question beyond."""
+"""Targets that are a table of recorded answers: into the ledger with them, and no question
+beyond."""
 
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,27 @@ def connect(keys: Any, data: Dataset) -> Outside:
     """The target whose answers the table at the config's `target.path` holds.
 
     Raises:
-      ValueError: the table cannot be read, or is not of `data`'s classes, or is poorer than `target.access`.
+      ValueError: the table cannot be read, or is not of `data`'s classes, or is poorer than
+        `target.access`.
     """
     table = load(Path(keys.path))
     if table.scores.shape[1] != data.classes:
-        raise ValueError(f"{keys.path} scores {table.scores.shape[1]} classes and {data.name} has {data.classes}; they "
-                         "must be the same classes in the same order")
+        raise ValueError(
+            f"{keys.path} scores {table.scores.shape[1]} classes and {data.name} has"
+            f" {data.classes}; they must be the same classes in the same order"
+        )
     for have in np.unique(table.access).tolist():
         if not levels.derivable(have, keys.access):
-            raise ValueError(f"{keys.path} holds answers of access {have}, which is less than "
-                             f"target.access={keys.access}; set --config.target.access={have}")
-    return Outside(_refuse, f"recorded answers of {table.target} in {Path(keys.path).name}", table.target,
-                   table.preprocessing)
+            raise ValueError(
+                f"{keys.path} holds answers of access {have}, which is less than "
+                f"target.access={keys.access}; set --config.target.access={have}"
+            )
+    return Outside(
+        _refuse,
+        f"recorded answers of {table.target} in {Path(keys.path).name}",
+        table.target,
+        table.preprocessing,
+    )
 
 
 def _refuse(images: np.ndarray) -> np.ndarray:
@@ -56,17 +66,28 @@ def _enter_some(ledger: Ledger, table: Recorded, digests: list[bytes], some: sli
 
 
 def refuse_missing(config: Any, data: Dataset, ids: np.ndarray) -> None:
-    """Raise ValueError if the table lacks an evaluation image, or one of the pool's that are asked about."""
+    """Raise ValueError if the table lacks an evaluation image, or one of the pool's that are asked
+    about."""
     path = Path(config.target.path)
     have = {row.tobytes() for row in load(path).image}
-    asked = {"evaluation": (data.evaluation, np.arange(data.evaluation.size)), "pool": (data.pool, ids)}
-    missing = {name: _missing(have, source, wanted, f"look for the {name} images in {path.name}")
-               for name, (source, wanted) in asked.items()}
+    asked = {
+        "evaluation": (data.evaluation, np.arange(data.evaluation.size)),
+        "pool": (data.pool, ids),
+    }
+    missing = {
+        name: _missing(have, source, wanted, f"look for the {name} images in {path.name}")
+        for name, (source, wanted) in asked.items()
+    }
     if any(missing.values()):
-        told = " and ".join(f"{missing[name]} of {len(wanted)} {name} images"
-                            for name, (_, wanted) in asked.items() if missing[name])
-        raise ValueError(f"{path} has no answer to {told} that would be asked about; record those too, or lower "
-                         f"{budget_keys(config)} or --config.data.limit")
+        told = " and ".join(
+            f"{missing[name]} of {len(wanted)} {name} images"
+            for name, (_, wanted) in asked.items()
+            if missing[name]
+        )
+        raise ValueError(
+            f"{path} has no answer to {told} that would be asked about; record those too, or lower "
+            f"{budget_keys(config)} or --config.data.limit"
+        )
 
 
 def _missing(have: set[bytes], source: Source, ids: np.ndarray, name: str) -> int:

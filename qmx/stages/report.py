@@ -21,13 +21,21 @@ from qmx.stages.target import identity, open_ledger, target
 def write_report(run: Run, todo: list[Cell], started: list[tuple[str, int]]) -> str:
     """The report from what the stages left, and nothing else; returns the text for standard out."""
     evaluation, made, keys = run.data.evaluation, target(run), run.config.target
-    accuracy: dict[str, float | None] = {"top1": None, "top5": None}  # until the evaluation images were asked about
+    # Until the evaluation images were asked about.
+    accuracy: dict[str, float | None] = {"top1": None, "top5": None}
     warning = None
     if asked := _if_done(partial(query, run, todo)):
         accuracy = {"top1": asked["top1"], "top5": asked["top5"]}
         warning = unexpected(keys.expect, asked, evaluation.size)
-    monitors = [(init, seed, _if_done(partial(pretrain, run, init, seed)),
-                 _if_done(partial(monitor, run, init, seed))) for init, seed in started]
+    monitors = [
+        (
+            init,
+            seed,
+            _if_done(partial(pretrain, run, init, seed)),
+            _if_done(partial(monitor, run, init, seed)),
+        )
+        for init, seed in started
+    ]
     rows = [_if_done(partial(evaluate, run, cell, todo)) for cell in todo]
 
     who = identity(run)
@@ -38,18 +46,35 @@ def write_report(run: Run, todo: list[Cell], started: list[tuple[str, int]]) -> 
 
     results = {
         "schema": 1,
-        "target": {**made, **accuracy, "warning": warning,
-                   # What others compute has a precision of its own, which nobody says.
-                   "precision": None if keys.kind in outside.KINDS else keys.precision},
-        "pool": {"name": run.data.name, "size": run.data.pool.size, "evaluation": evaluation.size,
-                 "classes": run.data.classes, "sha256": run.data.digest,
-                 "budgets": [budget._asdict() for budget in budgets(run.config, run.data.pool.size)]},
+        "target": {
+            **made,
+            **accuracy,
+            "warning": warning,
+            # What others compute has a precision of its own, which nobody says.
+            "precision": None if keys.kind in outside.KINDS else keys.precision,
+        },
+        "pool": {
+            "name": run.data.name,
+            "size": run.data.pool.size,
+            "evaluation": evaluation.size,
+            "classes": run.data.classes,
+            "sha256": run.data.digest,
+            "budgets": [budget._asdict() for budget in budgets(run.config, run.data.pool.size)],
+        },
         "rows": [row for row in rows if row],
         "account": from_first(account),
-        "monitors": [{"init": init, "seed": seed, **encoder, **looked} for init, seed, encoder, looked in monitors
-                     if encoder and looked],
-        "versions": {"qmx": __version__,  # runs in a checkout that is not installed, too
-                     **{name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy", "pillow")}},
+        "monitors": [
+            {"init": init, "seed": seed, **encoder, **looked}
+            for init, seed, encoder, looked in monitors
+            if encoder and looked
+        ],
+        "versions": {
+            "qmx": __version__,  # runs in a checkout that is not installed, too
+            **{
+                name: version(name)
+                for name in ("jax", "jaxlib", "flax", "optax", "numpy", "pillow")
+            },
+        },
         "config": plain(run.config),
     }
     results["reach"] = reached(results)

@@ -1,4 +1,5 @@
-"""Choosing by answers: some images are asked about, their answers say which ones come next, and so on."""
+"""Choosing by answers: some images are asked about, their answers say which ones come next, and so
+on."""
 
 from functools import cache, partial
 from typing import Any
@@ -23,19 +24,21 @@ from qmx.stages.target import identity, target_query
 def in_rounds(run: Run, cell: Cell) -> np.ndarray:
     """The images of a cell whose way is one of `BY_ANSWERS`, i64[queries], in the order of asking.
 
-    The first share of them is drawn at random: by the order of the selection "random", so that both columns pay
-    for these images once, and as Pal et al. 2020 begin, so that what a way gains over "random" is due to answers
-    alone. Then, `config.rounds` times, the answers so far are spread over the pool by `propagate` on the frozen
-    features of the cell's encoder, and the way chooses the next share by them. Other than in Pal et al. no student is
-    trained between rounds: a round costs what `propagate` does, and the answers are what the cell's access level shows.
+    The first share of them is drawn at random: by the order of the selection "random", so that both
+    columns pay for these images once, and as Pal et al. 2020 begin, so that what a way gains over
+    "random" is due to answers alone. Then, `config.rounds` times, the answers so far are spread
+    over the pool by `propagate` on the frozen features of the cell's encoder, and the way chooses
+    the next share by them. Other than in Pal et al. no student is trained between rounds: a round
+    costs what `propagate` does, and the answers are what the cell's access level shows.
 
-    Asks the target, for the ledger's purpose "select": about all shares but the last, whose answers choose nothing and
-    which `qmx.stages.query.query` asks about for "train". The student learns from all of them. An image that
-    several columns want is paid for once and stays on the ledger's account what it was first asked for, while in the
-    report's rows each column counts its own images for itself: as "select" all shares but the last, as "train" that.
+    Asks the target, for the ledger's purpose "select": about all shares but the last, whose answers
+    choose nothing and which `qmx.stages.query.query` asks about for "train". The student learns
+    from all of them. An image that several columns want is paid for once and stays on the ledger's
+    account what it was first asked for, while in the report's rows each column counts its own
+    images for itself: as "select" all shares but the last, as "train" that.
 
-    The choice depends on nothing but the cell, so that a killed run makes it again, with the answers that are in
-    the ledger, and asks only for what is missing.
+    The choice depends on nothing but the cell, so that a killed run makes it again, with the
+    answers that are in the ledger, and asks only for what is missing.
 
     Raises:
       BudgetSpent: a share is more than the ledger's budget has left; nothing of it was asked.
@@ -45,13 +48,22 @@ def in_rounds(run: Run, cell: Cell) -> np.ndarray:
     ask = cache(lambda: target_query(run))
     first, *later = shares(cell.queries, run.config.rounds)
     ids, keys = random_order(pool.size, cell.seed)[:first], list[bytes]()
-    say(f"{cell.select} chooses {cell.queries} of {pool.size} images in {len(later)} rounds by the answers to those "
-        f"before, over the features of {cell.init} seed {cell.seed}")
+    say(
+        f"{cell.select} chooses {cell.queries} of {pool.size} images in {len(later)} rounds by the"
+        f" answers to those before, over the features of {cell.init} seed {cell.seed}"
+    )
     for number, share in enumerate(later):
-        new = ids[len(keys):]
+        new = ids[len(keys) :]
         afford(run, pool, new)
-        keys += ask_about(run, ask, pool, new, "select", f"query to select, {cell.init} {cell.select} {cell.access} "
-                          f"{cell.queries} seed {cell.seed}, round {number}")
+        keys += ask_about(
+            run,
+            ask,
+            pool,
+            new,
+            "select",
+            f"query to select, {cell.init} {cell.select} {cell.access} "
+            f"{cell.queries} seed {cell.seed}, round {number}",
+        )
         known = softmax(as_logits(read_answers(run, keys, cell.access), cell.access), axis=1)
         spread = propagate(rows, ids, known, **run.config.propagation)
         # In one process: another machine's sums may round another way, and choose others.
@@ -60,9 +72,15 @@ def in_rounds(run: Run, cell: Cell) -> np.ndarray:
 
 
 def inputs_of(run: Run, cell: Cell) -> dict:
-    """What the choice of `in_rounds` depends on beside the cell's seed and budget, as a stage's inputs."""
-    return {"encoder": pretrain(run, cell.init, cell.seed)["sha256"], **identity(run),
-            "access": cell.access, "rounds": run.config.rounds, "propagation": plain(run.config.propagation)}
+    """What the choice of `in_rounds` depends on beside the cell's seed and budget, as a stage's
+    inputs."""
+    return {
+        "encoder": pretrain(run, cell.init, cell.seed)["sha256"],
+        **identity(run),
+        "access": cell.access,
+        "rounds": run.config.rounds,
+        "propagation": plain(run.config.propagation),
+    }
 
 
 def asked_to_choose(config: Any, cell: Cell) -> int:

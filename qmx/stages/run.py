@@ -1,4 +1,5 @@
-"""What all stages share: the call of the program that they belong to, and reading what they left."""
+"""What all stages share: the call of the program that they belong to, and reading what they
+left."""
 
 import json
 import zlib
@@ -39,7 +40,8 @@ class Run(NamedTuple):
             try:
                 return work(directory)
             except OSError as error:
-                if error.filename is None and type(error) is OSError:  # who wrote knows only that it failed
+                # Who wrote knows only that it failed.
+                if error.filename is None and type(error) is OSError:
                     raise OSError(f"{error} ({directory})") from error
                 raise
 
@@ -47,7 +49,6 @@ class Run(NamedTuple):
         if self.only not in ("all", kind):
             refuse = f"--stage={self.only} needs {directory}, which --stage={kind} makes"
         return workdir.stage(directory, {"data": self.data.digest, **inputs}, run, say, refuse)
-
 
     @property
     def save_seconds(self) -> float:
@@ -62,10 +63,14 @@ class Run(NamedTuple):
 
 def read_weights(run: Run, network: Network, path: str) -> Encoder:
     """A network's weights from the workdir onto the devices."""
-    return put_state(load_weights(run.workdir / path, trainers.variables(network, trainers.look(run.data))))
+    return put_state(
+        load_weights(run.workdir / path, trainers.variables(network, trainers.look(run.data)))
+    )
 
 
-def outputs(run: Run, name: str, network: Network, variables: Encoder, source: Source) -> np.ndarray:
+def outputs(
+    run: Run, name: str, network: Network, variables: Encoder, source: Source
+) -> np.ndarray:
     """What a network says of every image of a source, f32[n, D], with progress called `name`."""
     view = trainers.evaluation_view(trainers.look(run.data))
     ids = ids_here(source.size)
@@ -78,7 +83,9 @@ def outputs(run: Run, name: str, network: Network, variables: Encoder, source: S
                 shown.update(min(done, source.size))
                 run.go_on(name, done, source.size)
 
-        return predict_batches(network, variables.params, variables.stats, view, batches())[: source.size]
+        return predict_batches(network, variables.params, variables.stats, view, batches())[
+            : source.size
+        ]
 
 
 def root_key(seed: int, purpose: str) -> jax.Array:

@@ -40,7 +40,10 @@ def selection(run: Run, cell: Cell) -> np.ndarray:
             ids = np.arange(budget)  # all of them: there is nothing to choose
         elif cell.select in BY_FEATURES:
             rows, way = features(run, cell.init, cell.seed), BY_FEATURES[cell.select]
-            say(f"{cell.select} chooses {budget} of {len(rows)} images by the features of {cell.init} seed {cell.seed}")
+            say(
+                f"{cell.select} chooses {budget} of {len(rows)} images by the features of"
+                f" {cell.init} seed {cell.seed}"
+            )
             # In one process: another machine's sums may round another way, and choose others.
             ids = from_first(lambda: way(rows, budget, np.random.default_rng(cell.seed)))
         elif cell.select in BY_ANSWERS:
@@ -59,12 +62,16 @@ def selection(run: Run, cell: Cell) -> np.ndarray:
 
 
 def chosen_up_front(config: Any, data: Dataset) -> np.ndarray:
-    """The pool's images that the grid asks about whatever the features and answers will be, i64[n], in order.
+    """The pool's images that the grid asks about whatever the features and answers will be, i64[n],
+    in order.
 
     Raises:
       ValueError: a selection that cannot be made of this pool.
     """
-    wanted = dict.fromkeys((cell.select, cell.queries, cell.seed) for cell in cells(config, data.pool.size)
-                           if cell.select not in NEED_FEATURES)
+    wanted = dict.fromkeys(
+        (cell.select, cell.queries, cell.seed)
+        for cell in cells(config, data.pool.size)
+        if cell.select not in NEED_FEATURES
+    )
     ids = [select(way, data.pool, budget, seed, config.lists) for way, budget, seed in wanted]
     return np.unique(np.concatenate([*ids, np.zeros(0, np.int64)]))

@@ -1,4 +1,5 @@
-"""The target: trained here, made of weights that the user has, or elsewhere; and the questions to it."""
+"""The target: trained here, made of weights that the user has, or elsewhere; and the questions to
+it."""
 
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,13 @@ WEIGHTS = "target/target.safetensors"
 
 
 def target(run: Run) -> dict:
-    """The target's name and digest; its weights and network, trained on the pool's labels or converted from PyTorch's,
-    unless it is elsewhere."""
+    """The target's name and digest; its weights and network, trained on the pool's labels or
+    converted from PyTorch's, unless it is elsewhere."""
     keys = run.config.target
     if keys.kind in outside.KINDS:
-        return run.stage("target", ".", outside.inputs_of(keys), lambda _: outside.describe(keys, run.data))
+        return run.stage(
+            "target", ".", outside.inputs_of(keys), lambda _: outside.describe(keys, run.data)
+        )
     if keys.kind == "torch":
         inputs = {"arch": keys.arch, "file": file_digest(keys.path)}
         return run.stage("target", ".", inputs, lambda directory: _convert(run, directory))
@@ -38,12 +41,24 @@ def _train(run: Run, directory: Path) -> dict:
     keys, seen, pool = run.config.target, trainers.look(run.data), run.data.pool
     source = take(pool, np.arange(pool.size), scores=Labels(pool.labels, run.data.classes))
     steps = trainers.distill_steps(keys, pool.size)
-    trainer = trainers.distiller(keys, keys.arch, trainers.evaluated_in(keys.precision), run.config.weak_view, seen,
-                                 steps)
+    trainer = trainers.distiller(
+        keys, keys.arch, trainers.evaluated_in(keys.precision), run.config.weak_view, seen, steps
+    )
     rng = root_key(keys.seed, "target")
-    ts = train(directory, "target", trainer.step, trainer.init(rng), rng, source, batch_size=keys.batch_size,
-               steps=steps, seed=keys.seed, drop_last=False, save_seconds=run.save_seconds,
-               stopped=run.stopped)
+    ts = train(
+        directory,
+        "target",
+        trainer.step,
+        trainer.init(rng),
+        rng,
+        source,
+        batch_size=keys.batch_size,
+        steps=steps,
+        seed=keys.seed,
+        drop_last=False,
+        save_seconds=run.save_seconds,
+        stopped=run.stopped,
+    )
     digest = save_weights(directory / "target.safetensors", Encoder(ts.params, ts.state))
     return {"name": f"{keys.arch} trained on {run.data.name}", "arch": keys.arch, "sha256": digest}
 
@@ -51,22 +66,30 @@ def _train(run: Run, directory: Path) -> dict:
 def _convert(run: Run, directory: Path) -> dict:
     keys = run.config.target
     made = converted(keys, run.data)
-    weights = Encoder({"backbone": made.backbone.params, "head": made.head},
-                      {"backbone": made.backbone.stats, "head": {}})
+    weights = Encoder(
+        {"backbone": made.backbone.params, "head": made.head},
+        {"backbone": made.backbone.stats, "head": {}},
+    )
     digest = save_weights(directory / "target.safetensors", weights)
     return {"name": f"{made.arch} from {Path(keys.path).name}", "arch": made.arch, "sha256": digest}
 
 
 def converted(keys: Any, data: Dataset) -> from_torch.Converted:
-    """The weights that the config's `target` names; ValueError unless they can be the target of `data`."""
+    """The weights that the config's `target` names; ValueError unless they can be the target of
+    `data`."""
     made = from_torch.load(keys.path, keys.arch)
     if made.head is None:
-        raise ValueError(f"target.path {keys.path} holds a backbone without a classifier; a target needs its scores")
+        raise ValueError(
+            f"target.path {keys.path} holds a backbone without a classifier; a target needs its"
+            " scores"
+        )
     check_channels(made, keys.path, data)
     classes = made.head["fc"]["kernel"].shape[1]
     if classes != data.classes:
-        raise ValueError(f"{keys.path} scores {classes} classes and {data.name} has {data.classes}; they must be the "
-                         "same classes in the same order")
+        raise ValueError(
+            f"{keys.path} scores {classes} classes and {data.name} has {data.classes}; they must be"
+            " the same classes in the same order"
+        )
     return made
 
 
@@ -74,11 +97,15 @@ def check_channels(made: from_torch.Converted, path: str, data: Dataset) -> None
     """Raise ValueError unless the images have the channels that the network was made for."""
     channels = made.backbone.params["conv1"]["kernel"].shape[2]
     if channels != data.shape[-1]:
-        raise ValueError(f"{path} was made for images of {channels} channels, and {data.name} has {data.shape[-1]}")
+        raise ValueError(
+            f"{path} was made for images of {channels} channels, and {data.name} has"
+            f" {data.shape[-1]}"
+        )
 
 
 class Labels:
-    """True labels as scores, f32[n, N], made for the rows that are read: 1.3 M x 1,000 would not fit."""
+    """True labels as scores, f32[n, N], made for the rows that are read: 1.3 M x 1,000 would not
+    fit."""
 
     def __init__(self, labels: np.ndarray, classes: int):
         self.labels, self.classes = labels, classes
@@ -95,20 +122,31 @@ def target_query(run: Run) -> Query:
     made, keys, seen = target(run), run.config.target, trainers.look(run.data)
     if keys.kind in outside.KINDS:
         return outside.query_of(keys, run.data, made["sha256"])
-    network: Network = trainers.classifier(made["arch"], trainers.evaluated_in(keys.precision), seen)
+    network: Network = trainers.classifier(
+        made["arch"], trainers.evaluated_in(keys.precision), seen
+    )
     weights = read_weights(run, network, WEIGHTS)
     folded, weights = trainers.for_inference(made["arch"], keys.precision, seen, weights)
     return network_query(folded, *weights, trainers.evaluation_view(seen), precision=keys.precision)
 
 
 def identity(run: Run) -> dict[str, str]:
-    """What tells the target's answers from others, for the ledger and as a stage's inputs: its digest, "target", and
-    what happens between the pixels sent and the answer, "preprocessing"."""
+    """What tells the target's answers from others, for the ledger and as a stage's inputs: its
+    digest, "target", and what happens between the pixels sent and the answer, "preprocessing"."""
     made, keys = target(run), run.config.target
     ours = f"mean {run.data.mean}, std {run.data.std}, {keys.precision}"
-    return {"target": made["sha256"], "preprocessing": made["preprocessing"] if keys.kind in outside.KINDS else ours}
+    return {
+        "target": made["sha256"],
+        "preprocessing": made["preprocessing"] if keys.kind in outside.KINDS else ours,
+    }
 
 
 def open_ledger(run: Run, who: dict[str, str]) -> Ledger:
-    """The ledger of the target with this `identity`, with the config's budget; for the first process alone."""
-    return Ledger(run.workdir / "ledger.sqlite", **who, budget=run.config.budget, dtype=run.config.ledger_dtype)
+    """The ledger of the target with this `identity`, with the config's budget; for the first
+    process alone."""
+    return Ledger(
+        run.workdir / "ledger.sqlite",
+        **who,
+        budget=run.config.budget,
+        dtype=run.config.ledger_dtype,
+    )

@@ -1,4 +1,5 @@
-"""Where a served target is, and the token that it asks for: what is refused, and that no secret is written down."""
+"""Where a served target is, and the token that it asks for: what is refused, and that no secret is
+written down."""
 
 import os
 import re
@@ -7,41 +8,62 @@ from urllib.parse import urlsplit
 
 
 def check_address(url: str, token_env: str = "") -> None:
-    """Raise ValueError for an address that is none, or that would give a secret away. No secret is repeated."""
+    """Raise ValueError for an address that is none, or that would give a secret away. No secret is
+    repeated."""
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
     except ValueError:
         host = None
     if not host or parts.scheme not in ("http", "https"):
-        raise ValueError("target.url must be http:// or https:// with a host, as in https://models.example.org:8443")
+        raise ValueError(
+            "target.url must be http:// or https:// with a host, as in"
+            " https://models.example.org:8443"
+        )
     if "@" in parts.netloc:
-        raise ValueError("target.url holds a user's name or password, which would be written down; leave them out and "
-                         "name an environment variable with a token in target.token_env")
+        raise ValueError(
+            "target.url holds a user's name or password, which would be written down; leave them"
+            " out and name an environment variable with a token in target.token_env"
+        )
     if parts.query or parts.fragment:
-        raise ValueError("target.url goes on after ? or #, where secrets would be written down; leave that out")
-    # Capitals alone, so that the token itself, given in the place of the name, is hardly ever taken for one.
+        raise ValueError(
+            "target.url goes on after ? or #, where secrets would be written down; leave that out"
+        )
+    # Capitals alone, so that the token itself, given in the place of the name, is hardly ever taken
+    # for one.
     if token_env and not re.fullmatch("[A-Z_][A-Z0-9_]*", token_env):
-        raise ValueError("target.token_env must be the name of an environment variable in capitals, as in "
-                         "QMX_TARGET_TOKEN, and not the token")
+        raise ValueError(
+            "target.token_env must be the name of an environment variable in capitals, as in "
+            "QMX_TARGET_TOKEN, and not the token"
+        )
     if token_env and parts.scheme == "http" and not _loopback(host):
-        raise ValueError(f"target.url http://{host} would send the token of {token_env} in clear text; use https://")
+        raise ValueError(
+            f"target.url http://{host} would send the token of {token_env} in clear text; use"
+            " https://"
+        )
 
 
 def bearer(token_env: str) -> str:
     """The token in an environment variable, "" where none is named.
 
     Raises:
-      ValueError: there is no such variable, or its value cannot be a token; the value is not repeated.
+      ValueError: there is no such variable, or its value cannot be a token; the value is not
+        repeated.
     """
     if not token_env:
         return ""
     token = os.environ.get(token_env, "").strip()
     if not token:
-        raise ValueError(f"target.token_env {token_env}: there is no such environment variable, or it is empty; "
-                         "export it")
-    if not re.fullmatch("[!-~]+", token):  # else the error of whoever makes the header would show it
-        raise ValueError(f"target.token_env {token_env} holds characters that no token has, as spaces or line ends")
+        raise ValueError(
+            f"target.token_env {token_env}: there is no such environment variable, or it is empty; "
+            "export it"
+        )
+    # Else the error of whoever makes the header would show it.
+    if not re.fullmatch("[!-~]+", token):
+        raise ValueError(
+            f"target.token_env {token_env} holds characters that no token has, as spaces or line"
+            " ends"
+        )
     return token
 
 

@@ -18,18 +18,19 @@ def connect(path: str, *, classes: int, access: str = "logits") -> Outside:
 
     It may raise `qmx.ledger.Unavailable` to be called again, with the seconds to wait.
 
-    The digest stands for the file and the function's name. It is part of the ledger's keys: a changed file is another
-    target and everything is asked again, while what the function reads elsewhere (weights, other modules) may change
-    and it is taken for the same target.
+    The digest stands for the file and the function's name. It is part of the ledger's keys: a
+    changed file is another target and everything is asked again, while what the function reads
+    elsewhere (weights, other modules) may change and it is taken for the same target.
 
     Args:
       path: "FILE.py:function" or "module:function". The file is executed.
       classes: N.
-      access: level of what it returns, "logits", "probs" or "label"; see `qmx.ledger.access.received`.
+      access: level of what it returns, "logits", "probs" or "label"; see
+        `qmx.ledger.access.received`.
 
     Raises:
-      ValueError: there is no such file or function, or it cannot be loaded. By the query: the function raised anything
-        but an OSError, or returned what is no answer of that level.
+      ValueError: there is no such file or function, or it cannot be loaded. By the query: the
+        function raised anything but an OSError, or returned what is no answer of that level.
     """
     file, _, name = path.rpartition(":")
     _source(file, path)
@@ -69,13 +70,17 @@ def _source(file: str, path: str) -> Path:
             spec = None
         found = (spec and spec.origin) or ""
     if not Path(found).is_file():
-        raise ValueError(f"target.path {path}: there is no {'file' if file.endswith('.py') else 'module'} {file}")
+        raise ValueError(
+            f"target.path {path}: there is no {'file' if file.endswith('.py') else 'module'} {file}"
+        )
     return Path(found)
 
 
 def _load(file: str, name: str, path: str) -> Callable[[np.ndarray], object]:
     try:
-        found = runpy.run_path(file) if file.endswith(".py") else vars(importlib.import_module(file))
+        found = (
+            runpy.run_path(file) if file.endswith(".py") else vars(importlib.import_module(file))
+        )
     except Exception as error:
         raise ValueError(f"target.path {path} does not load: {_place(error)}") from error
     function = found.get(name)

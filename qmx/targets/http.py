@@ -1,6 +1,8 @@
-"""Requests over HTTP to a target that may be slow, broken or dear: one attempt each, at a limited rate.
+"""Requests over HTTP to a target that may be slow, broken or dear: one attempt each, at a limited
+rate.
 
-What is likely to pass is raised as `Unavailable`, for the ledger to ask again; anything else as ValueError.
+What is likely to pass is raised as `Unavailable`, for the ledger to ask again; anything else as
+ValueError.
 """
 
 import json
@@ -17,7 +19,8 @@ from qmx.targets.address import bearer, check_address
 # (method, path, body, headers) -> the body and the headers of the answer.
 Send = Callable[[str, str, bytes | None, dict[str, str]], tuple[bytes, Mapping[str, str]]]
 
-# RFC 9110, section 15, and RFC 6585 for 429. A 500 may be a worker that died, which the next attempt does not meet.
+# RFC 9110, section 15, and RFC 6585 for 429. A 500 may be a worker that died, which the next
+# attempt does not meet.
 PASSING = (408, 429, 500, 502, 503, 504)
 LONGEST_WAIT = 600.0  # seconds; who is told to stay away for longer goes, and comes back
 LARGEST = 1 << 28  # bytes of an answer: 256 x 21,841 classes (ImageNet-21k) as JSON are half of it
@@ -30,52 +33,74 @@ CURES = {
 }
 
 
-def client(url: str, *, token_env: str = "", ca_file: str = "", timeout: float = 60.0, rate: float = 0.0) -> Send:
-    """A function that sends one request and returns the answer's body and headers, if its status is 200.
+def client(
+    url: str, *, token_env: str = "", ca_file: str = "", timeout: float = 60.0, rate: float = 0.0
+) -> Send:
+    """A function that sends one request and returns the answer's body and headers, if its status is
+    200.
 
     The server's certificate is always verified. No redirect is followed, and nothing is sent twice.
 
     Args:
       url: http or https, host, and a path if there is one before the protocol's own.
-      token_env: name of the environment variable whose value is sent as `Authorization: Bearer`. It is read for each
-        request, and is in no message.
+      token_env: name of the environment variable whose value is sent as `Authorization: Bearer`. It
+        is read for each request, and is in no message.
       ca_file: PEM certificates to trust in the place of the system's.
       timeout: seconds for the connection, and again for the whole answer.
       rate: requests in a second, at most; 0 is no limit.
 
     Raises:
-      ValueError: the address is refused, there is no such variable or file; by the function: an answer that would be
-        the same the next time.
+      ValueError: the address is refused, there is no such variable or file; by the function: an
+        answer that would be the same the next time.
       Unavailable: by the function: no answer, a broken one, or a status among `PASSING`.
-      ConnectionError: by the function: the server asks to be left alone for more than `LONGEST_WAIT`.
+      ConnectionError: by the function: the server asks to be left alone for more than
+        `LONGEST_WAIT`.
     """
     check_address(url, token_env)
     bearer(token_env)
     try:
         trusted = ssl.create_default_context(cafile=ca_file or None)
     except OSError as error:  # an ssl.SSLError is one
-        raise ValueError(f"target.ca_file {ca_file} cannot be read as PEM certificates: {error}") from None
-    pool = urllib3.PoolManager(ssl_context=trusted, timeout=urllib3.Timeout(connect=timeout, read=timeout))
+        raise ValueError(
+            f"target.ca_file {ca_file} cannot be read as PEM certificates: {error}"
+        ) from None
+    pool = urllib3.PoolManager(
+        ssl_context=trusted, timeout=urllib3.Timeout(connect=timeout, read=timeout)
+    )
     pause = limiter(rate)
 
-    def send(method: str, path: str, body: bytes | None, headers: dict[str, str]) -> tuple[bytes, Mapping[str, str]]:
+    def send(
+        method: str, path: str, body: bytes | None, headers: dict[str, str]
+    ) -> tuple[bytes, Mapping[str, str]]:
         where, token = url.rstrip("/") + path, bearer(token_env)
         allowed = {"Authorization": f"Bearer {token}"} if token else {}
         pause()
         try:
-            response = pool.request(method, where, body=body, headers={"User-Agent": "qmx", **headers, **allowed},
-                                    retries=False, redirect=False, preload_content=False)
+            response = pool.request(
+                method,
+                where,
+                body=body,
+                headers={"User-Agent": "qmx", **headers, **allowed},
+                retries=False,
+                redirect=False,
+                preload_content=False,
+            )
             try:
                 answer = _read(response, where, timeout)
             finally:
-                response.close()  # a connection that was read to the end is in the pool by now, and stays open
+                # a connection that was read to the end is in the pool by now, and stays open.
+                response.close()
         except urllib3.exceptions.HTTPError as error:
             reason = _reason(error, timeout)
             if "CERTIFICATE_VERIFY_FAILED" in str(error):
-                raise ValueError(f"{url} has a certificate that is not trusted ({reason}); target.ca_file names the "
-                                 "certificates to trust") from None
+                raise ValueError(
+                    f"{url} has a certificate that is not trusted ({reason}); target.ca_file names"
+                    " the certificates to trust"
+                ) from None
             if isinstance(error, urllib3.exceptions.NewConnectionError):
-                raise Unavailable(f"{url} cannot be reached: {reason}; does a server run at target.url?") from None
+                raise Unavailable(
+                    f"{url} cannot be reached: {reason}; does a server run at target.url?"
+                ) from None
             raise Unavailable(f"{where} gave no whole answer: {reason}") from None
         if response.status != 200:
             said = _said(answer).replace(token, "***") if token else _said(answer)
@@ -116,13 +141,17 @@ def _refusal(where: str, status: int, headers: Mapping[str, str], said: str) -> 
     if status in PASSING:
         wait = _retry_after(headers.get("Retry-After"))
         if wait and wait > LONGEST_WAIT:
-            return ConnectionError(f"{text} and asks to be left alone for more than {LONGEST_WAIT / 60:g} minutes; run "
-                                   "the same command again later")
+            return ConnectionError(
+                f"{text} and asks to be left alone for more than {LONGEST_WAIT / 60:g} minutes; run"
+                " the same command again later"
+            )
         return Unavailable(text, wait)
     if 300 <= status < 400:
         to = urlsplit(headers.get("Location", ""))
-        return ValueError(f"{text}: it sends elsewhere, to {to.scheme}://{to.hostname}{to.path}, which is not "
-                          "followed; if that is the right place, make it the target.url")
+        return ValueError(
+            f"{text}: it sends elsewhere, to {to.scheme}://{to.hostname}{to.path}, which is not "
+            "followed; if that is the right place, make it the target.url"
+        )
     return ValueError(f"{text}; {CURES.get(status, 'the same request would be refused again')}")
 
 
@@ -147,8 +176,16 @@ def _said(body: bytes) -> str:
 
 def _reason(error: BaseException, timeout: float) -> str:
     """The innermost cause, in a few words."""
-    if isinstance(error, TimeoutError | urllib3.exceptions.ReadTimeoutError | urllib3.exceptions.ConnectTimeoutError
-                  ) and not isinstance(error, urllib3.exceptions.NewConnectionError):
+    if isinstance(
+        error,
+        TimeoutError | urllib3.exceptions.ReadTimeoutError | urllib3.exceptions.ConnectTimeoutError,
+    ) and not isinstance(error, urllib3.exceptions.NewConnectionError):
         return f"nothing came within {timeout:g} s"
-    inner = next((arg for arg in reversed(error.args) if isinstance(arg, BaseException)), error.__cause__)
-    return _reason(inner, timeout) if inner else getattr(error, "strerror", None) or str(error) or type(error).__name__
+    inner = next(
+        (arg for arg in reversed(error.args) if isinstance(arg, BaseException)), error.__cause__
+    )
+    return (
+        _reason(inner, timeout)
+        if inner
+        else getattr(error, "strerror", None) or str(error) or type(error).__name__
+    )

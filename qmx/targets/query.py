@@ -22,12 +22,22 @@ class Outside(NamedTuple):
 
 
 # Names of ours -> the network's dtype, and how a GPU multiplies, by jax's names.
-PRECISIONS = {"float64": ("float64", "highest"), "float32": ("float32", "highest"),
-              "tf32": ("float32", "tensorfloat32"), "bfloat16": ("bfloat16", "bfloat16")}
+PRECISIONS = {
+    "float64": ("float64", "highest"),
+    "float32": ("float32", "highest"),
+    "tf32": ("float32", "tensorfloat32"),
+    "bfloat16": ("bfloat16", "bfloat16"),
+}
 
 
-def network_query(network: Network, params: PyTree, stats: PyTree, view: View, batch_size: int = 256,
-                  precision: str = "float32") -> Query:
+def network_query(
+    network: Network,
+    params: PyTree,
+    stats: PyTree,
+    view: View,
+    batch_size: int = 256,
+    precision: str = "float32",
+) -> Query:
     """A query function around a network of our own; it answers with logits.
 
     Args:

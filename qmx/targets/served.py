@@ -1,8 +1,9 @@
 """A target behind the Open Inference Protocol v2 (KServe, Triton, TorchServe, MLServer), over HTTP.
 
-The protocol is https://github.com/kserve/open-inference-protocol, specification/protocol/inference_rest.md. Tensors go
-as Triton's binary data extension has them (triton-inference-server/server, docs/protocol/extension_binary_data.md)
-where the server says that it knows it, else as JSON.
+The protocol is https://github.com/kserve/open-inference-protocol,
+specification/protocol/inference_rest.md. Tensors go as Triton's binary data extension has them
+(triton-inference-server/server, docs/protocol/extension_binary_data.md) where the server says that
+it knows it, else as JSON.
 """
 
 import hashlib
@@ -19,7 +20,8 @@ from qmx.ledger.access import received
 from qmx.targets.http import Send, client
 from qmx.targets.query import Outside
 
-INPUTS = {"UINT8": "u1", "FP32": "<f4"}  # what images are sent as: the pixels 0..255, whatever the type
+# What images are sent as: the pixels 0..255, whatever the type.
+INPUTS = {"UINT8": "u1", "FP32": "<f4"}
 OUTPUTS = {"FP16": "<f2", "FP32": "<f4", "FP64": "<f8"}
 LABELS = {"INT32": "<i4", "INT64": "<i8"}  # class numbers, where the access is "label"
 HEADER = "Inference-Header-Content-Length"
@@ -33,35 +35,53 @@ class Tensor(NamedTuple):
     shape: list[int]  # -1 is any size
 
 
-def connect(url: str, model: str, *, shape: tuple[int, int, int], classes: int, version: str = "", input: str = "",
-            output: str = "", access: str = "logits", token_env: str = "", ca_file: str = "", timeout: float = 60.0,
-            rate: float = 0.0) -> Outside:
+def connect(
+    url: str,
+    model: str,
+    *,
+    shape: tuple[int, int, int],
+    classes: int,
+    version: str = "",
+    input: str = "",
+    output: str = "",
+    access: str = "logits",
+    token_env: str = "",
+    ca_file: str = "",
+    timeout: float = 60.0,
+    rate: float = 0.0,
+) -> Outside:
     """A query function around a served model: one request for each call, and no second attempt.
 
-    The server is asked about the model, and nothing of the model: what it would be refused for costs no query.
+    The server is asked about the model, and nothing of the model: what it would be refused for
+      costs no query.
 
-    The digest stands for the address, the model's name and version, and what the server says of its platform, inputs
-    and outputs. It is part of the ledger's keys: at another address or version everything is asked again, and a server
-    that changes its weights and says nothing of it is taken for the same target.
+    The digest stands for the address, the model's name and version, and what the server says of its
+    platform, inputs and outputs. It is part of the ledger's keys: at another address or version
+    everything is asked again, and a server that changes its weights and says nothing of it is taken
+    for the same target.
 
     Args:
-      url: of the server, as in https://models.example.org:8443; see `qmx.targets.http.client` for this and for
-        `token_env`, `ca_file`, `timeout` and `rate`.
-      shape: of the images, H, W, C. They go to the model as they are, [b, H, W, C] in UINT8, or the same numbers in
-        FP32 if it says that it takes these.
+      url: of the server, as in https://models.example.org:8443; see `qmx.targets.http.client` for
+        this and for `token_env`, `ca_file`, `timeout` and `rate`.
+      shape: of the images, H, W, C. They go to the model as they are, [b, H, W, C] in UINT8, or the
+        same numbers in FP32 if it says that it takes these.
       classes: N.
       version: of the model; by default the one that the server lists.
       input, output: names of the tensors; by default the only ones that the server lists.
       access: level of the output, "logits", "probs" or "label"; see `qmx.ledger.access.received`.
 
     Raises:
-      Unavailable: there is no server, or the model is not ready. By the query: see `qmx.targets.http.client`.
-      ValueError: no such model, version or tensor, images or classes that do not fit, a refused address or token. By
-        the query: an answer that is not what was asked for; nothing of it is returned.
+      Unavailable: there is no server, or the model is not ready. By the query: see
+        `qmx.targets.http.client`.
+      ValueError: no such model, version or tensor, images or classes that do not fit, a refused
+        address or token. By the query: an answer that is not what was asked for; nothing of it is
+        returned.
     """
     send = client(url, token_env=token_env, ca_file=ca_file, timeout=timeout, rate=rate)
     base = f"/v2/models/{quote(model, safe='')}"
-    said = _object(*send("GET", base + (f"/versions/{quote(version, safe='')}" if version else ""), None, {}))
+    said = _object(
+        *send("GET", base + (f"/versions/{quote(version, safe='')}" if version else ""), None, {})
+    )
     version = version or _only_version(said, model)
     if version:
         base += f"/versions/{quote(version, safe='')}"
@@ -82,11 +102,14 @@ def connect(url: str, model: str, *, shape: tuple[int, int, int], classes: int, 
     about = {key: said.get(key) for key in ("platform", "inputs", "outputs")}
     identity = {"url": url.rstrip("/"), "model": model, "version": version, **about}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return Outside(query, f"{model}{f' version {version}' if version else ''} at {url.rstrip('/')}", digest)
+    return Outside(
+        query, f"{model}{f' version {version}' if version else ''} at {url.rstrip('/')}", digest
+    )
 
 
 def _check_ready(send: Send, path: str) -> None:
-    """Raise Unavailable unless the model is ready: by the status, and by the body where it has one."""
+    """Raise Unavailable unless the model is ready: by the status, and by the body where it has
+    one."""
     try:
         body, headers = send("GET", path, None, {})
         ready = not body or _object(body, headers).get("ready", True)
@@ -97,22 +120,36 @@ def _check_ready(send: Send, path: str) -> None:
 
 
 def _only_version(said: dict, model: str) -> str:
-    """The version that a model has, so that a new one is noticed and not mixed with it; "" where there are none."""
+    """The version that a model has, so that a new one is noticed and not mixed with it; "" where
+    there are none."""
     versions = [str(version) for version in said.get("versions") or []]
     if len(versions) > 1:
-        raise ValueError(f"the model {model} has the versions {', '.join(versions)}; name one in target.version")
+        raise ValueError(
+            f"the model {model} has the versions {', '.join(versions)}; name one in target.version"
+        )
     return versions[0] if versions else ""
 
 
 def _tensor(said: dict, kind: str, name: str, unsaid: Tensor) -> Tensor:
-    """The input or output that is called `name`, or the only one; `unsaid` where the server lists none."""
+    """The input or output that is called `name`, or the only one; `unsaid` where the server lists
+    none."""
     try:
-        listed = [Tensor(str(each["name"]), str(each["datatype"]), [int(size) for size in each.get("shape") or []])
-                  for each in said.get(f"{kind}s") or []]
+        listed = [
+            Tensor(
+                str(each["name"]),
+                str(each["datatype"]),
+                [int(size) for size in each.get("shape") or []],
+            )
+            for each in said.get(f"{kind}s") or []
+        ]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"what the server says of the model's {kind}s is not the protocol's: {error!r}") from None
+        raise ValueError(
+            f"what the server says of the model's {kind}s is not the protocol's: {error!r}"
+        ) from None
     if not listed and not name:
-        raise ValueError(f"the server does not say what the model's {kind} is called; name it in target.{kind}")
+        raise ValueError(
+            f"the server does not say what the model's {kind} is called; name it in target.{kind}"
+        )
     names = ", ".join(each.name for each in listed)
     found = [each for each in listed if each.name == name] if name else listed
     if len(found) > 1 or (listed and not found):
@@ -121,29 +158,46 @@ def _tensor(said: dict, kind: str, name: str, unsaid: Tensor) -> Tensor:
     return found[0] if found else unsaid
 
 
-def _check_tensors(given: Tensor, wanted: Tensor, shape: tuple[int, int, int], classes: int, access: str) -> None:
-    """Raise ValueError unless images can be sent as they are, and the answer can be a score for each class."""
+def _check_tensors(
+    given: Tensor, wanted: Tensor, shape: tuple[int, int, int], classes: int, access: str
+) -> None:
+    """Raise ValueError unless images can be sent as they are, and the answer can be a score for
+    each class."""
     if given.datatype not in INPUTS:
-        raise ValueError(f"the model's input {given.name} is {given.datatype}, and images are sent as "
-                         f"{' or '.join(INPUTS)}")
+        raise ValueError(
+            f"the model's input {given.name} is {given.datatype}, and images are sent as "
+            f"{' or '.join(INPUTS)}"
+        )
     if given.shape and not _fits(given.shape, (-1, *shape)):
-        raise ValueError(f"the model's input {given.name} has the shape {given.shape} and images are sent as "
-                         f"{[-1, *shape]}: any number of height, width, channels; serve the model with its "
-                         "preprocessing in front of it, or set the data's size to its own")
+        raise ValueError(
+            f"the model's input {given.name} has the shape {given.shape} and images are sent as "
+            f"{[-1, *shape]}: any number of height, width, channels; serve the model with its "
+            "preprocessing in front of it, or set the data's size to its own"
+        )
     if wanted.datatype in LABELS and access == "label":
         return
     if wanted.datatype and wanted.datatype not in OUTPUTS:
-        raise ValueError(f"the model's output {wanted.name} is {wanted.datatype}, and scores are "
-                         f"{', '.join(OUTPUTS)}" + (f" (class numbers, {' or '.join(LABELS)}, are target.access=label)"
-                                                    if wanted.datatype in LABELS else ""))
+        raise ValueError(
+            f"the model's output {wanted.name} is {wanted.datatype}, and scores are "
+            f"{', '.join(OUTPUTS)}"
+            + (
+                f" (class numbers, {' or '.join(LABELS)}, are target.access=label)"
+                if wanted.datatype in LABELS
+                else ""
+            )
+        )
     if wanted.shape and not _fits(wanted.shape, (-1, classes)):
-        raise ValueError(f"the model's output {wanted.name} has the shape {wanted.shape} and should have "
-                         f"{[-1, classes]}: the images have {classes} classes, which must be the model's, in its order")
+        raise ValueError(
+            f"the model's output {wanted.name} has the shape {wanted.shape} and should have"
+            f" {[-1, classes]}: the images have {classes} classes, which must be the model's, in"
+            " its order"
+        )
 
 
 def _fits(said: list[int], ours: tuple[int, ...]) -> bool:
-    return len(said) == len(ours) and all(-1 in pair or pair[0] == pair[1] for pair in zip(said[1:], ours[1:],
-                                                                                           strict=True))
+    return len(said) == len(ours) and all(
+        -1 in pair or pair[0] == pair[1] for pair in zip(said[1:], ours[1:], strict=True)
+    )
 
 
 def _extensions(send: Send) -> list[str]:
@@ -153,35 +207,63 @@ def _extensions(send: Send) -> list[str]:
         return []
 
 
-def _request(number: str, given: Tensor, wanted: Tensor, images: np.ndarray, binary: bool) -> tuple[bytes, dict]:
+def _request(
+    number: str, given: Tensor, wanted: Tensor, images: np.ndarray, binary: bool
+) -> tuple[bytes, dict]:
     """The body and the headers of a request for the scores of images."""
     pixels = images.astype(INPUTS[given.datatype])
-    tensor: dict[str, Any] = {"name": given.name, "datatype": given.datatype, "shape": list(images.shape)}
+    tensor: dict[str, Any] = {
+        "name": given.name,
+        "datatype": given.datatype,
+        "shape": list(images.shape),
+    }
     output: dict[str, Any] = {"name": wanted.name}
     request = {"id": number, "inputs": [tensor], "outputs": [output]}
     if not binary:
         tensor["data"] = pixels.ravel().tolist()
         return json.dumps(request).encode(), {"Content-Type": "application/json"}
-    tensor["parameters"], output["parameters"] = {"binary_data_size": pixels.nbytes}, {"binary_data": True}
+    tensor["parameters"], output["parameters"] = (
+        {"binary_data_size": pixels.nbytes},
+        {"binary_data": True},
+    )
     header = json.dumps(request).encode()
-    return header + pixels.tobytes(), {"Content-Type": "application/octet-stream", HEADER: str(len(header))}
+    return header + pixels.tobytes(), {
+        "Content-Type": "application/octet-stream",
+        HEADER: str(len(header)),
+    }
 
 
-def _read(body: bytes, headers: Mapping[str, str], number: str, version: str, name: str,
-          known: dict[str, str]) -> np.ndarray:
+def _read(
+    body: bytes,
+    headers: Mapping[str, str],
+    number: str,
+    version: str,
+    name: str,
+    known: dict[str, str],
+) -> np.ndarray:
     """The output called `name` of an answer, of whatever shape."""
     length = int(headers[HEADER]) if headers.get(HEADER, "").isdigit() else len(body)
     answer, rest = _object(body[:length], headers), body[length:]
     if answer.get("id") not in (None, "", number):
-        raise ValueError("the answer belongs to another request, as its id says; nothing of it is kept")
+        raise ValueError(
+            "the answer belongs to another request, as its id says; nothing of it is kept"
+        )
     if version and str(answer.get("model_version") or version) != version:
-        raise ValueError(f"version {answer['model_version']} of the model answered, and {version} was asked; is it "
-                         "being replaced? Answers of two models are not mixed")
+        raise ValueError(
+            f"version {answer['model_version']} of the model answered, and {version} was asked; is"
+            " it being replaced? Answers of two models are not mixed"
+        )
     try:
         names = [str(output["name"]) for output in answer["outputs"]]
         if name not in names:
-            raise ValueError(f"the answer has no output {name!r}, but {', '.join(names)}; name one in target.output")
-        sizes = [int((output.get("parameters") or {}).get("binary_data_size", 0)) for output in answer["outputs"]]
+            raise ValueError(
+                f"the answer has no output {name!r}, but {', '.join(names)}; name one in"
+                " target.output"
+            )
+        sizes = [
+            int((output.get("parameters") or {}).get("binary_data_size", 0))
+            for output in answer["outputs"]
+        ]
         place = names.index(name)
         output, start = answer["outputs"][place], sum(sizes[:place])
         datatype, shape = output["datatype"], output["shape"]
@@ -190,17 +272,21 @@ def _read(body: bytes, headers: Mapping[str, str], number: str, version: str, na
         if sizes[place]:
             values = np.frombuffer(rest[start : start + sizes[place]], known[datatype])
         else:
-            values = np.array(output["data"], known[datatype])  # null, as some write NaN, becomes NaN
+            # Null, as some write NaN, becomes NaN.
+            values = np.array(output["data"], known[datatype])
     except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"the answer is not the protocol's: {error!r}") from None
     if not isinstance(shape, list) or values.size != np.prod(shape):
-        raise ValueError(f"the output {name} has {values.size} numbers and says that its shape is {shape}; nothing of "
-                         "this batch is kept")
+        raise ValueError(
+            f"the output {name} has {values.size} numbers and says that its shape is {shape};"
+            " nothing of this batch is kept"
+        )
     return values.reshape(shape)
 
 
 def _object(body: bytes, headers: Mapping[str, str]) -> dict:
-    """A JSON object; what ends before its end, where nobody said how long it is, may be whole the next time."""
+    """A JSON object; what ends before its end, where nobody said how long it is, may be whole the
+    next time."""
     try:
         found = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -208,6 +294,8 @@ def _object(body: bytes, headers: Mapping[str, str]) -> dict:
             raise Unavailable(f"the answer breaks off: {error}") from None
         found = None
     if not isinstance(found, dict):
-        raise ValueError(f"the answer is no JSON object but begins with {body[:60]!r}; does a server of the Open "
-                         "Inference Protocol v2 stand at target.url?")
+        raise ValueError(
+            f"the answer is no JSON object but begins with {body[:60]!r}; does a server of the Open"
+            " Inference Protocol v2 stand at target.url?"
+        )
     return found
