@@ -42,6 +42,11 @@ class Cell(NamedTuple):
     seed: int
 
     @property
+    def start(self) -> tuple[str, int]:
+        """The encoder that the student starts from: its init and its seed."""
+        return self.init, self.seed
+
+    @property
     def name(self) -> str:
         return f"{self.init}-{self.select}-{self.access}-{self.use}-{self.queries}-seed{self.seed}"
 

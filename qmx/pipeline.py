@@ -22,20 +22,22 @@ from pathlib import Path
 from typing import Any
 
 from qmx.data import Dataset
-from qmx.grid import cells, encoders
+from qmx.grid import Cell, cells, encoders
 from qmx.progress import say
 from qmx.stages import outside, recorded
 from qmx.stages.distill import distill
 from qmx.stages.evaluate import evaluate
+from qmx.stages.features import Features, features
 from qmx.stages.monitor import monitor
 from qmx.stages.pretrain import converted as converted_encoder
 from qmx.stages.pretrain import pretrain
 from qmx.stages.query import query
-from qmx.stages.report import write_report
-from qmx.stages.run import Run
-from qmx.stages.select import chosen_up_front, selection
+from qmx.stages.report import report
+from qmx.stages.run import Run, handed_on
+from qmx.stages.select import chosen_up_front, needs_features, select
 from qmx.stages.target import converted as converted_target
-from qmx.stages.target import target
+from qmx.stages.target import target as target_stage
+from qmx.workdir import NotDone
 
 STAGES = ("target", "pretrain", "monitor", "select", "query", "distill", "evaluate", "report")
 
@@ -43,42 +45,48 @@ STAGES = ("target", "pretrain", "monitor", "select", "query", "distill", "evalua
 def run(config: Any, directory: Path, data: Dataset, only: str, stopped: Callable[[], bool]) -> str:
     """All stages, or one; returns the text for standard out.
 
+    Each stage is given the artefacts that it reads. One that is not this call's to do is read from
+    the workdir; the reason stands in its place where it is missing, and whoever needs it raises it.
+
     Raises:
       BudgetSpent: before the target is asked more than the budget allows.
       Stopped, FloatingPointError: see `qmx.train.fit`.
       NotDone: one stage was asked for whose inputs are missing.
       ValueError: weights that do not fit; found before anything is trained.
     """
-    run = Run(config, directory, data, only, stopped, [])
-    wanted = {stage: only in ("all", stage) for stage in STAGES}
-    todo = cells(config, data.pool.size)
-    started = [(init, seed) for init in encoders(config) for seed in config.seeds]
-    # What is brought along comes first: a wrong file is found before anything is trained.
-    if wanted["pretrain"]:
-        for init, seed in started:
-            if config.pretrain[init].path:
-                pretrain(run, init, seed)
-    if wanted["target"]:
-        target(run)
-    for stage, work in (("pretrain", pretrain), ("monitor", monitor)):
-        if wanted[stage]:
-            for init, seed in started:
-                work(run, init, seed)
-    if wanted["select"]:
-        for cell in todo:
-            selection(run, cell)
-    if wanted["query"]:
-        query(run, todo)
-    for cell in todo:
-        if wanted["distill"]:
-            distill(run, cell, todo)
-        if wanted["evaluate"]:
-            evaluate(run, cell, todo)
-    if not run.made:
+    call = Run(config, directory, data, only, stopped, [])
+    grid = cells(config, data.pool.size)
+    starts = [(init, seed) for init in encoders(config) for seed in config.seeds]
+    # Files that are brought along come first: a wrong one is found before anything is trained.
+    brought = [start for start in starts if config.pretrain[start[0]].path]
+    encoder = {start: handed_on(call, pretrain, *start) for start in brought}
+    target = handed_on(call, target_stage)
+    encoder |= {
+        start: handed_on(call, pretrain, *start) for start in starts if start not in brought
+    }
+    looks = {start: handed_on(call, monitor, encoder[start]) for start in starts}
+    by_features = {cell.start for cell in grid if needs_features(cell, data.pool.size)}
+    feature = {
+        start: handed_on(call, features, encoder[start]) for start in starts if start in by_features
+    }
+
+    def features_of(cell: Cell) -> Features | NotDone | None:
+        return feature[cell.start] if needs_features(cell, data.pool.size) else None
+
+    chosen = {cell: handed_on(call, select, cell, features_of(cell), target) for cell in grid}
+    answers = handed_on(call, query, target, chosen.values())  # the last that sees the target
+    rows = []
+    for cell in grid:
+        student = handed_on(
+            call, distill, cell, encoder.get(cell.start), features_of(cell), chosen[cell], answers
+        )
+        rows.append(handed_on(call, evaluate, cell, student, answers))
+    if not call.made:
         say(f"all of it was done before, in {directory}; nothing was trained or asked")
-    if not wanted["report"]:
+    if only not in ("all", "report"):
         return f"stage {only} is done; --stage=report shows where things stand"
-    return write_report(run, todo, started)
+    pairs = [encoder[start] for start in starts], [looks[start] for start in starts]
+    return report(call, target, *pairs, answers, rows)
 
 
 def check_weights(config: Any, data: Dataset) -> None:

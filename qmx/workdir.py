@@ -48,6 +48,12 @@ def write_arrays(path: Path, **arrays: np.ndarray) -> None:
     write_bytes(path, file.getvalue())
 
 
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Arrays by name out of a file of `write_arrays`; nothing in it is executed."""
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file)
+
+
 def write_json(path: Path, value: Any) -> None:
     """`write_text` of JSON; keys in the order given, floats exactly."""
     write_text(path, json.dumps(value, indent=1) + "\n")

@@ -16,8 +16,11 @@ from qmx.grid import cells
 from qmx.main import load_file
 from qmx.selection.by_answers import BY_ANSWERS, entropy, margin, shares
 from qmx.selection.orders import random_order
+from qmx.stages.features import features
+from qmx.stages.pretrain import pretrain
 from qmx.stages.run import Run
-from qmx.stages.select import selection
+from qmx.stages.select import select
+from qmx.stages.target import target
 from qmx.train import Stopped
 
 
@@ -254,9 +257,9 @@ def test_stopped_between_rounds(beside, tmp_path):
     )
 
     def go(stopped):
-        return selection(
-            Run(config, tmp_path / "w", load(config.data), "select", stopped, []), cell
-        )
+        run = Run(config, tmp_path / "w", load(config.data), "select", stopped, [])
+        rows = features(run, pretrain(run, *cell.start))
+        return select(run, cell, rows, target(run)).ids
 
     with pytest.raises(Stopped, match="round 0"):
         go(lambda: True)

@@ -666,6 +666,10 @@ def test_the_digest_is_of_all_images_and_labels(tmp_path, good, other):
         != digest
     )
     assert load("arrays", other, good).digest != digest
+    # Each side has its own, so that an evaluation image less is no other pool.
+    fewer = {name: array[:-1] for name, array in OTHER.items()}
+    one, two = load("arrays", good, other), load("arrays", good, save(tmp_path / "c.npz", **fewer))
+    assert one.pool_digest == two.pool_digest and one.evaluation_digest != two.evaluation_digest
 
 
 def with_nan(images):

@@ -120,10 +120,6 @@ def from_arrays(
             f"{both} of {len(eval_images)} evaluation images are in the pool too; "
             "remove them from one side"
         )
-    digest = hashlib.sha256()
-    for array in (images, labels, eval_images, eval_labels):
-        digest.update(str((array.dtype, array.shape)).encode())
-        digest.update(array.tobytes())
     counts = np.stack(
         [np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])]
     )
@@ -138,5 +134,15 @@ def from_arrays(
         shape=images.shape[1:],
         mean=tuple(map(float, mean)),
         std=tuple(map(float, std)),
-        digest=digest.hexdigest(),
+        pool_digest=digest(images, labels),
+        evaluation_digest=digest(eval_images, eval_labels),
     )
+
+
+def digest(images: np.ndarray, labels: np.ndarray) -> str:
+    """SHA-256 of the bytes, shapes and types of arrays."""
+    found = hashlib.sha256()
+    for array in (images, labels):
+        found.update(str((array.dtype, array.shape)).encode())
+        found.update(array.tobytes())
+    return found.hexdigest()

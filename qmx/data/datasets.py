@@ -19,8 +19,8 @@ from qmx.progress import say
 def photographs(find: Callable[[Any], tuple[str, Photos, Photos]], keys: Any) -> Dataset:
     """A data set of photos, the pool's canvases from a cache if one is given.
 
-    The digest is over the listings of both sides, the three sizes, and whether there is a cache,
-    whose canvases are not the files' own to the last bit.
+    A digest is over the listing of its side and the sizes; the pool's also over whether there is a
+    cache, whose canvases are not the files' own to the last bit.
     """
     for name in ("canvas", "resize", "crop"):
         if getattr(keys, name) < 1:
@@ -39,15 +39,7 @@ def photographs(find: Callable[[Any], tuple[str, Photos, Photos]], keys: Any) ->
             )
     else:
         source = photo_source(pool, keys)
-    listing = [
-        pool.digest,
-        evaluation.digest,
-        bool(keys.cache),
-        left_out,
-        keys.canvas,
-        keys.resize,
-        keys.crop,
-    ]
+    shown = [keys.resize, keys.crop]
     classes = len(pool.class_names) or int(max(pool.labels.max(), evaluation.labels.max())) + 1
     return Dataset(
         name,
@@ -57,7 +49,8 @@ def photographs(find: Callable[[Any], tuple[str, Photos, Photos]], keys: Any) ->
         (keys.crop, keys.crop, 3),
         IMAGENET_MEAN,
         IMAGENET_STD,
-        hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
+        digest_of(pool.digest, bool(keys.cache), left_out, keys.canvas, *shown),
+        digest_of(evaluation.digest, *shown),
         pool.class_names,
     )
 
@@ -108,14 +101,19 @@ def load(keys: Any) -> Dataset:
     data = SOURCES[keys.source](keys)
     mean = channels(keys, "mean", 0.0, data.shape[-1]) or data.mean
     std = channels(keys, "std", 1e-6, data.shape[-1]) or data.std
-    digest = hashlib.sha256(json.dumps([data.digest, keys.limit, mean, std]).encode()).hexdigest()
     return data._replace(
         mean=mean,
         std=std,
-        digest=digest,
+        pool_digest=digest_of(data.pool_digest, keys.limit, mean, std),
+        evaluation_digest=digest_of(data.evaluation_digest, keys.limit, mean, std),
         pool=spread(data.pool, keys.limit),
         evaluation=spread(data.evaluation, keys.limit),
     )
+
+
+def digest_of(*facts: Any) -> str:
+    """SHA-256 of facts that JSON can hold."""
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def spread(source: Source, limit: int) -> Source:

@@ -1,6 +1,7 @@
 """Examples by number, and what a data set is made of."""
 
 from collections.abc import Callable
+from hashlib import sha256
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,8 +59,16 @@ class Dataset(NamedTuple):
     shape: tuple[int, int, int]  # H, W, C of what `shown` gives
     mean: tuple[float, ...]  # of each channel, in 0..1, for the normalisation
     std: tuple[float, ...]
-    digest: str  # SHA-256 of all images and labels, or of a listing of them; see the source
+    # SHA-256 of each side's images and labels, or of a listing of them, see the source; and of how
+    # they are shown
+    pool_digest: str
+    evaluation_digest: str
     class_names: tuple[str, ...] = ()  # wnids, where the source has them
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of both sides."""
+        return sha256(f"{self.pool_digest} {self.evaluation_digest}".encode()).hexdigest()
 
 
 def in_memory(**arrays: np.ndarray) -> Source:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from qmx.progress import Progress, progress
 from qmx.sharding import first, from_first, gathered
 from qmx.stages import outside, recorded
 from qmx.stages.run import Run
-from qmx.stages.target import identity, open_ledger
+from qmx.stages.target import Target, open_ledger
 from qmx.targets.query import Query
 
 CHUNK = 4096  # images between two looks at the budget, 0.6 GB of them at 224 pixels
@@ -24,26 +25,36 @@ BATCH = 256  # images in one request to a target that is computed here
 
 
 def ask_about(
-    run: Run, ask: Callable[[], Query], source: Source, ids: np.ndarray, purpose: str, name: str
+    run: Run,
+    target: Target,
+    ask: Callable[[], Query],
+    source: Source,
+    ids: np.ndarray,
+    purpose: str,
+    name: str,
 ) -> list[bytes]:
     """Answers for images of a source into the ledger, with progress called `name`; returns their
     keys."""
     keys: list[bytes] = []
-    who = identity(run)
     if run.config.target.kind == "recorded":
-        from_first(partial(_enter, run, who))
+        from_first(partial(_enter, run, target.identity))
     with progress(name, len(ids), unit="images") as shown:
         for images in read_together(source.shown, ids):
             ask_together(
-                run, ask, images, purpose, partial(_answered, run, shown, name, len(keys), len(ids))
+                run,
+                target,
+                ask,
+                images,
+                purpose,
+                partial(_answered, run, shown, name, len(keys), len(ids)),
             )
-            keys += keys_of(images, **who)
+            keys += keys_of(images, **target.identity)
             shown.update(len(keys))
     return keys
 
 
-def _enter(run: Run, who: dict[str, str]) -> None:
-    with open_ledger(run, who) as ledger:
+def _enter(run: Run, identity: dict[str, str]) -> None:
+    with open_ledger(run, identity) as ledger:
         recorded.enter(ledger, Path(run.config.target.path))
 
 
@@ -69,6 +80,7 @@ def read_together(
 
 def ask_together(
     run: Run,
+    target: Target,
     ask: Callable[[], Query],
     images: np.ndarray,
     purpose: str,
@@ -80,8 +92,8 @@ def ask_together(
     the ledger does. One that is elsewhere is asked by the first process alone. `on_progress` is
     called in all of them after each batch.
     """
-    who, keys = identity(run), run.config.target
-    elsewhere = keys.kind in outside.KINDS
+    who, keys = target.identity, run.config.target
+    elsewhere = target.path is None
     size = keys.batch_size if elsewhere else BATCH
 
     def unanswered() -> list[int]:
@@ -120,31 +132,49 @@ def ask_together(
             on_progress(min(start + size, len(rows)), len(rows))
 
 
-def read_answers(run: Run, keys: list[bytes], access: str) -> np.ndarray:
-    """The answers to images by their keys, f32[n, N], in every process."""
-    who = identity(run)
+class Answers(NamedTuple):
+    """Answers to everything that was asked about: the keys by which the ledger gives them."""
+
+    identity: dict[str, str]  # of the target
+    ids: np.ndarray  # i64[n], the pool's images, ascending
+    train: np.ndarray  # uint8[n, 32], their keys
+    report: np.ndarray  # uint8[m, 32], keys of the evaluation images
+    top1: float  # the target's accuracy on these, in per cent
+    top5: float
+
+    def of_pool(self, ids: np.ndarray) -> list[bytes]:
+        """Keys of some images of the pool."""
+        return [row.tobytes() for row in self.train[np.searchsorted(self.ids, ids)]]
+
+    def of_evaluation(self) -> list[bytes]:
+        """Keys of the evaluation images."""
+        return [row.tobytes() for row in self.report]
+
+
+def read_answers(run: Run, identity: dict[str, str], keys: list[bytes], access: str) -> np.ndarray:
+    """Answers to images by their keys, f32[n, N], in every process."""
 
     def read() -> np.ndarray:
-        with open_ledger(run, who) as ledger:
+        with open_ledger(run, identity) as ledger:
             return ledger.read_keys(keys, access)
 
     return from_first(read)
 
 
-def read_scores(run: Run, keys: list[bytes]) -> np.ndarray:
+def read_scores(run: Run, identity: dict[str, str], keys: list[bytes]) -> np.ndarray:
     """All that the target shows of images by their keys, f32[n, N], as unnormalised
     log-probabilities."""
     access = run.config.target.access
-    return as_logits(read_answers(run, keys, access), access)
+    return as_logits(read_answers(run, identity, keys, access), access)
 
 
 def shows(run: Run) -> dict:
-    """What `read_scores` depends on beside the target, as a stage's inputs."""
+    """Inputs of a stage that calls `read_scores`, beside the target."""
     access = run.config.target.access
     return {"shows": access} if access != "logits" else {}
 
 
-def afford(run: Run, source: Source, ids: np.ndarray) -> None:
+def afford(run: Run, target: Target, source: Source, ids: np.ndarray) -> None:
     """Raise BudgetSpent, in every process, if these images together are more than the budget has
     left.
 
@@ -152,13 +182,12 @@ def afford(run: Run, source: Source, ids: np.ndarray) -> None:
     """
     if run.config.budget is None:
         return  # the images need not be read
-    who = identity(run)
     digests = {
         digest for images in read_together(source.shown, ids) for digest in pixel_digests(images)
     }
 
     def refusal() -> str:
-        with open_ledger(run, who) as ledger:
+        with open_ledger(run, target.identity) as ledger:
             try:
                 ledger.check_budget(digests)
             except BudgetSpent as error:

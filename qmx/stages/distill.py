@@ -1,79 +1,92 @@
-"""Students, trained on the ledger's answers."""
+"""Students, trained on the ledger's answers. The target is not here."""
 
 import time
-import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import softmax
 
 from qmx import trainers
 from qmx.checkpoint import save_weights
+from qmx.data import Source
 from qmx.data.sources import Beside, take
 from qmx.grid import Cell, recipe_name, recipe_of
 from qmx.ledger.access import as_logits
 from qmx.methods import distill as distillation
 from qmx.methods import fixmatch
 from qmx.selection.propagate import propagate
-from qmx.stages.answers import read_answers
-from qmx.stages.features import features
-from qmx.stages.pretrain import pretrain, read_encoder
-from qmx.stages.query import pool_keys, query
-from qmx.stages.run import Run, plain, root_key
-from qmx.stages.select import selection
-from qmx.stages.target import Labels, identity
+from qmx.stages.answers import Answers, read_answers
+from qmx.stages.features import Features
+from qmx.stages.pretrain import Pretrained, read_encoder
+from qmx.stages.run import Run, needed, plain, root_key
+from qmx.stages.select import Selection
+from qmx.stages.target import Labels
 from qmx.training import train
+from qmx.workdir import NotDone
 
 
-def distill(run: Run, cell: Cell, todo: list[Cell]) -> dict:
-    """Train a fresh student on the answers in the ledger. The target is not here."""
-    keys, view, student = recipe_of(run.config, cell), run.config.weak_view, run.config.student
-    seen, pool = trainers.look(run.data), run.data.pool
-    start = pretrain(run, cell.init, cell.seed)["sha256"] if cell.init != "none" else "none"
-    ids = selection(run, cell)
-    method = fixmatch if cell.use == "fixmatch" else distillation
-    self_keys, strong_view = run.config.fixmatch, run.config.strong_view
+class Student(NamedTuple):
+    """A trained student in a file."""
+
+    path: Path
+    sha256: str
+    seconds: float  # of its training
+    recipe: str
+
+
+def distill(
+    run: Run,
+    cell: Cell,
+    encoder: Pretrained | NotDone | None,
+    features: Features | NotDone | None,
+    selection: Selection | NotDone,
+    answers: Answers | NotDone,
+) -> Student:
+    """Train a fresh student of a cell.
+
+    Args:
+      encoder: that it starts from; None for a start from nothing.
+      features: of that encoder, by which answers are spread where the cell's use is "pool".
+      answers: not read by a recipe that learns from labels.
+    """
+    config, keys = run.config, recipe_of(run.config, cell)
+    encoder = needed(encoder) if encoder else None
+    selection = needed(selection)
+    inputs = {
+        "pool": run.data.pool_digest,
+        # By its name, without the share: 71 of 1,437 images are the same student as 5 %.
+        "cell": cell.name,
+        "distill": plain(keys),
+        "weak_view": plain(config.weak_view),
+        "student": plain(config.student),
+        "encoder": encoder.sha256 if encoder else "none",
+        "images": selection.crc32,
+    }
+    if keys.learn_from != "labels":
+        inputs |= needed(answers).identity
+    if cell.use == "pool":
+        inputs["propagation"] = plain(config.propagation)
+    if cell.use == "fixmatch":
+        inputs["fixmatch"] = plain(config.fixmatch)
+        inputs["strong_view"] = plain(config.strong_view)
 
     def work(directory: Path) -> dict:
-        scores: Any
-        if keys.learn_from == "labels":
-            scores = Labels(pool.labels[ids], run.data.classes)
-        else:
-            query(run, todo)
-            scores = as_logits(read_answers(run, pool_keys(run, ids), cell.access), cell.access)
-        source = take(pool, ids, scores=scores)
-        if cell.use == "pool":
-            known = softmax(scores[np.arange(len(ids))], axis=1)
-            rows = propagate(
-                features(run, cell.init, cell.seed), ids, known, **run.config.propagation
-            )
-            source = take(pool, np.arange(pool.size), scores=as_logits(rows, "probs"))
-        if cell.use == "fixmatch":
-            source = source._replace(beside=Beside(pool, self_keys.mu))
-            steps = trainers.fixmatch_steps(keys, self_keys, len(ids), pool.size)
-            trainer = trainers.self_labeller(
-                keys, self_keys, student.arch, student.dtype, view, strong_view, seen, steps
-            )
-        else:
-            steps = trainers.distill_steps(keys, source.size)
-            trainer = trainers.distiller(keys, student.arch, student.dtype, view, seen, steps)
-        # One key whatever it starts from: the same head, the same views.
-        rng = root_key(cell.seed, "student")
+        source = transfer_set(run, cell, features, selection, answers)
+        method = fixmatch if cell.use == "fixmatch" else distillation
+        trainer, steps = _trainer(run, cell, source)
+        rng = root_key(
+            cell.seed, "student"
+        )  # one key whatever it starts from: the same head and views
         ts = trainer.init(rng)
-        if cell.init != "none":
-            params, state = method.start_from(
-                ts.params, ts.state, read_encoder(run, cell.init, cell.seed)
-            )
+        if encoder:
+            params, state = method.start_from(ts.params, ts.state, read_encoder(run, encoder))
             ts = ts._replace(params=params, state=state)
-        name = (
-            f"distill {cell.init} {cell.queries} {cell.select} {cell.access} {cell.use} seed"
-            f" {cell.seed}"
-        )
         began = time.monotonic()
         ts = train(
             directory,
-            name,
+            f"distill {cell.init} {cell.queries} {cell.select} {cell.access} {cell.use} seed"
+            f" {cell.seed}",
             trainer.step,
             ts,
             rng,
@@ -91,23 +104,47 @@ def distill(run: Run, cell: Cell, todo: list[Cell]) -> dict:
         return {
             "sha256": digest,
             "seconds": time.monotonic() - began,
-            "recipe": recipe_name(run.config, cell) or "distill",
+            "recipe": recipe_name(config, cell) or "distill",
         }
 
-    # By its name, without the share: 71 of 1,437 images are the same student as 5 %.
-    inputs = {
-        "cell": cell.name,
-        "distill": plain(keys),
-        "weak_view": plain(view),
-        "student": plain(student),
-        "encoder": start,
-        **identity(run),
-        "images": zlib.crc32(ids.tobytes()),
-        **({"propagation": plain(run.config.propagation)} if cell.use == "pool" else {}),
-        **(
-            {"fixmatch": plain(self_keys), "strong_view": plain(strong_view)}
-            if cell.use == "fixmatch"
-            else {}
-        ),
-    }
-    return run.stage("distill", cell.name, inputs, work)
+    result = run.stage("distill", cell.name, inputs, work)
+    return Student(run.workdir / "distill" / cell.name / "student.safetensors", **result)
+
+
+def transfer_set(
+    run: Run,
+    cell: Cell,
+    features: Features | NotDone | None,
+    selection: Selection,
+    answers: Answers | NotDone,
+) -> Source:
+    """The images that a student sees, with "scores" beside them."""
+    pool, ids = run.data.pool, selection.ids
+    scores: Any
+    if recipe_of(run.config, cell).learn_from == "labels":
+        scores = Labels(pool.labels[ids], run.data.classes)
+    else:
+        answers = needed(answers)
+        keys = answers.of_pool(ids)
+        scores = as_logits(read_answers(run, answers.identity, keys, cell.access), cell.access)
+    if cell.use == "pool" and features is not None:
+        known = softmax(scores[np.arange(len(ids))], axis=1)
+        rows = propagate(needed(features).read(), ids, known, **run.config.propagation)
+        return take(pool, np.arange(pool.size), scores=as_logits(rows, "probs"))
+    source = take(pool, ids, scores=scores)
+    if cell.use == "fixmatch":
+        return source._replace(beside=Beside(pool, run.config.fixmatch.mu))
+    return source
+
+
+def _trainer(run: Run, cell: Cell, source: Source) -> tuple[trainers.Trainer, int]:
+    """The trainer of a cell, and its steps."""
+    config, keys, facts = run.config, recipe_of(run.config, cell), trainers.look(run.data)
+    arch, dtype = config.student.arch, config.student.dtype
+    if cell.use == "fixmatch":
+        own, pool = config.fixmatch, run.data.pool.size
+        steps = trainers.fixmatch_steps(keys, own, source.size, pool)
+        views = config.weak_view, config.strong_view
+        return trainers.self_labeller(keys, own, arch, dtype, *views, facts, steps), steps
+    steps = trainers.distill_steps(keys, source.size)
+    return trainers.distiller(keys, arch, dtype, config.weak_view, facts, steps), steps

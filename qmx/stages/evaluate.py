@@ -1,48 +1,42 @@
-"""A cell's row of the table: its student compared with the target."""
+"""A cell's row of the table: its student compared with the target's answers."""
 
 from pathlib import Path
 
 from qmx import trainers
 from qmx.grid import Cell, recipe_of
 from qmx.metrics import compare
-from qmx.stages.answers import read_scores, shows
-from qmx.stages.distill import distill
-from qmx.stages.query import evaluation_keys, query
+from qmx.stages.answers import Answers, read_scores, shows
+from qmx.stages.distill import Student
 from qmx.stages.rounds import asked_to_choose
-from qmx.stages.run import Run, outputs, read_weights
-from qmx.stages.target import identity
+from qmx.stages.run import Run, needed, outputs, read_weights
+from qmx.workdir import NotDone
 
 
-def evaluate(run: Run, cell: Cell, todo: list[Cell]) -> dict:
-    """A cell's row of the table, from its last step (never the best one)."""
-    made, student = distill(run, cell, todo), run.config.student
-    chose = asked_to_choose(run.config, cell)
-    seen, keys, evaluation = (
-        trainers.look(run.data),
-        recipe_of(run.config, cell),
-        run.data.evaluation,
-    )
+def evaluate(run: Run, cell: Cell, student: Student | NotDone, answers: Answers | NotDone) -> dict:
+    """A cell's row, from its last step (never the best one)."""
+    student, answers = needed(student), needed(answers)
+    chose, evaluation = asked_to_choose(run.config, cell), run.data.evaluation
 
     def work(_: Path) -> dict:
-        network = trainers.classifier(
-            student.arch, trainers.evaluated_in(student.dtype), seen, standardize=keys.standardize
-        )
-        weights = read_weights(run, network, f"distill/{cell.name}/student.safetensors")
+        keys, standardize = run.config.student, recipe_of(run.config, cell).standardize
+        dtype, facts = trainers.evaluated_in(keys.dtype), trainers.look(run.data)
+        network = trainers.classifier(keys.arch, dtype, facts, standardize=standardize)
+        weights = read_weights(run, network, student.path)
         scores = outputs(run, f"evaluate {cell.name}", network, weights, evaluation)
-        query(run, todo)
-        answers = read_scores(run, evaluation_keys(run))
-        queries = {"train": cell.queries - chose, "select": chose, "report": len(answers)}
+        target = read_scores(run, answers.identity, answers.of_evaluation())
+        queries = {"train": cell.queries - chose, "select": chose, "report": len(target)}
         return {
             "queries": queries,
             "calls": sum(queries.values()),
-            **compare(scores, answers, evaluation.labels),
-            "seconds": made["seconds"],
-            "recipe": made["recipe"],
+            **compare(scores, target, evaluation.labels),
+            "seconds": student.seconds,
+            "recipe": student.recipe,
         }
 
     inputs = {
-        "student": made["sha256"],
-        **identity(run),
+        "evaluation": run.data.evaluation_digest,
+        "student": student.sha256,
+        **answers.identity,
         **({"select": chose} if chose else {}),
         **shows(run),
     }

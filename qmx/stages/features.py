@@ -1,35 +1,46 @@
-"""An encoder's features of the whole pool, by which is chosen."""
+"""Features of an encoder for the whole pool, by which is chosen what to ask."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from qmx import trainers
 from qmx.selection.by_features import unit
 from qmx.sharding import first
-from qmx.stages.pretrain import backbone, pretrain, read_encoder
-from qmx.stages.run import Run, outputs
-from qmx.workdir import write_arrays
+from qmx.stages.pretrain import Pretrained, backbone, read_encoder
+from qmx.stages.run import Run, needed, outputs
+from qmx.workdir import NotDone, read_arrays, write_arrays
 
 
-def features(run: Run, init: str, seed: int) -> np.ndarray:
-    """An encoder's features of the whole pool, with unit rows, f32[n, D]; by them it is chosen what
-    to ask."""
-    name = f"{init}-seed{seed}"
+class Features(NamedTuple):
+    """Features of the pool in a file."""
+
+    encoder: Pretrained
+    path: Path
+
+    def read(self) -> np.ndarray:
+        """f32[n, D], unit rows."""
+        return read_arrays(self.path)["features"]
+
+
+def features(run: Run, encoder: Pretrained | NotDone) -> Features:
+    """An encoder's features of every image of the pool."""
+    encoder = needed(encoder)
     inputs = {
-        "encoder": pretrain(run, init, seed)["sha256"],
+        "pool": run.data.pool_digest,
+        "encoder": encoder.sha256,
         "dtype": trainers.evaluated_in(run.config.student.dtype),
     }
 
     def work(directory: Path) -> dict:
-        encoder = read_encoder(run, init, seed)
-        rows = unit(outputs(run, f"features of {name}", backbone(run), encoder, run.data.pool))
+        variables = read_encoder(run, encoder)
+        name = f"features of {encoder.name}"
+        rows = unit(outputs(run, name, backbone(run), variables, run.data.pool))
         if first():
             write_arrays(directory / "features.npz", features=rows.astype(np.float32))
         return {"images": len(rows), "dimension": rows.shape[1]}
 
-    run.stage("select", f"features-{name}", inputs, work)
-    with np.load(
-        run.workdir / "select" / f"features-{name}" / "features.npz", allow_pickle=False
-    ) as file:
-        return file["features"]
+    name = f"features-{encoder.name}"
+    run.stage("select", name, inputs, work)
+    return Features(encoder, run.workdir / "select" / name / "features.npz")

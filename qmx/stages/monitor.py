@@ -11,47 +11,41 @@ from qmx.data.sources import take
 from qmx.methods import linear
 from qmx.metrics import held_out, held_out_knn, top_k
 from qmx.sharding import put_state
-from qmx.stages.pretrain import backbone, pretrain, read_encoder
-from qmx.stages.run import Run, outputs, plain, root_key
+from qmx.stages.pretrain import Pretrained, backbone, read_encoder
+from qmx.stages.run import Run, needed, outputs, plain, root_key
 from qmx.stages.target import Labels
 from qmx.training import train
+from qmx.workdir import NotDone
 
 
-def monitor(run: Run, init: str, seed: int) -> dict:
+def monitor(run: Run, encoder: Pretrained | NotDone) -> dict:
     """How good an encoder's features are beside a random network's, on a held-out part of the
     pool."""
-    made = pretrain(run, init, seed)
-    keys, student, name = run.config.monitor, run.config.student, f"{init}-seed{seed}"
+    encoder = needed(encoder)
+    keys, student, seed = run.config.monitor, run.config.student, encoder.seed
     arch, dtype = student.arch, trainers.evaluated_in(student.dtype)
     neighbours = {"knn_k": keys.knn_k, "knn_temperature": keys.knn_temperature}
 
     def look_at_random(_: Path) -> dict:
-        random = trainers.random_backbone(arch, dtype, trainers.look(run.data))(
-            root_key(seed, "random")
-        )
-        return {
-            "knn_top1": knn_top1(run, f"a random network, seed {seed}", put_state(Encoder(*random)))
-        }
+        random = trainers.random_backbone(arch, dtype, trainers.look(run.data))
+        variables = put_state(Encoder(*random(root_key(seed, "random"))))
+        return {"knn_top1": knn_top1(run, f"a random network, seed {seed}", variables)}
 
     def look(directory: Path) -> dict:
-        encoder = read_encoder(run, init, seed)
-        found = {"knn_top1": knn_top1(run, name, encoder)}
+        variables = read_encoder(run, encoder)
+        result = {"knn_top1": knn_top1(run, encoder.name, variables)}
         if keys.linear:
-            found["linear_top1"] = linear_top1(run, encoder, directory, name, seed)
-        return found
+            result["linear_top1"] = linear_top1(run, variables, directory, encoder)
+        return result
 
     # The random network is the same whatever the encoder: once a seed.
-    same = {"arch": arch, "dtype": dtype, "monitor": neighbours}
-    random = run.stage("monitor", f"random-seed{seed}", same, look_at_random)
-    probe = (
-        {"probe": plain(keys.probe), "weak_view": plain(run.config.weak_view)}
-        if keys.linear
-        else {}
-    )
-    found = run.stage(
-        "monitor", name, {"encoder": made["sha256"], "monitor": neighbours, **probe}, look
-    )
-    return {**neighbours, **found, "knn_top1_random": random["knn_top1"]}
+    shared = {"pool": run.data.pool_digest, "arch": arch, "dtype": dtype, "monitor": neighbours}
+    random = run.stage("monitor", f"random-seed{seed}", shared, look_at_random)
+    inputs = {"pool": run.data.pool_digest, "encoder": encoder.sha256, "monitor": neighbours}
+    if keys.linear:
+        inputs |= {"probe": plain(keys.probe), "weak_view": plain(run.config.weak_view)}
+    result = run.stage("monitor", encoder.name, inputs, look)
+    return {**neighbours, **result, "knn_top1_random": random["knn_top1"]}
 
 
 def knn_top1(run: Run, name: str, encoder: Encoder) -> float:
@@ -61,7 +55,7 @@ def knn_top1(run: Run, name: str, encoder: Encoder) -> float:
     return held_out_knn(features, pool.labels, keys.knn_k, keys.knn_temperature)
 
 
-def linear_top1(run: Run, encoder: Encoder, directory: Path, name: str, seed: int) -> float:
+def linear_top1(run: Run, variables: Encoder, directory: Path, encoder: Pretrained) -> float:
     """Accuracy in per cent of a linear classifier on frozen features, after its last step."""
     keys, pool, seen = run.config.monitor.probe, run.data.pool, trainers.look(run.data)
     arch, dtype = run.config.student.arch, trainers.evaluated_in(run.config.student.dtype)
@@ -69,31 +63,31 @@ def linear_top1(run: Run, encoder: Encoder, directory: Path, name: str, seed: in
     learn = np.flatnonzero(~asking)
     steps = trainers.distill_steps(keys, len(learn))
     trainer = trainers.prober(keys, arch, dtype, run.config.weak_view, seen, steps)
-    rng = root_key(seed, "probe")
+    rng = root_key(encoder.seed, "probe")
     ts = trainer.init(rng)
-    ts = ts._replace(state=linear.start_from(ts.state, encoder))
+    ts = ts._replace(state=linear.start_from(ts.state, variables))
     source = take(pool, learn, scores=Labels(pool.labels[learn], run.data.classes))
     ts = train(
         directory,
-        f"linear probe of {name}",
+        f"linear probe of {encoder.name}",
         trainer.step,
         ts,
         rng,
         source,
         batch_size=keys.batch_size,
         steps=steps,
-        seed=seed,
+        seed=encoder.seed,
         drop_last=False,
         save_seconds=run.save_seconds,
         stopped=run.stopped,
     )
     classifier = trainers.classifier(arch, dtype, seen)
-    variables = Encoder(
-        {"backbone": encoder.params, "head": ts.params["head"]},
-        {"backbone": encoder.stats, "head": ts.state["head"]},
+    whole = Encoder(
+        {"backbone": variables.params, "head": ts.params["head"]},
+        {"backbone": variables.stats, "head": ts.state["head"]},
     )
     held = take(pool, np.flatnonzero(asking))
     scores = outputs(
-        run, f"probing {name}", classifier, jax.tree.map(jax.numpy.asarray, variables), held
+        run, f"probing {encoder.name}", classifier, jax.tree.map(jax.numpy.asarray, whole), held
     )
     return top_k(scores, held.labels, 1)

@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from qmx import trainers
 from qmx.checkpoint import file_digest, save_weights
@@ -15,30 +15,45 @@ from qmx.stages.target import check_channels
 from qmx.training import train
 
 
-def pretrain(run: Run, init: str, seed: int) -> dict:
+class Pretrained(NamedTuple):
+    """An encoder in a file."""
+
+    init: str
+    seed: int
+    path: Path
+    sha256: str
+    facts: dict[
+        str, Any
+    ]  # for the report: its digest, seconds, and epochs or the file it came from
+
+    @property
+    def name(self) -> str:
+        return f"{self.init}-seed{self.seed}"
+
+
+def pretrain(run: Run, init: str, seed: int) -> Pretrained:
     """An encoder: trained without labels, or converted from the weights that the config names."""
     keys, student = run.config.pretrain[init], run.config.student
+    name = f"{init}-seed{seed}"
     if keys.path:
-        inputs = {"arch": student.arch, "file": file_digest(keys.path)}
-        return run.stage(
-            "pretrain",
-            f"{init}-seed{seed}",
-            inputs,
-            lambda directory: _convert(run, init, directory),
+        inputs = {"arch": student.arch, "file": file_digest(keys.path), "shape": run.data.shape}
+        result = run.stage(
+            "pretrain", name, inputs, lambda directory: _convert(run, init, directory)
         )
-    view = view_of(init)
-    inputs = {
-        "seed": seed,
-        "pretrain": {init: plain(keys)},
-        view: plain(run.config[view]),
-        "student": plain(student),
-    }
-    return run.stage(
-        "pretrain",
-        f"{init}-seed{seed}",
-        inputs,
-        lambda directory: _pretrain(run, init, seed, directory),
-    )
+    else:
+        view = view_of(init)
+        inputs = {
+            "pool": run.data.pool_digest,
+            "seed": seed,
+            "pretrain": {init: plain(keys)},
+            view: plain(run.config[view]),
+            "student": plain(student),
+        }
+        result = run.stage(
+            "pretrain", name, inputs, lambda directory: _pretrain(run, init, seed, directory)
+        )
+    path = run.workdir / "pretrain" / name / "encoder.safetensors"
+    return Pretrained(init, seed, path, result["sha256"], result)
 
 
 def view_of(init: str) -> str:
@@ -104,6 +119,6 @@ def backbone(run: Run) -> Network:
     )
 
 
-def read_encoder(run: Run, init: str, seed: int) -> Encoder:
-    """The encoder that `pretrain` left."""
-    return read_weights(run, backbone(run), f"pretrain/{init}-seed{seed}/encoder.safetensors")
+def read_encoder(run: Run, encoder: Pretrained) -> Encoder:
+    """Variables of an encoder, on the devices."""
+    return read_weights(run, backbone(run), encoder.path)

@@ -2,6 +2,7 @@
 
 import json
 import zlib
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,40 +10,41 @@ from typing import Any
 import numpy as np
 
 from qmx.data import Dataset
-from qmx.grid import Cell, budget_keys, cells
+from qmx.grid import budget_keys, cells
 from qmx.ledger import BudgetSpent, Ledger
 from qmx.metrics import top_k
 from qmx.progress import say
 from qmx.sharding import first
-from qmx.stages.answers import ask_about, read_scores, shows
-from qmx.stages.run import Run
-from qmx.stages.select import chosen_up_front, selection
-from qmx.stages.target import identity, target_query
-from qmx.workdir import write_arrays
+from qmx.stages.answers import Answers, ask_about, read_scores, shows
+from qmx.stages.run import Run, needed
+from qmx.stages.select import Selection, chosen_up_front
+from qmx.stages.target import Target, target_query
+from qmx.workdir import NotDone, read_arrays, write_arrays
 
 
-def query(run: Run, todo: list[Cell]) -> dict:
+def query(run: Run, target: Target | NotDone, selections: Iterable[Selection | NotDone]) -> Answers:
     """Ask the target about the evaluation images, and about every image that some cell learns from.
 
     Those whose answers chose others were asked about before, and stay "select" in the ledger's
-    account. Leaves the keys of all these images in the ledger, by which the later stages read the
-    answers.
+    account.
     """
-    ids = np.unique(np.concatenate([selection(run, cell) for cell in todo]))
+    target = needed(target)
+    ids = np.unique(np.concatenate([needed(selection).ids for selection in selections]))
     evaluation = run.data.evaluation
 
     def work(directory: Path) -> dict:
         refuse_beyond(run.config, len(ids), run.workdir)
         keys: dict[str, list[bytes]] = {}
-        ask = cache(lambda: target_query(run))
+        ask = cache(lambda: target_query(run, target))
         for purpose, source, wanted in (
             ("report", evaluation, np.arange(evaluation.size)),
             ("train", run.data.pool, ids),
         ):
-            keys[purpose] = ask_about(run, ask, source, wanted, purpose, f"query for {purpose}")
+            name = f"query for {purpose}"
+            keys[purpose] = ask_about(run, target, ask, source, wanted, purpose, name)
             if purpose == "report":
-                answers = read_scores(run, keys["report"])
-                measured = {f"top{k}": top_k(answers, evaluation.labels, k) for k in (1, 5)}
+                scores = read_scores(run, target.identity, keys["report"])
+                measured = {f"top{k}": top_k(scores, evaluation.labels, k) for k in (1, 5)}
                 if warning := unexpected(run.config.target.expect, measured, evaluation.size):
                     say(f"warning: {warning}")
         both = len(set(keys["report"]) & set(keys["train"]))
@@ -52,17 +54,24 @@ def query(run: Run, todo: list[Cell]) -> dict:
                 " which flatters every figure; remove them from one side"
             )
         rows = {
-            name: np.frombuffer(b"".join(found), np.uint8).reshape(-1, 32)
-            for name, found in keys.items()
+            name: np.frombuffer(b"".join(some), np.uint8).reshape(-1, 32)
+            for name, some in keys.items()
         }
         if first():
-            write_arrays(
-                directory / "keys.npz", ids=ids, train=rows["train"], report=rows["report"]
-            )
+            path = directory / "keys.npz"
+            write_arrays(path, ids=ids, train=rows["train"], report=rows["report"])
         return {"images": len(ids), **measured}
 
-    inputs = {**identity(run), "images": zlib.crc32(ids.tobytes()), **shows(run)}
-    return run.stage("query", ".", inputs, work)
+    inputs = {
+        "pool": run.data.pool_digest,
+        "evaluation": run.data.evaluation_digest,
+        **target.identity,
+        "images": zlib.crc32(ids.tobytes()),
+        **shows(run),
+    }
+    result = run.stage("query", ".", inputs, work)
+    rows = read_arrays(run.workdir / "query" / "keys.npz")
+    return Answers(target.identity, **rows, top1=result["top1"], top5=result["top5"])
 
 
 def unexpected(expect: tuple[float, ...], measured: dict[str, float], size: int) -> str | None:
@@ -79,19 +88,6 @@ def unexpected(expect: tuple[float, ...], measured: dict[str, float], size: int)
                 " resnext101_32x16d_swsl)"
             )
     return None
-
-
-def pool_keys(run: Run, ids: np.ndarray) -> list[bytes]:
-    """The ledger's keys of pool images that were asked about."""
-    with np.load(run.workdir / "query/keys.npz", allow_pickle=False) as file:
-        rows = file["train"][np.searchsorted(file["ids"], ids)]
-    return [row.tobytes() for row in rows]
-
-
-def evaluation_keys(run: Run) -> list[bytes]:
-    """The ledger's keys of the evaluation images."""
-    with np.load(run.workdir / "query/keys.npz", allow_pickle=False) as file:
-        return [row.tobytes() for row in file["report"]]
 
 
 def check_budget(config: Any, directory: Path, data: Dataset) -> None:

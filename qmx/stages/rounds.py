@@ -15,13 +15,12 @@ from qmx.selection.orders import random_order
 from qmx.selection.propagate import propagate
 from qmx.sharding import from_first
 from qmx.stages.answers import afford, ask_about, read_answers
-from qmx.stages.features import features
-from qmx.stages.pretrain import pretrain
+from qmx.stages.features import Features
 from qmx.stages.run import Run, plain
-from qmx.stages.target import identity, target_query
+from qmx.stages.target import Target, target_query
 
 
-def in_rounds(run: Run, cell: Cell) -> np.ndarray:
+def in_rounds(run: Run, cell: Cell, features: Features, target: Target) -> np.ndarray:
     """The images of a cell whose way is one of `BY_ANSWERS`, i64[queries], in the order of asking.
 
     The first share of them is drawn at random: by the order of the selection "random", so that both
@@ -44,8 +43,8 @@ def in_rounds(run: Run, cell: Cell) -> np.ndarray:
       BudgetSpent: a share is more than the ledger's budget has left; nothing of it was asked.
     """
     pool, way = run.data.pool, BY_ANSWERS[cell.select]
-    rows = features(run, cell.init, cell.seed)
-    ask = cache(lambda: target_query(run))
+    rows = features.read()
+    ask = cache(lambda: target_query(run, target))
     first, *later = shares(cell.queries, run.config.rounds)
     ids, keys = random_order(pool.size, cell.seed)[:first], list[bytes]()
     say(
@@ -54,9 +53,10 @@ def in_rounds(run: Run, cell: Cell) -> np.ndarray:
     )
     for number, share in enumerate(later):
         new = ids[len(keys) :]
-        afford(run, pool, new)
+        afford(run, target, pool, new)
         keys += ask_about(
             run,
+            target,
             ask,
             pool,
             new,
@@ -64,19 +64,19 @@ def in_rounds(run: Run, cell: Cell) -> np.ndarray:
             f"query to select, {cell.init} {cell.select} {cell.access} "
             f"{cell.queries} seed {cell.seed}, round {number}",
         )
-        known = softmax(as_logits(read_answers(run, keys, cell.access), cell.access), axis=1)
+        known = softmax(
+            as_logits(read_answers(run, target.identity, keys, cell.access), cell.access), axis=1
+        )
         spread = propagate(rows, ids, known, **run.config.propagation)
         # In one process: another machine's sums may round another way, and choose others.
         ids = np.concatenate([ids, from_first(partial(way, spread, ids, share))])
     return ids
 
 
-def inputs_of(run: Run, cell: Cell) -> dict:
-    """What the choice of `in_rounds` depends on beside the cell's seed and budget, as a stage's
-    inputs."""
+def inputs_of(run: Run, cell: Cell, target: Target) -> dict:
+    """Inputs of the choice of `in_rounds`, beside the encoder, the seed and the budget."""
     return {
-        "encoder": pretrain(run, cell.init, cell.seed)["sha256"],
-        **identity(run),
+        **target.identity,
         "access": cell.access,
         "rounds": run.config.rounds,
         "propagation": plain(run.config.propagation),

@@ -1,11 +1,10 @@
-"""What all stages share: the call of the program that they belong to, and reading what they
-left."""
+"""The call of the program that all stages belong to, and the artefacts that they hand on."""
 
 import json
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -19,6 +18,9 @@ from qmx.inference import ids_here, predict_batches
 from qmx.progress import progress, say
 from qmx.sharding import any_process, put_state
 from qmx.train import Stopped
+from qmx.workdir import NotDone
+
+T = TypeVar("T")
 
 
 class Run(NamedTuple):
@@ -32,7 +34,7 @@ class Run(NamedTuple):
     made: list[str]  # what this call did and did not find done
 
     def stage(self, kind: str, name: str, inputs: dict, work: Callable[[Path], dict]) -> dict:
-        """The result of a stage, done now if it is this call's to do; see `qmx.workdir.stage`."""
+        """Result of a stage, done now if it is this call's to do; see `qmx.workdir.stage`."""
         directory = self.workdir / kind / name
 
         def run() -> dict:
@@ -48,7 +50,7 @@ class Run(NamedTuple):
         refuse = None
         if self.only not in ("all", kind):
             refuse = f"--stage={self.only} needs {directory}, which --stage={kind} makes"
-        return workdir.stage(directory, {"data": self.data.digest, **inputs}, run, say, refuse)
+        return workdir.stage(directory, inputs, run, say, refuse)
 
     @property
     def save_seconds(self) -> float:
@@ -61,11 +63,26 @@ class Run(NamedTuple):
             raise Stopped(f"{name} stopped after {min(done, total)} of {total} images")
 
 
-def read_weights(run: Run, network: Network, path: str) -> Encoder:
-    """A network's weights from the workdir onto the devices."""
-    return put_state(
-        load_weights(run.workdir / path, trainers.variables(network, trainers.look(run.data)))
-    )
+def handed_on(run: Run, stage: Callable[..., T], *artefacts: Any) -> T | NotDone:
+    """Artefact of a stage; where it is missing and not this call's to make, the reason."""
+    try:
+        return stage(run, *artefacts)
+    except NotDone as reason:
+        if run.only == stage.__name__:
+            raise
+        return reason
+
+
+def needed(artefact: T | NotDone) -> T:
+    """An artefact that a stage cannot do without; raises the reason that stands in its place."""
+    if isinstance(artefact, NotDone):
+        raise artefact
+    return artefact
+
+
+def read_weights(run: Run, network: Network, path: Path) -> Encoder:
+    """Weights of a network from a file of the workdir onto the devices."""
+    return put_state(load_weights(path, trainers.variables(network, trainers.look(run.data))))
 
 
 def outputs(

@@ -1,8 +1,8 @@
-"""Selection: which images of the pool the target is asked about."""
+"""Selection: the images of the pool that the target is asked about."""
 
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,54 +11,83 @@ from qmx.grid import Cell, cells
 from qmx.progress import say
 from qmx.selection.by_answers import BY_ANSWERS
 from qmx.selection.by_features import BY_FEATURES
-from qmx.selection.select import NEED_FEATURES, select
+from qmx.selection.select import NEED_FEATURES
+from qmx.selection.select import select as in_order
 from qmx.sharding import first, from_first
-from qmx.stages.features import features
-from qmx.stages.pretrain import pretrain
+from qmx.stages.features import Features
 from qmx.stages.rounds import in_rounds, inputs_of
-from qmx.stages.run import Run
-from qmx.workdir import write_arrays
+from qmx.stages.run import Run, needed
+from qmx.stages.target import Target
+from qmx.workdir import NotDone, read_arrays, write_arrays
 
 
-def selection(run: Run, cell: Cell) -> np.ndarray:
-    """The pool's images whose answers a cell learns from, i64[queries].
+class Selection(NamedTuple):
+    """Images of the pool whose answers a cell learns from."""
+
+    ids: np.ndarray  # i64[queries]
+    crc32: int  # of them
+
+
+def select(
+    run: Run, cell: Cell, features: Features | NotDone | None, target: Target | NotDone
+) -> Selection:
+    """The images of a cell.
 
     To choose by answers the target is asked here already, see `qmx.stages.rounds.in_rounds`.
+
+    Args:
+      features: of the cell's encoder; read if its way of choosing needs them.
+      target: read by ways that choose by answers alone.
     """
-    config, budget = run.config, cell.queries
-    inputs = {"select": cell.select, "seed": cell.seed, "budget": budget}
-    name = f"{cell.select}-{budget}-seed{cell.seed}"
-    if cell.select in BY_FEATURES:
+    way, budget, seed = cell.select, cell.queries, cell.seed
+    name, inputs = f"{way}-{budget}-seed{seed}", {"select": way, "seed": seed, "budget": budget}
+    if way in BY_FEATURES:
         name = f"{cell.init}-{name}"
-        inputs["encoder"] = pretrain(run, cell.init, cell.seed)["sha256"]
-    if cell.select in BY_ANSWERS:
-        name = f"{cell.init}-{cell.select}-{cell.access}-{budget}-seed{cell.seed}"
-        inputs |= inputs_of(run, cell)
+    if way in BY_ANSWERS:
+        name = f"{cell.init}-{way}-{cell.access}-{budget}-seed{seed}"
+        inputs |= inputs_of(run, cell, needed(target))
+    if features is not None and way in NEED_FEATURES:
+        inputs["encoder"] = needed(features).encoder.sha256
+    if way == "list":
+        inputs["lists"] = [Path(path).read_text() for path in run.config.lists]
 
     def work(directory: Path) -> dict:
-        if cell.select in BY_FEATURES and budget == run.data.pool.size:
-            ids = np.arange(budget)  # all of them: there is nothing to choose
-        elif cell.select in BY_FEATURES:
-            rows, way = features(run, cell.init, cell.seed), BY_FEATURES[cell.select]
-            say(
-                f"{cell.select} chooses {budget} of {len(rows)} images by the features of"
-                f" {cell.init} seed {cell.seed}"
-            )
-            # In one process: another machine's sums may round another way, and choose others.
-            ids = from_first(lambda: way(rows, budget, np.random.default_rng(cell.seed)))
-        elif cell.select in BY_ANSWERS:
-            ids = in_rounds(run, cell)
-        else:
-            ids = select(cell.select, run.data.pool, budget, cell.seed, config.lists)
+        ids = _choose(run, cell, features, target)
         if first():
             write_arrays(directory / "ids.npz", ids=ids)
         return {"images": budget, "crc32": zlib.crc32(ids.tobytes())}
 
-    if cell.select == "list":
-        inputs["lists"] = [Path(path).read_text() for path in config.lists]
-    run.stage("select", name, inputs, work)
-    with np.load(run.workdir / "select" / name / "ids.npz", allow_pickle=False) as file:
-        return file["ids"]
+    result = run.stage("select", name, {"pool": run.data.pool_digest, **inputs}, work)
+    ids = read_arrays(run.workdir / "select" / name / "ids.npz")["ids"]
+    return Selection(ids, result["crc32"])
+
+
+def _choose(run: Run, cell: Cell, features: Any, target: Any) -> np.ndarray:
+    """The choice itself, i64[queries]."""
+    pool, budget = run.data.pool, cell.queries
+    if cell.select in BY_ANSWERS:
+        return in_rounds(run, cell, needed(features), needed(target))
+    if cell.select not in BY_FEATURES:
+        return in_order(cell.select, pool, budget, cell.seed, run.config.lists)
+    if features is None:
+        return np.arange(budget)  # all of them: there is nothing to choose
+    rows, way = needed(features).read(), BY_FEATURES[cell.select]
+    say(
+        f"{cell.select} chooses {budget} of {len(rows)} images by the features of {cell.init} seed"
+        f" {cell.seed}"
+    )
+    # In one process: another machine's sums may round another way, and choose others.
+    return from_first(lambda: way(rows, budget, np.random.default_rng(cell.seed)))
+
+
+def needs_features(cell: Cell, size: int) -> bool:
+    """True if a cell's images are chosen, or its answers spread, by features of its encoder.
+
+    Args:
+      size: number of the pool's images; where all are asked about, none is chosen by features.
+    """
+    chosen = cell.select in BY_ANSWERS or (cell.select in BY_FEATURES and cell.queries < size)
+    return chosen or cell.use == "pool"
 
 
 def chosen_up_front(config: Any, data: Dataset) -> np.ndarray:
@@ -73,5 +102,5 @@ def chosen_up_front(config: Any, data: Dataset) -> np.ndarray:
         for cell in cells(config, data.pool.size)
         if cell.select not in NEED_FEATURES
     )
-    ids = [select(way, data.pool, budget, seed, config.lists) for way, budget, seed in wanted]
+    ids = [in_order(way, data.pool, budget, seed, config.lists) for way, budget, seed in wanted]
     return np.unique(np.concatenate([*ids, np.zeros(0, np.int64)]))

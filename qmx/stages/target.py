@@ -2,13 +2,13 @@
 it."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from qmx import trainers
 from qmx.checkpoint import file_digest, save_weights
-from qmx.contract import Encoder, Network
+from qmx.contract import Encoder
 from qmx.data import Dataset
 from qmx.data.sources import take
 from qmx.ledger import Ledger
@@ -19,22 +19,41 @@ from qmx.stages.run import Run, plain, read_weights, root_key
 from qmx.targets.query import Query, network_query
 from qmx.training import train
 
-WEIGHTS = "target/target.safetensors"
+
+class Target(NamedTuple):
+    """The target, as the ledger and the later stages know it."""
+
+    name: str  # for people
+    sha256: str  # of its weights, or what stands for them
+    preprocessing: str  # between the pixels sent and the answer; a name for the ledger
+    path: Path | None = None  # of its weights; None where others compute it
+    arch: str = ""
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Names that tell its answers from others, for the ledger and as a stage's inputs."""
+        return {"target": self.sha256, "preprocessing": self.preprocessing}
 
 
-def target(run: Run) -> dict:
-    """The target's name and digest; its weights and network, trained on the pool's labels or
-    converted from PyTorch's, unless it is elsewhere."""
-    keys = run.config.target
+def target(run: Run) -> Target:
+    """The target: trained on the pool's labels, converted from PyTorch's weights, or elsewhere."""
+    keys, data = run.config.target, run.data
     if keys.kind in outside.KINDS:
-        return run.stage(
-            "target", ".", outside.inputs_of(keys), lambda _: outside.describe(keys, run.data)
-        )
+        inputs = {**outside.inputs_of(keys), "shape": data.shape, "classes": data.classes}
+        return Target(**run.stage("target", ".", inputs, lambda _: outside.describe(keys, data)))
     if keys.kind == "torch":
-        inputs = {"arch": keys.arch, "file": file_digest(keys.path)}
-        return run.stage("target", ".", inputs, lambda directory: _convert(run, directory))
-    inputs = {"target": plain(keys), "weak_view": plain(run.config.weak_view)}
-    return run.stage("target", ".", inputs, lambda directory: _train(run, directory))
+        inputs = {"arch": keys.arch, "file": file_digest(keys.path), "classes": data.classes}
+        result = run.stage("target", ".", inputs, lambda directory: _convert(run, directory))
+    else:
+        inputs = {
+            "pool": data.pool_digest,
+            "target": plain(keys),
+            "weak_view": plain(run.config.weak_view),
+        }
+        result = run.stage("target", ".", inputs, lambda directory: _train(run, directory))
+    preprocessing = f"mean {data.mean}, std {data.std}, {keys.precision}"
+    path = run.workdir / "target" / "target.safetensors"
+    return Target(**result, preprocessing=preprocessing, path=path)
 
 
 def _train(run: Run, directory: Path) -> dict:
@@ -117,36 +136,20 @@ class Labels:
         return one_hot_logits(self.labels[rows], self.classes)
 
 
-def target_query(run: Run) -> Query:
+def target_query(run: Run, target: Target) -> Query:
     """The query function around the target's weights, or around what is elsewhere."""
-    made, keys, seen = target(run), run.config.target, trainers.look(run.data)
-    if keys.kind in outside.KINDS:
-        return outside.query_of(keys, run.data, made["sha256"])
-    network: Network = trainers.classifier(
-        made["arch"], trainers.evaluated_in(keys.precision), seen
-    )
-    weights = read_weights(run, network, WEIGHTS)
-    folded, weights = trainers.for_inference(made["arch"], keys.precision, seen, weights)
-    return network_query(folded, *weights, trainers.evaluation_view(seen), precision=keys.precision)
+    keys, facts = run.config.target, trainers.look(run.data)
+    if target.path is None:
+        return outside.query_of(keys, run.data, target.sha256)
+    network = trainers.classifier(target.arch, trainers.evaluated_in(keys.precision), facts)
+    weights = read_weights(run, network, target.path)
+    folded, weights = trainers.for_inference(target.arch, keys.precision, facts, weights)
+    view = trainers.evaluation_view(facts)
+    return network_query(folded, *weights, view, precision=keys.precision)
 
 
-def identity(run: Run) -> dict[str, str]:
-    """What tells the target's answers from others, for the ledger and as a stage's inputs: its
-    digest, "target", and what happens between the pixels sent and the answer, "preprocessing"."""
-    made, keys = target(run), run.config.target
-    ours = f"mean {run.data.mean}, std {run.data.std}, {keys.precision}"
-    return {
-        "target": made["sha256"],
-        "preprocessing": made["preprocessing"] if keys.kind in outside.KINDS else ours,
-    }
-
-
-def open_ledger(run: Run, who: dict[str, str]) -> Ledger:
-    """The ledger of the target with this `identity`, with the config's budget; for the first
-    process alone."""
-    return Ledger(
-        run.workdir / "ledger.sqlite",
-        **who,
-        budget=run.config.budget,
-        dtype=run.config.ledger_dtype,
-    )
+def open_ledger(run: Run, identity: dict[str, str]) -> Ledger:
+    """The ledger of the target with this identity, with the config's budget; for the first process
+    alone."""
+    path, budget = run.workdir / "ledger.sqlite", run.config.budget
+    return Ledger(path, **identity, budget=budget, dtype=run.config.ledger_dtype)
