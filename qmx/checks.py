@@ -18,7 +18,6 @@ from qmx.targets.address import check_address
 from qmx.targets.query import PRECISIONS
 from qmx.trainers import fixmatch_steps
 
-INITS = ("none", "rotation", "moco", "simsiam", "imported")
 TARGETS = ("train", "torch", "served", "callable", "recorded")
 LEARN_FROM = ("scores", "labels")
 HEADS = ("mlp", "linear")
@@ -65,6 +64,11 @@ def warnings(config: Any, data: Dataset) -> list[str]:
     return found
 
 
+def inits_of(config: Any) -> tuple[str, ...]:
+    """Everything that a student can start from."""
+    return "none", *config.pretrain
+
+
 def choice(key: str, value: str, known: Any) -> Iterator[str]:
     """A problem unless `value` is among the known ones."""
     if value not in known:
@@ -80,7 +84,7 @@ def _problems(config: Any, data: Dataset) -> Iterator[str]:
     for key, default in defaults.items():
         if isinstance(default, tuple) and "." in key:
             yield from _tuple_problems(key, default, values[key])
-    known = {"inits": INITS, "selects": SELECTS, "uses": USES}
+    known = {"inits": inits_of(config), "selects": SELECTS, "uses": USES}
     for axis in ("seeds", "accesses", *known):
         values = config[axis]
         if not values:
@@ -97,14 +101,14 @@ def _problems(config: Any, data: Dataset) -> Iterator[str]:
             yield f"seed {seed!r} is not a whole number from 0 on"
     for name, keys in config.recipes.items():
         for init in keys.inits:
-            yield from choice(f"recipes.{name}.inits", init, INITS)
+            yield from choice(f"recipes.{name}.inits", init, inits_of(config))
     try:
         shown, runs = columns(config), cells(config, data.pool.size)
     except ValueError as error:
         yield str(error)
         return
     for column in shown:
-        yield from choice("also", column.init, INITS)
+        yield from choice("also", column.init, inits_of(config))
     for cell in runs:
         try:
             recipe_name(config, cell)

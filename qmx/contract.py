@@ -39,11 +39,12 @@ class Network(NamedTuple):
     """A network as two pure functions; `params` are trained, `stats` are running statistics.
 
     init:  (rng, x) -> (params, stats)
-    apply: (params, stats, x, train) -> (y, stats); with `train=False` the statistics are only read.
+    apply: (params, stats, x, train, rng=None) -> (y, stats); with `train=False` the statistics are
+           only read. `rng` is for dropout and stochastic depth: None in an evaluation.
     """
 
     init: Callable[[jax.Array, jax.Array], tuple[PyTree, PyTree]]
-    apply: Callable[[PyTree, PyTree, jax.Array, bool], tuple[jax.Array, PyTree]]
+    apply: Callable[..., tuple[jax.Array, PyTree]]
 
 
 class Encoder(NamedTuple):
@@ -54,12 +55,16 @@ class Encoder(NamedTuple):
 
 
 class Method(NamedTuple):
-    """A way to train, as three pure functions.
+    """A way to train, as five pure functions.
 
     init:    (rng, batch) -> (params, state); only the shapes of the batch are read.
     loss:    (params, state, batch, rng) -> (loss f32[], (state, metrics)), differentiable in
              params; `metrics` is a flat dict of f32[] that never feeds the next step.
-    encoder: (params, state) -> Encoder, what the next stage starts from.
+    encoder: (params, state) -> Encoder: the backbone, what the next stage starts from.
+    start:   (params, state, encoder) -> (params, state) that begin from a given backbone; raises
+             ValueError with every variable that is missing, left over or of another shape.
+    network: (params, state) -> Encoder: the variables that are kept and evaluated, all parts of
+             them (a student's with its head; where a teacher is averaged, the teacher's).
 
     `params` is a dict with one entry for each part ("backbone", "head", ...), the names by which
     `qmx.optim` gives them rates of their own.
@@ -68,6 +73,8 @@ class Method(NamedTuple):
     init: Callable[[jax.Array, Batch], tuple[PyTree, PyTree]]
     loss: Callable[[PyTree, PyTree, Batch, jax.Array], tuple[jax.Array, tuple[PyTree, dict]]]
     encoder: Callable[[PyTree, PyTree], Encoder]
+    start: Callable[[PyTree, PyTree, Encoder], tuple[PyTree, PyTree]]
+    network: Callable[[PyTree, PyTree], Encoder]
 
 
 View = Callable[[jax.Array, Batch], jax.Array]  # (rng, batch) -> f32[B, H, W, C]
@@ -90,13 +97,39 @@ def chain(**parts: Network) -> Network:
             x = jnp.zeros(y.shape, y.dtype)
         return params, stats
 
-    def apply(params: PyTree, stats: PyTree, x: jax.Array, train: bool) -> tuple[jax.Array, PyTree]:
+    def apply(
+        params: PyTree, stats: PyTree, x: jax.Array, train: bool, rng: jax.Array | None = None
+    ) -> tuple[jax.Array, PyTree]:
         new_stats = {}
-        for name, part in parts.items():
-            x, new_stats[name] = part.apply(params[name], stats[name], x, train)
+        for place, (name, part) in enumerate(parts.items()):
+            key = None if rng is None else jax.random.fold_in(rng, place)
+            x, new_stats[name] = part.apply(params[name], stats[name], x, train, key)
         return x, new_stats
 
     return Network(init, apply)
+
+
+def network_key(rng: jax.Array, place: int = 0) -> jax.Array:
+    """The key of a network in a step, apart from those that the views get.
+
+    Args:
+      rng: of the step.
+      place: which of the step's passes through networks it is.
+    """
+    return jax.random.fold_in(rng, 0x4E455400 + place)  # "NET"
+
+
+def begin_from(params: PyTree, stats: PyTree, encoder: Encoder) -> tuple[PyTree, PyTree]:
+    """(params, stats) of a `chain` with the part "backbone" of `encoder`; the others stay fresh.
+
+    Raises:
+      ValueError: a variable is missing, left over, or of another shape; all of them are listed.
+    """
+    fresh = Encoder(params["backbone"], stats["backbone"])
+    check_shapes(encoder, fresh, "the encoder")
+    # Copies, because a step donates its state and the encoder may start other trainings.
+    copy = jax.tree.map(lambda x, like: jnp.array(x, like.dtype), encoder, fresh)
+    return {**params, "backbone": copy.params}, {**stats, "backbone": copy.stats}
 
 
 def view_shape(view: View, batch: Batch) -> jax.Array:

@@ -26,6 +26,41 @@ def training(**changes: Any) -> ConfigDict:
     return ConfigDict({**keys, **changes})
 
 
+def pretraining() -> dict[str, ConfigDict]:
+    """The keys of each method of `qmx.trainers.PRETRAINING`."""
+    moco = training(
+        epochs=200.0,
+        learning_rate=0.03,
+        schedule="cosine_by_epoch",
+        queue_size=65536,  # K, a multiple of batch_size
+        temperature=0.2,
+        decay=0.999,  # m of the momentum encoder
+        features=128,  # D
+        head="mlp",  # two layers, MoCo v2; or "linear", MoCo v1
+        group_size=32,  # images that share batch statistics
+    )
+    simsiam = training(
+        # 0.05 x batch / 256.
+        epochs=100.0,
+        batch_size=512,
+        learning_rate=0.1,
+        schedule="cosine_by_epoch",
+        features=2048,  # D
+        layers=3,  # of the projector; 2 on CIFAR
+        hidden=512,  # of the predictor
+        fix_predictor_rate=True,
+    )
+    rotation = training(
+        epochs=70.0,
+        batch_size=128,
+        learning_rate=0.2,
+        warmup_epochs=5.0,
+        warmup_start=0.1,
+        milestones=(30.0, 50.0),
+    )
+    return {"moco": moco, "simsiam": simsiam, "rotation": rotation}
+
+
 def distilling() -> ConfigDict:
     """The keys of a student's training; the defaults are the fine-tuning protocol of PCL at 1 %."""
     return training(
@@ -181,37 +216,7 @@ def base() -> ConfigDict:
         )
     )
 
-    config.pretrain = ConfigDict()
-    config.pretrain.moco = training(
-        epochs=200.0,
-        learning_rate=0.03,
-        schedule="cosine_by_epoch",
-        queue_size=65536,  # K, a multiple of batch_size
-        temperature=0.2,
-        decay=0.999,  # m of the momentum encoder
-        features=128,  # D
-        head="mlp",  # two layers, MoCo v2; or "linear", MoCo v1
-        group_size=32,  # images that share batch statistics
-    )
-    config.pretrain.simsiam = training(
-        # 0.05 x batch / 256.
-        epochs=100.0,
-        batch_size=512,
-        learning_rate=0.1,
-        schedule="cosine_by_epoch",
-        features=2048,  # D
-        layers=3,  # of the projector; 2 on CIFAR
-        hidden=512,  # of the predictor
-        fix_predictor_rate=True,
-    )
-    config.pretrain.rotation = training(
-        epochs=70.0,
-        batch_size=128,
-        learning_rate=0.2,
-        warmup_epochs=5.0,
-        warmup_start=0.1,
-        milestones=(30.0, 50.0),
-    )
+    config.pretrain = ConfigDict(pretraining())
     config.pretrain.imported = ConfigDict()
     for keys in config.pretrain.values():
         # Weights that somebody else pretrained: PyTorch's, or a qmx encoder; nothing is trained.

@@ -154,37 +154,69 @@ def evaluation_view(seen: Look) -> View:
     return plain_view(seen.mean, seen.std)
 
 
+class Pretraining(NamedTuple):
+    """A line of the table of methods that pretrain without labels."""
+
+    # (the config's keys, options -> the backbone, view) -> the method
+    make: Callable[[Any, Callable[..., Network], View], Method]
+    view: str = "strong_view"  # or "weak_view": the config's view that it trains on
+    parts: tuple[str, ...] = ("backbone", "head")  # of its params
+    # Parts whose learning rate stays as it is, by the keys.
+    constant: Callable[[Any], tuple[str, ...]] = lambda keys: ()
+
+
+def _moco(keys: Any, net: Callable[..., Network], view: View) -> Method:
+    head = (models.moco_head if keys.head == "mlp" else models.classifier)(keys.features)
+    return moco.make(
+        net(stats_groups=keys.batch_size // keys.group_size),
+        head,
+        view,
+        queue_size=keys.queue_size,
+        temperature=keys.temperature,
+        decay=keys.decay,
+    )
+
+
+def _simsiam(keys: Any, net: Callable[..., Network], view: View) -> Method:
+    projector = models.simsiam_projector(keys.features, keys.layers)
+    return simsiam.make(net(zero_init=True), projector, models.simsiam_predictor(keys.hidden), view)
+
+
+def _rotation(keys: Any, net: Callable[..., Network], view: View) -> Method:
+    return rotation.make(net(), models.classifier(4), view)
+
+
+# By the name in `config.inits` and `config.pretrain`. A new method is one file in qmx/methods, a
+# line here, and its keys in qmx/settings.py.
+PRETRAINING: dict[str, Pretraining] = {
+    "moco": Pretraining(_moco),
+    "simsiam": Pretraining(
+        _simsiam,
+        parts=("backbone", "head", "predictor"),
+        constant=lambda keys: ("predictor",) if keys.fix_predictor_rate else (),
+    ),
+    "rotation": Pretraining(_rotation, view="weak_view"),
+}
+
+
 @cache
 def pretrainer(
     name: str, keys: Any, student: Any, view_keys: Any, seen: Look, steps: int
 ) -> Trainer:
-    """The `Trainer` of `moco`, `simsiam` or `rotation`, by its keys of the config."""
-    cut = view(view_keys, seen)
-    arch, dtype = student.arch, jnp.dtype(student.dtype)
-    follow = (keys.learning_rate, keys.schedule)
-    rates = {"backbone": follow, "head": follow}
-    if name == "moco":
-        net = models.backbone(arch, stats_groups=keys.batch_size // keys.group_size, dtype=dtype)
-        head = (models.moco_head if keys.head == "mlp" else models.classifier)(keys.features)
-        method = moco.make(
-            net,
-            head,
-            cut,
-            queue_size=keys.queue_size,
-            temperature=keys.temperature,
-            decay=keys.decay,
-        )
-    elif name == "simsiam":
-        net = models.backbone(arch, zero_init=True, dtype=dtype)
-        method = simsiam.make(
-            net,
-            models.simsiam_projector(keys.features, keys.layers),
-            models.simsiam_predictor(keys.hidden),
-            cut,
-        )
-        rates["predictor"] = (keys.learning_rate, "constant") if keys.fix_predictor_rate else follow
-    else:
-        method = rotation.make(backbone(arch, student.dtype, seen), models.classifier(4), cut)
+    """The `Trainer` of a method of the table `PRETRAINING`, by its keys of the config."""
+    row = PRETRAINING[name]
+
+    def net(**options: Any) -> Network:
+        if not options:
+            return backbone(student.arch, student.dtype, seen)
+        return models.backbone(student.arch, dtype=jnp.dtype(student.dtype), **options)
+
+    method = row.make(keys, net, view(view_keys, seen))
+    constant = row.constant(keys)
+    rates = {
+        part: (keys.learning_rate, "constant" if part in constant else keys.schedule)
+        for part in row.parts
+    }
     return _trainer(method, optimiser(keys, steps, **rates), seen, keys.batch_size, scores=False)
 
 

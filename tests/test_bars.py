@@ -387,7 +387,7 @@ def test_several_steps_in_one_dispatch():
     for every step."""
     flat = Network(
         lambda rng, x: ({"w": jax.random.normal(rng, (x[0].size, 10))}, {}),
-        lambda params, stats, x, train: (x.reshape(len(x), -1) @ params["w"], stats),
+        lambda params, stats, x, train, rng=None: (x.reshape(len(x), -1) @ params["w"], stats),
     )
     method = distill.make(flat, models.classifier(5), augment.plain_view())
     rng = np.random.default_rng(0)

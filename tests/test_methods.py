@@ -2,6 +2,7 @@
 
 from functools import cache
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -236,11 +237,11 @@ def test_moco_stuck_at_chance():
     """M12: features that say nothing give exactly ln(K + 1); a toy run leaves it."""
     constant = models.Network(
         lambda rng, x: ({"w": jnp.ones(4)}, {}),
-        lambda p, s, x, train: (jnp.tile(p["w"], (len(x), 1)), s),
+        lambda p, s, x, train, rng=None: (jnp.tile(p["w"], (len(x), 1)), s),
     )
     method = moco.make(
         constant,
-        models.Network(lambda rng, x: ({}, {}), lambda p, s, x, t: (x, s)),
+        models.Network(lambda rng, x: ({}, {}), lambda p, s, x, train, rng=None: (x, s)),
         WEAK,
         queue_size=B,
     )
@@ -377,7 +378,7 @@ def test_simsiam_collapses_without_the_stop(monkeypatch):
         linear = models.classifier(16)
         net = models.Network(
             lambda rng, x: linear.init(rng, x.reshape(len(x), -1)),
-            lambda p, s, x, train: linear.apply(p, s, x.reshape(len(x), -1), train),
+            lambda p, s, x, train, rng=None: linear.apply(p, s, x.reshape(len(x), -1), train),
         )
         method = simsiam.make(net, models.classifier(16), models.simsiam_predictor(8), noisy)
         tx = optim.sgd(lambda step: rate)
@@ -421,7 +422,7 @@ def test_start_from_is_strict():
     encoder = trained("moco")[0].encoder(
         trained("moco")[2][-1].params, trained("moco")[2][-1].state
     )
-    new_params, new_state = distill.start_from(params, state, encoder)
+    new_params, new_state = method.start(params, state, encoder)
     for path, leaf in by_path(new_params["backbone"]).items():
         np.testing.assert_array_equal(leaf, by_path(encoder.params)[path])
         assert leaf is not by_path(encoder.params)[path]
@@ -437,7 +438,57 @@ def test_start_from_is_strict():
     }
     del wrong["bn1"]
     with pytest.raises(ValueError, match="(?s)bn1/bias.*bn1/scale.*conv1/kernel.*conv9/kernel"):
-        distill.start_from(params, state, encoder._replace(params=wrong))
+        method.start(params, state, encoder._replace(params=wrong))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_begins_from_an_encoder(name):
+    """Every method: the backbone is the given one, copied; what it keeps holds that backbone."""
+    method, _, states, _, _ = trained(name)
+    encoder = Encoder(*models.backbone("resnet8").init(jax.random.key(9), jnp.zeros((2, 8, 8, 1))))
+    params, state = method.start(states[0].params, states[0].state, encoder)
+    assert jax.tree.structure((params, state)) == jax.tree.structure(
+        (states[0].params, states[0].state)
+    )
+    kept = method.network(params, state)
+    for tree in (method.encoder(params, state), Encoder(*(part["backbone"] for part in kept))):
+        for path, leaf in by_path(encoder).items():
+            np.testing.assert_array_equal(by_path(tree)[path], leaf, err_msg=path)
+            assert by_path(tree)[path] is not leaf
+    if name == "moco":  # the momentum encoder is a copy, as at the first step of any training
+        for path, leaf in by_path(params).items():
+            np.testing.assert_array_equal(by_path(state.key.average)[path], leaf, err_msg=path)
+
+
+class Dropped(nn.Module):
+    """A backbone with dropout, and nothing else that draws."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Dense(16)(x.reshape(len(x), -1))
+        return nn.Dropout(0.5, deterministic=not train)(x)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_has_a_key_for_dropout(name):
+    """Another key drops others, though no view draws; the same key the same ones; an evaluation,
+    which has none, drops nothing."""
+    net, head = models.from_linen(Dropped()), models.classifier(10)
+    method = {
+        "moco": lambda: moco.make(net, head, plain, queue_size=4 * B),
+        "simsiam": lambda: simsiam.make(net, head, models.classifier(10), plain),
+        "rotation": lambda: rotation.make(net, models.classifier(4), plain),
+        "distill": lambda: distill.make(net, head, plain),
+        "linear": lambda: linear.make(net, head, plain),
+        "fixmatch": lambda: fixmatch.make(net, head, plain, plain),
+    }[name]()
+    data = batch()
+    params, state = method.init(jax.random.key(0), data)
+    loss = jax.jit(lambda key: method.loss(params, state, data, key)[0])
+    same, again, other = (float(loss(jax.random.key(seed))) for seed in (1, 1, 2))
+    assert same == again
+    # A frozen backbone runs as in an evaluation.
+    assert (same != other) is (name != "linear")
 
 
 def test_a_linear_probe_moves_its_head_alone():
@@ -465,12 +516,13 @@ def test_a_linear_probe_moves_its_head_alone():
     )
 
     other = Encoder(*net.init(jax.random.key(9), jnp.zeros((1, 8, 8, 1))))
-    started = linear.start_from(states[0].state, other)
+    head, started = method.start(states[0].params, states[0].state, other)
+    assert head is states[0].params
     for path, leaf in by_path(other).items():
         np.testing.assert_array_equal(by_path(started["backbone"])[path], leaf)
     with pytest.raises(ValueError, match="conv1/kernel is missing"):
         less = {name: part for name, part in other.params.items() if name != "conv1"}
-        linear.start_from(states[0].state, other._replace(params=less))
+        method.start(states[0].params, states[0].state, other._replace(params=less))
 
 
 # --- FixMatch -----------------------------------------------------------------------------------
@@ -485,7 +537,7 @@ def plain_fixmatch(**changes):
     layer = models.classifier(16, standardize=True)
     net = models.Network(
         lambda rng, x: layer.init(rng, x.reshape(len(x), -1)),
-        lambda params, stats, x, train: layer.apply(params, stats, x.reshape(len(x), -1), train),
+        lambda p, s, x, train, rng=None: layer.apply(p, s, x.reshape(len(x), -1), train),
     )
     method = fixmatch.make(net, models.classifier(10), plain, plain, decay=0.9, **changes)
     return chain(backbone=net, head=models.classifier(10)), method
@@ -598,8 +650,9 @@ def test_fixmatch_starts_from_an_encoder_with_its_teacher():
         trained("fixmatch")[2][-1],
         trained("moco")[0].encoder(trained("moco")[2][-1].params, trained("moco")[2][-1].state),
     )
-    params, state = fixmatch.start_from(ts.params, ts.state, encoder)
-    kept = fixmatch.student(params, state)
+    method = make("fixmatch")
+    params, state = method.start(ts.params, ts.state, encoder)
+    kept = method.network(params, state)
     for path, leaf in by_path(kept).items():
         np.testing.assert_array_equal(
             by_path(Encoder(params, state.stats))[path], leaf, err_msg=path
@@ -607,12 +660,12 @@ def test_fixmatch_starts_from_an_encoder_with_its_teacher():
         assert leaf is not by_path(Encoder(params, state.stats))[path]
     for path, leaf in by_path(encoder).items():
         np.testing.assert_array_equal(
-            by_path(make("fixmatch").encoder(params, state))[path], leaf, err_msg=path
+            by_path(method.encoder(params, state))[path], leaf, err_msg=path
         )
     assert any(
         not np.array_equal(a, b)
         for a, b in zip(
-            jax.tree.leaves(fixmatch.student(ts.params, ts.state).params),
+            jax.tree.leaves(method.network(ts.params, ts.state).params),
             jax.tree.leaves(ts.params),
             strict=True,
         )

@@ -40,7 +40,7 @@ def brightness_network():
     """Says of an image its mean, and 1 more for each batch that it took part in (never, in
     evaluation)."""
 
-    def apply(params, stats, x, train):
+    def apply(params, stats, x, train, rng=None):
         return x.mean((1, 2, 3))[:, None] * params["w"] + stats["seen"], {
             "seen": stats["seen"] + train
         }
@@ -70,7 +70,7 @@ def test_each_batch_has_one_shape():
     traced = []
     net = brightness_network()
 
-    def apply(params, stats, x, train):
+    def apply(params, stats, x, train, rng=None):
         traced.append((x.shape, train))
         return net.apply(params, stats, x, train)
 

@@ -864,5 +864,5 @@ def test_fixmatch_ten_steps(seed=48):
     their, before = seen["their"], seen["before"]
     assert_losses(ours, theirs, their.student)
     assert_parity("student", as_arrays(ts.params, ts.state.stats), arrays(their.student), before)
-    kept = qmx.fixmatch.student(ts.params, ts.state)
+    kept = method.network(ts.params, ts.state)
     assert_parity("teacher", as_arrays(*kept), arrays(their.teacher), before)

@@ -4,10 +4,13 @@ import ast
 import json
 from collections import Counter
 
+import jax.numpy as jnp
 from conftest import ROOT, TINY
-from ml_collections import FrozenConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
-from qmx import pipeline, workdir
+from qmx import models, pipeline, settings, trainers, workdir
+from qmx.checks import validate
+from qmx.contract import Encoder, Method, begin_from, chain, network_key, view_shape
 from qmx.data import load
 from qmx.main import load_file
 
@@ -48,6 +51,49 @@ def test_nothing_is_looked_up_twice(finished, monkeypatch):
         "select/moco-typiclust-71-seed0": 2,
         "select/moco-typiclust-1437-seed0": 2,
     }
+
+
+def test_another_method(monkeypatch, tmp_path):
+    """A new pretraining method is a function, a line of the table and its keys: it is trained,
+    monitored and started from as the others are."""
+
+    def regress(net, head, view):
+        """Tell the mean brightness of an image."""
+        network = chain(backbone=net, head=head)
+
+        def init(rng, batch):
+            return network.init(rng, view_shape(view, batch))
+
+        def loss(params, state, batch, rng):
+            x = view(rng, batch)
+            y, state = network.apply(params, state, x, True, network_key(rng))
+            return jnp.square(y[:, 0] - x.mean((1, 2, 3))).mean(), (state, {})
+
+        def encoder(params, state):
+            return Encoder(params["backbone"], state["backbone"])
+
+        return Method(init, loss, encoder, start=begin_from, network=Encoder)
+
+    keys = settings.pretraining()
+    toy = settings.training(epochs=1.0, batch_size=128)
+    monkeypatch.setattr(settings, "pretraining", lambda: {**keys, "brightness": toy})
+    line = trainers.Pretraining(lambda keys, net, view: regress(net(), models.classifier(1), view))
+    monkeypatch.setitem(trainers.PRETRAINING, "brightness", line)
+    config = tiny()
+    changes = {
+        **{"inits": ("none", "brightness"), "also": (), "fractions": (0.05,)},
+        **{"student.arch": "resnet8_narrow", "target.arch": "resnet8_narrow"},
+        **{"target.epochs": 1.0, "distill.min_steps": 2, "distill.epochs": 0.1},
+    }
+    config = ConfigDict(config)
+    config.update_from_flattened_dict(changes)
+    config = FrozenConfigDict(config)
+    data = load(config.data)
+    validate(config, data)
+    out = pipeline.run(config, tmp_path, data, "all", lambda: False)
+    assert "brightness" in out.splitlines()[-3]
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["init"] for row in rows] == ["none", "brightness"]
 
 
 def test_inputs(finished):

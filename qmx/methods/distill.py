@@ -13,8 +13,9 @@ from qmx.contract import (
     Network,
     PyTree,
     View,
+    begin_from,
     chain,
-    check_shapes,
+    network_key,
     view_shape,
 )
 from qmx.losses import kl_target_student
@@ -50,7 +51,7 @@ def make(
     def loss(
         params: PyTree, state: PyTree, batch: Batch, rng: jax.Array
     ) -> tuple[jax.Array, tuple]:
-        logits, state = network.apply(params, state, view(rng, batch), True)
+        logits, state = network.apply(params, state, view(rng, batch), True, network_key(rng))
         losses = kl_target_student(batch["scores"], logits, target_temperature, student_temperature)
         agree = logits.argmax(-1) == batch["scores"].argmax(-1)
         return losses.mean(), (state, {"agreement_top1": jnp.mean(agree)})
@@ -58,22 +59,4 @@ def make(
     def encoder(params: PyTree, state: PyTree) -> Encoder:
         return Encoder(params["backbone"], state["backbone"])
 
-    return Method(init, loss, encoder)
-
-
-def student(params: PyTree, state: PyTree) -> Encoder:
-    """The network that is evaluated, with its head."""
-    return Encoder(params, state)
-
-
-def start_from(params: PyTree, state: PyTree, encoder: Encoder) -> tuple[PyTree, PyTree]:
-    """The student's (params, state) with the backbone of `encoder`; the head stays fresh.
-
-    Raises:
-      ValueError: a variable is missing, left over, or of another shape; all of them are listed.
-    """
-    fresh = Encoder(params["backbone"], state["backbone"])
-    check_shapes(encoder, fresh, "the encoder")
-    # Copies, because the step donates its state and the encoder may start other students.
-    copy = jax.tree.map(lambda x, like: jnp.array(x, like.dtype), encoder, fresh)
-    return {**params, "backbone": copy.params}, {**state, "backbone": copy.stats}
+    return Method(init, loss, encoder, start=begin_from, network=Encoder)

@@ -12,9 +12,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from qmx.contract import Batch, Encoder, Method, Network, PyTree, View, chain, view_shape, wide
+from qmx.contract import (
+    Batch,
+    Encoder,
+    Method,
+    Network,
+    PyTree,
+    View,
+    begin_from,
+    chain,
+    network_key,
+    view_shape,
+    wide,
+)
 from qmx.losses import kl_target_student
-from qmx.methods import distill
 from qmx.optim import EmaState, ema
 
 
@@ -64,7 +75,7 @@ def make(
       A `Method`. The batch carries "image" and "scores" of B asked images as distillation's does,
       and "pool_image", uint8[mu B, H, W, C], whatever else of the pool's the views read having the
       same prefix; mu is a whole number (5 in EMAN, 7 in FixMatch on CIFAR-10). `encoder` and
-      `student` give the teacher, which both papers evaluate.
+      `network` give the teacher, which both papers evaluate.
       Metrics: `agreement_top1` as distillation's; `confident`, the share of the pool's images that
       count; `pool_agreement`, the share of them all on which the student, in the strong view, names
       the teacher's class; `pool_loss`, before `weight`.
@@ -106,7 +117,9 @@ def make(
         # device.
         parts = weak_view(asked_key, batch), strong_view(strong_key, pool)
         x = jnp.concatenate([part.reshape(asked, -1, *part.shape[1:]) for part in parts], 1)
-        logits, stats = network.apply(params, state.stats, x.reshape(-1, *x.shape[2:]), True)
+        logits, stats = network.apply(
+            params, state.stats, x.reshape(-1, *x.shape[2:]), True, network_key(rng)
+        )
         logits = logits.reshape(asked, 1 + ratio, -1)
         on_asked, on_pool = logits[:, 0], logits[:, 1:].reshape(asked * ratio, -1)
 
@@ -125,21 +138,18 @@ def make(
         return known + weight * guessed, (FixmatchState(stats, averaged), metrics)
 
     def encoder(params: PyTree, state: FixmatchState) -> Encoder:
-        whole = student(params, state)
-        return Encoder(whole.params["backbone"], whole.stats["backbone"])
+        teacher = state.teacher.average
+        return Encoder(teacher.params["backbone"], teacher.stats["backbone"])
 
-    return Method(init, loss, encoder)
+    def start(
+        params: PyTree, state: FixmatchState, encoder: Encoder
+    ) -> tuple[PyTree, FixmatchState]:
+        params, stats = begin_from(params, state.stats, encoder)
+        # The teacher starts as a copy, with the same fresh head.
+        copy = jax.tree.map(jnp.copy, Encoder(params, stats))
+        return params, FixmatchState(stats, EmaState(copy))
 
+    def kept(params: PyTree, state: FixmatchState) -> Encoder:
+        return state.teacher.average  # of the last step
 
-def student(params: PyTree, state: FixmatchState) -> Encoder:
-    """The network that is evaluated: the teacher of the last step, with its head."""
-    del params
-    return state.teacher.average
-
-
-def start_from(
-    params: PyTree, state: FixmatchState, encoder: Encoder
-) -> tuple[PyTree, FixmatchState]:
-    """`qmx.methods.distill.start_from`; the teacher starts as a copy, with the same fresh head."""
-    params, stats = distill.start_from(params, state.stats, encoder)
-    return params, FixmatchState(stats, EmaState(jax.tree.map(jnp.copy, Encoder(params, stats))))
+    return Method(init, loss, encoder, start, kept)

@@ -7,7 +7,17 @@ optimiser.
 import jax
 import jax.numpy as jnp
 
-from qmx.contract import Batch, Encoder, Method, Network, PyTree, View, check_shapes, view_shape
+from qmx.contract import (
+    Batch,
+    Encoder,
+    Method,
+    Network,
+    PyTree,
+    View,
+    check_shapes,
+    network_key,
+    view_shape,
+)
 from qmx.losses import soft_cross_entropy
 
 
@@ -22,7 +32,7 @@ def make(net: Network, head: Network, view: View) -> Method:
     Returns:
       A `Method` whose params are the head's alone; the backbone's variables are in its state, where
       no gradient, no decay and no batch statistics reach them. `init` makes them at random: put
-      the encoder's there with `start_from`. The batch carries "scores" as `qmx.methods.distill`'s
+      the encoder's there with `start`. The batch carries "scores" as `qmx.methods.distill`'s
       does. Metric `online_top1`: the share of the batch that is classified rightly.
     """
 
@@ -40,20 +50,22 @@ def make(net: Network, head: Network, view: View) -> Method:
         features, _ = net.apply(
             state["backbone"].params, state["backbone"].stats, view(rng, batch), False
         )
-        logits, stats = head.apply(params["head"], state["head"], features, True)
+        logits, stats = head.apply(params["head"], state["head"], features, True, network_key(rng))
         losses = soft_cross_entropy(batch["scores"], logits)
         right = logits.argmax(-1) == batch["scores"].argmax(-1)
         return losses.mean(), ({**state, "head": stats}, {"online_top1": jnp.mean(right)})
 
-    return Method(init, loss, lambda params, state: state["backbone"])
+    def start(params: PyTree, state: PyTree, encoder: Encoder) -> tuple[PyTree, PyTree]:
+        frozen = state["backbone"]
+        check_shapes(encoder, frozen, "the encoder")
+        copy = jax.tree.map(lambda x, like: jnp.array(x, like.dtype), encoder, frozen)
+        return params, {**state, "backbone": copy}
 
+    def network(params: PyTree, state: PyTree) -> Encoder:
+        frozen = state["backbone"]
+        return Encoder(
+            {"backbone": frozen.params, "head": params["head"]},
+            {"backbone": frozen.stats, "head": state["head"]},
+        )
 
-def start_from(state: PyTree, encoder: Encoder) -> PyTree:
-    """The probe's state on the features of `encoder`.
-
-    Raises:
-      ValueError: a variable is missing, left over, or of another shape; all of them are listed.
-    """
-    check_shapes(encoder, state["backbone"], "the encoder")
-    copy = jax.tree.map(lambda x, like: jnp.array(x, like.dtype), encoder, state["backbone"])
-    return {**state, "backbone": copy}
+    return Method(init, loss, lambda params, state: state["backbone"], start, network)

@@ -9,7 +9,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qmx.contract import Batch, Encoder, Method, Network, PyTree, View, chain, view_shape, wide
+from qmx.contract import (
+    Batch,
+    Encoder,
+    Method,
+    Network,
+    PyTree,
+    View,
+    begin_from,
+    chain,
+    network_key,
+    view_shape,
+    wide,
+)
 from qmx.losses import info_nce
 from qmx.optim import EmaState, ema
 
@@ -80,13 +92,13 @@ def make(
         params: PyTree, state: MocoState, batch: Batch, rng: jax.Array
     ) -> tuple[jax.Array, tuple]:
         query_key, key_key, shuffle_key = jax.random.split(rng, 3)
-        q, stats = encode.apply(params, state.stats, view(query_key, batch), True)
+        q, stats = encode.apply(params, state.stats, view(query_key, batch), True, network_key(rng))
         q = _unit(q)
 
         key_params, key_state = average.update(jax.lax.stop_gradient(params), state.key)
         shuffle = jax.random.permutation(shuffle_key, len(q))
         x_key = view(key_key, batch)[shuffle]
-        k, key_stats = encode.apply(key_params, state.key_stats, x_key, True)
+        k, key_stats = encode.apply(key_params, state.key_stats, x_key, True, network_key(rng, 1))
         k = jax.lax.stop_gradient(_unit(k)[jnp.argsort(shuffle)])
 
         losses, logits = info_nce(q, k, state.queue, temperature)
@@ -103,7 +115,15 @@ def make(
     def encoder(params: PyTree, state: MocoState) -> Encoder:
         return Encoder(params["backbone"], state.stats["backbone"])
 
-    return Method(init, loss, encoder)
+    def start(params: PyTree, state: MocoState, encoder: Encoder) -> tuple[PyTree, MocoState]:
+        params, stats = begin_from(params, state.stats, encoder)
+        copy = jax.tree.map(jnp.copy, stats)  # the momentum encoder starts as a copy, as in `init`
+        return params, state._replace(stats=stats, key=average.init(params), key_stats=copy)
+
+    def network(params: PyTree, state: MocoState) -> Encoder:
+        return Encoder(params, state.stats)
+
+    return Method(init, loss, encoder, start, network)
 
 
 def _unit(x: jax.Array) -> jax.Array:

@@ -7,7 +7,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from qmx.contract import Batch, Encoder, Method, Network, PyTree, View, chain, view_shape, wide
+from qmx.contract import (
+    Batch,
+    Encoder,
+    Method,
+    Network,
+    PyTree,
+    View,
+    begin_from,
+    chain,
+    network_key,
+    view_shape,
+    wide,
+)
 
 
 def rotations(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -40,11 +52,11 @@ def make(net: Network, head: Network, view: View) -> Method:
         params: PyTree, state: PyTree, batch: Batch, rng: jax.Array
     ) -> tuple[jax.Array, tuple]:
         x, turns = rotations(view(rng, batch))
-        logits, state = network.apply(params, state, x, True)
+        logits, state = network.apply(params, state, x, True, network_key(rng))
         losses = optax.losses.softmax_cross_entropy_with_integer_labels(wide(logits), turns)
         return losses.mean(), (state, {"rotation_acc1": (logits.argmax(-1) == turns).mean()})
 
     def encoder(params: PyTree, state: PyTree) -> Encoder:
         return Encoder(params["backbone"], state["backbone"])
 
-    return Method(init, loss, encoder)
+    return Method(init, loss, encoder, start=begin_from, network=Encoder)

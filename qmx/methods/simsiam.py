@@ -3,10 +3,23 @@
 Chen & He 2021, *Exploring Simple Siamese Representation Learning*; `facebookresearch/simsiam`.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
-from qmx.contract import Batch, Encoder, Method, Network, PyTree, View, chain, view_shape
+from qmx.contract import (
+    Batch,
+    Encoder,
+    Method,
+    Network,
+    PyTree,
+    View,
+    begin_from,
+    chain,
+    network_key,
+    view_shape,
+)
 from qmx.losses import negative_cosine
 
 
@@ -40,10 +53,11 @@ def make(net: Network, projector: Network, predictor: Network, view: View) -> Me
     ) -> tuple[jax.Array, tuple]:
         key1, key2 = jax.random.split(rng)
         stats, head_stats = {k: state[k] for k in ("backbone", "head")}, state["predictor"]
-        z1, stats = encode.apply(params, stats, view(key1, batch), True)
-        z2, stats = encode.apply(params, stats, view(key2, batch), True)
-        p1, head_stats = predictor.apply(params["predictor"], head_stats, z1, True)
-        p2, head_stats = predictor.apply(params["predictor"], head_stats, z2, True)
+        z1, stats = encode.apply(params, stats, view(key1, batch), True, network_key(rng, 0))
+        z2, stats = encode.apply(params, stats, view(key2, batch), True, network_key(rng, 1))
+        predict = partial(predictor.apply, params["predictor"])
+        p1, head_stats = predict(head_stats, z1, True, network_key(rng, 2))
+        p2, head_stats = predict(head_stats, z2, True, network_key(rng, 3))
 
         stop = jax.lax.stop_gradient
         losses = (negative_cosine(p1, stop(z2)) + negative_cosine(p2, stop(z1))) / 2
@@ -54,4 +68,4 @@ def make(net: Network, projector: Network, predictor: Network, view: View) -> Me
     def encoder(params: PyTree, state: PyTree) -> Encoder:
         return Encoder(params["backbone"], state["backbone"])
 
-    return Method(init, loss, encoder)
+    return Method(init, loss, encoder, start=begin_from, network=Encoder)

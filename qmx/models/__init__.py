@@ -24,17 +24,24 @@ __all__ = [
 
 
 def from_linen(module: nn.Module) -> Network:
-    """A `Network` out of a linen module called as `module(x, train)` with "batch_stats" or none."""
+    """A `Network` out of a linen module.
+
+    Args:
+      module: called as `module(x, train)`; it may keep "batch_stats", and draw from "dropout".
+    """
 
     def init(rng: jax.Array, x: jax.Array) -> tuple[PyTree, PyTree]:
         variables = module.init(rng, x, True)
         return variables.get("params", {}), variables.get("batch_stats", {})
 
-    def apply(params: PyTree, stats: PyTree, x: jax.Array, train: bool) -> tuple[jax.Array, PyTree]:
+    def apply(
+        params: PyTree, stats: PyTree, x: jax.Array, train: bool, rng: jax.Array | None = None
+    ) -> tuple[jax.Array, PyTree]:
         variables = {"params": params, "batch_stats": stats}
         if not train:
             return module.apply(variables, x, False), stats  # type: ignore[return-value]
-        y, new = module.apply(variables, x, True, mutable=["batch_stats"])
+        rngs = None if rng is None else {"dropout": rng}
+        y, new = module.apply(variables, x, True, mutable=["batch_stats"], rngs=rngs)
         return y, new.get("batch_stats", stats)
 
     return Network(init, apply)

@@ -13,8 +13,6 @@ from qmx.data import Source
 from qmx.data.sources import Beside, take
 from qmx.grid import Cell, recipe_name, recipe_of
 from qmx.ledger.access import as_logits
-from qmx.methods import distill as distillation
-from qmx.methods import fixmatch
 from qmx.selection.propagate import propagate
 from qmx.stages.answers import Answers, read_answers
 from qmx.stages.features import Features
@@ -73,14 +71,13 @@ def distill(
 
     def work(directory: Path) -> dict:
         source = transfer_set(run, cell, features, selection, answers)
-        method = fixmatch if cell.use == "fixmatch" else distillation
         trainer, steps = _trainer(run, cell, source)
         rng = root_key(
             cell.seed, "student"
         )  # one key whatever it starts from: the same head and views
         ts = trainer.init(rng)
         if encoder:
-            params, state = method.start_from(ts.params, ts.state, read_encoder(run, encoder))
+            params, state = trainer.method.start(ts.params, ts.state, read_encoder(run, encoder))
             ts = ts._replace(params=params, state=state)
         began = time.monotonic()
         ts = train(
@@ -99,7 +96,7 @@ def distill(
             stopped=run.stopped,
         )
         digest = save_weights(
-            directory / "student.safetensors", method.student(ts.params, ts.state)
+            directory / "student.safetensors", trainer.method.network(ts.params, ts.state)
         )
         return {
             "sha256": digest,

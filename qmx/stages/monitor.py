@@ -8,7 +8,6 @@ import numpy as np
 from qmx import trainers
 from qmx.contract import Encoder
 from qmx.data.sources import take
-from qmx.methods import linear
 from qmx.metrics import held_out, held_out_knn, top_k
 from qmx.sharding import put_state
 from qmx.stages.pretrain import Pretrained, backbone, read_encoder
@@ -65,7 +64,8 @@ def linear_top1(run: Run, variables: Encoder, directory: Path, encoder: Pretrain
     trainer = trainers.prober(keys, arch, dtype, run.config.weak_view, seen, steps)
     rng = root_key(encoder.seed, "probe")
     ts = trainer.init(rng)
-    ts = ts._replace(state=linear.start_from(ts.state, variables))
+    params, state = trainer.method.start(ts.params, ts.state, variables)
+    ts = ts._replace(params=params, state=state)
     source = take(pool, learn, scores=Labels(pool.labels[learn], run.data.classes))
     ts = train(
         directory,
@@ -82,10 +82,7 @@ def linear_top1(run: Run, variables: Encoder, directory: Path, encoder: Pretrain
         stopped=run.stopped,
     )
     classifier = trainers.classifier(arch, dtype, seen)
-    whole = Encoder(
-        {"backbone": variables.params, "head": ts.params["head"]},
-        {"backbone": variables.stats, "head": ts.state["head"]},
-    )
+    whole = trainer.method.network(ts.params, ts.state)
     held = take(pool, np.flatnonzero(asking))
     scores = outputs(
         run, f"probing {encoder.name}", classifier, jax.tree.map(jax.numpy.asarray, whole), held

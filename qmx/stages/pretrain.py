@@ -41,7 +41,7 @@ def pretrain(run: Run, init: str, seed: int) -> Pretrained:
             "pretrain", name, inputs, lambda directory: _convert(run, init, directory)
         )
     else:
-        view = view_of(init)
+        view = trainers.PRETRAINING[init].view
         inputs = {
             "pool": run.data.pool_digest,
             "seed": seed,
@@ -56,16 +56,11 @@ def pretrain(run: Run, init: str, seed: int) -> Pretrained:
     return Pretrained(init, seed, path, result["sha256"], result)
 
 
-def view_of(init: str) -> str:
-    """The config's view that a pretraining sees."""
-    return "weak_view" if init == "rotation" else "strong_view"
-
-
 def _pretrain(run: Run, init: str, seed: int, directory: Path) -> dict:
     keys, pool, seen = run.config.pretrain[init], run.data.pool, trainers.look(run.data)
     steps = trainers.pretrain_steps(keys, pool.size)
     trainer = trainers.pretrainer(
-        init, keys, run.config.student, run.config[view_of(init)], seen, steps
+        init, keys, run.config.student, run.config[trainers.PRETRAINING[init].view], seen, steps
     )
     rng = root_key(seed, init)
     began = time.monotonic()
