@@ -92,7 +92,7 @@ def chain(**parts: Network) -> Network:
             params[name], stats[name] = part.init(key, x)
             # Only the shape is needed to build the next part.
             y = jax.eval_shape(
-                lambda p, s, x, f=part.apply: f(p, s, x, True)[0], params[name], stats[name], x
+                lambda p, s, x, f=part.apply: f(p, s, x, False)[0], params[name], stats[name], x
             )
             x = jnp.zeros(y.shape, y.dtype)
         return params, stats

@@ -82,7 +82,7 @@ def make(
             )
         net_key, queue_key = jax.random.split(rng)
         params, stats = encode.init(net_key, x)
-        features = jax.eval_shape(lambda: encode.apply(params, stats, x, True)[0])
+        features = jax.eval_shape(lambda: encode.apply(params, stats, x, False)[0])
         rows = jax.random.normal(queue_key, (queue_size, features.shape[-1]), jnp.float32)
         queue = _unit(rows.astype(jnp.promote_types(features.dtype, jnp.float32)))
         copy = jax.tree.map(jnp.copy, stats)

@@ -31,7 +31,7 @@ def from_linen(module: nn.Module) -> Network:
     """
 
     def init(rng: jax.Array, x: jax.Array) -> tuple[PyTree, PyTree]:
-        variables = module.init(rng, x, True)
+        variables = module.init({"params": rng, "dropout": jax.random.fold_in(rng, 1)}, x, True)
         return variables.get("params", {}), variables.get("batch_stats", {})
 
     def apply(
