@@ -7,7 +7,7 @@ Letters of the shapes, everywhere: B batch (global), H W C image (NHWC), S side 
 F features, D embedding, K queue, N classes, G groups of batch statistics, n examples.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 from qmx import augment, losses, models, optim
 from qmx.contract import Encoder, Method, Network, chain

@@ -1,16 +1,29 @@
 """qmx: how few queries does it take to copy an image classifier?
 
+  qmx --config=digits --workdir=runs/digits
   python -m qmx.main --config=configs/digits.py --workdir=runs/digits
 
-  --config=FILE.py[:ARGUMENT]  what to run; the keys are explained in qmx/settings.py
+  --config=NAME[:WORDS]        what to run: a config of qmx's own, or FILE.py[:WORDS]
   --config.KEY=VALUE           another value for one key, as in --config.pretrain.moco.epochs=80
   --workdir=DIRECTORY          where everything is written, and found again by a second call
-  --stage=STAGE                one of target pretrain monitor select query distill evaluate report;
-                               default all
-  --update                     accept a workdir of another config: keep what fits, redo the rest
+  --stage=STAGE                one stage; default all
+  --update                     accept a workdir of another config or version: keep what fits, redo
+                               the rest
+  --keys                       print every key with its default and its remark
   --coordinator=HOST:PORT --processes=P --process=I
                                one of several processes that run as one, the same command in each;
                                SLURM and Open MPI need none of the three, Kubernetes --processes=-1
+
+Stages, in their order:
+
+  target      train the target, or look at the one that is given
+  pretrain    train encoders without labels, or read the ones that are given
+  monitor     measure how good the encoders' features are
+  select      choose the images to ask about
+  query       ask the target about them, within the budget
+  distill     train a student for each cell of the table
+  evaluate    compare each student with the labels and with the target
+  report      print the table, and write the report, the curve and results.json
 
 Exit status: 0 done; 2 a mistake, told in one line; 3 the budget is spent; 75 stopped by a signal
 after saving, the same command goes on.
@@ -25,11 +38,14 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
+from qmx import keys
 from qmx.settings import leaves
+from qmx.shipped import config_file, own_configs, with_files
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "the config, a Python file", lock_config=True
@@ -43,6 +59,24 @@ PROCESSES = flags.DEFINE_integer(
 PROCESS = flags.DEFINE_integer("process", -1, "which of them this is, from 0 on")
 UPDATE = flags.DEFINE_bool(
     "update", False, "accept a workdir of another config: keep what fits, redo the rest"
+)
+
+# What --help shows of the keys.
+MOST_USED = (
+    "queries",
+    "fractions",
+    "budget",
+    "inits",
+    "seeds",
+    "selects",
+    "accesses",
+    "data.source",
+    "data.path",
+    "data.eval_path",
+    "target.kind",
+    "target.path",
+    "student.arch",
+    "pretrain.moco.epochs",
 )
 
 DONE, MISTAKE, SPENT, STOPPED = 0, 2, 3, 75  # exit statuses
@@ -65,10 +99,13 @@ def main(argv: list[str]) -> int:
     """Run what the command line says; returns the exit status. Mistakes are one line, no
     traceback."""
     if {"--help", "-h"} & set(argv):
-        print(__doc__)
+        print(usage())
+        return DONE
+    if "--keys" in argv:
+        print(keys.listing())
         return DONE
     try:
-        config, workdir = parse(argv)
+        config, workdir = parse(with_files(argv))
     except Exception as error:  # absl, ml_collections and the config file raise what they like
         return fail(explain(error), MISTAKE)
 
@@ -100,17 +137,24 @@ def parse(argv: list[str]) -> tuple[FrozenConfigDict, Path]:
         raise ValueError(f"{rest[1]!r} is no flag; write --config.key=value")
     if CONFIG.value is None or not WORKDIR.value:
         raise ValueError(
-            "--config=FILE.py and --workdir=DIRECTORY are needed, as in "
-            "python -m qmx.main --config=configs/digits.py --workdir=runs/digits"
+            "--config=NAME, or FILE.py, and --workdir=DIRECTORY are needed, as in "
+            "python -m qmx.main --config=digits --workdir=runs/digits"
         )
     return FrozenConfigDict(CONFIG.value), Path(WORKDIR.value).absolute()
 
 
+def usage() -> str:
+    """The text of --help."""
+    names = ", ".join(sorted(own_configs()))
+    return (
+        f"{__doc__}\nConfigs: {names}\n\nKeys that are used most (all of them: --keys):\n\n"
+        f"{keys.most_used(MOST_USED)}"
+    )
+
+
 def load_file(name: str) -> ConfigDict:
-    """The config that FILE.py or FILE.py:ARGUMENT makes; an error in it is named with the file."""
-    path, _, argument = name.partition(":")
-    if not Path(path).is_file():
-        raise ValueError(f"--config={name}: no such file")
+    """The config that `name`, see `config_file`, makes; an error in it is named with the file."""
+    path, _, argument = config_file(name).partition(":")
     try:
         return runpy.run_path(path)["get_config"](*[argument] if argument else [])
     except Exception as error:
@@ -213,5 +257,10 @@ def fail(message: str, status: int) -> int:
     return status
 
 
-if __name__ == "__main__":
+def run() -> NoReturn:
+    """The command `qmx`."""
     sys.exit(main(sys.argv))
+
+
+if __name__ == "__main__":
+    run()

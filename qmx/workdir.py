@@ -15,7 +15,7 @@ from qmx.sharding import from_first
 
 
 class Mismatch(ValueError):
-    """A workdir that another config made."""
+    """A workdir that another config, or another version of qmx, made."""
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -136,19 +136,38 @@ def stage(
     return from_first(finish)
 
 
+def stages_version(workdir: Path) -> str | None:
+    """Version of qmx that a workdir's stages name, another one than this first; qmx 0.1 wrote it
+    nowhere else. None if there are no stages."""
+    found = [
+        json.loads(path.read_text()).get("qmx", "0.1")
+        for depth in ("*", "*/*")
+        for path in sorted(workdir.glob(f"{depth}/inputs.json"))
+    ]
+    return ([name for name in found if name != qmx.__version__] or found or [None])[0]
+
+
 def claim(workdir: Path, config: dict, update: bool) -> None:
-    """Make the workdir this config's own, or refuse one that another config made.
+    """Make the workdir this config's and this version's own, or refuse one that others made.
 
     Raises:
-      Mismatch: the config differs from the one in the workdir and `update` is false; names the
-        first key and how to go on.
+      Mismatch: the config or qmx's version differs from the one in the workdir and `update` is
+        false; names the versions, or the first key, and how to go on.
     """
-    config = json.loads(json.dumps(config))
+    config = json.loads(json.dumps({"qmx": qmx.__version__, **config}))
     path = workdir / "config.json"
 
     def write() -> None:
-        if path.exists() and not update:
-            changed = differences(json.loads(path.read_text()), config)
+        old = json.loads(path.read_text()) if path.exists() else {}
+        version = old.pop("qmx", None) or stages_version(workdir)
+        if version not in (None, qmx.__version__) and not update:
+            raise Mismatch(
+                f"{workdir} was made by qmx {version}, and this is qmx {qmx.__version__}; take"
+                " another --workdir, or give --update to keep the ledger's answers and do the"
+                " stages again"
+            )
+        if old and not update:
+            changed = differences({"qmx": qmx.__version__, **old}, config)
             if changed:
                 more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
                 raise Mismatch(

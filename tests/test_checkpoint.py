@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT
 from safetensors.numpy import load_file, save_file
 
+import qmx
 from qmx import optim
 from qmx.checkpoint import Checkpoints, load_weights, save_weights
 from qmx.contract import by_path
@@ -259,6 +260,40 @@ def test_claim(tmp_path):
     claim(tmp_path / "w", {"a": {"b": 2}, "c": (1,)}, update=True)
     claim(tmp_path / "w", {"a": {"b": 2}, "c": (1,)}, update=False)
     assert differences({"x": 1}, {"y": 1}) == ["x: 1 there, null now", "y: null there, 1 now"]
+
+
+def test_claim_of_another_version(tmp_path, monkeypatch):
+    """A workdir of qmx 0.1, which wrote its version into the stages alone, is refused in one line,
+    as is one of a later version; --update takes it over, and no stage is taken for done."""
+
+    def work():
+        return {"made": qmx.__version__}
+
+    monkeypatch.setattr(qmx, "__version__", "0.1.0")
+    for name in ("target", "pretrain/moco-seed0"):
+        stage(tmp_path / "w" / name, {"lr": 1}, work, print)
+    (tmp_path / "w/config.json").write_text('{\n "a": 1\n}\n')
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.undo()
+
+    cure = r"take another --workdir, or give --update to keep the ledger's answers"
+    line = rf"w was made by qmx 0\.1\.0, and this is qmx {re.escape(qmx.__version__)}; {cure}"
+    with pytest.raises(Mismatch, match=line) as refusal:
+        claim(tmp_path / "w", {"a": 1}, update=False)
+    assert "\n" not in str(refusal.value)
+    assert files == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    claim(tmp_path / "w", {"a": 1}, update=True)
+    assert stage(tmp_path / "w/target", {"lr": 1}, work, print) == {"made": qmx.__version__}
+    # The other stage may stay as it is, if the config has no use for it any more.
+    claim(tmp_path / "w", {"a": 1}, update=False)
+
+    monkeypatch.setattr(qmx, "__version__", "9.0")
+    with pytest.raises(Mismatch, match="and this is qmx 9.0"):
+        claim(tmp_path / "w", {"a": 1}, update=False)
+    # Claimed by 0.1 and stopped before the first stage: nothing is there that could be lost.
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v/config.json").write_text('{"a": 1}')
+    claim(tmp_path / "v", {"a": 1}, update=False)
 
 
 def test_files_are_whole(tmp_path):

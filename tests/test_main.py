@@ -1,16 +1,21 @@
 """The command line: mistakes end with status 2, one line on standard error, and no workdir."""
 
+import ast
 import os
 import pty
 import re
 import subprocess
 import sys
+import tomllib
 
 import numpy as np
 import pytest
 from conftest import ROOT, TINY
 
-from qmx.main import main
+from qmx.main import MOST_USED, load_file, main
+from qmx.pipeline import STAGES
+from qmx.settings import base, leaves
+from qmx.shipped import config_file, with_files
 
 DIGITS = "--config=configs/digits.py"
 TYPO = (
@@ -59,8 +64,10 @@ def npz(path, n=40, **changes):
         ([DIGITS, "word"], "'word' is no flag"),
         ([DIGITS, "--stage=pretain"], "--stage=pretain is unknown"),
         (["--config=nowhere.py"], "nowhere.py: no such file"),
+        (["--config=digit"], "digit: no such file; .* are cifar10, digits.*imagenet"),
+        (["--config=digits:float16"], "'float16' is none of float32"),
         (["--config={tmp}/typo.py"], "does not load: AttributeError.*epochs"),
-        ([], "--config=FILE.py and --workdir=DIRECTORY are needed"),
+        ([], "--config=NAME, or FILE.py, and --workdir=DIRECTORY are needed"),
         ([DIGITS, "--config.data.source=arrays"], "needs two files"),
         (
             [
@@ -152,10 +159,84 @@ def test_images_of_ones_own(command, tmp_path):
 
 
 def test_help(capsys):
-    """The flags and the exit statuses, at once."""
+    """The flags, the exit statuses, each stage and the most used keys in a line each, at once."""
     assert main(["qmx", "--help"]) == 0
     printed = capsys.readouterr().out
     assert "--workdir=DIRECTORY" in printed and "Exit status" in printed
+    assert tuple(re.findall(r"^  (\w+)  +[a-z]", printed, re.MULTILINE)) == STAGES
+    names = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+    assert f"\nConfigs: {', '.join(names)}\n" in printed
+    keys = re.findall(r"^  ([\w.]+)=\S+ +# \w", printed, re.MULTILINE)
+    assert tuple(keys) == MOST_USED
+    assert max(map(len, printed.splitlines())) <= 100
+
+
+def test_keys(capsys):
+    """Every key of the settings once, with its default, which the key takes, and its remark."""
+    assert main(["qmx", "--keys"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    said = [line for line in lines if line and not line.startswith("#")]
+    found = dict(re.match(r"([\w.]+)=(\S+)", line).groups() for line in said)
+    want = dict(leaves(base()))
+    assert found.keys() == want.keys() and len(said) == len(want)
+    for key, value in want.items():
+        shown = found[key].strip('"')
+        assert shown == value if isinstance(value, str) else ast.literal_eval(shown) == value, key
+
+    for line in (
+        # Behind a key; above one; of `training`, in every training; one's own in its place; of all
+        # encoders; of a group.
+        "save_minutes=10.0  # between two checkpoints of a training: what a kill may cost",
+        "budget=None  # distinct images that may be asked about in all; None is no limit",
+        "target.batch_size=256  # global, over all devices",
+        "monitor.probe.batch_size=256  # global, over all devices",
+        "pretrain.simsiam.learning_rate=0.1  # 0.05 x batch_size / 256",
+        "pretrain.moco.queue_size=65536  # K, a multiple of batch_size",
+        "weak_view.size=0  # side of the view; 0 is the image's own",
+        '# propagation: of the use "pool", see qmx/selection/propagate.py',
+    ):
+        assert line in [re.sub(" +#", "  #", line) for line in lines], line
+    path = 'pretrain.imported.path=""'
+    assert any(line.startswith(path) and "# weights that somebody" in line for line in lines)
+
+
+def test_config_by_name(tmp_path, monkeypatch):
+    """A name finds qmx's own config, from any directory; a file of that name comes first."""
+    own = ROOT / "configs/digits.py"
+    monkeypatch.chdir(tmp_path)
+    assert config_file("digits") == str(own)
+    assert load_file("digits:float32") == load_file(f"{own}:float32") != load_file("digits")
+    assert with_files(["qmx", "--config", "digits:float32", "--config.seeds=1", "--update"]) == [
+        "qmx",
+        f"--config={own}:float32",
+        "--config.seeds=1",
+        "--update",
+    ]
+    (tmp_path / "digits").write_text(own.read_text())
+    assert config_file("digits:float32") == "digits:float32"
+
+
+@pytest.mark.parametrize("module", ["qmx", "qmx.main"])
+def test_both_commands(environment, tmp_path, module):
+    """`python -m qmx` is `python -m qmx.main`, also outside the checkout."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--config=digits", "--stage=nonsense", "--workdir=w"],
+        cwd=tmp_path,
+        env={**environment, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("qmx: --stage=nonsense is unknown"), done.stderr
+
+
+def test_what_is_installed():
+    """The command, and the configs inside the package, as pyproject.toml describes them."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["project"]["scripts"] == {"qmx": "qmx.main:run"}
+    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel["only-include"] == ["qmx", "configs"]
+    assert wheel["sources"] == {"configs": "qmx/configs"}
 
 
 def test_terminal(environment, finished, tmp_path):

@@ -179,6 +179,26 @@ def test_another_config(finished, command, tmp_path):
     )
 
 
+def test_workdir_of_version_0_1(finished, command, tmp_path):
+    """A run of qmx 0.1 is refused in one line; --update does its stages again and asks nothing."""
+    shutil.copytree(finished, tmp_path / "w")
+    for path in (tmp_path / "w").rglob("inputs.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "qmx": "0.1.0"}))
+    config = json.loads((tmp_path / "w/config.json").read_text())
+    del config["qmx"]
+    (tmp_path / "w/config.json").write_text(json.dumps(config))
+    fewer = [*TINY, f"--workdir={tmp_path}/w", "--config.inits=('none',)", "--config.also=()"]
+    status, out, err = command(*fewer)
+    assert (status, out) == (2, "") and len(err.splitlines()) == 1
+    assert "was made by qmx 0.1.0, and this is qmx 0.2" in err and "--update" in err
+
+    status, _, err = command(*fewer, "--update")
+    assert status == 0 and 'target is done again, because qmx: "0.1.0" there' in err, err
+    assert table(tmp_path / "w")["account"] == table(finished)["account"]
+    status, _, err = command(*fewer)
+    assert status == 0 and "all of it was done before" in err, err
+
+
 def test_budgets_do_not_meet(finished, command, tmp_path):
     """P2, P3: a student is the same whether or not smaller budgets ran before it in the same
     call."""

@@ -9,6 +9,9 @@ import numpy as np
 import yaml
 from conftest import ROOT
 
+from qmx import __version__
+from qmx.shipped import own_configs
+
 README = (ROOT / "README.md").read_text()
 
 
@@ -17,18 +20,38 @@ def blocks(language):
 
 
 def test_pieces(tmp_path, monkeypatch, capsys):
-    """P22: the functional API on one screen: a MoCo step in a loop of one's own, and the ledger."""
+    """The functional API on one screen: a MoCo step in a loop of one's own, and the ledger. Each
+    runs alone and prints something."""
     monkeypatch.chdir(tmp_path)
-    names = {}
-    for block in blocks("python"):
-        exec(compile(block, "README.md", "exec"), names)  # noqa: S102
+    step, ledger = blocks("python")
+    names = alone(step)
     assert int(names["state"].step) == 32 and np.isfinite(names["metrics"]["loss"])
     assert names["encoder"].params["w"].shape == (192, 32)
+    printed = capsys.readouterr().out
+    assert printed == f"after 32 steps the loss is {float(names['metrics']['loss']):.2f}\n"
+
+    names = alone(ledger)
     np.testing.assert_array_equal(names["scores"], names["again"])
     np.testing.assert_array_equal(names["labels"].argmax(1), names["scores"].argmax(1))
     printed = capsys.readouterr().out
     assert "60 of 100 queries are spent and 41 more are asked for" in printed
     assert "calls=60, images=60, views=60, unanswered=0" in printed
+
+
+def alone(block):
+    """The names that a block makes out of none."""
+    names = {}
+    exec(compile(block, "README.md", "exec"), names)  # noqa: S102
+    return names
+
+
+def test_installed_command(command, tmp_path):
+    """The short form of the command, and the configs it names, are known."""
+    (line,) = [line for line in README.splitlines() if line.startswith("qmx ")]
+    status, _, err = command(*shlex.split(line)[1:-1], f"--workdir={tmp_path}", "--stage=nonsense")
+    assert status == 2 and err.startswith("qmx: --stage=nonsense is unknown"), err
+    listed = re.search(r"comes with `qmx` \(([^)]*)\)", README).group(1)
+    assert sorted(re.findall(r"`(\w+)`", listed)) == sorted(own_configs())
 
 
 def test_commands(command, tmp_path):
@@ -88,5 +111,25 @@ def test_slurm(tmp_path):
 
 def test_files():
     """Links lead to files."""
-    for path in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / path).exists(), path
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"):
+        for path in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text()):
+            assert path.startswith("https://") or (ROOT / path).exists(), (name, path)
+
+
+def test_front_door():
+    """What is beside the README is whole: the version is the package's everywhere, CI runs the
+    parts of the README's test line, and the page for contributors is one screen."""
+    (line,) = [line for line in README.splitlines() if "pip install -q -e '.[test]'" in line]
+    ci = (ROOT / ".github/workflows/ci.yml").read_text()
+    for part in line.split(" && "):
+        assert part in ci, part
+    steps = yaml.safe_load(ci)["jobs"]["test"]["strategy"]["matrix"]
+    assert steps["python"] == ["3.11", "3.13"] and len(steps["jax"]) == 2
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == __version__
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == (
+        __version__
+    )
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    assert [hook["entry"].split()[:2] for hook in hooks] == [["ruff", "check"], ["ruff", "format"]]
+    assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 60

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from conftest import ROOT, TINY
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from qmx import models, pipeline, settings, trainers, workdir
-from qmx.checks import validate
+from qmx import checks, models, pipeline, settings, trainers, workdir
 from qmx.contract import Encoder, Method, begin_from, chain, network_key, view_shape
 from qmx.data import load
 from qmx.main import load_file
@@ -74,22 +73,25 @@ def test_another_method(monkeypatch, tmp_path):
 
         return Method(init, loss, encoder, start=begin_from, network=Encoder)
 
-    keys = settings.pretraining()
-    toy = settings.training(epochs=1.0, batch_size=128)
-    monkeypatch.setattr(settings, "pretraining", lambda: {**keys, "brightness": toy})
+    def with_keys(config):
+        with config.unlocked():
+            config.pretrain.brightness = settings.training(epochs=1.0, batch_size=128)
+            config.pretrain.brightness.path = ""
+        return config
+
+    monkeypatch.setattr(checks, "base", lambda: with_keys(settings.base()))
     line = trainers.Pretraining(lambda keys, net, view: regress(net(), models.classifier(1), view))
     monkeypatch.setitem(trainers.PRETRAINING, "brightness", line)
-    config = tiny()
+    config = with_keys(ConfigDict(tiny()))
     changes = {
         **{"inits": ("none", "brightness"), "also": (), "fractions": (0.05,)},
         **{"student.arch": "resnet8_narrow", "target.arch": "resnet8_narrow"},
         **{"target.epochs": 1.0, "distill.min_steps": 2, "distill.epochs": 0.1},
     }
-    config = ConfigDict(config)
     config.update_from_flattened_dict(changes)
     config = FrozenConfigDict(config)
     data = load(config.data)
-    validate(config, data)
+    checks.validate(config, data)
     out = pipeline.run(config, tmp_path, data, "all", lambda: False)
     assert "brightness" in out.splitlines()[-3]
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
