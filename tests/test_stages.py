@@ -23,7 +23,7 @@ def tiny():
     return FrozenConfigDict(config)
 
 
-def test_nothing_is_looked_up_twice(finished, monkeypatch):
+def test_nothing_is_looked_up_twice(finished, monkeypatch, capsys):
     """A walk over a finished workdir looks at each artefact once, and at one selection for each of
     the twelve cells, of which four columns share the images that are drawn at random."""
     looks, stage = Counter(), workdir.stage
@@ -35,6 +35,7 @@ def test_nothing_is_looked_up_twice(finished, monkeypatch):
     monkeypatch.setattr(workdir, "stage", counting)
     config = tiny()
     pipeline.run(config, finished, load(config.data), "all", lambda: False)
+    assert "done again" not in capsys.readouterr().err
     selections = {name: looks.pop(name) for name in [*looks] if name.startswith("select/")}
     assert looks.pop("monitor/random-seed0") == 3, "it stands beside each of three encoders"
     assert set(looks.values()) == {1}

@@ -46,7 +46,7 @@ def select(
     if way in BY_ANSWERS:
         name = f"{cell.init}-{way}-{cell.access}-{budget}-seed{seed}"
         inputs |= inputs_of(run, cell, needed(target))
-    if features is not None and way in NEED_FEATURES:
+    if chosen_by_features(cell, run.data.pool.size):
         inputs["encoder"] = needed(features).encoder.sha256
     if way == "list":
         inputs["lists"] = [Path(path).read_text() for path in run.config.lists]
@@ -69,7 +69,7 @@ def _choose(run: Run, cell: Cell, features: Any, target: Any) -> np.ndarray:
         return in_rounds(run, cell, needed(features), needed(target))
     if cell.select not in BY_FEATURES:
         return in_order(cell.select, pool, budget, cell.seed, run.config.lists)
-    if features is None:
+    if budget == pool.size:
         return np.arange(budget)  # all of them: there is nothing to choose
     rows, way = needed(features).read(), BY_FEATURES[cell.select]
     say(
@@ -80,14 +80,18 @@ def _choose(run: Run, cell: Cell, features: Any, target: Any) -> np.ndarray:
     return from_first(lambda: way(rows, budget, np.random.default_rng(cell.seed)))
 
 
-def needs_features(cell: Cell, size: int) -> bool:
-    """True if a cell's images are chosen, or its answers spread, by features of its encoder.
+def chosen_by_features(cell: Cell, size: int) -> bool:
+    """True if a cell's images are chosen by features of its encoder, alone or with answers.
 
     Args:
       size: number of the pool's images; where all are asked about, none is chosen by features.
     """
-    chosen = cell.select in BY_ANSWERS or (cell.select in BY_FEATURES and cell.queries < size)
-    return chosen or cell.use == "pool"
+    return cell.select in BY_ANSWERS or (cell.select in BY_FEATURES and cell.queries < size)
+
+
+def needs_features(cell: Cell, size: int) -> bool:
+    """True if a cell's images are chosen, or its answers spread, by features of its encoder."""
+    return chosen_by_features(cell, size) or cell.use == "pool"
 
 
 def chosen_up_front(config: Any, data: Dataset) -> np.ndarray:
