@@ -13,7 +13,8 @@ def one_hot(classes, count=4):
 
 
 def test_against_scikit_learn():
-    """The same graph in LabelSpreading, which iterates where we solve."""
+    """The same graph in LabelSpreading, which iterates where we solve, and does not divide a class
+    by the number of its answers."""
     features, of = blobs(spread=0.3)
     ids = np.array([0, 5, 31, 65, 99])
     found = propagate(features, ids, one_hot(of[ids]), neighbours=10, power=3, alpha=0.9)
@@ -29,7 +30,22 @@ def test_against_scikit_learn():
     labels[ids] = of[ids]
     theirs = LabelSpreading(kernel=graph, alpha=0.9, max_iter=5000, tol=1e-12).fit(features, labels)
     rest = np.setdiff1d(np.arange(len(of)), ids)
-    np.testing.assert_allclose(found[rest], theirs.label_distributions_[rest], atol=1e-5)
+    want = theirs.label_distributions_[rest] / np.bincount(of[ids], minlength=4)
+    np.testing.assert_allclose(found[rest], want / want.sum(1, keepdims=True), atol=1e-5)
+
+
+def test_a_class_with_many_answers_floods_nobody():
+    """Twenty answers of one class against one of another between equal blobs: the border stays
+    where it is. A class of which there is no whole answer is not blown up."""
+    rng = np.random.default_rng(0)
+    x = np.concatenate([np.linspace(0, 0.6, 40), np.linspace(0.6, 1.2, 40)])
+    features = np.stack([np.cos(x), np.sin(x)], 1).astype(np.float32)
+    ids = np.concatenate([rng.permutation(40)[:20], [75]])
+    answers = np.full((21, 3), 0.001, np.float32)
+    answers[:20, 0], answers[20, 1] = 0.998, 0.998
+    found = propagate(features, ids, answers, neighbours=5)
+    classes = found.argmax(1)
+    assert abs(int((classes == 1).sum()) - 40) <= 8 and not (classes == 2).any()
 
 
 def test_what_holds():

@@ -20,9 +20,12 @@ def propagate(
     """Label propagation over the graph of nearest neighbours.
 
     Z = (I - alpha S)^-1 Y: S is the symmetric, normalised adjacency of weights max(cosine, 0)^power
-    between each image and its nearest ones, Y the answers. Zhou et al. 2004, *Learning with Local
-    and Global Consistency*, with the graph and the defaults of Iscen et al. 2019, *Label
-    Propagation for Deep Semi-supervised Learning*, section 3.
+    between each image and its nearest ones, Y the answers, each class divided by its number of
+    them, so that a class which was answered often does not flood its neighbours. Zhou et al. 2004,
+    *Learning with Local and Global Consistency*, with the graph and the defaults of Iscen et al.
+    2019, *Label Propagation for Deep Semi-supervised Learning*, section 3, and the division of
+    their code (ahmetius/LP-DeepSSL, lp/db_semisuper.py). Their answers are labels; of soft ones a
+    class has as many as its probabilities sum to, and at least one.
 
     Args:
       features: f32[n, D], unit rows, of the whole pool.
@@ -49,7 +52,7 @@ def propagate(
     inverse_root = diags_array(1 / np.sqrt(np.maximum(graph.sum(1), 1e-12)))
     system = eye_array(size) - alpha * (inverse_root @ graph @ inverse_root)
     answers = np.zeros((size, probabilities.shape[1]))
-    answers[ids] = probabilities
+    answers[ids] = probabilities / np.maximum(probabilities.sum(0), 1)
     solved = [cg(system, column, rtol=TOLERANCE, maxiter=ITERATIONS)[0] for column in answers.T]
     reached = np.maximum(np.stack(solved, 1), 0)
     total = reached.sum(1, keepdims=True)

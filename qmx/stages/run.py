@@ -73,10 +73,11 @@ def handed_on(run: Run, stage: Callable[..., T], *artefacts: Any) -> T | NotDone
         return reason
 
 
-def needed(artefact: T | NotDone) -> T:
+def needed(artefact: T | NotDone | None) -> T:
     """An artefact that a stage cannot do without; raises the reason that stands in its place."""
     if isinstance(artefact, NotDone):
         raise artefact
+    assert artefact is not None, "the plan hands on what a cell needs"
     return artefact
 
 
