@@ -210,7 +210,7 @@ def selection(args: argparse.Namespace) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"images": images}
         for way in ways:
             began = time.perf_counter()
-            BY_FEATURES[way](features, args.budget, np.random.default_rng(0))
+            BY_FEATURES[way](features, args.budget, np.random.default_rng(0), 100)
             row[way] = time.perf_counter() - began
         rows.append(row)
         print(f"| {images:,} |" + "".join(f" {row[way]:.2f} |" for way in ways), flush=True)

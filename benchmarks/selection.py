@@ -51,7 +51,7 @@ def main() -> None:
             ids = rng.permutation(args.images)[: args.budget]
             propagate(features, ids, np.eye(args.classes, dtype=np.float32)[of[ids]])
         else:
-            ids = BY_FEATURES[way](features, args.budget, np.random.default_rng(0))
+            ids = BY_FEATURES[way](features, args.budget, np.random.default_rng(0), 100)
             assert len(np.unique(ids)) == args.budget
         seconds[way] = time.perf_counter() - began
         print(f"| {way} | {seconds[way]:.1f} |", flush=True)

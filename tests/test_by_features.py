@@ -27,7 +27,7 @@ def blobs(count=4, size=30, spread=0.05, seed=0, dimension=8):
 
 
 def chosen(way, features, budget, seed=0):
-    return BY_FEATURES[way](features, budget, np.random.default_rng(seed))
+    return BY_FEATURES[way](features, budget, np.random.default_rng(seed), 4)
 
 
 @pytest.mark.parametrize("way", BY_FEATURES)
@@ -96,7 +96,7 @@ def test_probcover_covers():
     """Each image's ball adds at least as many images as any other's would, with the radius that the
     choice implies."""
     features, of = blobs(spread=0.02)
-    ids = probcover(features, 4, np.random.default_rng(0))
+    ids = probcover(features, 4, np.random.default_rng(0), 4)
     similarity = features @ features.T
     stranger = np.where(of[:, None] == of, -1, similarity).max(1)
     inside = similarity > np.quantile(stranger, 0.95)

@@ -1,8 +1,8 @@
 """Which images to ask about, by features that cost neither labels nor queries.
 
-Each way is a pure function (features f32[n, D], budget, rng) -> i64[budget], distinct numbers of
-images, of features with unit rows, so that nearness is the cosine's. The same generator gives the
-same choice.
+Each way is a pure function (features f32[n, D], budget, rng, classes) -> i64[budget], distinct
+numbers of images. Features have unit rows, so that nearness is the cosine's. `classes` is the
+target's number of them. The same generator gives the same choice.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import numpy as np
 
 from qmx.selection.orders import rank_within
 
-Choice = Callable[[np.ndarray, int, np.random.Generator], np.ndarray]
+Choice = Callable[[np.ndarray, int, np.random.Generator, int], np.ndarray]
 
 # avihu111/TypiClust, typiclust.py, with the paper (Hacohen et al. 2022, section 3.2).
 MAX_CLUSTERS = 500
@@ -30,7 +30,9 @@ def unit(features: np.ndarray) -> np.ndarray:
     return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
 
-def balanced(features: np.ndarray, budget: int, rng: np.random.Generator) -> np.ndarray:
+def balanced(
+    features: np.ndarray, budget: int, rng: np.random.Generator, classes: int = 0
+) -> np.ndarray:
     """Equal shares of k-means clusters, as many as the budget up to 500; within each at random.
 
     Cost: that of k-means, n D k for each of its passes.
@@ -42,7 +44,9 @@ def balanced(features: np.ndarray, budget: int, rng: np.random.Generator) -> np.
     return np.lexsort((clusters, rank))[:budget]
 
 
-def typiclust(features: np.ndarray, budget: int, rng: np.random.Generator) -> np.ndarray:
+def typiclust(
+    features: np.ndarray, budget: int, rng: np.random.Generator, classes: int = 0
+) -> np.ndarray:
     """The densest point of each of as many k-means clusters as the budget; above 500 the next
     densest in turn.
 
@@ -66,7 +70,9 @@ def typiclust(features: np.ndarray, budget: int, rng: np.random.Generator) -> np
     return np.lexsort((clusters, -size, rank, size <= SMALL_CLUSTER))[:budget]
 
 
-def kcenter(features: np.ndarray, budget: int, rng: np.random.Generator) -> np.ndarray:
+def kcenter(
+    features: np.ndarray, budget: int, rng: np.random.Generator, classes: int = 0
+) -> np.ndarray:
     """Farthest first: each image the least like those before it, the first one at random.
 
     Gonzalez 1985; Sener and Savarese 2018, *A Core-Set Approach*, algorithm 1. A smaller budget's
@@ -84,21 +90,21 @@ def kcenter(features: np.ndarray, budget: int, rng: np.random.Generator) -> np.n
     return ids
 
 
-def probcover(features: np.ndarray, budget: int, rng: np.random.Generator) -> np.ndarray:
+def probcover(
+    features: np.ndarray, budget: int, rng: np.random.Generator, classes: int
+) -> np.ndarray:
     """Greedy covering by balls: each image the one whose ball holds most images that no ball holds
     yet.
 
-    Yehuda et al. 2022, *Active Learning Through a Covering Lens*, algorithm 1. Their radius is the
-    largest whose balls are pure in 95 % of the cases, by the classes of k-means; here k is the
-    budget, up to 500, where they take the number of classes. Once all is covered the rest is drawn
-    at random. A smaller budget's choice begins a larger one's only if both have the same radius.
+    Yehuda et al. 2022, *Active Learning Through a Covering Lens*, algorithm 1. The radius is the
+    largest whose balls are pure in 95 % of the cases, by k-means with as many clusters as there are
+    classes (section 4.2). Once all is covered the rest is drawn at random. A smaller budget's
+    choice begins a larger one's, as far as neither is drawn.
 
     Cost: n n D, and as many numbers of memory as there are pairs within a radius.
     """
     sample = np.sort(rng.permutation(len(features))[:SAMPLE])
-    near = _radius(
-        features[sample], k_means(features[sample], min(budget, MAX_CLUSTERS, len(sample)), rng)
-    )
+    near = _radius(features[sample], k_means(features[sample], min(classes, len(sample)), rng))
     starts = range(0, len(features), CHUNK)
     inside = [
         np.flatnonzero(row >= near)

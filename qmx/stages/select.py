@@ -77,7 +77,7 @@ def _choose(run: Run, cell: Cell, features: Any, target: Any) -> np.ndarray:
         f" {cell.seed}"
     )
     # In one process: another machine's sums may round another way, and choose others.
-    return from_first(lambda: way(rows, budget, np.random.default_rng(cell.seed)))
+    return from_first(lambda: way(rows, budget, np.random.default_rng(cell.seed), run.data.classes))
 
 
 def chosen_by_features(cell: Cell, size: int) -> bool:
