@@ -5,7 +5,7 @@ every schedule is the epoch; it becomes steps here and nowhere else.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -17,6 +17,9 @@ from qmx.contract import PyTree
 
 SCHEDULES = ("constant", "cosine", "cosine_by_epoch", "step")
 DECAYS = ("all", "kernels")
+TRUST_COEFFICIENT = 0.001  # of LARS, as the SimSiam reference's linear evaluation has it
+
+Mask = Callable[[PyTree], PyTree]  # params -> True for each leaf that decays
 
 
 def schedule(
@@ -105,7 +108,13 @@ def sgd(
       ValueError: an unknown `weight_decay_on`; at the first call, a part of params that has no
         rate.
     """
-    return _momentum_sgd(rates, momentum, nesterov, weight_decay, weight_decay_on)
+    return _momentum_sgd(
+        rates,
+        momentum,
+        nesterov,
+        lambda mask: optax.add_decayed_weights(weight_decay, mask=mask),
+        weight_decay_on,
+    )
 
 
 def lars(
@@ -116,14 +125,32 @@ def lars(
     weight_decay: float = 0.0,
     weight_decay_on: str = "all",
 ) -> optax.GradientTransformation:
-    """SGD whose gradient is scaled by 0.001 |w| / |g| first, for each parameter; arguments as
-    `sgd`.
+    """SGD whose decayed gradient is scaled by 0.001 |w| / (|g| + decay |w|) first, for each
+    parameter; arguments as `sgd`.
 
     Source: You et al. 2017, as apex's `LARC(trust_coefficient=0.001, clip=False)` in the SimSiam
-    reference's linear evaluation: biases too, and no scaling where |w| or |g| is 0.
+    reference's linear evaluation (apex/parallel/LARC.py): biases too, and where |w| or |g| is 0
+    neither decay nor scaling.
     """
-    scaling = optax.scale_by_trust_ratio(trust_coefficient=0.001)
-    return _momentum_sgd(rates, momentum, nesterov, weight_decay, weight_decay_on, scaling)
+    return _momentum_sgd(
+        rates, momentum, nesterov, lambda mask: _larc(weight_decay, mask), weight_decay_on
+    )
+
+
+def _larc(weight_decay: float, mask: Mask | None) -> optax.GradientTransformation:
+    """Decay and scaling of `lars`."""
+
+    def scaled(decayed: bool, g: jax.Array, w: jax.Array) -> jax.Array:
+        decay = weight_decay if decayed else 0.0
+        size, slope = jnp.linalg.norm(w), jnp.linalg.norm(g)
+        rate = TRUST_COEFFICIENT * size / (slope + decay * size + 1e-8)  # apex's epsilon
+        return jnp.where((size > 0) & (slope > 0), rate * (g + decay * w), g)
+
+    def update(grads: PyTree, params: PyTree | None = None) -> PyTree:
+        chosen = mask(params) if mask else jax.tree.map(lambda _: True, params)
+        return jax.tree.map(scaled, chosen, grads, params)
+
+    return optax.stateless(update)
 
 
 OPTIMIZERS = {"sgd": sgd, "lars": lars}
@@ -133,12 +160,11 @@ def _momentum_sgd(
     rates: optax.Schedule | Mapping[str, optax.Schedule],
     momentum: float,
     nesterov: bool,
-    weight_decay: float,
+    decayed: Callable[[Mask | None], optax.GradientTransformation],
     weight_decay_on: str,
-    *scaling: optax.GradientTransformation,
 ) -> optax.GradientTransformation:
-    """Decay, `scaling`, momentum and rate; for all parameters, or for each top-level part with its
-    own rate."""
+    """Decay as `decayed` makes it for a mask, momentum and rate; for all parameters, or for each
+    top-level part with its own rate."""
     if weight_decay_on not in DECAYS:
         raise ValueError(
             f"weight_decay_on {weight_decay_on!r} is unknown; choose one of {', '.join(DECAYS)}"
@@ -147,8 +173,7 @@ def _momentum_sgd(
 
     def one(rate: optax.Schedule) -> optax.GradientTransformation:
         return optax.chain(
-            optax.add_decayed_weights(weight_decay, mask=mask),
-            *scaling,
+            decayed(mask),
             optax.sgd(rate, momentum=momentum or None, nesterov=nesterov),
         )
 

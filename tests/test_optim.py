@@ -330,8 +330,8 @@ def test_sgd_is_torchs(momentum, nesterov, parts):
 
 def test_lars_is_apexs():
     """Five steps against LARC (trust 0.001, no clipping) written out in numpy around SGD with
-    momentum: decay joins the gradient before its norm is taken, biases are scaled too, and a
-    parameter of zeros takes the plain gradient.
+    momentum: the norms of gradient and decay are added, not that of their sum taken; biases are
+    scaled too, and a parameter of zeros takes the plain gradient.
     """
     rng = np.random.default_rng(0)
     params = {
@@ -340,7 +340,9 @@ def test_lars_is_apexs():
     }
     theirs = {name: value.astype(np.float64) for name, value in params.items()}
     trace = {name: np.zeros(value.shape) for name, value in params.items()}
-    tx = lars(constant(0.5), weight_decay=0.01)
+    # Large, so that the two ways to take the norm differ.
+    decay = 0.8
+    tx = lars(constant(0.5), weight_decay=decay)
     state = tx.init(params)
     for _ in range(5):
         grads = {
@@ -349,9 +351,9 @@ def test_lars_is_apexs():
         updates, state = tx.update(grads, state, params)
         params = optax.apply_updates(params, updates)
         for name, p in theirs.items():
-            g = grads[name] + 0.01 * p
-            if np.linalg.norm(p) > 0:
-                g = g * 0.001 * np.linalg.norm(p) / np.linalg.norm(g)
+            g, size = grads[name].astype(np.float64), np.linalg.norm(p)
+            if size > 0:
+                g = (g + decay * p) * 0.001 * size / (np.linalg.norm(g) + decay * size + 1e-8)
             trace[name] = 0.9 * trace[name] + g
             theirs[name] = p - 0.5 * trace[name]
             np.testing.assert_allclose(params[name], theirs[name], rtol=1e-5)
