@@ -10,7 +10,9 @@
 Words after the colon, with commas between them, choose a part or a flavour:
 
     :moco  :none,moco   these inits alone (none, rotation, moco, simsiam)
-    :paper              (the default) what the code behind the table did, its departures included
+    :paper              (the default) what the code behind the table did, its departures included;
+                        but its warm-up climbs in a stair, once an epoch, and ours at each step, and
+                        at 100 % tuning follows the slides, for which there is no code
     :best               decay on kernels only where nothing was pretrained, and pooled features
                         standardised before the classifier where something was
     :moco800            MoCo v2 for 800 epochs instead of 200
