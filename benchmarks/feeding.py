@@ -36,10 +36,10 @@ def trainings(config, data):
     """name -> (its trainer, batch size, source)."""
     import numpy as np
 
-    from qmx import trainers
+    from qmx import networks, trainers
     from qmx.data.sources import take
 
-    seen, moco, student = trainers.look(data), config.pretrain.moco, config.student
+    seen, moco, student = networks.look(data), config.pretrain.moco, config.student
     scores = np.random.default_rng(0).normal(size=(data.pool.size, data.classes))
     answered = take(data.pool, np.arange(data.pool.size), scores=scores.astype(np.float32))
     return {

@@ -48,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
     import jax
     import numpy as np
 
-    from qmx import trainers
+    from qmx import networks
     from qmx.contract import Encoder
     from qmx.ledger import Ledger, pixel_digests
     from qmx.sharding import put_state
@@ -56,17 +56,17 @@ def main(args: argparse.Namespace) -> None:
 
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (args.images, args.size, args.size, 3), np.uint8)
-    seen = trainers.Look((args.size, args.size, 3), (0.5,) * 3, (0.25,) * 3, args.classes)
-    network = trainers.classifier(args.arch, "float32", seen)
+    seen = networks.Look((args.size, args.size, 3), (0.5,) * 3, (0.25,) * 3, args.classes)
+    network = networks.classifier(args.arch, "float32", seen)
     weights = jax.tree.map(
         lambda x: np.abs(0.05 * rng.standard_normal(x.shape, np.float32)),
-        trainers.variables(network, seen),
+        networks.variables(network, seen),
     )
-    folded, weights = trainers.for_inference(args.arch, args.precision, seen, weights)
+    folded, weights = networks.for_inference(args.arch, args.precision, seen, weights)
     query = network_query(
         folded,
         *put_state(Encoder(*weights)),
-        trainers.evaluation_view(seen),
+        networks.evaluation_view(seen),
         args.batch,
         args.precision,
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qmx.data import Dataset
-from qmx.grid import USES, Cell, cells, columns, encoders, recipe_name, recipe_of
+from qmx.grid import USES, Cell, cells, columns, encoders, inits, recipe_name, recipe_of
 from qmx.ledger import access
 from qmx.ledger.content import DTYPES as LEDGER_DTYPES
 from qmx.models.resnet import ARCHS
@@ -16,7 +16,6 @@ from qmx.settings import base, distilling, leaves
 from qmx.sharding import check_batch
 from qmx.targets.address import check_address
 from qmx.targets.query import PRECISIONS
-from qmx.trainers import fixmatch_steps
 
 TARGETS = ("train", "torch", "served", "callable", "recorded")
 LEARN_FROM = ("scores", "labels")
@@ -28,45 +27,6 @@ def validate(config: Any, data: Dataset) -> None:
     """Raise ValueError, one line with the value and the cure, for what cannot be run."""
     for problem in _problems(config, data):
         raise ValueError(problem)
-
-
-def warnings(config: Any, data: Dataset) -> list[str]:
-    """Settings that can be run and are likely to disappoint, a line each."""
-    found = []
-    if "moco" in encoders(config) and not config.pretrain.moco.path:
-        keys = config.pretrain.moco
-        if keys.queue_size > data.pool.size:
-            found.append(
-                f"pretrain.moco.queue_size {keys.queue_size} is larger than the pool of"
-                f" {data.pool.size} images, so that an image's own former keys are among its"
-                " negatives"
-            )
-        if keys.group_size == keys.batch_size:
-            found.append(
-                "pretrain.moco.group_size is the whole batch: its batch statistics tell which key"
-                " belongs to which query, and no shuffling hides it; 32 images a group is the"
-                " reference's"
-            )
-    pool = data.pool.size
-    self_labelled = [cell for cell in cells(config, pool) if cell.use == "fixmatch"]
-    if self_labelled:
-        keys = config.fixmatch
-        steps = min(
-            fixmatch_steps(recipe_of(config, cell), keys, cell.queries, pool)
-            for cell in self_labelled
-        )
-        if 3 / (1 - keys.decay) > steps:  # less than 95 % of the teacher is what was trained
-            found.append(
-                f"fixmatch.decay {keys.decay} averages over about {1 / (1 - keys.decay):.0f} steps,"
-                f" and of {steps} steps the teacher, which is the student that is kept, sees too"
-                " little; lower it, or raise fixmatch.epochs"
-            )
-    return found
-
-
-def inits_of(config: Any) -> tuple[str, ...]:
-    """Everything that a student can start from."""
-    return "none", *config.pretrain
 
 
 def choice(key: str, value: str, known: Any) -> Iterator[str]:
@@ -84,7 +44,7 @@ def _problems(config: Any, data: Dataset) -> Iterator[str]:
     for key, default in defaults.items():
         if isinstance(default, tuple) and "." in key:
             yield from _tuple_problems(key, default, values[key])
-    known = {"inits": inits_of(config), "selects": SELECTS, "uses": USES}
+    known = {"inits": inits(config), "selects": SELECTS, "uses": USES}
     for axis in ("seeds", "accesses", *known):
         values = config[axis]
         if not values:
@@ -101,14 +61,14 @@ def _problems(config: Any, data: Dataset) -> Iterator[str]:
             yield f"seed {seed!r} is not a whole number from 0 on"
     for name, keys in config.recipes.items():
         for init in keys.inits:
-            yield from choice(f"recipes.{name}.inits", init, inits_of(config))
+            yield from choice(f"recipes.{name}.inits", init, inits(config))
     try:
         shown, runs = columns(config), cells(config, data.pool.size)
     except ValueError as error:
         yield str(error)
         return
     for column in shown:
-        yield from choice("also", column.init, inits_of(config))
+        yield from choice("also", column.init, inits(config))
     for cell in runs:
         try:
             recipe_name(config, cell)

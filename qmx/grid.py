@@ -103,6 +103,11 @@ def columns(config: Any) -> list[Column]:
     return found
 
 
+def inits(config: Any) -> tuple[str, ...]:
+    """Everything that a student can start from."""
+    return "none", *config.pretrain
+
+
 def encoders(config: Any) -> list[str]:
     """The inits that some column starts from and that are not "none"."""
     return [*dict.fromkeys(column.init for column in columns(config) if column.init != "none")]

@@ -183,7 +183,8 @@ def start(config: FrozenConfigDict, workdir: Path) -> str:
     import jax
 
     from qmx import data, pipeline, sharding
-    from qmx.checks import validate, warnings
+    from qmx.cautions import warnings
+    from qmx.checks import validate
     from qmx.progress import say
     from qmx.stages.query import check_budget
     from qmx.workdir import claim

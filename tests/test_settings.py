@@ -6,8 +6,9 @@ import pytest
 from conftest import ROOT
 from ml_collections import FrozenConfigDict
 
-from qmx import trainers
-from qmx.checks import validate, warnings
+from qmx import networks, trainers
+from qmx.cautions import warnings
+from qmx.checks import validate
 from qmx.data import load
 from qmx.grid import budget_keys, budgets, cells, columns, encoders, percent
 from qmx.main import load_file
@@ -82,7 +83,7 @@ def test_simsiam_predictor_rate():
     for fixed in (True, False):
         keys = digits(pretrain__simsiam__fix_predictor_rate=fixed).pretrain.simsiam
         trainer = trainers.pretrainer(
-            "simsiam", keys, digits().student, digits().strong_view, trainers.look(DIGITS), 440
+            "simsiam", keys, digits().student, digits().strong_view, networks.look(DIGITS), 440
         )
         ts = trainer.init(jax.random.key(0))
         last = ts._replace(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import softmax
 
-from qmx import trainers
+from qmx import networks, trainers
 from qmx.checkpoint import save_weights
 from qmx.data import Source
 from qmx.data.sources import Beside, take
@@ -136,7 +136,7 @@ def transfer_set(
 
 def _trainer(run: Run, cell: Cell, source: Source) -> tuple[trainers.Trainer, int]:
     """The trainer of a cell, and its steps."""
-    config, keys, facts = run.config, recipe_of(run.config, cell), trainers.look(run.data)
+    config, keys, facts = run.config, recipe_of(run.config, cell), networks.look(run.data)
     arch, dtype = config.student.arch, config.student.dtype
     if cell.use == "fixmatch":
         own, pool = config.fixmatch, run.data.pool.size

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from qmx import trainers
+from qmx import networks
 from qmx.grid import Cell, recipe_of
 from qmx.metrics import compare
 from qmx.stages.answers import Answers, read_scores, shows
@@ -19,8 +19,8 @@ def evaluate(run: Run, cell: Cell, student: Student | NotDone, answers: Answers 
 
     def work(_: Path) -> dict:
         keys, standardize = run.config.student, recipe_of(run.config, cell).standardize
-        dtype, facts = trainers.evaluated_in(keys.dtype), trainers.look(run.data)
-        network = trainers.classifier(keys.arch, dtype, facts, standardize=standardize)
+        dtype, facts = networks.evaluated_in(keys.dtype), networks.look(run.data)
+        network = networks.classifier(keys.arch, dtype, facts, standardize=standardize)
         weights = read_weights(run, network, student.path)
         scores = outputs(run, f"evaluate {cell.name}", network, weights, evaluation)
         target = read_scores(run, answers.identity, answers.of_evaluation())

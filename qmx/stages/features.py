@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qmx import trainers
+from qmx import networks
 from qmx.selection.by_features import unit
 from qmx.sharding import first
 from qmx.stages.pretrain import Pretrained, backbone, read_encoder
@@ -30,7 +30,7 @@ def features(run: Run, encoder: Pretrained | NotDone) -> Features:
     inputs = {
         "pool": run.data.pool_digest,
         "encoder": encoder.sha256,
-        "dtype": trainers.evaluated_in(run.config.student.dtype),
+        "dtype": networks.evaluated_in(run.config.student.dtype),
     }
 
     def work(directory: Path) -> dict:

@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from qmx import trainers
+from qmx import networks, trainers
 from qmx.contract import Encoder
 from qmx.data.sources import take
 from qmx.metrics import held_out, held_out_knn, top_k
@@ -22,11 +22,11 @@ def monitor(run: Run, encoder: Pretrained | NotDone) -> dict:
     pool."""
     encoder = needed(encoder)
     keys, student, seed = run.config.monitor, run.config.student, encoder.seed
-    arch, dtype = student.arch, trainers.evaluated_in(student.dtype)
+    arch, dtype = student.arch, networks.evaluated_in(student.dtype)
     neighbours = {"knn_k": keys.knn_k, "knn_temperature": keys.knn_temperature}
 
     def look_at_random(_: Path) -> dict:
-        random = trainers.random_backbone(arch, dtype, trainers.look(run.data))
+        random = networks.random_backbone(arch, dtype, networks.look(run.data))
         variables = put_state(Encoder(*random(root_key(seed, "random"))))
         return {"knn_top1": knn_top1(run, f"a random network, seed {seed}", variables)}
 
@@ -56,8 +56,8 @@ def knn_top1(run: Run, name: str, encoder: Encoder) -> float:
 
 def linear_top1(run: Run, variables: Encoder, directory: Path, encoder: Pretrained) -> float:
     """Accuracy in per cent of a linear classifier on frozen features, after its last step."""
-    keys, pool, seen = run.config.monitor.probe, run.data.pool, trainers.look(run.data)
-    arch, dtype = run.config.student.arch, trainers.evaluated_in(run.config.student.dtype)
+    keys, pool, seen = run.config.monitor.probe, run.data.pool, networks.look(run.data)
+    arch, dtype = run.config.student.arch, networks.evaluated_in(run.config.student.dtype)
     asking = held_out(pool.size)
     learn = np.flatnonzero(~asking)
     steps = trainers.distill_steps(keys, len(learn))
@@ -81,7 +81,7 @@ def linear_top1(run: Run, variables: Encoder, directory: Path, encoder: Pretrain
         save_seconds=run.save_seconds,
         stopped=run.stopped,
     )
-    classifier = trainers.classifier(arch, dtype, seen)
+    classifier = networks.classifier(arch, dtype, seen)
     whole = trainer.method.network(ts.params, ts.state)
     held = take(pool, np.flatnonzero(asking))
     scores = outputs(

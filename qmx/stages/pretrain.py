@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qmx import trainers
+from qmx import networks, trainers
 from qmx.checkpoint import file_digest, save_weights
 from qmx.contract import Encoder, Network
 from qmx.data import Dataset
@@ -57,7 +57,7 @@ def pretrain(run: Run, init: str, seed: int) -> Pretrained:
 
 
 def _pretrain(run: Run, init: str, seed: int, directory: Path) -> dict:
-    keys, pool, seen = run.config.pretrain[init], run.data.pool, trainers.look(run.data)
+    keys, pool, seen = run.config.pretrain[init], run.data.pool, networks.look(run.data)
     steps = trainers.pretrain_steps(keys, pool.size)
     trainer = trainers.pretrainer(
         init, keys, run.config.student, run.config[trainers.PRETRAINING[init].view], seen, steps
@@ -109,8 +109,8 @@ def converted(config: Any, init: str, data: Dataset) -> from_torch.Converted:
 def backbone(run: Run) -> Network:
     """The encoders' network, as it is evaluated."""
     student = run.config.student
-    return trainers.backbone(
-        student.arch, trainers.evaluated_in(student.dtype), trainers.look(run.data)
+    return networks.backbone(
+        student.arch, networks.evaluated_in(student.dtype), networks.look(run.data)
     )
 
 

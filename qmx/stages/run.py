@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from qmx import trainers, workdir
+from qmx import networks, workdir
 from qmx.checkpoint import load_weights
 from qmx.contract import Encoder, Network
 from qmx.data import Dataset, Source
@@ -83,14 +83,14 @@ def needed(artefact: T | NotDone | None) -> T:
 
 def read_weights(run: Run, network: Network, path: Path) -> Encoder:
     """Weights of a network from a file of the workdir onto the devices."""
-    return put_state(load_weights(path, trainers.variables(network, trainers.look(run.data))))
+    return put_state(load_weights(path, networks.variables(network, networks.look(run.data))))
 
 
 def outputs(
     run: Run, name: str, network: Network, variables: Encoder, source: Source
 ) -> np.ndarray:
     """What a network says of every image of a source, f32[n, D], with progress called `name`."""
-    view = trainers.evaluation_view(trainers.look(run.data))
+    view = networks.evaluation_view(networks.look(run.data))
     ids = ids_here(source.size)
     with progress(name, source.size) as shown:
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qmx import trainers
+from qmx import networks, trainers
 from qmx.checkpoint import file_digest, save_weights
 from qmx.contract import Encoder
 from qmx.data import Dataset
@@ -57,11 +57,11 @@ def target(run: Run) -> Target:
 
 
 def _train(run: Run, directory: Path) -> dict:
-    keys, seen, pool = run.config.target, trainers.look(run.data), run.data.pool
+    keys, seen, pool = run.config.target, networks.look(run.data), run.data.pool
     source = take(pool, np.arange(pool.size), scores=Labels(pool.labels, run.data.classes))
     steps = trainers.distill_steps(keys, pool.size)
     trainer = trainers.distiller(
-        keys, keys.arch, trainers.evaluated_in(keys.precision), run.config.weak_view, seen, steps
+        keys, keys.arch, networks.evaluated_in(keys.precision), run.config.weak_view, seen, steps
     )
     rng = root_key(keys.seed, "target")
     ts = train(
@@ -138,13 +138,13 @@ class Labels:
 
 def target_query(run: Run, target: Target) -> Query:
     """The query function around the target's weights, or around what is elsewhere."""
-    keys, facts = run.config.target, trainers.look(run.data)
+    keys, facts = run.config.target, networks.look(run.data)
     if target.path is None:
         return outside.query_of(keys, run.data, target.sha256)
-    network = trainers.classifier(target.arch, trainers.evaluated_in(keys.precision), facts)
+    network = networks.classifier(target.arch, networks.evaluated_in(keys.precision), facts)
     weights = read_weights(run, network, target.path)
-    folded, weights = trainers.for_inference(target.arch, keys.precision, facts, weights)
-    view = trainers.evaluation_view(facts)
+    folded, weights = networks.for_inference(target.arch, keys.precision, facts, weights)
+    view = networks.evaluation_view(facts)
     return network_query(folded, *weights, view, precision=keys.precision)
 
 

@@ -1,0 +1,41 @@
+"""Settings that can be run and are likely to disappoint."""
+
+from typing import Any
+
+from qmx.data import Dataset
+from qmx.grid import cells, encoders, recipe_of
+from qmx.trainers import fixmatch_steps
+
+
+def warnings(config: Any, data: Dataset) -> list[str]:
+    """Settings that can be run and are likely to disappoint, a line each."""
+    found = []
+    if "moco" in encoders(config) and not config.pretrain.moco.path:
+        keys = config.pretrain.moco
+        if keys.queue_size > data.pool.size:
+            found.append(
+                f"pretrain.moco.queue_size {keys.queue_size} is larger than the pool of"
+                f" {data.pool.size} images, so that an image's own former keys are among its"
+                " negatives"
+            )
+        if keys.group_size == keys.batch_size:
+            found.append(
+                "pretrain.moco.group_size is the whole batch: its batch statistics tell which key"
+                " belongs to which query, and no shuffling hides it; 32 images a group is the"
+                " reference's"
+            )
+    pool = data.pool.size
+    self_labelled = [cell for cell in cells(config, pool) if cell.use == "fixmatch"]
+    if self_labelled:
+        keys = config.fixmatch
+        steps = min(
+            fixmatch_steps(recipe_of(config, cell), keys, cell.queries, pool)
+            for cell in self_labelled
+        )
+        if 3 / (1 - keys.decay) > steps:  # less than 95 % of the teacher is what was trained
+            found.append(
+                f"fixmatch.decay {keys.decay} averages over about {1 / (1 - keys.decay):.0f} steps,"
+                f" and of {steps} steps the teacher, which is the student that is kept, sees too"
+                " little; lower it, or raise fixmatch.epochs"
+            )
+    return found

@@ -1,0 +1,87 @@
+"""Networks by their names in a config: built once for each data set, and how they are evaluated."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qmx import models
+from qmx.augment import plain_view
+from qmx.contract import Encoder, Network, View, chain
+from qmx.data import Dataset
+from qmx.targets.query import PRECISIONS
+
+
+class Look(NamedTuple):
+    """Facts of a data set that networks are told; hashable, so that compilations can be shared."""
+
+    shape: tuple[int, int, int]  # H, W, C
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classes: int  # N
+
+
+def look(data: Dataset) -> Look:
+    """The `Look` of a data set."""
+    return Look(data.shape, data.mean, data.std, data.classes)
+
+
+def evaluated_in(dtype: str) -> str:
+    """The dtype in which a network is evaluated that was trained in `dtype`: at least float32."""
+    return "float64" if dtype == "float64" else "float32"
+
+
+@cache
+def backbone(arch: str, dtype: str, seen: Look) -> Network:
+    """A backbone as every stage but MoCo's and SimSiam's trains and runs it."""
+    del seen  # one object for each data set, on which the compilations hang
+    return models.backbone(arch, dtype=jnp.dtype(dtype))
+
+
+@cache
+def classifier(arch: str, dtype: str, seen: Look, standardize: bool = False) -> Network:
+    """f32[B, S, S, C] -> f32[B, N]: the target's network, and the student's."""
+    head = models.classifier(seen.classes, standardize=standardize)
+    return chain(backbone=backbone(arch, dtype, seen), head=head)
+
+
+def for_inference(
+    arch: str, precision: str, seen: Look, weights: Encoder
+) -> tuple[Network, Encoder]:
+    """A `classifier` and its weights with the batch norm folded into the convolutions."""
+    dtype = jnp.dtype(PRECISIONS[precision][0])
+    network = chain(
+        backbone=models.backbone(arch, dtype=dtype, folded=True),
+        head=models.classifier(seen.classes),
+    )
+    params, stats = weights
+    folded = models.fold(params["backbone"], stats["backbone"])
+    return network, Encoder(
+        {**params, "backbone": folded.params}, {**stats, "backbone": folded.stats}
+    )
+
+
+@cache
+def random_backbone(arch: str, dtype: str, seen: Look) -> Callable[[jax.Array], tuple]:
+    """rng -> the variables of a backbone that was never trained."""
+    image = jnp.zeros((2, *seen.shape))
+    return jax.jit(
+        lambda rng: backbone(arch, dtype, seen).init(rng, image),
+        compiler_options={"xla_backend_optimization_level": 0},
+    )
+
+
+@cache
+def variables(network: Network, seen: Look) -> Encoder:
+    """The shapes of a network's variables, for reading weights; traced once, and nothing is
+    computed."""
+    image = jnp.zeros((2, *seen.shape))  # two, because one has no batch statistics
+    return Encoder(*jax.eval_shape(lambda: network.init(jax.random.key(0), image)))
+
+
+@cache
+def evaluation_view(seen: Look) -> View:
+    """The view of a network that is evaluated or asked: the image, normalised."""
+    return plain_view(seen.mean, seen.std)
