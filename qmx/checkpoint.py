@@ -19,9 +19,10 @@ from shutil import disk_usage
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from qmx.contract import PyTree, by_path, check_shapes
+from qmx.contract import Encoder, Network, PyTree, by_path, check_shapes
 from qmx.sharding import first
 from qmx.train import TrainState
 
@@ -209,6 +210,22 @@ def load_weights(path: Path, like: PyTree) -> PyTree:
     arrays = load_file(path)
     check_shapes(arrays, by_path(like), str(path))
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in by_path(like)])
+
+
+def load_encoder(path: Path | str, network: Network, shape: tuple[int, int, int]) -> Encoder:
+    """The variables of a backbone from a file that qmx wrote; nothing in it is executed.
+
+    Args:
+      path: a safetensors file, as WORKDIR/pretrain/<init>-seed<s>/encoder.safetensors.
+      network: that they are of, f32[B, H, W, C] -> f32[B, F] (`qmx.models.backbone`).
+      shape: H, W, C of its images.
+
+    Raises:
+      ValueError: a variable is missing, left over, or of another shape; all of them are listed.
+    """
+    images = jnp.zeros((2, *shape))  # two, because one has no batch statistics
+    shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), images))
+    return load_weights(Path(path), Encoder(*shapes))
 
 
 def weights_digest(tree: PyTree) -> str:

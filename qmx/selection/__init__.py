@@ -1,2 +1,17 @@
-"""Choice of the images to ask about: orders, by features, by answers; and propagation to the
-rest."""
+"""Choice of the images to ask about: orders, by features, by answers; propagation to the rest."""
+
+from qmx.selection.by_answers import entropy, margin
+from qmx.selection.by_features import balanced, kcenter, probcover, typiclust, unit
+from qmx.selection.orders import class_balanced_order, random_order
+
+__all__ = [
+    "balanced",
+    "class_balanced_order",
+    "entropy",
+    "kcenter",
+    "margin",
+    "probcover",
+    "random_order",
+    "typiclust",
+    "unit",
+]
