@@ -60,9 +60,9 @@ class Part(NamedTuple):
         return (self.tiny_least, self.tiny_most) if tiny else (self.least, self.most)
 
 
-# On the safe side. On an H100 with 16 cores machine took 21 s, a row of steps beside PyTorch eager 35,
-# trace 53, the first epoch of cifar with its evaluation 31, story 234. A part is told when to end,
-# and leaves out what does not fit.
+# On the safe side. On an H100 with 16 cores machine took 21 s, a row of steps beside PyTorch eager
+# 35, trace 53, the first epoch of cifar with its evaluation 31, story 234. A part is told when to
+# end, and leaves out what does not fit.
 PARTS = {
     "machine": Part("gpu_machine:machine", 30, 60, 5, 20),
     "steps": Part("gpu_steps:steps", 90, 3600, 15, 90),
