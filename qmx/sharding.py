@@ -75,7 +75,7 @@ def connect(coordinator: str = "", processes: int = 0, index: int = -1) -> None:
 
 
 def _share_machines() -> bool:
-    """Whether SLURM or Open MPI started several of this job's processes on one machine."""
+    """True if SLURM or Open MPI started several of this job's processes on one machine."""
     said = {
         name: int(os.environ.get(name, "1"))
         for name in ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "OMPI_COMM_WORLD_LOCAL_SIZE")
@@ -87,7 +87,7 @@ def _share_machines() -> bool:
 
 
 def first() -> bool:
-    """Whether this is the process that writes; true if there is one only."""
+    """True in the process that writes; always true if there is only one."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
@@ -99,7 +99,7 @@ def rows_here(batch_size: int) -> slice:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether `flag` is true in some process; all must ask at the same place."""
+    """True if `flag` is true in some process; all must ask at the same place."""
     if jax.process_count() == 1:
         return flag
     from jax.experimental.multihost_utils import process_allgather
@@ -108,8 +108,7 @@ def any_process(flag: bool) -> bool:
 
 
 def from_first(make: Callable[[], Any]) -> Any:
-    """What `make` returns in the first process, JSON or one array, in all of them; `make` runs
-    there alone.
+    """Give every process what `make`, run in the first one alone, returns: JSON or one array.
 
     Raises:
       FirstFailed: in the others, where `make` raised in the first.

@@ -1,4 +1,4 @@
-"""What a run leaves on the disk: stages that are done once, and files that are whole or absent."""
+"""Files of a run: stages are done once, and a file is whole or absent."""
 
 import json
 import os

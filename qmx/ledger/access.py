@@ -1,4 +1,4 @@
-"""How much of an answer is seen: weaker access levels, derived from a richer answer."""
+"""Access levels: the part of an answer that is seen. Weaker ones derive from richer answers."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ ACCESS = ("logits", "probs", "label")
 
 
 def known(access: str) -> bool:
-    """Whether there is such a level, weakened ones included."""
+    """True if there is such a level, weakened ones included."""
     return access in ACCESS or parse(access) is not None
 
 
@@ -32,8 +32,7 @@ def check(access: str, weakened: bool = False) -> None:
 
 
 def derivable(have: str, want: str) -> bool:
-    """Whether answers of level `have`, one of `ACCESS`, tell what those of `want` would have
-    been."""
+    """True if answers of level `want` follow from answers of level `have`, one of `ACCESS`."""
     check(have)
     check(want, weakened=True)
     return ACCESS.index(have) <= ACCESS.index(_needed(want))
@@ -45,7 +44,7 @@ def _needed(want: str) -> str:
 
 
 def derive(scores: np.ndarray, have: str, want: str, keys: Sequence[bytes] = ()) -> np.ndarray:
-    """What an interface of level `want` would have answered; f32[n, N] from f32[n, N].
+    """Answers that an interface of level `want` would have given; f32[n, N] from f32[n, N].
 
     "logits": unnormalised log-probabilities, as they are. "probs": probabilities. "label": one-hot
     rows of the highest score, the first of several equal ones. Weakened levels: probabilities, see
@@ -75,7 +74,7 @@ def derive(scores: np.ndarray, have: str, want: str, keys: Sequence[bytes] = ())
 
 
 def received(answer: np.ndarray, rows: int, classes: int, access: str) -> np.ndarray:
-    """What somebody else's target answered to `rows` images, as the ledger keeps it, f32[rows, N].
+    """Answers of somebody else's target to `rows` images, as the ledger keeps them, f32[rows, N].
 
     Args:
       answer: numbers [rows, N]; for "label" class numbers, [rows] or [rows, 1], or one-hot rows.

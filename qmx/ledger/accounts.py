@@ -1,4 +1,4 @@
-"""What was asked, and what of it counts against the budget."""
+"""Accounts of what was asked, and of the part that counts against the budget."""
 
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ class BudgetSpent(Exception):
 
 
 class Account(NamedTuple):
-    """What one target was asked, so far."""
+    """Counts of what one target was asked so far."""
 
     calls: int  # images sent in requests that were answered, each time that they were sent
     images: int  # distinct images with an answer
@@ -40,7 +40,7 @@ def spent(file: File, target: str) -> int:
 
 
 def account(file: File, target: str) -> Account:
-    """What one target was asked, so far."""
+    """Counts of what one target was asked so far."""
     calls, unanswered, failed, retried = file.run(
         "SELECT COALESCE(SUM(views * answered), 0), COALESCE(SUM(views * (1 - answered - failed)),"
         " 0), COALESCE(SUM(views * failed), 0), COALESCE(SUM(views * retry), 0) FROM requests WHERE"

@@ -1,4 +1,4 @@
-"""What a ledger's rows are made of: keys of images, scores as bytes, and checksums."""
+"""Contents of a ledger's rows: keys of images, scores as bytes, and checksums."""
 
 import hashlib
 import zlib

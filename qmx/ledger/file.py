@@ -101,8 +101,7 @@ class File:
         self._told(lambda: self._db.executemany(statement, parameters))
 
     def together(self, work: Callable[[], None]) -> None:
-        """What `work` writes is there altogether, and durable, when this returns; or none of it
-        is."""
+        """Make all that `work` writes durable by the time this returns, or write none of it."""
         self.run("BEGIN IMMEDIATE")
         try:
             work()

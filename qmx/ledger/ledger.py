@@ -250,7 +250,7 @@ class Ledger:
         return _missing(keys, stored.find(self._file, keys), access)
 
     def count_missing(self, images: np.ndarray) -> int:
-        """How many distinct images of uint8[n, H, W, C] have no answer yet."""
+        """Number of distinct images of uint8[n, H, W, C] without an answer yet."""
         return self.count_missing_keys(self.keys(images))
 
     def count_missing_keys(self, keys: list[bytes]) -> int:
@@ -263,7 +263,7 @@ class Ledger:
         return accounts.spent(self._file, self.target)
 
     def account(self) -> accounts.Account:
-        """What this target was asked, so far, by everybody who used this file."""
+        """Counts of what everybody who used this file has asked this target so far."""
         return accounts.account(self._file, self.target)
 
     def check_budget(self, images: set[bytes]) -> None:

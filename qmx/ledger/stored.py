@@ -21,7 +21,7 @@ class Known(NamedTuple):
 
 
 def find(file: File, keys: list[bytes]) -> dict[bytes, Known]:
-    """What is known of those of the keys that have an answer, but the scores."""
+    """Row, level and purpose of every key that has an answer."""
     found = {}
     for few in blocks(sorted(set(keys)), FEW):  # neighbours in the index
         rows = file.run(
@@ -34,7 +34,7 @@ def find(file: File, keys: list[bytes]) -> dict[bytes, Known]:
 
 
 def count(file: File, keys: list[bytes]) -> int:
-    """How many of the keys, sorted and no two alike, have an answer."""
+    """Number of the keys, sorted and no two alike, that have an answer."""
     return sum(
         file.run(f"SELECT COUNT(*) FROM answers WHERE key IN ({','.join('?' * len(few))})", few)[0][
             0

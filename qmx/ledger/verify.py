@@ -22,7 +22,7 @@ CREATE TEMP TABLE found_scores (row INTEGER, scores BLOB);
 
 
 class Recovered(NamedTuple):
-    """What came back of a damaged file."""
+    """Result of a recovery from a damaged file."""
 
     path: Path
     answers: int  # recovered; each is as it was written
@@ -35,7 +35,7 @@ class Recovered(NamedTuple):
 def problems(
     path: Path, on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> list[str]:
-    """What is wrong with a ledger's file, in words; nothing is written.
+    """Describe what is wrong with a ledger's file; nothing is written.
 
     Args:
       on_progress: called with (answers checked, answers) now and then.

@@ -1,4 +1,4 @@
-"""What an owner may do to the scores before handing them out: less of them, or perturbed ones.
+"""Weakened scores, as an owner may hand them out: fewer of them, or perturbed ones.
 
 A weakened level is written as a name and a number, as in "top5" or "rounded2"; each is a pure
 function of probabilities. All of them are replayed from answers that were paid for once.

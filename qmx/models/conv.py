@@ -186,7 +186,7 @@ def _products(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
 
 
 def _patches(x: jax.Array, size: int, stride: int) -> jax.Array:
-    """What a kernel meets at each place: [B, H', W', size * size * C]."""
+    """Patches that a kernel meets at each place: [B, H', W', size * size * C]."""
     pad = size // 2
     high, wide = ((side - 1) // stride + 1 for side in x.shape[1:3])
     padded = jnp.pad(x, [(0, 0), (pad, pad), (pad, pad), (0, 0)])

@@ -33,7 +33,7 @@ class Converted(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How a code base saves a backbone."""
+    """Names under which a code base saves a backbone."""
 
     prefix: str  # of the backbone's names
     # What else is in the file: names, or prefixes that end with a dot.
@@ -180,8 +180,7 @@ def convert(tensors: dict[str, np.ndarray], arch: str = "", *, what: str = "the 
 
 
 def belongs(name: str, names: tuple[str, ...]) -> bool:
-    """Whether a name is among `names`, where one that ends with a dot stands for all that begin
-    with it."""
+    """True if `name` is one of `names`, or begins with one of them that ends with a dot."""
     return any(name == known or (known.endswith(".") and name.startswith(known)) for known in names)
 
 
@@ -332,7 +331,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def group_of(name: str) -> str:
-    """What a dropped tensor belongs to."""
+    """Name of the part that a dropped tensor belongs to."""
     if name.endswith("num_batches_tracked"):
         return "num_batches_tracked"
     name = name.removeprefix("module.")

@@ -1,4 +1,4 @@
-"""What stands on the pooled features: f32[B, D] -> f32[B, D']. Layers carry torch's indices."""
+"""Heads on the pooled features: f32[B, D] -> f32[B, D']. Layers carry torch's indices."""
 
 from typing import Any
 

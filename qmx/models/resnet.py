@@ -21,7 +21,7 @@ kaiming_normal = drawn(nn.initializers.variance_scaling(2.0, "fan_out", "normal"
 
 
 class Arch(NamedTuple):
-    """What distinguishes one member of the family from another."""
+    """Differences between the members of the family."""
 
     blocks: tuple[int, ...]  # residual blocks of each stage
     bottleneck: bool
@@ -78,7 +78,7 @@ class Conv(nn.Module):
 
 
 def no_norm(**_: Any) -> Callable[[jax.Array, bool], jax.Array]:
-    """What stands in the place of batch norm where it is folded into the convolutions."""
+    """Identity in place of a batch norm that is folded into the convolutions."""
     return lambda x, train: x
 
 

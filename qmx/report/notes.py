@@ -32,7 +32,7 @@ def account_notes(results: dict) -> list[str]:
 
 
 def recipes_note(results: dict) -> str:
-    """What the columns of one row have in common."""
+    """Settings that the columns of one row have in common."""
     config = results["config"]
     used = {
         budget_label(results, budget): {

@@ -1,5 +1,7 @@
-"""How many queries reach a share of the target's accuracy, read off the measured curve and never
-beyond it."""
+"""Number of queries that reach a share of the target's accuracy.
+
+It is read off the measured curve, and never beyond it.
+"""
 
 import math
 from collections.abc import Sequence

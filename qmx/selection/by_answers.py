@@ -40,8 +40,7 @@ def _lowest(certainty: np.ndarray, asked: np.ndarray, number: int) -> np.ndarray
 
 
 def shares(budget: int, rounds: int) -> list[int]:
-    """How many images are asked about at first and in each of `rounds` rounds after it: as equal as
-    can be.
+    """Numbers of images to ask about, first and in each of `rounds` rounds, as equal as can be.
 
     None is 0, so that a budget smaller than their number has fewer rounds.
     """

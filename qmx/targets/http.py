@@ -164,7 +164,7 @@ def _retry_after(value: str | None) -> float | None:
 
 
 def _said(body: bytes) -> str:
-    """What a server says of an error: the protocol's "error", else how the text begins."""
+    """Message of a server about an error: the protocol's "error", else the start of the text."""
     text = body[:2000].decode(errors="replace")
     try:
         text = str(json.loads(text)["error"])
