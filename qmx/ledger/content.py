@@ -42,6 +42,28 @@ def checksum(key: bytes, image: bytes, access: str, dtype: str, scores: bytes) -
     )
 
 
+def checked(answer: np.ndarray, rows: int, classes: int | None, dtype: str) -> np.ndarray:
+    """The query's answer [rows, classes] as it is stored, or ValueError with what is wrong with
+    it."""
+    scores = np.asarray(answer, np.float32)
+    if (
+        scores.ndim != 2
+        or len(scores) != rows
+        or scores.shape[1] != (classes or max(scores.shape[1], 1))
+    ):
+        raise ValueError(
+            f"the query answered {rows} images with shape {scores.shape}; it must be "
+            f"[{rows}, {classes or 'N'}]. Nothing of this batch was kept"
+        )
+    bad = int((~np.isfinite(scores)).any(1).sum())
+    if bad:
+        raise ValueError(
+            f"the query's scores are not finite for {bad} of {rows} images; "
+            "nothing of this batch was kept"
+        )
+    return packed(scores, dtype)
+
+
 def packed(scores: np.ndarray, dtype: str) -> np.ndarray:
     """Scores f32[n, N] as they are stored.
 

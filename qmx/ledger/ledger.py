@@ -15,7 +15,7 @@ import numpy as np
 from qmx.ledger import access as levels
 from qmx.ledger import accounts, stored
 from qmx.ledger.accounts import PURPOSES, RECORDED
-from qmx.ledger.content import DTYPES, keys_of, keys_of_digests, packed, pixel_digests
+from qmx.ledger.content import DTYPES, checked, keys_of, keys_of_digests, pixel_digests
 from qmx.ledger.file import opened
 
 MANY = 65536  # keys that are looked up before their rows are written down
@@ -212,7 +212,7 @@ class Ledger:
             request = self._request(purpose, views=len(batch), retry=int(attempt > 0))
             self._file.run("PRAGMA synchronous = FULL")
             try:
-                return request, _checked(query(batch), len(batch), classes, self.dtype)
+                return request, checked(query(batch), len(batch), classes, self.dtype)
             except Exception as error:
                 self._file.run("UPDATE requests SET failed = 1 WHERE id = ?", (request,))
                 if not isinstance(error, Unavailable) or attempt == len(waits):
@@ -233,7 +233,7 @@ class Ledger:
         """
         levels.check(access)
         keys = keys_of_digests(images, self.target, self.preprocessing)
-        scores = _checked(scores, len(keys), stored.classes(self._file, self.target), self.dtype)
+        scores = checked(scores, len(keys), stored.classes(self._file, self.target), self.dtype)
         stored.keep(
             self._file,
             self._request(RECORDED, views=0, retry=0),
@@ -296,25 +296,3 @@ def _missing(keys: list[bytes], found: dict[bytes, stored.Known], access: str) -
             if key not in found or levels.ACCESS.index(found[key].access) > rank
         }.values()
     )
-
-
-def _checked(answer: np.ndarray, rows: int, classes: int | None, dtype: str) -> np.ndarray:
-    """The query's answer [rows, classes] as it is stored, or ValueError with what is wrong with
-    it."""
-    scores = np.asarray(answer, np.float32)
-    if (
-        scores.ndim != 2
-        or len(scores) != rows
-        or scores.shape[1] != (classes or max(scores.shape[1], 1))
-    ):
-        raise ValueError(
-            f"the query answered {rows} images with shape {scores.shape}; it must be "
-            f"[{rows}, {classes or 'N'}]. Nothing of this batch was kept"
-        )
-    bad = int((~np.isfinite(scores)).any(1).sum())
-    if bad:
-        raise ValueError(
-            f"the query's scores are not finite for {bad} of {rows} images; "
-            "nothing of this batch was kept"
-        )
-    return packed(scores, dtype)

@@ -16,6 +16,7 @@ import numpy as np
 
 from qmx.checkpoint import file_digest, save_weights
 from qmx.contract import Encoder, PyTree
+from qmx.models.check_torch import check, check_values
 from qmx.models.layout import features, our_path, shapes
 from qmx.models.read_torch import read
 from qmx.models.resnet import ARCHS
@@ -228,59 +229,6 @@ def recognise(
             f"{what} holds {best} and not {arch}; set arch to {best}, or give another file"
         )
     return best, every[best]
-
-
-def check(
-    what: str,
-    arch: str,
-    tensors: dict[str, np.ndarray],
-    wanted: dict[str, tuple[int, ...]],
-    *,
-    missing: list[str],
-    dropped: set[str],
-) -> None:
-    """Raise ValueError unless the tensors are `wanted` and `dropped`, with all that differ by
-    name."""
-    have = {name: tuple(value.shape) for name, value in tensors.items()}
-    lists = {
-        "missing": sorted(wanted.keys() - have.keys()) + missing,
-        "unexpected": [
-            f"{name} {have[name]}" for name in sorted(have.keys() - wanted.keys() - dropped)
-        ],
-        "wrong shape": [
-            f"{name} is {have[name]} and should be {wanted[name]}"
-            for name in sorted(have.keys() & wanted.keys())
-            if have[name] != wanted[name]
-        ],
-        "not floating-point": [
-            f"{name} is {tensors[name].dtype}"
-            for name in sorted(have.keys() & wanted.keys())
-            if tensors[name].dtype != np.float32
-        ],
-    }
-    wrong = [
-        f"{kind}: {', '.join(names[:10])}"
-        + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-        for kind, names in lists.items()
-        if names
-    ]
-    if wrong:
-        raise ValueError(f"{what} is not quite {arch}, the nearest network; {'; '.join(wrong)}")
-
-
-def check_values(what: str, tensors: dict[str, np.ndarray]) -> None:
-    """Raise ValueError, with the names, if a value is not finite or a variance is below zero."""
-    for problem, names in {
-        "values that are not finite": [n for n, x in tensors.items() if not np.isfinite(x).all()],
-        "a variance below zero": [
-            n for n, x in tensors.items() if n.endswith("running_var") and (x < 0).any()
-        ],
-    }.items():
-        if names:
-            raise ValueError(
-                f"{what} has {problem} in {len(names)} tensors: {', '.join(names[:10])}; "
-                "download or train it again"
-            )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -155,7 +155,7 @@ def reach_tables(results: dict) -> list[Table]:
 
 
 def access_tables(results: dict, over: str) -> list[Table]:
-    """Access levels against budgets, one table for each group of columns that differ in nothing else."""
+    """Access levels against budgets, a table for columns that differ in nothing else."""
     groups: dict[Column, list[Column]] = {}
     for column in columns(results["config"]):
         groups.setdefault(column._replace(access=""), []).append(column)
