@@ -6,8 +6,8 @@ import numpy as np
 
 from qmx.ledger.weaken import WEAKENINGS, parse
 
-# What a target is asked for, from the richest to the poorest; each can be derived from those before
-# it, and from the first two also the weakened levels of qmx/ledger/weaken.py.
+# The levels that a target can be asked for, from the richest to the poorest. Each follows from any
+# before it, and the weakened levels of qmx/ledger/weaken.py follow from the first two.
 ACCESS = ("logits", "probs", "label")
 
 
@@ -17,13 +17,12 @@ def known(access: str) -> bool:
 
 
 def names() -> list[str]:
-    """Every level, the weakened ones by an example."""
+    """Every level, with an example of each weakened one."""
     return [*ACCESS, *(kind.example for kind in WEAKENINGS.values())]
 
 
 def check(access: str, weakened: bool = False) -> None:
-    """Raise ValueError for a level that does not exist; weakened ones are read and not asked
-    for."""
+    """Raise ValueError for an unknown level. Weakened levels can be read, but not asked for."""
     if access not in ACCESS and not (weakened and known(access)):
         raise ValueError(
             f"access {access!r} is unknown; choose one of"
@@ -47,8 +46,8 @@ def derive(scores: np.ndarray, have: str, want: str, keys: Sequence[bytes] = ())
     """Answers that an interface of level `want` would have given; f32[n, N] from f32[n, N].
 
     "logits": unnormalised log-probabilities, as they are. "probs": probabilities. "label": one-hot
-    rows of the highest score, the first of several equal ones. Weakened levels: probabilities, see
-    `qmx.ledger.weaken`; `keys` are the images', which only "noise" reads.
+    rows of the highest score; of equal scores, the first. Weakened levels: probabilities, see
+    `qmx.ledger.weaken`. `keys` are those of the images; only "noise" reads them.
 
     Raises:
       ValueError: `have` is poorer than `want`, or one of them is unknown.
@@ -80,9 +79,9 @@ def received(answer: np.ndarray, rows: int, classes: int, access: str) -> np.nda
       answer: numbers [rows, N]; for "label" class numbers, [rows] or [rows, 1], or one-hot rows.
 
     Raises:
-      ValueError: another number of images or classes, what is not finite, or what is not of that
-        level: negative "probs" or a row that does not sum to 1 (within 5 %, for interfaces that
-        round), or "logits" that are probabilities.
+      ValueError: the number of images or classes is wrong, a score is not finite, or the numbers do
+        not fit the level: "probs" that are negative or do not sum to 1 in each row (within 5 %,
+        because some interfaces round), or "logits" that are probabilities.
     """
     if (
         access == "label"
@@ -130,7 +129,7 @@ def received(answer: np.ndarray, rows: int, classes: int, access: str) -> np.nda
 def as_logits(scores: np.ndarray, access: str) -> np.ndarray:
     """Answers of a level as the unnormalised log-probabilities that the losses read, f32[n, N].
 
-    The logarithm of a probability of 0, of each class but one in a one-hot label, is -inf.
+    A probability of 0 becomes -inf. In a one-hot label that is every class but one.
     """
     if access == "logits":
         return scores
