@@ -5,7 +5,7 @@
     python -m qmx.data.cache --verify /cache/train
 
 It can be stopped at any time, by any means, and called again: a shard is there whole or not at all.
-Photos that cannot be read are named and left out. The folder is then for --config.data.cache.
+Photos that cannot be read are named and left out. Give the folder as --config.data.cache.
 """
 
 import argparse
@@ -47,8 +47,7 @@ def alone(out: Path) -> Iterator[None]:
 
 
 def start_worker() -> None:
-    """In a worker: the parent decides when to stop, and if the parent is killed there is nobody to
-    work for."""
+    """Set up a worker: only the parent stops it, and it ends when the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
@@ -61,11 +60,11 @@ def start_worker() -> None:
 
 
 def run_all(tasks: list[tuple], processes: int) -> Iterator[int]:
-    """`write_shard` for each task; yields what each returned as it is done."""
+    """Run `write_shard` for each task, and yield each result as it comes."""
     if min(processes, len(tasks)) <= 1:
         yield from (write_shard(*task) for task in tasks)
         return
-    # a fork would copy locks that jax's threads may hold.
+    # A fork would copy locks that jax's threads may hold.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(processes, len(tasks)), context, start_worker) as pool:
         try:
@@ -90,11 +89,12 @@ def write(
     per_shard: int = 5000,
     processes: int = 1,
 ) -> dict[str, Any]:
-    """Write what is missing of a cache; returns its manifest. The files do not depend on
-    `processes`.
+    """Write the missing shards of a cache, and return its manifest.
+
+    The files do not depend on `processes`.
 
     Raises:
-      ValueError: see `finished_shards`; another process is writing there; a file that has gone.
+      ValueError: see `finished_shards`; another process is writing there; a file is gone.
       OSError: no space, no permission.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ def write(
         "quality": quality,
         "shard": per_shard,
     }
-    tasks, todo = [], 0
+    tasks, missing = [], 0
     with alone(out):
         shards = finished_shards(out, made_of, photos)
         for number, first in enumerate(range(0, photos.size, per_shard)):
@@ -124,11 +124,11 @@ def write(
                         photos.names[first : first + count],
                     )
                 )
-                todo += count
+                missing += count
         if shards and tasks:
             say(f"cache: {len(shards)} shards are there, {len(tasks)} are to be written")
         if tasks:
-            with progress("cache", todo) as shown:
+            with progress("cache", missing) as shown:
                 done = 0
                 shown.update(done)
                 for count in run_all(tasks, processes):
@@ -154,7 +154,7 @@ def write(
 
 
 def describe(manifest: dict[str, Any], out: Path) -> str:
-    """A manifest for the user."""
+    """Describe a manifest for the user."""
     lines = [
         f"{out}: {manifest['count']:,} images in {len(manifest['shards'])} shards, "
         f"{sum(shard['bytes'] for shard in manifest['shards']) / 1e9:.3g} GB"
@@ -167,7 +167,7 @@ def describe(manifest: dict[str, Any], out: Path) -> str:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         "python -m qmx.data.cache",
         description=__doc__,
@@ -199,10 +199,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit status: 0 done, 2 a mistake in one line, 75 stopped and worth calling
-    again."""
+    """Run the command; returns 0 if done, 2 for a mistake, 75 if stopped, to be run again."""
     keys = parse(argv)
-    # The second too, which a shell has its background jobs ignore.
+    # SIGINT too: a shell makes its background jobs ignore it.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.default_int_handler)
     try:

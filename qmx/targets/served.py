@@ -104,7 +104,7 @@ def connect(
 
 
 def _check_ready(send: Send, path: str) -> None:
-    """Raise Unavailable unless the status, and the body if there is one, say "ready"."""
+    """Raise Unavailable unless the model is ready, by the status and by a body if there is one."""
     try:
         body, headers = send("GET", path, None, {})
         ready = not body or _object(body, headers).get("ready", True)
@@ -161,13 +161,13 @@ def _check_tensors(
     """Raise ValueError unless the input takes the images and the output has a score per class."""
     if model_input.datatype not in INPUTS:
         raise ValueError(
-            f"the model's input {model_input.name} is {model_input.datatype}, and images are sent as "
-            f"{' or '.join(INPUTS)}"
+            f"the model's input {model_input.name} is {model_input.datatype}, and images are sent"
+            f" as {' or '.join(INPUTS)}"
         )
     if model_input.shape and not _fits(model_input.shape, (-1, *shape)):
         raise ValueError(
-            f"the model's input {model_input.name} has the shape {model_input.shape} and images are sent as "
-            f"{[-1, *shape]}: any number of height, width, channels; serve the model with its "
+            f"the model's input {model_input.name} has the shape {model_input.shape} and images"
+            f" are sent as {[-1, *shape]}: any number of height, width, channels; serve the model with its "
             "preprocessing in front of it, or set the data's size to its own"
         )
     if model_output.datatype in LABELS and access == "label":
@@ -184,8 +184,8 @@ def _check_tensors(
         )
     if model_output.shape and not _fits(model_output.shape, (-1, classes)):
         raise ValueError(
-            f"the model's output {model_output.name} has the shape {model_output.shape} and should have"
-            f" {[-1, classes]}: the images have {classes} classes, which must be the model's, in"
+            f"the model's output {model_output.name} has the shape {model_output.shape} and should"
+            f" have {[-1, classes]}: the images have {classes} classes, which must be the model's, in"
             " its order"
         )
 
