@@ -7,27 +7,26 @@ def check(
     what: str,
     arch: str,
     tensors: dict[str, np.ndarray],
-    wanted: dict[str, tuple[int, ...]],
+    shapes: dict[str, tuple[int, ...]],
     *,
     missing: list[str],
     dropped: set[str],
 ) -> None:
-    """Raise ValueError unless the tensors are `wanted` and `dropped`, with all that differ by
-    name."""
+    """Raise ValueError, with the names, if tensors differ from `shapes`, apart from `dropped`."""
     have = {name: tuple(value.shape) for name, value in tensors.items()}
     lists = {
-        "missing": sorted(wanted.keys() - have.keys()) + missing,
+        "missing": sorted(shapes.keys() - have.keys()) + missing,
         "unexpected": [
-            f"{name} {have[name]}" for name in sorted(have.keys() - wanted.keys() - dropped)
+            f"{name} {have[name]}" for name in sorted(have.keys() - shapes.keys() - dropped)
         ],
         "wrong shape": [
-            f"{name} is {have[name]} and should be {wanted[name]}"
-            for name in sorted(have.keys() & wanted.keys())
-            if have[name] != wanted[name]
+            f"{name} is {have[name]} and should be {shapes[name]}"
+            for name in sorted(have.keys() & shapes.keys())
+            if have[name] != shapes[name]
         ],
         "not floating-point": [
             f"{name} is {tensors[name].dtype}"
-            for name in sorted(have.keys() & wanted.keys())
+            for name in sorted(have.keys() & shapes.keys())
             if tensors[name].dtype != np.float32
         ],
     }

@@ -167,8 +167,8 @@ def _check_tensors(
     if model_input.shape and not _fits(model_input.shape, (-1, *shape)):
         raise ValueError(
             f"the model's input {model_input.name} has the shape {model_input.shape} and images"
-            f" are sent as {[-1, *shape]}: any number of height, width, channels; serve the model with its "
-            "preprocessing in front of it, or set the data's size to its own"
+            f" are sent as {[-1, *shape]}: any number of height, width, channels; serve the model"
+            " with its preprocessing in front of it, or set the data's size to its own"
         )
     if model_output.datatype in LABELS and access == "label":
         return
@@ -185,8 +185,8 @@ def _check_tensors(
     if model_output.shape and not _fits(model_output.shape, (-1, classes)):
         raise ValueError(
             f"the model's output {model_output.name} has the shape {model_output.shape} and should"
-            f" have {[-1, classes]}: the images have {classes} classes, which must be the model's, in"
-            " its order"
+            f" have {[-1, classes]}: the images have {classes} classes, which must be the model's,"
+            " in its order"
         )
 
 
