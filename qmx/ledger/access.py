@@ -66,7 +66,7 @@ def derive(scores: np.ndarray, have: str, want: str, keys: Sequence[bytes] = ())
             np.float32
         )
     if want == "probs":
-        from scipy.special import softmax  # it would take a sixth of the time of `import qmx`
+        from scipy.special import softmax  # a sixth of the time of `import qmx`
 
         return softmax(scores, axis=-1)
     return np.eye(scores.shape[-1], dtype=np.float32)[scores.argmax(-1)]

@@ -1,2 +1,1 @@
-"""Choice of the images to ask about: orders, by features, by answers; and propagation to the
-rest."""
+"""Choice of the images to ask about, and propagation of their answers to the others."""
