@@ -185,7 +185,7 @@ def make_view(
       mean, std: of each channel, for the normalisation, in 0..1.
 
     Returns:
-      view(rng, batch) -> f32[B, S, S, C]. It reads batch["image"], uint8[B, H, W, C]. For images on a
+      view(rng, batch) -> f32[B, S, S, C]. It reads batch["image"], uint8[B, H, W, C]. With a
       canvas it also reads batch["size"], f32[B, 2], the original height and width; the crop is
       drawn in original pixels.
     """
