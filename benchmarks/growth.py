@@ -1,5 +1,4 @@
-"""What grows: MoCo's step with the queue, memory with the batch, ledger and selection with the
-images.
+"""Growth: MoCo's step with the queue, memory with the batch, ledger and selection with images.
 
     python benchmarks/growth.py
     python benchmarks/growth.py --arch=resnet50 --size=224 --batch=256 --dtype=bfloat16

@@ -1,5 +1,4 @@
-"""How fast photos become training batches: each part alone, all together, and against what a step
-consumes.
+"""Speed of the way from photos to training batches, in parts and as a whole, against a step's.
 
     taskset -c 0 python benchmarks/input_pipeline.py --photos=400
     python benchmarks/input_pipeline.py --photos=2000 --arch=resnet50 --dtype=bfloat16 \\

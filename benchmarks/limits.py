@@ -1,5 +1,4 @@
-"""What a step costs at least: the operations and bytes of a network's convolutions, and what the
-machine can do.
+"""Least cost of a step: operations and bytes of a network's convolutions, and the machine's limits.
 
 Operations count padded taps too. A step's are three forwards less the first layer's input gradient,
 and its bytes, per convolution, 11 outputs + 3 inputs: what XLA moves at best with batch norm and

@@ -1,5 +1,4 @@
-"""What checkpoints and metrics cost: a MoCo training as the command runs it, against the bare
-steps.
+"""Cost of checkpoints and metrics: a MoCo training of the command against the bare steps.
 
     python benchmarks/overhead.py --epochs=5 --pairs=5
 

@@ -162,7 +162,7 @@ def scaling(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def parts(words: str) -> list[dict[str, Any]]:
-    """What the table computes: name, the rate that it goes by, steps, batch, images."""
+    """Rows of the table: name, the rate that applies, steps, batch, images."""
     config = load_file(f"{CONFIG}:{words}")
     rows: list[dict[str, Any]] = []
 

@@ -37,7 +37,7 @@ SETTLE = 0.05  # seconds after a kill in which the server reads what had been se
 
 
 def ask(ledger: Path, url: str, images: np.ndarray) -> None:
-    """What the client does: everything, from the connection on."""
+    """Do all that a client does, from the connection on."""
     found = served.connect(url, "digits", shape=images.shape[1:], classes=10)
     with Ledger(ledger, target=found.sha256) as opened:
         opened.ask(found.query, images, batch_size=BATCH)

@@ -1,5 +1,4 @@
-"""How long it takes to start: `import qmx` and `python -m qmx.main --help` against jax, flax.linen
-and optax alone.
+"""Time to start: `import qmx` and `qmx.main --help` against jax, flax.linen and optax alone.
 
     python benchmarks/start.py --runs=9
 

@@ -75,7 +75,7 @@ def arguments() -> argparse.Namespace:
 
 
 def settings(args: argparse.Namespace, gpu: bool) -> list[argparse.Namespace]:
-    """What `--all` stands for: the sizes that the machine can do in minutes."""
+    """Settings to time. `--all` stands for the sizes that the machine can do in minutes."""
     args.blocks = args.blocks or (4 if args.all else 10)
     if not args.all:
         return [args]

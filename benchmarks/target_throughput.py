@@ -1,5 +1,4 @@
-"""How fast a target answers into a ledger: its inference alone, the ledger alone, and both as the
-command runs them.
+"""Speed of a target's answers into a ledger: inference alone, ledger alone, and the command's both.
 
     python benchmarks/target_throughput.py --arch=resnet18 --size=32 --images=256
     python benchmarks/target_throughput.py --arch=resnext101_32x16d --size=224 --images=10240 \\

@@ -1,9 +1,9 @@
 """Views of an image, cut on the device inside the jitted step.
 
 Every operation works on one image, f32[H, W, C] in 0..1 with C = 1 or 3, and takes its random
-draws as arguments; `make_view` draws them with one key per example and maps over the batch. The
-semantics are torchvision's on PIL images (which is what MoCo and SimSiam used), without the
-rounding to uint8 between operations.
+draws as arguments; `make_view` draws them with one key per example and maps over the batch. Results
+are those of torchvision on PIL images, as MoCo and SimSiam used them, but without the rounding to
+uint8 between operations.
 """
 
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ def crop_box(
 ) -> jax.Array:
     """The box of a random resized crop: f32[4] = (top, left, height, width), whole pixels.
 
-    Ten tries of an area in `scale` and an aspect ratio in `ratio` (uniform in the logarithm); the
-    first that fits is placed at random. If none fits, the largest central box within `ratio`.
+    Ten draws of an area in `scale` and an aspect ratio in `ratio` (uniform in the logarithm). The
+    first that fits is placed at random. If none fits: the largest central box within `ratio`.
     Source: torchvision's `RandomResizedCrop.get_params`.
 
     Args:
@@ -50,7 +50,7 @@ def crop_box(
     any_fits = fits.any()
     h = jnp.where(any_fits, h[first], central_h)
     w = jnp.where(any_fits, w[first], central_w)
-    # Whole pixels 0 .. height - h, all equally likely.
+    # Whole pixels 0 .. height - h, each equally likely.
     u = jax.random.uniform(place_key, (2,), jnp.float32)
     top = jnp.where(any_fits, jnp.floor(u[0] * (height - h + 1)), jnp.floor((height - h) / 2))
     left = jnp.where(any_fits, jnp.floor(u[1] * (width - w + 1)), jnp.floor((width - w) / 2))
@@ -60,21 +60,21 @@ def crop_box(
 def resize_weights(start: jax.Array, length: jax.Array, pixels: int, out: int) -> jax.Array:
     """Bilinear weights with antialias, f32[out, pixels], of the stretch [start, start + length).
 
-    A triangle as wide as the shrinkage, cut off at the stretch's ends and normalised, as Pillow
-    resamples an image that was cropped first; `jax.image.scale_and_translate` looks past the ends.
+    They are a triangle as wide as the shrinkage, cut off at the ends and normalised, as in Pillow
+    after a crop. `jax.image.scale_and_translate` reads pixels beyond the ends.
     """
     scale = length / out
     centre = start + (jnp.arange(out) + 0.5) * scale - 0.5
     pixel = jnp.arange(pixels)
     weight = jnp.maximum(0, 1 - jnp.abs(pixel - centre[:, None]) / jnp.maximum(scale, 1))
-    slack = 1e-3  # a start of 127.99999 is 128; still wide enough to hold one pixel always
+    slack = 1e-3  # so that 127.99999 counts as 128; the stretch always keeps one pixel
     inside = (pixel > start - 1 + slack) & (pixel < start + length - slack)
     weight = jnp.where(inside, weight, 0)
     return weight / weight.sum(1, keepdims=True)
 
 
 def crop_and_resize(image: jax.Array, box: jax.Array, size: int) -> jax.Array:
-    """`box` = (top, left, height, width) of f32[H, W, C], resized to f32[size, size, C]."""
+    """Resize `box` = (top, left, height, width) of f32[H, W, C] to f32[size, size, C]."""
     rows = resize_weights(box[0], box[2], image.shape[0], size)
     columns = resize_weights(box[1], box[3], image.shape[1], size)
     return _resample(rows, image, columns)
@@ -91,7 +91,7 @@ def blend(image: jax.Array, other: jax.Array, factor: jax.Array) -> jax.Array:
 
 
 def adjust_hue(image: jax.Array, shift: jax.Array) -> jax.Array:
-    """Turn the hue by `shift` (in turns, -0.5..0.5) in HSV. Smith 1978, as torchvision does it."""
+    """Turn the hue by `shift` (in turns, -0.5..0.5) in HSV. Smith 1978, as in torchvision."""
     r, g, b = image[..., 0], image[..., 1], image[..., 2]
     value, low = image.max(-1), image.min(-1)
     chroma = value - low
@@ -111,8 +111,8 @@ def colour_jitter(
     """Brightness, contrast, saturation and hue in a given order. torchvision's `ColorJitter`.
 
     Args:
-      factors: f32[3], of brightness (a blend with black), contrast (with the mean grey) and
-        saturation (with the grey image); 1 changes nothing.
+      factors: f32[3], of brightness (a blend with black), contrast (a blend with the mean grey) and
+        saturation (a blend with the grey image); 1 changes nothing.
       hue_shift: in turns.
       order: i32[4], a permutation: 0 brightness, 1 contrast, 2 saturation, 3 hue.
     """
@@ -126,8 +126,8 @@ def colour_jitter(
             image = jnp.where(active, blend(image, other, factors[jnp.minimum(op, 2)]), image)
         return image
 
-    # Under vmap a switch computes each branch, so the dear one, the hue, is made once: the
-    # blends that come before it, the hue, the blends that come after.
+    # Under vmap a switch computes every branch. So the expensive one, the hue, stands outside it,
+    # between the blends before it and those after.
     hue_slot = jnp.argmax(order == 3)
     image = blends(image, 0, hue_slot)
     if image.shape[-1] == 3:
@@ -138,7 +138,7 @@ def colour_jitter(
 def blur_weights(sigma: jax.Array, pixels: int, radius: int) -> jax.Array:
     """A Gaussian as a matrix f32[pixels, pixels]; beyond the edge the edge pixel is repeated."""
     offsets = jnp.arange(-radius, radius + 1)
-    taps = jnp.exp(-0.5 * jnp.square(offsets / jnp.maximum(sigma, 1e-3)))  # 0 is no blur
+    taps = jnp.exp(-0.5 * jnp.square(offsets / jnp.maximum(sigma, 1e-3)))  # sigma 0: no blur
     source = jnp.clip(jnp.arange(pixels)[:, None] + offsets, 0, pixels - 1)
     return jnp.einsum("t,itj->ij", taps / taps.sum(), jax.nn.one_hot(source, pixels))
 
@@ -151,7 +151,7 @@ def gaussian_blur(image: jax.Array, sigma: jax.Array, radius: int) -> jax.Array:
 
 
 def _resample(rows: jax.Array, image: jax.Array, columns: jax.Array) -> jax.Array:
-    # In full float32: a GPU would take TF32, whose 10 bits are fewer than a pixel's value needs.
+    # In full float32: a GPU would use TF32, whose 10 bits are too few for a pixel's value.
     return jnp.einsum("yh,hwc,xw->yxc", rows, image, columns, precision="highest")
 
 
@@ -171,9 +171,9 @@ def make_view(
 ) -> View:
     """A random view; the defaults are MoCo v2's recipe in its order (SimSiam's is the same).
 
-    Random resized crop, colour jitter, grey, blur, flip, normalisation. Each example has a key of
-    its own, so a view depends on the example's place in the global batch and on nothing else. A
-    probability of 0 leaves the operation out. Source: Chen et al. 2020 (MoCo v2); the reference's
+    Random resized crop, colour jitter, grey, blur, flip, normalisation. Each example has its own
+    key, so a view depends only on the example's place in the global batch. A probability of 0
+    leaves the operation out. Source: Chen et al. 2020 (MoCo v2); the reference's
     `main_moco.py`, `--aug-plus`.
 
     Args:
@@ -185,9 +185,9 @@ def make_view(
       mean, std: of each channel, for the normalisation, in 0..1.
 
     Returns:
-      view(rng, batch) -> f32[B, S, S, C]; reads batch["image"], uint8[B, H, W, C], and, where the
-      images were squashed onto one canvas, batch["size"], f32[B, 2], the original height and
-      width, in whose pixels the crop is drawn.
+      view(rng, batch) -> f32[B, S, S, C]. It reads batch["image"], uint8[B, H, W, C]. With a
+      canvas it also reads batch["size"], f32[B, 2], the original height and width; the crop is
+      drawn in original pixels.
     """
     strengths = jnp.array(jitter[:3])
     radius = int(-(-4 * blur_sigma[1] // 1))  # four standard deviations
@@ -215,8 +215,8 @@ def make_view(
             return jax.random.bernoulli(keys[name], jnp.float32(p))
 
         canvas = jnp.array(image.shape[:2], jnp.float32)
-        # From here on in double precision where jax is set to it: draws are the same in both, sums
-        # are not.
+        # Double precision from here on, if jax is set to it. All draws stay float32, so that they
+        # are the same in both.
         box = crop_box(keys["crop"], original, crop_scale, crop_ratio).astype(float)
         x = crop_and_resize(image / 255.0, box * jnp.tile(canvas / original, 2), size)
         if jitter_p:
@@ -263,7 +263,7 @@ def weak_view(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> View:
-    """Random resized crop and flip alone, as for supervised training; see `make_view`."""
+    """Random resized crop and flip only, as in supervised training; see `make_view`."""
     return make_view(
         size,
         crop_scale=crop_scale,
@@ -277,7 +277,7 @@ def weak_view(
 
 
 def plain_view(mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> View:
-    """The image as it is, normalised: what an evaluation looks at. The key is not read."""
+    """The whole image, normalised, for evaluations. The key is not used."""
 
     def view(rng: jax.Array, batch: Batch) -> jax.Array:
         del rng
@@ -287,10 +287,10 @@ def plain_view(mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMA
 
 
 def normalize(x: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-    """(x - mean) / std for each channel; f32[..., C] in 0..1 in, the same shape out.
+    """(x - mean) / std for each channel; f32[..., C] in 0..1 -> f32[..., C].
 
     Raises:
-      ValueError: mean or std is not of C channels.
+      ValueError: mean or std does not have C channels.
     """
     if not len(mean) == len(std) == x.shape[-1]:
         raise ValueError(

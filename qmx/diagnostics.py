@@ -1,4 +1,4 @@
-"""What the metrics of a pretraining say when something is wrong, in words."""
+"""Words for what the metrics of a pretraining show when something is wrong."""
 
 import math
 from collections.abc import Callable, Iterator

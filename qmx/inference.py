@@ -28,7 +28,7 @@ def predict(
     images: np.ndarray,
     batch_size: int = 256,
 ) -> np.ndarray:
-    """What a network says of each image, exactly once; uint8[n, H, W, C] -> f32[n, D]."""
+    """Outputs of a network, one row for each image; uint8[n, H, W, C] -> f32[n, D]."""
     batches = (images[ids] for ids in ids_here(len(images), batch_size))
     return predict_batches(network, params, stats, view, batches)[: len(images)]
 

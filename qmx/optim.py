@@ -1,7 +1,7 @@
 """Optimisers and schedules by name, rates by part of the network, decay masks, and the EMA.
 
-Everything here is optax; this file spells the recipes of the papers in its terms. The one unit of
-every schedule is the epoch; it becomes steps here and nowhere else.
+Everything here is optax; this file writes the recipes of the papers in its terms. All schedules
+count in epochs; only this file converts them to steps.
 """
 
 import math
@@ -36,15 +36,15 @@ def schedule(
     """A learning rate as a function of the step.
 
     Args:
-      name: "constant"; "cosine" (to 0 over all steps); "cosine_by_epoch" (the same curve, held
-        during each epoch, as the MoCo and SimSiam code does: lr (1 + cos(pi epoch / epochs)) / 2
-        with whole epochs); "step" (times `factor` at each of `milestones`).
+      name: "constant"; "cosine" (to 0 over all steps); "cosine_by_epoch" (the same curve, constant
+        in each epoch, as in the code of MoCo and SimSiam: lr (1 + cos(pi epoch / epochs)) / 2 with
+        whole epochs); "step" (times `factor` at each of `milestones`).
       learning_rate: the rate after the warm-up.
-      epochs: length of the run, in epochs; `warmup_epochs` and `milestones` count the same way.
+      epochs: length of the run, in epochs, the unit of `warmup_epochs` and `milestones` too.
       steps: length of the run, in steps; one epoch is steps / epochs.
-      warmup_epochs: the rate climbs linearly over these, then follows the curve as if there had
-        been no warm-up.
-      warmup_start: the share of the rate that the climb starts from.
+      warmup_epochs: the rate climbs linearly over these. Then it follows the curve, which starts at
+        step 0 and not after the warm-up.
+      warmup_start: share of the rate at the start of the climb.
       factor: for "step".
 
     Raises:
@@ -54,8 +54,7 @@ def schedule(
         raise ValueError(f"schedule {name!r} is unknown; choose one of {', '.join(SCHEDULES)}")
 
     def first_steps(whole_epochs: Iterable[float]) -> np.ndarray:
-        # Whole steps, found here in float64: on the device, float32 would miss the boundary by some
-        # steps.
+        # Whole steps in float64: in float32, on the device, they would be off by some steps.
         return np.ceil(np.round(np.array(list(whole_epochs)) * steps / epochs, 6)).astype(np.int32)
 
     if name == "cosine_by_epoch":
@@ -84,7 +83,7 @@ def schedule(
 
 
 def kernels_only(params: PyTree) -> PyTree:
-    """True for the leaves of rank 2 and more: kernels, not biases nor batch-norm scales."""
+    """True for leaves of rank 2 and more: kernels, but not biases or batch-norm scales."""
     return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
@@ -96,17 +95,16 @@ def sgd(
     weight_decay: float = 0.0,
     weight_decay_on: str = "all",
 ) -> optax.GradientTransformation:
-    """SGD as PyTorch writes it: the decay joins the gradient, then momentum, then the rate.
+    """SGD in PyTorch's form: add the decay to the gradient, then momentum, then the rate.
 
     Args:
       rates: one schedule for all parameters, or one for each top-level part of `params`
         ("backbone", "head", ...).
-      weight_decay_on: "all" parameters, batch-norm scales and biases too (MoCo, SimSiam,
-        torchvision), or "kernels" only (S4L).
+      weight_decay_on: "all" parameters, including batch-norm scales and biases (MoCo, SimSiam,
+        torchvision), or only "kernels" (S4L).
 
     Raises:
-      ValueError: an unknown `weight_decay_on`; at the first call, a part of params that has no
-        rate.
+      ValueError: an unknown `weight_decay_on`; at the first call, a part of params without a rate.
     """
     return _momentum_sgd(
         rates,
@@ -163,8 +161,8 @@ def _momentum_sgd(
     decayed: Callable[[Mask | None], optax.GradientTransformation],
     weight_decay_on: str,
 ) -> optax.GradientTransformation:
-    """Decay as `decayed` makes it for a mask, momentum and rate; for all parameters, or for each
-    top-level part with its own rate."""
+    """Decay as `decayed` makes it for a mask, momentum and rate, for all parameters or each
+    top-level part."""
     if weight_decay_on not in DECAYS:
         raise ValueError(
             f"weight_decay_on {weight_decay_on!r} is unknown; choose one of {', '.join(DECAYS)}"
@@ -192,16 +190,16 @@ def _momentum_sgd(
 class EmaState(NamedTuple):
     """State of `ema`."""
 
-    average: PyTree  # as the parameters, f32
+    average: PyTree  # the same tree as the parameters, f32
 
 
 def ema(decay: float) -> optax.GradientTransformation:
     """Exponential moving average of parameters: average <- decay * average + (1 - decay) * params.
 
-    A `GradientTransformation` pair whose "updates" are the current parameters:
+    It is a `GradientTransformation` whose "updates" are the current parameters:
     `average, state = ema(0.999).update(params, state)`. It starts as an exact copy, so it needs no
-    bias correction; decay 0 copies, 1 freezes. `optax.ema` starts from zero and is meant for
-    gradients. Source: He et al. 2020 (MoCo), equation 2, where `decay` is m.
+    bias correction. Decay 0 copies, 1 freezes. `optax.ema` starts from zero and is for gradients.
+    Source: He et al. 2020 (MoCo), equation 2, where `decay` is m.
     """
 
     def init(params: PyTree) -> EmaState:

@@ -1,4 +1,4 @@
-"""What a person sees while it runs: a bar in a terminal, lines in a file. All on standard error."""
+"""Progress of a run for people: a bar in a terminal, lines in a file. All on standard error."""
 
 import sys
 import time

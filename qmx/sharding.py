@@ -1,10 +1,9 @@
-"""The mesh, and batches and state onto it; one process or several. The only file that knows
-devices.
+"""The mesh of devices, and batches and state on it. No other file knows devices.
 
-One axis, "data": batches are split along it, everything else is on every device. XLA places the
-collectives; methods and networks never see a device, and the result does not depend on how many
-there are. With several processes each runs the same program and holds its rows of each batch; the
-first one writes the files and keeps the ledger, and what it finds there it tells the others.
+The mesh has one axis, "data". Batches are split along it; everything else is on every device. XLA
+places the collectives. Methods and networks never see a device, and the result does not depend on
+the number of devices. With several processes, each runs the same program and holds its rows of each
+batch. The first process writes the files, keeps the ledger, and sends its results to the others.
 """
 
 import json
@@ -20,30 +19,32 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qmx.contract import PyTree
 
-# What a launcher says of how many processes a job has: SLURM's srun (SLURM_NTASKS is set in an
-# allocation's shell too, where there is one process), Open MPI's mpirun.
+# The launchers' variables for a job's number of processes: SLURM's srun, Open MPI's mpirun. Not
+# SLURM_NTASKS, which is also set in an allocation's shell, where there is one process.
 LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-# That a process sees; jax takes None for one device, where a launcher started it.
+# All devices that a process sees. With None jax takes one device, if a launcher started it.
 EVERY_DEVICE: tuple[int, ...] = ()
-# After which a process that is silent is taken for dead, and one that ended in an error is no
-# longer waiting for the others to end too; either ends them. All end within moments of each other
-# otherwise.
+# After this time a silent process counts as dead, and a process that failed stops waiting for the
+# others. Both end the whole job. Without errors all processes end within moments.
 PATIENCE_SECONDS = 20
 
 
 class FirstFailed(ValueError):
-    """The first process could not go on; its error."""
+    """Raised in the other processes with the error of the first."""
 
 
 def connect(coordinator: str = "", processes: int = 0, index: int = -1) -> None:
-    """Join the processes of one job, before anything else is done with jax.
+    """Join the processes of one job, before any other use of jax.
+
+    Without arguments, jax finds them if SLURM or Open MPI started several processes, or in a
+    Kubernetes job (processes -1, needs the package `kubernetes`); otherwise there is one process. A
+    process uses every device that it sees. But if SLURM or Open MPI started several processes on
+    one machine, each uses the GPU of its own number there.
 
     Args:
-      coordinator: HOST:PORT of the first process, `processes` their number, `index` this one's.
-        Left out, jax finds all three where SLURM or Open MPI started several processes, or in a
-        Kubernetes job (processes -1, needs the package `kubernetes`); otherwise there is one
-        process. A process uses every device that it sees, but where SLURM or Open MPI started
-        several on one machine, each uses the GPU of its own number there.
+      coordinator: HOST:PORT of the first process.
+      processes: number of processes.
+      index: number of this process.
 
     Raises:
       ValueError: only some of the three are given.
@@ -75,31 +76,30 @@ def connect(coordinator: str = "", processes: int = 0, index: int = -1) -> None:
 
 
 def _share_machines() -> bool:
-    """Whether SLURM or Open MPI started several of this job's processes on one machine."""
-    said = {
+    """True if SLURM or Open MPI started several of this job's processes on one machine."""
+    counts = {
         name: int(os.environ.get(name, "1"))
         for name in ("SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "OMPI_COMM_WORLD_LOCAL_SIZE")
     }
     return (
-        said["SLURM_STEP_NUM_TASKS"] > said["SLURM_STEP_NUM_NODES"]
-        or said["OMPI_COMM_WORLD_LOCAL_SIZE"] > 1
+        counts["SLURM_STEP_NUM_TASKS"] > counts["SLURM_STEP_NUM_NODES"]
+        or counts["OMPI_COMM_WORLD_LOCAL_SIZE"] > 1
     )
 
 
 def first() -> bool:
-    """Whether this is the process that writes; true if there is one only."""
+    """True in the process that writes; always true if there is only one."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def rows_here(batch_size: int) -> slice:
-    """This process's rows of a global batch: a block, so that the order does not depend on how many
-    there are."""
+    """This process's rows of a global batch: a block, so that processes do not change the order."""
     local = batch_size // jax.process_count()
     return slice(local * jax.process_index(), local * (jax.process_index() + 1))
 
 
 def any_process(flag: bool) -> bool:
-    """Whether `flag` is true in some process; all must ask at the same place."""
+    """True if `flag` is true in some process; all processes must call it at the same place."""
     if jax.process_count() == 1:
         return flag
     from jax.experimental.multihost_utils import process_allgather
@@ -108,8 +108,7 @@ def any_process(flag: bool) -> bool:
 
 
 def from_first(make: Callable[[], Any]) -> Any:
-    """What `make` returns in the first process, JSON or one array, in all of them; `make` runs
-    there alone.
+    """Give every process what `make`, run in the first one alone, returns: JSON or one array.
 
     Raises:
       FirstFailed: in the others, where `make` raised in the first.
@@ -121,7 +120,7 @@ def from_first(make: Callable[[], Any]) -> Any:
     if first():
         try:
             value = make()
-        except Exception as error:  # told to the others, who would wait for ever
+        except Exception as error:  # the others need to know, or would wait for ever
             failed = error
     is_array = isinstance(value, np.ndarray)
     head = {
@@ -144,7 +143,7 @@ def from_first(make: Callable[[], Any]) -> Any:
 def _bytes_from_first(payload: bytes) -> bytes:
     from jax.experimental.multihost_utils import broadcast_one_to_all
 
-    # In two parts, because jax holds no 64 bits by default and scores may be more than 2 GiB.
+    # The size in two parts: jax has no 64-bit numbers by default, and scores may exceed 2 GiB.
     high, low = broadcast_one_to_all(np.array(divmod(len(payload), 1 << 30), np.int32))
     size = (int(high) << 30) + int(low)
     whole = np.frombuffer(payload, np.uint8) if first() else np.zeros(size, np.uint8)
@@ -154,7 +153,7 @@ def _bytes_from_first(payload: bytes) -> bytes:
 
 
 def gathered(rows: np.ndarray) -> np.ndarray:
-    """The rows of all processes, one process's after the other's; each must bring as many."""
+    """The rows of all processes, in the order of the processes, each with equally many."""
     if jax.process_count() == 1:
         return rows
     from jax.experimental.multihost_utils import process_allgather
@@ -170,13 +169,12 @@ def mesh() -> Mesh:
 
 
 def put_batch(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This process's rows of a batch -> the global batch, split over the devices."""
+    """Put this process's rows of a batch into the global batch, split over the devices."""
     return _put(batch, NamedSharding(mesh(), PartitionSpec("data")))
 
 
 def put_ids(ids: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Numbers of rows, whole in every process, i[T, B] -> i32[T, B], each of the T batches split
-    over the devices."""
+    """Put row numbers, the same i[T, B] in every process, as i32 with axis B split over devices."""
     here = {
         name: np.ascontiguousarray(rows[:, rows_here(rows.shape[1])], np.int32)
         for name, rows in ids.items()
@@ -185,25 +183,23 @@ def put_ids(ids: dict[str, np.ndarray]) -> dict[str, jax.Array]:
 
 
 def put_whole(arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Arrays, the same in every process, onto every device."""
+    """Put arrays, the same in every process, on every device."""
     return _put(arrays, everywhere())
 
 
 def _put(here: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
-    """Global arrays out of this process's parts of them."""
+    """Global arrays from this process's parts of them."""
     return {
         name: jax.make_array_from_process_local_data(sharding, part) for name, part in here.items()
     }
 
 
-# Of the memory that is free on a device, what a data set may take: a step's activations need the
-# rest.
+# Share of a device's free memory that a data set may take; a step's activations need the rest.
 SHARE_OF_MEMORY = 0.25
 
 
 def fits_everywhere(nbytes: int) -> bool:
-    """True if so many bytes are at most `SHARE_OF_MEMORY` of the free memory of each device, in all
-    processes."""
+    """True if `nbytes` is at most `SHARE_OF_MEMORY` of the free memory of every device."""
 
     def free(device: jax.Device) -> int:
         stats = device.memory_stats()
@@ -218,21 +214,20 @@ def fits_everywhere(nbytes: int) -> bool:
 
 
 def everywhere() -> NamedSharding:
-    """Of what is whole on every device."""
+    """Sharding of arrays that are whole on every device."""
     return NamedSharding(mesh(), PartitionSpec())
 
 
 def put_state(tree: PyTree) -> PyTree:
-    """A tree onto every device, in buffers of its own: the step donates them."""
+    """Copy a tree to every device, in buffers of its own, because the step donates them."""
 
     def put(x: jax.Array) -> jax.Array:
-        # Several processes cannot device_put a key, only its data.
+        # With several processes device_put refuses a key, but takes its data.
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(
                 put(jax.random.key_data(x)), impl=jax.random.key_impl(x)
             )
-        # A copy first: with several devices, device_put keeps the caller's buffer even if told not
-        # to.
+        # A copy first: with several devices, device_put always keeps the caller's buffer.
         return jax.device_put(jnp.array(x, copy=True), everywhere())
 
     return jax.tree.map(put, tree)

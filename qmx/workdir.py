@@ -1,4 +1,4 @@
-"""What a run leaves on the disk: stages that are done once, and files that are whole or absent."""
+"""Files of a run: stages are done once, and a file is whole or absent."""
 
 import json
 import os
@@ -15,14 +15,14 @@ from qmx.sharding import from_first
 
 
 class Mismatch(ValueError):
-    """A workdir that another config, or another version of qmx, made."""
+    """Raised for a workdir of another config or another version of qmx."""
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that a reader, or a kill, meets the old one or the new one.
+    """Write a file so that a reader finds the old one or the new one, also after a kill.
 
     Raises:
-      OSError: there is no room, or no permission; names the file. No half of it is left.
+      OSError: no space or no permission; names the file. No part of the new file is left.
     """
     part = path.with_name(path.name + ".part")
     try:
@@ -49,7 +49,7 @@ def write_arrays(path: Path, **arrays: np.ndarray) -> None:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Arrays by name out of a file of `write_arrays`; nothing in it is executed."""
+    """Read the arrays of a `write_arrays` file by name; nothing in it is executed."""
     with np.load(path, allow_pickle=False) as file:
         return dict(file)
 
@@ -60,7 +60,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Where two JSON values differ, as "key: old value here, new value there"."""
+    """Differences of two JSON values, as "key: old value there, new value now"."""
     if isinstance(old, dict) and isinstance(new, dict):
         return [
             line
@@ -73,7 +73,7 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 
 class NotDone(ValueError):
-    """A stage whose result is missing, or of other inputs, and which is not this call's to do."""
+    """Raised where a stage has no result of these inputs, and this call must not run it."""
 
 
 def stage(
@@ -83,22 +83,22 @@ def stage(
     say: Callable[[str], None],
     refuse: str | None = None,
 ) -> dict:
-    """The result of a stage: the one on the disk if the same inputs made it, else a new one.
+    """Return the result of a stage: from the disk if it has the same inputs, else a new one.
 
     Args:
-      directory: the stage's own; `run` writes its artefacts there.
-      inputs: JSON, everything that the result depends on: the config's part, digests of what is
-        read. qmx's version joins it.
+      directory: the stage's own; `run` writes its files there.
+      inputs: JSON of everything that the result depends on: the config's part, digests of the files
+        that are read. qmx's version is added.
       run: does the work and returns JSON.
-      say: told when an old result is thrown away, and why.
-      refuse: if given, why `run` is not to be called.
+      say: gets a message when an old result is thrown away, with the reason.
+      refuse: if not None, the reason why `run` must not be called.
 
     Returns:
-      What `run` returned. It is written down last, so that a stage which was killed is not taken
-      for done; what it left is kept for going on, if the inputs are still the same.
+      The result of `run`. It is written last, so a killed stage never counts as done. The files of
+      a killed stage are kept if the inputs are still the same, so that the stage can go on.
 
     Raises:
-      NotDone: there is no result of these inputs, and `refuse` says why none is made.
+      NotDone: there is no result of these inputs, and `refuse` is not None.
     """
     inputs = json.loads(json.dumps({"qmx": qmx.__version__, **inputs}))
     begun, done = directory / "inputs.json", directory / "result.json"
@@ -116,15 +116,15 @@ def stage(
         if changed:
             if done.exists():
                 say(f"{directory.name} is done again, because {changed[0]}")
-            # Also the checkpoints of a run that other inputs began.
+            # This removes the checkpoints of a run with other inputs too.
             shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True, exist_ok=True)
         write_json(begun, inputs)
         return None
 
-    found = from_first(find)
-    if found is not None:
-        return found
+    known = from_first(find)
+    if known is not None:
+        return known
     if refuse:
         raise NotDone(refuse)
     result = run()
@@ -137,22 +137,24 @@ def stage(
 
 
 def stages_version(workdir: Path) -> str | None:
-    """Version of qmx that a workdir's stages name, another one than this first; qmx 0.1 wrote it
-    nowhere else. None if there are no stages."""
-    found = [
+    """Version of qmx in a workdir's stages, rather another than this one; None if no stages.
+
+    qmx 0.1 wrote its version nowhere else.
+    """
+    versions = [
         json.loads(path.read_text()).get("qmx", "0.1")
         for depth in ("*", "*/*")
         for path in sorted(workdir.glob(f"{depth}/inputs.json"))
     ]
-    return ([name for name in found if name != qmx.__version__] or found or [None])[0]
+    return ([name for name in versions if name != qmx.__version__] or versions or [None])[0]
 
 
 def claim(workdir: Path, config: dict, update: bool) -> None:
-    """Make the workdir this config's and this version's own, or refuse one that others made.
+    """Mark a workdir with this config and version, or refuse one of others.
 
     Raises:
-      Mismatch: the config or qmx's version differs from the one in the workdir and `update` is
-        false; names the versions, or the first key, and how to go on.
+      Mismatch: the config or qmx's version differs from the one in the workdir, and `update` is
+        false. It names the versions, or the first key, and the way to go on.
     """
     config = json.loads(json.dumps({"qmx": qmx.__version__, **config}))
     path = workdir / "config.json"

@@ -1,5 +1,4 @@
-"""What a step costs, without a clock: operations, convolutions, bytes given back, dtypes, layouts,
-traces.
+"""Cost of a step without a clock: operations, convolutions, donated bytes, dtypes, layouts, traces.
 
 The steps are those of ResNet-50 at 224 pixels with bfloat16 convolutions, traced and lowered but
 never compiled, so that the figures are the same on every machine. What a step should cost is worked
@@ -89,8 +88,7 @@ def equations(jaxpr):
 
 
 def taps(out, kernel, stride, low, pixels, spread=1, apart=1):
-    """How many products one axis of a convolution makes, those with padding or between spread
-    pixels left out."""
+    """Number of products on one axis of a convolution, without padding or gaps of spread pixels."""
     at = np.arange(out)[:, None] * stride + np.arange(kernel) * apart - low
     return int(((at >= 0) & (at <= (pixels - 1) * spread) & (at % spread == 0)).sum())
 
@@ -187,7 +185,7 @@ def expected(name):
 
 
 def contractions(jaxpr):
-    """What `macs` says of each convolution and matrix product."""
+    """Results of `macs` for each convolution and matrix product."""
     return [n for n in map(macs, equations(jaxpr)) if n]
 
 
@@ -246,7 +244,7 @@ def test_state_is_donated(name):
 
 
 def audit(jaxpr, dtype):
-    """What is wrong with the dtypes of a step, in words."""
+    """Describe what is wrong with the dtypes of a step."""
     found = []
     for eqn in equations(jaxpr):
         kinds = {x.aval.dtype for x in eqn.invars if hasattr(x.aval, "dtype")}
@@ -272,7 +270,7 @@ def audit(jaxpr, dtype):
 
 
 def layout(jaxpr):
-    """What is wrong with the convolutions of a forward pass, in words."""
+    """Describe what is wrong with the convolutions of a forward pass."""
     found = []
     for eqn in equations(jaxpr):
         if eqn.primitive.name == "conv_general_dilated":

@@ -1,4 +1,4 @@
-"""What is saved comes back to the bit, or not at all; and stages are done once."""
+"""Saved states come back to the bit, or not at all; and stages are done once."""
 
 import logging
 import random

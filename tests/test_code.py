@@ -1,4 +1,4 @@
-"""What holds of the code itself: its lints, its types, and which way its imports run."""
+"""Checks of the code itself: its lints, its types, and the direction of its imports."""
 
 import ast
 import json

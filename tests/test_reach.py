@@ -1,4 +1,4 @@
-"""How many queries reach an accuracy: closed forms, and only inside the measured range."""
+"""Number of queries that reach an accuracy: closed forms, only inside the measured range."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Images: where they come from, which of them, and in what order they reach the device."""
+"""Images: their sources, and the order in which they reach the device."""
 
 from qmx.data.batches import batches, epoch_steps
 from qmx.data.datasets import SOURCES, load

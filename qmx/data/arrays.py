@@ -11,7 +11,7 @@ from qmx.data.sources import Dataset, in_memory
 
 
 def digits(keys: Any) -> Dataset:
-    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, which it carries with it.
+    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, which need no download.
 
     0..16 becomes 0..255. Every fifth image of a fixed shuffle is for evaluation: 1,437 in the
     pool and 360 outside, the same for every seed. Alpaydin & Kaynak 1998 (UCI "optdigits").
@@ -48,8 +48,7 @@ def arrays(keys: Any) -> Dataset:
 
 
 def read_npz(path: str) -> tuple[np.ndarray, np.ndarray]:
-    """(images uint8[n, H, W, C], labels i32[n]) of a file, checked; ValueError names what is
-    wrong."""
+    """(images uint8[n, H, W, C], labels i32[n]) of a file; ValueError says what is wrong."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
     if not Path(path).stat().st_size:
@@ -111,10 +110,10 @@ def from_arrays(
     """A data set in memory, with its statistics and digest.
 
     Raises:
-      ValueError: an evaluation image that is also in the pool, which would flatter every figure.
+      ValueError: an evaluation image is in the pool too, which would raise every figure.
     """
-    seen = {image.tobytes() for image in images}
-    both = sum(image.tobytes() in seen for image in eval_images)
+    pool = {image.tobytes() for image in images}
+    both = sum(image.tobytes() in pool for image in eval_images)
     if both:
         raise ValueError(
             f"{both} of {len(eval_images)} evaluation images are in the pool too; "
@@ -141,8 +140,8 @@ def from_arrays(
 
 def digest(images: np.ndarray, labels: np.ndarray) -> str:
     """SHA-256 of the bytes, shapes and types of arrays."""
-    found = hashlib.sha256()
+    result = hashlib.sha256()
     for array in (images, labels):
-        found.update(str((array.dtype, array.shape)).encode())
-        found.update(array.tobytes())
-    return found.hexdigest()
+        result.update(str((array.dtype, array.shape)).encode())
+        result.update(array.tobytes())
+    return result.hexdigest()

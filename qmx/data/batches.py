@@ -17,11 +17,11 @@ from qmx.sharding import fits_everywhere, put_batch, put_ids, put_whole, rows_he
 
 
 def epoch_steps(size: int, batch_size: int, drop_last: bool) -> float:
-    """Steps in one epoch: whole ones when the last, smaller batch is dropped, else size / batch."""
+    """Steps in one epoch: size / batch, or whole steps if the last, smaller batch is dropped."""
     return size // batch_size if drop_last else size / batch_size
 
 
-BESIDE = (1,)  # the stream of what comes beside a source's own examples
+BESIDE = (1,)  # the stream of the examples that come beside a source's own
 
 
 @lru_cache(maxsize=8)
@@ -36,9 +36,9 @@ def batch_ids(
 ) -> np.ndarray:
     """The examples of batch k, i64[batch_size].
 
-    Each epoch is a fresh shuffle. With `drop_last` an epoch's remainder is left out; without it
-    the epochs follow each other without a seam, a batch may reach into the next, and a set
-    smaller than a batch is gone through several times in each. Each `stream` is another order.
+    Each epoch is a fresh shuffle. With `drop_last` an epoch's remainder is left out. Without it a
+    batch may reach into the next epoch, and a set smaller than a batch is repeated in each. Each
+    `stream` is another order.
     """
     length = size - size % batch_size if drop_last else size
     position = k * batch_size
@@ -54,7 +54,7 @@ def batch_ids(
 
 
 class _Batches:
-    """Whole batches by number, this process's rows of them, as grain's random-access source."""
+    """This process's rows of batches by number, as a random-access source for grain."""
 
     def __init__(self, source: Source, batch_size: int, steps: int, seed: int, drop_last: bool):
         self.source, self.batch_size, self.steps, self.seed, self.drop_last = (
@@ -78,8 +78,8 @@ class _Batches:
     def read(
         self, source: Source, size: int, k: int, stream: tuple[int, ...] = ()
     ) -> dict[str, np.ndarray]:
-        # A block and not every other row, so that the global order does not depend on how many
-        # processes there are: groups of statistics and the queue go by position.
+        # A block of rows, so that the global order does not depend on the number of processes:
+        # groups of statistics and the queue go by position.
         ids = batch_ids(source.size, size, self.seed, k, self.drop_last, stream)
         return source.read(ids[rows_here(size)])
 
@@ -97,8 +97,8 @@ def batches(
     """Batches `start` .. `steps` - 1, read ahead in threads and put on the devices.
 
     Args:
-      source: what is read, one call for each batch. What it has `beside` it comes too, `ratio`
-        times the batch, under the same names with "pool_" before them.
+      source: it is read once for each batch. The examples `beside` it come too, `ratio` times the
+        batch, under the same names with "pool_" before them.
       batch_size: global, of the source's own examples.
       steps: number of the last batch plus one.
       seed: of the order.
@@ -111,7 +111,7 @@ def batches(
     import grain  # 1.4 s, and not on every machine that only trains on arrays of its own
 
     examples = grain.MapDataset.source(_Batches(source, batch_size, steps, seed, drop_last))[start:]
-    # Whole batches go by, so a short buffer hides the reading; the default holds 500.
+    # An element is a whole batch, so a short buffer hides the reading; the default holds 500.
     ahead = examples.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4))
     return map(put_batch, ahead)
 
@@ -120,7 +120,7 @@ def steps_at_once() -> int:
     """Steps in one dispatch.
 
     One on CPUs, where XLA's convolutions are slow in a loop (benchmarks/README.md, "Batches from
-    the device"); elsewhere so many that dispatches cost nothing. A stop signal waits for them.
+    the device"); elsewhere enough to make dispatches cheap. A stop signal waits for all of them.
     """
     return 1 if jax.default_backend() == "cpu" else 32
 
@@ -135,12 +135,11 @@ def feed(
     drop_last: bool = False,
     at_once: int | None = None,
 ) -> Iterator[dict[str, jax.Array] | Rows]:
-    """The batches of `batches`, for `qmx.train.fit`: from the devices where the source fits there,
-    else from the host.
+    """The batches of `batches`, from the devices if the source fits there, else from the host.
 
-    A source in memory that `qmx.sharding.fits_everywhere` is put on every device once, and a batch
-    is numbers of its rows: `at_once` of them, by default `steps_at_once()`, come as one `Rows`.
-    Arguments and errors are those of `batches`.
+    For `qmx.train.fit`. If the source is in memory and `qmx.sharding.fits_everywhere`, every device
+    holds it, and a batch is row numbers: `at_once` batches, by default `steps_at_once()`, come as
+    one `Rows`. The other arguments and the errors are those of `batches`.
     """
     parts = {"": (source, 1)} | (
         {"pool_": (source.beside.source, source.beside.ratio)} if source.beside else {}
@@ -165,7 +164,7 @@ def feed(
         ]
 
     for first in range(start, steps, most):
-        # One shape, whatever is left.
+        # The last batch is repeated at the end, so that the shape is always the same.
         numbers = [min(first + place, steps - 1) for place in range(most)]
         ids = {prefix: np.stack([rows_of(prefix, k) for k in numbers]) for prefix in parts}
         yield Rows(tables, put_ids(ids), np.int32(min(most, steps - first)))
@@ -181,8 +180,7 @@ def _refuse_larger(source: Source, batch_size: int, drop_last: bool) -> None:
 def ahead(
     read: Callable[[np.ndarray], np.ndarray], ids: np.ndarray, size: int
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """read(ids) in chunks of `size`, in order: (how many are done, chunk), the next being read
-    meanwhile."""
+    """Yield (number done, rows) of read(ids) in chunks of `size`; a thread reads the next one."""
     chunks = [ids[start : start + size] for start in range(0, len(ids), size)]
     with ThreadPoolExecutor(1) as reader:
         waiting = reader.submit(read, chunks[0]) if chunks else None

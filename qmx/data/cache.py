@@ -5,12 +5,11 @@
     python -m qmx.data.cache --verify /cache/train
 
 It can be stopped at any time, by any means, and called again: a shard is there whole or not at all.
-Photos that cannot be read are named and left out. The folder is then for --config.data.cache.
+Photos that cannot be read are named and left out. Give the folder as --config.data.cache.
 """
 
 import argparse
 import fcntl
-import io
 import json
 import multiprocessing
 import os
@@ -18,7 +17,7 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -26,135 +25,12 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-import PIL
-from PIL import Image
-
 from qmx.data import folder as folders
 from qmx.data import prepared
-from qmx.data.cached import MANIFEST, SIZE, VERSION, missing_or_resized, sha256, verify
-from qmx.data.photos import Photos, canvas, decode, oddities, title
+from qmx.data.cached import MANIFEST, VERSION, verify
+from qmx.data.photos import Photos
+from qmx.data.shards import LOCK, finished_shards, save, write_shard
 from qmx.progress import progress, say
-
-# Full colour resolution: for a quarter more bytes than 4:2:0 the error falls by 2 dB (39.2 against
-# 37.1 on 126 ImageNet photos at quality 90), and views exaggerate colour.
-SUBSAMPLING = "4:4:4"
-LOCK = "writing.lock"
-
-
-def save(path: Path, text: str) -> None:
-    """Write a file, on the disk and whole before it has its name."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    settle(part, path)
-
-
-def settle(part: Path, path: Path) -> None:
-    """Give a finished file its name, both safe from a power cut."""
-    for target in (part, path.parent):
-        number = os.open(target, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
-        if target == part:
-            part.replace(path)
-
-
-def write_shard(
-    out: Path,
-    number: int,
-    made_of: dict[str, Any],
-    where: str,
-    read: Callable[[int, str], bytes],
-    first: int,
-    count: int,
-    names: tuple[str, ...],
-) -> int:
-    """Write one shard and, when it is whole, the JSON beside it that says so; returns `count`.
-
-    Args:
-      made_of: what must be the same in all shards of a cache.
-      where, read: see `Photos`.
-      first, count, names: the photos.
-    """
-    from array_record.python.array_record_module import ArrayRecordWriter
-
-    path = out / f"shard-{number:05d}.array_record"
-    part = path.with_name(path.name + ".part")
-    broken, odd = [], Counter[str]()
-    try:
-        # A group is what is read at once; JPEG does not compress any further.
-        writer = ArrayRecordWriter(str(part), "group_size:1,uncompressed")
-        for i in range(first, first + count):
-            name = names[i - first] if names else ""
-            data, called = read(i, name), title(where, i, name)
-            try:
-                image = decode(data, called)
-                odd.update(oddities(data, called))
-            except ValueError as error:
-                broken.append((i, name or called, str(error).removeprefix(f"{called}: ")))
-                continue
-            pixels, size = canvas(image, made_of["side"])
-            jpeg = io.BytesIO()
-            Image.fromarray(pixels).save(
-                jpeg, "JPEG", quality=made_of["quality"], subsampling=SUBSAMPLING
-            )
-            writer.write(SIZE.pack(*size) + jpeg.getvalue())
-        writer.close()
-        beside = {
-            "file": path.name,
-            "count": count - len(broken),
-            "bytes": part.stat().st_size,
-            "sha256": sha256(part),
-            "broken": broken,
-            "odd": dict(sorted(odd.items())),
-            "pillow": PIL.__version__,
-            **made_of,
-        }
-        settle(part, path)
-        save(path.with_suffix(".json"), json.dumps(beside) + "\n")
-    except RuntimeError as error:  # array_record's, for a full disk as for anything else
-        raise OSError(f"{part}: {' '.join(str(error).split())}") from None
-    finally:
-        part.unlink(missing_ok=True)
-    return count
-
-
-def finished_shards(
-    out: Path, made_of: dict[str, Any], photos: Photos
-) -> dict[str, dict[str, Any]]:
-    """The records that whole shards keep of themselves, by file name.
-
-    Raises:
-      ValueError: the folder holds something else, or a cache of other photos or settings.
-    """
-    shards = {}
-    for beside in sorted(out.glob("shard-*.json")):
-        try:
-            shard = json.loads(beside.read_text())
-        except ValueError:  # damaged later; the shard is written anew
-            continue
-        for key, value in made_of.items():
-            if shard.get(key) == value:
-                continue
-            if key in ("digest", "images"):
-                raise ValueError(
-                    f"{out} holds a cache of other photos than {photos.where}, or these have"
-                    " changed since; remove it, or write to another folder"
-                )
-            raise ValueError(
-                f"{out} holds shards of {key} {shard.get(key)}, and this is {value}; remove it, or"
-                f" give --{key}={shard.get(key)}"
-            )
-        shards[shard["file"]] = shard
-    strangers = sorted(
-        path.name for path in out.iterdir() if not path.name.startswith(("shard-", MANIFEST, LOCK))
-    )
-    if strangers:
-        raise ValueError(f"{out} holds other files, such as {strangers[0]}; name a new folder")
-    for file in missing_or_resized(out, list(shards.values())):
-        del shards[file]
-    return shards
 
 
 @contextmanager
@@ -171,8 +47,7 @@ def alone(out: Path) -> Iterator[None]:
 
 
 def start_worker() -> None:
-    """In a worker: the parent decides when to stop, and if the parent is killed there is nobody to
-    work for."""
+    """Set up a worker: only the parent stops it, and it ends when the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
@@ -185,11 +60,11 @@ def start_worker() -> None:
 
 
 def run_all(tasks: list[tuple], processes: int) -> Iterator[int]:
-    """`write_shard` for each task; yields what each returned as it is done."""
+    """Run `write_shard` for each task, and yield each result as it comes."""
     if min(processes, len(tasks)) <= 1:
         yield from (write_shard(*task) for task in tasks)
         return
-    # a fork would copy locks that jax's threads may hold.
+    # A fork would copy locks that jax's threads may hold.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(processes, len(tasks)), context, start_worker) as pool:
         try:
@@ -214,11 +89,12 @@ def write(
     per_shard: int = 5000,
     processes: int = 1,
 ) -> dict[str, Any]:
-    """Write what is missing of a cache; returns its manifest. The files do not depend on
-    `processes`.
+    """Write the missing shards of a cache, and return its manifest.
+
+    The files do not depend on `processes`.
 
     Raises:
-      ValueError: see `finished_shards`; another process is writing there; a file that has gone.
+      ValueError: see `finished_shards`; another process is writing there; a file is gone.
       OSError: no space, no permission.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -230,7 +106,7 @@ def write(
         "quality": quality,
         "shard": per_shard,
     }
-    tasks, todo = [], 0
+    tasks, missing = [], 0
     with alone(out):
         shards = finished_shards(out, made_of, photos)
         for number, first in enumerate(range(0, photos.size, per_shard)):
@@ -248,11 +124,11 @@ def write(
                         photos.names[first : first + count],
                     )
                 )
-                todo += count
+                missing += count
         if shards and tasks:
             say(f"cache: {len(shards)} shards are there, {len(tasks)} are to be written")
         if tasks:
-            with progress("cache", todo) as shown:
+            with progress("cache", missing) as shown:
                 done = 0
                 shown.update(done)
                 for count in run_all(tasks, processes):
@@ -278,7 +154,7 @@ def write(
 
 
 def describe(manifest: dict[str, Any], out: Path) -> str:
-    """A manifest for the user."""
+    """Describe a manifest for the user."""
     lines = [
         f"{out}: {manifest['count']:,} images in {len(manifest['shards'])} shards, "
         f"{sum(shard['bytes'] for shard in manifest['shards']) / 1e9:.3g} GB"
@@ -291,7 +167,7 @@ def describe(manifest: dict[str, Any], out: Path) -> str:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         "python -m qmx.data.cache",
         description=__doc__,
@@ -323,10 +199,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit status: 0 done, 2 a mistake in one line, 75 stopped and worth calling
-    again."""
+    """Run the command; returns 0 if done, 2 for a mistake, 75 if stopped, to be run again."""
     keys = parse(argv)
-    # The second too, which a shell has its background jobs ignore.
+    # SIGINT too: a shell makes its background jobs ignore it.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.default_int_handler)
     try:

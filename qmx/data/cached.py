@@ -1,10 +1,10 @@
-"""The folder that `python -m qmx.data.cache` leaves, and reading it.
+"""Reader of the folder that `python -m qmx.data.cache` writes.
 
-A folder of ArrayRecord shards. A record is the photo's own height and width, two little-endian
-uint32, and the JPEG of its canvas. `manifest.json`, written last, says what the cache was made of
-and names the files that could not be read: these have no record, and the others follow each other
-in the order of the listing. ArrayRecord keeps a hash of each chunk, so damage shows when it is
-read.
+It is a folder of ArrayRecord shards. A record is the photo's own height and width, two
+little-endian uint32, and the JPEG of its canvas. Records have the order of the listing.
+`manifest.json` is written last. It holds the facts that the cache was made from, and the names of
+the unreadable files, which have no record. ArrayRecord keeps a hash of each chunk, so reading shows
+damage.
 """
 
 import hashlib
@@ -28,13 +28,13 @@ Read = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 def sha256(path: Path) -> str:
-    """Of a file."""
+    """SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_manifest(folder: str, made_by: str) -> dict[str, Any]:
-    """The manifest of a finished cache; ValueError says that there is none and how to make one."""
+    """The manifest of a finished cache; if there is none, ValueError says how to make one."""
     path = Path(folder, MANIFEST)
     try:
         manifest = json.loads(path.read_text())
@@ -55,7 +55,7 @@ def read_manifest(folder: str, made_by: str) -> dict[str, Any]:
 
 
 def missing_or_resized(folder: Path, shards: list[dict[str, Any]]) -> list[str]:
-    """The shards that are not there or not of the size that they were written with."""
+    """The shards that are missing, or whose size has changed."""
     return [
         shard["file"]
         for shard in shards
@@ -65,8 +65,7 @@ def missing_or_resized(folder: Path, shards: list[dict[str, Any]]) -> list[str]:
 
 
 def verify(folder: str) -> str:
-    """Check the digest of every shard; returns a line for the user, ValueError names what is
-    damaged."""
+    """Check the digest of every shard; returns a line for the user, ValueError names damage."""
     manifest = read_manifest(folder, f"python -m qmx.data.cache SOURCE {folder}")
     bad = missing_or_resized(Path(folder), manifest["shards"])
     bad += [
@@ -89,15 +88,15 @@ def reader(folder: str, photos: Photos, side: int) -> tuple[np.ndarray, Read, li
     """Open a cache of `photos`.
 
     Args:
-      folder: that qmx.data.cache wrote.
-      photos: what it must have been made of.
-      side: of the canvases that are wanted.
+      folder: written by qmx.data.cache.
+      photos: the photos that it must have been made of.
+      side: of the canvases, in pixels.
 
     Returns:
       kept: i64[m], the photos that have a record.
       read: ids i64[b] in 0..m-1 -> (uint8[b, side, side, 3], f32[b, 2] heights and widths);
         ValueError names a damaged shard.
-      left_out: names of the photos that have none.
+      left_out: names of the photos without a record.
 
     Raises:
       ValueError: no finished cache; one of other photos or of another side; a shard that is missing
@@ -130,7 +129,7 @@ def reader(folder: str, photos: Photos, side: int) -> tuple[np.ndarray, Read, li
     def opened(number: int) -> Any:
         from array_record.python.array_record_module import ArrayRecordReader
 
-        # Records are read in random order, one at a time: reading ahead would be for nothing.
+        # Records are read in random order, one at a time, so reading ahead would be wasted.
         shard = ArrayRecordReader(
             str(root / shards[number]["file"]),
             "readahead_buffer_size:0",

@@ -17,10 +17,10 @@ from qmx.progress import say
 
 
 def photographs(find: Callable[[Any], tuple[str, Photos, Photos]], keys: Any) -> Dataset:
-    """A data set of photos, the pool's canvases from a cache if one is given.
+    """A data set of photos; the pool's canvases come from a cache if one is given.
 
-    A digest is over the listing of its side and the sizes; the pool's also over whether there is a
-    cache, whose canvases are not the files' own to the last bit.
+    A side's digest is over its listing and the sizes. The pool's is also over the use of a cache,
+    because a cache's canvases differ from the files' in the last bits.
     """
     for name in ("canvas", "resize", "crop"):
         if getattr(keys, name) < 1:
@@ -64,28 +64,27 @@ SOURCES: dict[str, Callable[[Any], Dataset]] = {
 }
 
 
-def channels(keys: Any, name: str, least: float, wanted: int) -> tuple[float, ...]:
-    """data.mean or data.std as given, () where it is not; ValueError unless it is `wanted` numbers
-    in 0..1."""
+def channels(keys: Any, name: str, least: float, count: int) -> tuple[float, ...]:
+    """data.mean or data.std, () if not set; ValueError unless it is `count` numbers in 0..1."""
     values = tuple(map(float, getattr(keys, name)))
-    if values and (len(values) != wanted or not all(least <= value <= 1 for value in values)):
+    if values and (len(values) != count or not all(least <= value <= 1 for value in values)):
         raise ValueError(
-            f"data.{name} {values} must be {wanted} numbers in {least:g} .. 1, one a channel"
+            f"data.{name} {values} must be {count} numbers in {least:g} .. 1, one a channel"
         )
     return values
 
 
 def load(keys: Any) -> Dataset:
-    """The data set that a config names; ValueError says in one line what is wrong with it.
+    """Load the data set that a config names; ValueError says in one line what is wrong with it.
 
     Args:
       keys: the config's `data`.
         source: one of SOURCES; path, eval_path: its files, folders or names.
         canvas: side of the square that photos are squashed onto for training; resize, crop: short
-          side and centre of what a target is shown. Not read where images come as arrays.
-        cache: folder that qmx.data.cache wrote of the pool, "" to decode the files themselves.
+          side and centre of the pixels that a target gets. Arrays do not use these.
+        cache: folder that qmx.data.cache wrote from the pool, "" to decode the files themselves.
         mean, std: of each channel in 0..1; () for the source's own.
-        limit: how many images of the pool and of the evaluation are kept; 0 keeps all.
+        limit: number of images to keep, of the pool and of the evaluation each; 0 keeps all.
     """
     if keys.source not in SOURCES:
         raise ValueError(
@@ -117,7 +116,7 @@ def digest_of(*facts: Any) -> str:
 
 
 def spread(source: Source, limit: int) -> Source:
-    """`limit` examples spread evenly over a source, so that each class has its share; all if 0."""
+    """`limit` examples at even distances, so that each class has its share; all if 0."""
     if not 0 < limit < source.size:
         return source
     return take(source, np.arange(limit) * source.size // limit)

@@ -1,5 +1,4 @@
-"""Photos in folders, one for each class, as ImageNet is kept and torchvision's ImageFolder reads
-it."""
+"""Photos in one folder for each class: the layout of ImageNet and torchvision's ImageFolder."""
 
 import hashlib
 import os
@@ -15,7 +14,7 @@ from qmx.data.photos import Photos
 
 # Torchvision's.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-LISTING_THREADS = 16  # most of a listing is waiting, above all on network file systems
+LISTING_THREADS = 16  # a listing mostly waits, above all on network file systems
 
 
 def read_file(root: str, i: int, name: str) -> bytes:
@@ -28,19 +27,18 @@ def read_file(root: str, i: int, name: str) -> bytes:
 
 
 def walk(path: str, prefix: str) -> Iterator[tuple[str, list[tuple[str, int]]]]:
-    """(folder, its photos as (name, bytes)) for a class folder and all below it; names start with
-    `prefix`."""
-    found = []
+    """Yield (folder, [(photo, bytes), ...]) for a folder and all below; names get `prefix`."""
+    files = []
     with os.scandir(path) as entries:
         for entry in entries:
             if entry.is_dir():
                 yield from walk(entry.path, f"{prefix}/{entry.name}")
             elif entry.name.lower().endswith(EXTENSIONS):
                 try:
-                    found.append((f"{prefix}/{entry.name}", entry.stat().st_size))
+                    files.append((f"{prefix}/{entry.name}", entry.stat().st_size))
                 except FileNotFoundError:
                     raise ValueError(f"{entry.path}: a link to a file that is not there") from None
-    yield prefix, found
+    yield prefix, files
 
 
 def listing(path: str) -> tuple[Photos, np.ndarray]:
@@ -48,7 +46,7 @@ def listing(path: str) -> tuple[Photos, np.ndarray]:
 
     Classes are the subfolders in sorted order; files come class by class, folder by folder, sorted
     by code point: the order of torchvision's ImageFolder (0.29). Other files are ignored. The
-    digest is over the relative names and the sizes in bytes; the contents are not read.
+    digest is over the relative names and the sizes in bytes, and not over the contents.
 
     Raises:
       ValueError: no such folder, no class folders, or one without photos.
@@ -67,13 +65,13 @@ def listing(path: str) -> tuple[Photos, np.ndarray]:
                 " photos are looked for as FOLDER/CLASS/NAME.JPEG"
             )
         with ThreadPoolExecutor(LISTING_THREADS) as threads:
-            found = list(
+            folders = list(
                 threads.map(lambda name: sorted(walk(os.path.join(path, name), name)), classes)
             )
     except OSError as error:
         raise ValueError(f"{error.filename or path}: {error.strerror or error}") from None
     files = [
-        [file for _, of_folder in of_class for file in sorted(of_folder)] for of_class in found
+        [file for _, of_folder in of_class for file in sorted(of_folder)] for of_class in folders
     ]
     empty = [name for name, of_class in zip(classes, files, strict=True) if not of_class]
     if empty:
@@ -104,7 +102,7 @@ def digest(names: tuple[str, ...], sizes: np.ndarray) -> str:
 
 
 def first_few(names: list[str], most: int = 3) -> str:
-    """Some of many names, for a message of one line."""
+    """The first few of many names, for a message of one line."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
@@ -112,8 +110,8 @@ def photos(keys: Any) -> tuple[str, Photos, Photos]:
     """(name, pool, evaluation photos) of data.path and data.eval_path, checked against each other.
 
     Raises:
-      ValueError: see `listing`; other classes in one than in the other; a folder within the other;
-        the same photo in both, which is seen by its relative name and size.
+      ValueError: see `listing`; the classes differ; one folder lies within the other; a photo with
+        the same relative name and size is in both.
     """
     if not keys.path or not keys.eval_path:
         raise ValueError(
@@ -137,11 +135,11 @@ def photos(keys: Any) -> tuple[str, Photos, Photos]:
                 f"{len(lacking)} class folders of {first} are not in {second}:"
                 f" {first_few(lacking)}; both must have the same classes"
             )
-    seen = dict(zip(pool.names, sizes.tolist(), strict=True))
+    pool_sizes = dict(zip(pool.names, sizes.tolist(), strict=True))
     both = [
         name
         for name, size in zip(evaluation.names, eval_sizes.tolist(), strict=True)
-        if seen.get(name) == size
+        if pool_sizes.get(name) == size
     ]
     if both:
         raise ValueError(

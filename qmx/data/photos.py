@@ -1,8 +1,8 @@
-"""Photographs: decoding, and the two squares that are cut from one.
+"""Photographs: decoding, and the two squares that are made from one.
 
-Training cuts its views on the device from a `canvas`, the whole photo squashed onto a square. A
-target is asked about, and networks are evaluated on, what is `shown`: the short side resized and
-the centre cut out, bit for bit what torchvision makes of the file.
+Training cuts its views on the device from a `canvas`, the whole photo squashed onto a square.
+Targets and evaluations get the pixels `shown`: the short side resized and the centre cut out, bit
+for bit as torchvision does it.
 """
 
 import io
@@ -18,11 +18,11 @@ from PIL import Image
 from qmx.data.sources import Source
 
 EXIF_ORIENTATION = 0x0112
-CHUNK = 4  # photos that a thread takes at a time, against the cost of handing them out
+CHUNK = 4  # photos that a thread takes at a time; handing out single ones costs more
 
 
 def title(where: str, i: int, name: str) -> str:
-    """A photo for messages: its file, or its number where it has none."""
+    """Name of a photo in messages: its file, or its number if it has no file."""
     return f"{where}/{name}" if name else f"{where}, image {i}"
 
 
@@ -30,13 +30,13 @@ class Photos(NamedTuple):
     """Photos by number, undecoded."""
 
     where: str  # the folder or the split, for messages
-    # (number, name) -> the file; picklable, and raises ValueError by name.
+    # (number, name) -> the file's bytes; picklable; its ValueError names the photo.
     read: Callable[[int, str], bytes]
-    names: tuple[str, ...]  # of the files, () where there are none
+    names: tuple[str, ...]  # of the files; () if there are no files
     labels: np.ndarray  # i32[n]
     class_names: tuple[str, ...]
     digest: str  # SHA-256 of the listing, see the source
-    remake: str  # the command line words that name them to qmx.data.cache
+    remake: str  # the arguments of qmx.data.cache that name these photos
 
     @property
     def size(self) -> int:
@@ -44,7 +44,7 @@ class Photos(NamedTuple):
         return len(self.labels)
 
     def title(self, i: int) -> str:
-        """Photo i, for messages."""
+        """Name of photo i in messages."""
         return title(self.where, i, self.names[i] if self.names else "")
 
     def load(self, i: int) -> bytes:
@@ -53,7 +53,7 @@ class Photos(NamedTuple):
 
 
 def open_image(data: bytes, name: str) -> Image.Image:
-    """A file with its header read; ValueError by name if there is none."""
+    """Read a file's header; ValueError names a file without one."""
     if not data:
         raise ValueError(f"{name}: the file is empty")
     try:
@@ -67,50 +67,48 @@ def open_image(data: bytes, name: str) -> Image.Image:
 def decode(data: bytes, name: str) -> Image.Image:
     """A file's pixels in RGB, as `PIL.Image.open(file).convert("RGB")` has them.
 
-    Grey, CMYK, palettes and 16 bits are converted, and formats go by content, not by the file's
-    name. EXIF orientation is *not* applied: torchvision's loader does not apply it either, so the
-    target was trained on, and must be asked about, the pixels as they are stored. Training sees
-    them the same way.
+    Grey, CMYK, palettes and 16 bits are converted. The content decides the format, not the file's
+    name. EXIF orientation is *not* applied. torchvision's loader does not apply it either, so the
+    target was trained on the pixels as stored, and must be asked about the same. So are students.
 
     Args:
       data: the file.
       name: for the message.
 
     Raises:
-      ValueError: the file is empty, cut off, damaged, too large to be honest, or no image.
+      ValueError: the file is empty, cut off, damaged, suspiciously large, or not an image.
     """
     image = open_image(data, name)
     try:
         image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy
+        return image if image.mode == "RGB" else image.convert("RGB")  # convert() always copies
     except Exception as error:  # OSError, SyntaxError, EOFError, struct.error, zlib.error ...
         raise ValueError(f"{name}: {' '.join(str(error).split()) or repr(error)}") from None
 
 
 def oddities(data: bytes, name: str) -> tuple[str, ...]:
-    """Oddities of a file that can be decoded, in words to be counted."""
+    """Oddities of a file that can be decoded, in words, for a count of each."""
     image = open_image(data, name)
-    found = [
+    words = [
         {"L": "greyscale", "P": "palette", "I;16": "16-bit greyscale"}.get(image.mode, image.mode)
     ]
     if image.mode == "RGB":
-        found = []
+        words = []
     if name.lower().endswith((".jpg", ".jpeg")) and image.format not in ("JPEG", "MPO"):
-        found.append(f"{image.format} named JPEG")
+        words.append(f"{image.format} named JPEG")
     try:
         if image.getexif().get(EXIF_ORIENTATION, 1) in range(2, 9):
-            found.append("EXIF-rotated, used as stored")
-    except Exception:  # EXIF that cannot be read turns nothing
+            words.append("EXIF-rotated, used as stored")
+    except Exception:  # unreadable EXIF: no rotation
         pass
-    return tuple(found)
+    return tuple(words)
 
 
 def shown(image: Image.Image, resize: int, crop: int) -> np.ndarray:
-    """The centre of a photo, uint8[crop, crop, 3]: torchvision's Resize(resize) and
-    CenterCrop(crop).
+    """The centre of a photo, uint8[crop, crop, 3], by torchvision's Resize and CenterCrop.
 
     The short side becomes `resize`, the other int(resize * long / short), by Pillow's antialiased
-    bilinear filter; where the result is smaller than the crop, zeros surround it. Source:
+    bilinear filter. A result smaller than the crop is padded with zeros. Source:
     torchvision 0.29, `transforms.functional` (`_compute_resized_output_size`, `center_crop`).
     """
     width, height = image.size
@@ -122,7 +120,7 @@ def shown(image: Image.Image, resize: int, crop: int) -> np.ndarray:
     missing = [max(crop - side, 0) for side in pixels.shape[:2]]
     if any(missing):
         pixels = np.pad(pixels, [*((m // 2, (m + 1) // 2) for m in missing), (0, 0)])
-    # Halves to the even, as torchvision has it.
+    # Halves round to even, as in torchvision.
     top, left = (round((side - crop) / 2) for side in pixels.shape[:2])
     return pixels[top : top + crop, left : left + crop]
 
@@ -135,13 +133,12 @@ def canvas(image: Image.Image, side: int) -> tuple[np.ndarray, tuple[int, int]]:
 
 @cache
 def workers() -> ThreadPoolExecutor:
-    """One thread for each core, shared by everything in this process: Pillow decodes without the
-    GIL."""
+    """One thread for each core, shared by the whole process. Pillow decodes without the GIL."""
     return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="photos")
 
 
 def in_threads(work: Callable[[int, int], None], ids: np.ndarray) -> None:
-    """work(row, id) for each of `ids`; the first error stops the rest and is raised."""
+    """Call work(row, id) for each of `ids`; the first error stops the rest and is raised."""
 
     def some(first: int) -> None:
         for row in range(first, min(first + CHUNK, len(ids))):
@@ -152,13 +149,12 @@ def in_threads(work: Callable[[int, int], None], ids: np.ndarray) -> None:
         for done in waiting:
             done.result()
     finally:
-        for left in waiting:
-            left.cancel()
+        for rest in waiting:
+            rest.cancel()
 
 
 def canvases(photos: Photos, side: int) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """squashed(ids i64[b]) -> (uint8[b, side, side, 3], f32[b, 2] heights and widths), from the
-    files themselves."""
+    """A reader of the files: ids i64[b] -> (uint8[b, side, side, 3], f32[b, 2] heights, widths)."""
 
     def squashed(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         images, sizes = (
@@ -176,7 +172,7 @@ def canvases(photos: Photos, side: int) -> Callable[[np.ndarray], tuple[np.ndarr
 
 
 def usable(photos: Photos, i: int) -> Image.Image:
-    """Photo i decoded; ValueError names it and the cure."""
+    """Decode photo i; ValueError names it and the cure."""
     try:
         return decode(photos.load(i), photos.title(i))
     except ValueError as error:
@@ -194,9 +190,8 @@ def photo_source(
     Args:
       photos: the files.
       keys: the config's `data`: canvas, resize, crop.
-      squashed: (ids i64[b]) -> canvases and sizes, see `canvases`, where a cache has them.
-      kept: i64[n], the photos to be used, all if not given; number k of the source is photo
-        kept[k].
+      squashed: ids i64[b] -> canvases and sizes out of a cache, as `canvases` returns them.
+      kept: i64[n], the photos to use, by default all; example k of the source is photo kept[k].
     """
     ids_of = np.arange(photos.size) if kept is None else kept
     labels = photos.labels[ids_of]

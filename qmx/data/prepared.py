@@ -1,5 +1,4 @@
-"""Photos of a set that tensorflow-datasets has prepared as array_record; read without
-TensorFlow."""
+"""Photos of a set that TFDS has prepared as array_record; read without TensorFlow."""
 
 import hashlib
 import json
@@ -17,7 +16,7 @@ PREPARE = "pip install tensorflow-datasets tensorflow && tfds build {} --file_fo
 
 @cache
 def builder(name: str) -> Any:
-    """TFDS's builder of a set that lies prepared on this machine; nothing is ever downloaded.
+    """TFDS's builder of a set that is prepared on this machine; nothing is ever downloaded.
 
     Raises:
       ValueError: an unknown name; not prepared, or not as array_record; no image or no label.
@@ -26,13 +25,13 @@ def builder(name: str) -> Any:
     from tensorflow_datasets.core.file_adapters import FileFormat
 
     absl, level = logging.getLogger("absl"), logging.getLogger("absl").level
-    # Its warning of a folder that is missing would come before our line.
+    # TFDS would warn of a missing folder before our own message.
     absl.setLevel(logging.ERROR)
     try:
-        # TFDS itself looks once, when imported.
-        made = tfds.builder(name, data_dir=os.environ.get("TFDS_DATA_DIR"))
-        ready = made.is_prepared()
-    except Exception as error:  # of many kinds, with a list of every set there is
+        # TFDS itself reads this variable only once, when imported.
+        data = tfds.builder(name, data_dir=os.environ.get("TFDS_DATA_DIR"))
+        ready = data.is_prepared()
+    except Exception as error:  # TFDS raises many kinds, some with a list of all its sets
         reason = " ".join((str(error).strip() or repr(error)).splitlines()[0].split())
         raise ValueError(
             f"data.path {name!r} is no set of tensorflow-datasets that can be read: {reason}"
@@ -42,21 +41,21 @@ def builder(name: str) -> Any:
     cure = PREPARE.format(name)
     if not ready:
         raise ValueError(
-            f"{name} is not prepared in {made.data_path}; run {cure}, or set TFDS_DATA_DIR to where"
+            f"{name} is not prepared in {data.data_path}; run {cure}, or set TFDS_DATA_DIR to where"
             " it is"
         )
-    formats = {made.info.file_format, *(made.info.alternative_file_formats or ())}
+    formats = {data.info.file_format, *(data.info.alternative_file_formats or ())}
     if FileFormat.ARRAY_RECORD not in formats:
         raise ValueError(
-            f"{name} in {made.data_path} is kept as {made.info.file_format.value}, which has no"
+            f"{name} in {data.data_path} is kept as {data.info.file_format.value}, which has no"
             f" random access; prepare it again in another TFDS_DATA_DIR with {cure}"
         )
-    lacking = [key for key in ("image", "label") if key not in made.info.features]
+    lacking = [key for key in ("image", "label") if key not in data.info.features]
     if lacking:
         raise ValueError(
-            f"{name} has no {lacking[0]!r} among its features, only {', '.join(made.info.features)}"
+            f"{name} has no {lacking[0]!r} among its features, only {', '.join(data.info.features)}"
         )
-    return made
+    return data
 
 
 @cache
@@ -71,7 +70,7 @@ def example(name: str, split: str, i: int) -> dict[str, Any]:
     """Example i of a split; ValueError says that it is damaged."""
     try:
         return records(name, split)[i]
-    # array_record's word for bytes that do not match their hash.
+    # array_record raises these for bytes that do not match their hash.
     except (RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{name}, {split}, image {i}: {reason}; prepare {name} again") from None
@@ -83,22 +82,21 @@ def read_record(name: str, split: str, i: int, _: str) -> bytes:
 
 
 def split_photos(name: str, split: str) -> Photos:
-    """The photos of a split; their labels, and names where the set has them, are read once.
+    """The photos of a split, with their labels and, if the set has them, their names.
 
-    The digest is over the set's version and what is recorded of the split: number, bytes and
-    shards. Labels cost a pass over the records, undecoded: some 70 us each where they are in
-    memory.
+    The digest is over the set's version and the split's number of images, bytes and shards. The
+    labels cost one pass over the records without decoding, about 70 us each from memory.
     """
-    made, size = builder(name), len(records(name, split))
+    data, size = builder(name), len(records(name, split))
     labels, names = np.empty(size, np.int32), []
     for i in range(size):
         one = example(name, split, i)
         labels[i] = one["label"]
         if "file_name" in one:
             names.append(bytes(one["file_name"]).decode("utf-8", "replace"))
-    info, feature = made.info.splits[split], made.info.features["label"]
+    info, feature = data.info.splits[split], data.info.features["label"]
     listing = [
-        made.info.full_name,
+        data.info.full_name,
         split,
         info.num_examples,
         info.num_bytes,
@@ -117,8 +115,9 @@ def split_photos(name: str, split: str) -> Photos:
 
 
 def photos(keys: Any) -> tuple[str, Photos, Photos]:
-    """(name, pool, evaluation photos): the split "train", and data.eval_path or else validation or
-    test.
+    """(name, pool, evaluation photos). The pool is "train"; data.eval_path is the evaluation.
+
+    By default the evaluation is "validation", or "test" if there is no "validation".
 
     Raises:
       ValueError: see `builder`; no such split.
@@ -127,15 +126,15 @@ def photos(keys: Any) -> tuple[str, Photos, Photos]:
         raise ValueError(
             "data.source=tfds needs the name of a set, --config.data.path=imagenet2012"
         )
-    made = builder(keys.path)
-    splits = sorted(made.info.splits)
+    data = builder(keys.path)
+    splits = sorted(data.info.splits)
     split = keys.eval_path or ("validation" if "validation" in splits else "test")
-    for wanted in ("train", split):
-        if wanted not in splits:
+    for name in ("train", split):
+        if name not in splits:
             raise ValueError(
-                f"{keys.path} has no split {wanted!r}, only {', '.join(splits)}; name the one to"
+                f"{keys.path} has no split {name!r}, only {', '.join(splits)}; name the one to"
                 " evaluate on with --config.data.eval_path"
             )
     if split == "train":
         raise ValueError("data.eval_path is 'train', which is the pool; evaluate on another split")
-    return made.info.name, split_photos(keys.path, "train"), split_photos(keys.path, split)
+    return data.info.name, split_photos(keys.path, "train"), split_photos(keys.path, split)

@@ -1,4 +1,4 @@
-"""Examples by number, and what a data set is made of."""
+"""Examples by number, and the parts of a data set."""
 
 from collections.abc import Callable
 from hashlib import sha256
@@ -11,27 +11,25 @@ class Source(NamedTuple):
     """Examples by number."""
 
     size: int
-    # ids i64[b] -> what training cuts its views from: "image" uint8[b, H, W, C], "label" i32[b],
-    # and, where photos are squashed onto one canvas, "size" f32[b, 2], their own height and width.
+    # ids i64[b] -> the input of training's views: "image" uint8[b, H, W, C], "label" i32[b], and
+    # for photos squashed onto a canvas "size" f32[b, 2], their own height and width.
     read: Callable[[np.ndarray], dict[str, np.ndarray]]
-    # ids i64[b] -> uint8[b, S, S, C], the exact pixels that a target is asked about and networks
-    # are evaluated on
+    # ids i64[b] -> uint8[b, S, S, C], the exact pixels for targets and evaluations
     shown: Callable[[np.ndarray], np.ndarray]
-    labels: np.ndarray  # i32[n]; empty where the arrays have none
-    # Of the files, "n01440764/n01440764_10026.JPEG"; () where there are none.
+    labels: np.ndarray  # i32[n]; empty if the arrays have none
+    # Of the files, "n01440764/n01440764_10026.JPEG"; () if there are no files.
     names: tuple[str, ...] = ()
-    beside: "Beside | None" = None  # what batches hold of another source too
-    # The arrays that `read` reads, where they are in memory; None where it reads files.
+    beside: "Beside | None" = None  # another source, whose examples come in the same batches
+    # The arrays in memory that `read` reads; None if it reads files.
     held: "Held | None" = None
 
     def all(self) -> dict[str, np.ndarray]:
-        """Every example as `read` gives it, in order. For what fits in memory."""
+        """Every example as `read` gives it, in order. All of them must fit in memory."""
         return self.read(np.arange(self.size))
 
 
 class Held(NamedTuple):
-    """Arrays in memory, of which a source is some rows: `read(ids)` gives
-    `arrays[name][rows[ids]]`."""
+    """Arrays in memory and a source's rows of them: `read(ids)` gives `arrays[name][rows[ids]]`."""
 
     arrays: dict[str, np.ndarray]  # of equal length
     rows: np.ndarray  # i64[n], each at most once
@@ -42,25 +40,24 @@ class Held(NamedTuple):
 
 
 class Beside(NamedTuple):
-    """Other examples that come with those of a source, in an order of their own; see
-    `qmx.data.batches`."""
+    """Another source, read in its own order beside the first one; see `qmx.data.batches`."""
 
     source: Source
-    ratio: int  # so many for each of the source's own
+    ratio: int  # its examples for each one of the first source
 
 
 class Dataset(NamedTuple):
-    """A pool to pretrain on and to ask about, and images to evaluate on, which are never in it."""
+    """A pool to pretrain on and to ask about, and separate images to evaluate on."""
 
     name: str
     pool: Source
     evaluation: Source
     classes: int  # N
-    shape: tuple[int, int, int]  # H, W, C of what `shown` gives
+    shape: tuple[int, int, int]  # H, W, C of the images from `shown`
     mean: tuple[float, ...]  # of each channel, in 0..1, for the normalisation
     std: tuple[float, ...]
-    # SHA-256 of each side's images and labels, or of a listing of them, see the source; and of how
-    # they are shown
+    # SHA-256 of each side's images and labels, or of their listing, see the source; and of the
+    # settings of `shown`.
     pool_digest: str
     evaluation_digest: str
     class_names: tuple[str, ...] = ()  # wnids, where the source has them
@@ -72,8 +69,7 @@ class Dataset(NamedTuple):
 
 
 def in_memory(**arrays: np.ndarray) -> Source:
-    """A source over arrays of equal length; "image" is what is shown, "label" the labels, where
-    there are such."""
+    """A source over arrays of equal length: "image", and "label" if there are labels."""
     sizes = {name: len(array) for name, array in arrays.items()}
     if len(set(sizes.values())) != 1:
         raise ValueError(f"arrays differ in length: {sizes}")
@@ -88,8 +84,7 @@ def in_memory(**arrays: np.ndarray) -> Source:
 
 
 def take(source: Source, ids: np.ndarray, **more: Any) -> Source:
-    """The examples `ids` of a source, in that order, with `more` arrays of their length beside what
-    is read."""
+    """The examples `ids` of a source, in that order; `read` adds the arrays `more` to them."""
     return Source(
         size=len(ids),
         read=lambda rows: {**source.read(ids[rows]), **{name: a[rows] for name, a in more.items()}},
@@ -101,8 +96,7 @@ def take(source: Source, ids: np.ndarray, **more: Any) -> Source:
 
 
 def _held(source: Source, ids: np.ndarray, more: dict[str, Any]) -> Held | None:
-    """The arrays of the whole source, so that all that is taken of it has tables of one shape, and
-    one compilation."""
+    """Arrays of the whole source, so that all its subsets have one shape and compile once."""
     if source.held is None or len(np.unique(ids)) < len(ids):
         return None
     rows = source.held.rows[ids]

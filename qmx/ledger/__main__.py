@@ -1,14 +1,14 @@
 """Look into a ledger.
 
   python -m qmx.ledger summary FILE
-      whose answers it holds, how many, and what was asked for them
+      the targets whose answers it holds, the number of answers, and the queries spent on them
   python -m qmx.ledger verify FILE [--out=FILE.recovered]
-      whether it is as it was written; if not, a new file with the answers that are
+      check that the file is as it was written; if not, save the whole answers in a new file
   python -m qmx.ledger export FILE OUT.npz|OUT.parquet [--target=BEGINNING]
       the answers of one target as a table, see qmx/ledger/table.py
 
-FILE is only read. Exit status: 0 done, and the file is whole; 1 it is damaged; 2 a mistake, told in
-  one line.
+FILE is only read. Exit status: 0 done, and the file is whole; 1 it is damaged; 2 a mistake, which
+one line explains.
 """
 
 import argparse
@@ -28,14 +28,14 @@ WHOLE, DAMAGED, MISTAKE = 0, 1, 2  # exit statuses
 
 
 class Parser(argparse.ArgumentParser):
-    """Tells mistakes in one line."""
+    """Parser that reports a mistake in one line."""
 
     def error(self, message: str) -> NoReturn:
         sys.exit(fail(f"{message}; --help shows how", MISTAKE))
 
 
 def main(argv: list[str]) -> int:
-    """Run one command; returns the exit status."""
+    """Run one command, and return the exit status."""
     parser = Parser(
         prog="python -m qmx.ledger",
         description=__doc__,
@@ -52,18 +52,16 @@ def main(argv: list[str]) -> int:
         if name == "export":
             command.add_argument("out", type=Path)
             command.add_argument("--target")
-    given = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     try:
-        if not given.file.is_file():
-            raise ValueError(f"{given.file}: no such file")
-        if given.command == "summary":
-            print(summary(given.file))
+        if not args.file.is_file():
+            raise ValueError(f"{args.file}: no such file")
+        if args.command == "summary":
+            print(summary(args.file))
             return WHOLE
-        if given.command == "verify":
-            return verify(
-                given.file, given.out or given.file.with_name(given.file.name + ".recovered")
-            )
-        return export(given.file, given.out, given.target)
+        if args.command == "verify":
+            return verify(args.file, args.out or args.file.with_name(args.file.name + ".recovered"))
+        return export(args.file, args.out, args.target)
     except Damaged as error:
         return fail(str(error), DAMAGED)
     except (ValueError, OSError, sqlite3.Error) as error:
@@ -71,7 +69,7 @@ def main(argv: list[str]) -> int:
 
 
 def summary(path: Path) -> str:
-    """Whose answers a ledger holds, and the account of each target, as text."""
+    """Describe the answers of a ledger and the account of each target."""
     with looked_into(path) as file:
         kinds = file.run(
             "SELECT target, preprocessing, purpose, access, dtype, MIN(LENGTH(scores)), COUNT(*)"
@@ -103,13 +101,13 @@ def summary(path: Path) -> str:
 
 
 def verify(path: Path, out: Path) -> int:
-    """Check a ledger, and recover what is whole if not all of it is."""
+    """Check a ledger. If it is damaged, recover the answers that are whole."""
     with progress(f"check {path.name}", 100, unit="per cent") as shown:
-        found = problems(path, lambda done, total: shown.update(100 * done // total))
-    if not found:
+        lines = problems(path, lambda done, total: shown.update(100 * done // total))
+    if not lines:
         print(f"{path} is whole")
         return WHOLE
-    print("\n".join([f"{path} is damaged", *(f"  {line}" for line in found)]))
+    print("\n".join([f"{path} is damaged", *(f"  {line}" for line in lines)]))
     with progress(f"recover {path.name}", 100, unit="per cent") as shown:
         back = recover(path, out, lambda done, total: shown.update(100 * done // total))
     share = 100 * back.answers / max(back.of, 1)
@@ -146,7 +144,7 @@ def export(path: Path, out: Path, target: str | None) -> int:
 
 
 def fail(message: str, status: int) -> int:
-    """One line on standard error; returns the status."""
+    """Print one line on standard error, and return the status."""
     print(f"qmx: {message}", file=sys.stderr)
     return status
 

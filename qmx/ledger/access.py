@@ -1,4 +1,4 @@
-"""How much of an answer is seen: weaker access levels, derived from a richer answer."""
+"""Access levels: the part of an answer that is seen. Weaker ones derive from richer answers."""
 
 from collections.abc import Sequence
 
@@ -6,24 +6,23 @@ import numpy as np
 
 from qmx.ledger.weaken import WEAKENINGS, parse
 
-# What a target is asked for, from the richest to the poorest; each can be derived from those before
-# it, and from the first two also the weakened levels of qmx/ledger/weaken.py.
+# The levels that a target can be asked for, from the richest to the poorest. Each follows from any
+# before it, and the weakened levels of qmx/ledger/weaken.py follow from the first two.
 ACCESS = ("logits", "probs", "label")
 
 
 def known(access: str) -> bool:
-    """Whether there is such a level, weakened ones included."""
+    """True if there is such a level, weakened ones included."""
     return access in ACCESS or parse(access) is not None
 
 
 def names() -> list[str]:
-    """Every level, the weakened ones by an example."""
+    """Every level, with an example of each weakened one."""
     return [*ACCESS, *(kind.example for kind in WEAKENINGS.values())]
 
 
 def check(access: str, weakened: bool = False) -> None:
-    """Raise ValueError for a level that does not exist; weakened ones are read and not asked
-    for."""
+    """Raise ValueError for an unknown level. Weakened levels can be read, but not asked for."""
     if access not in ACCESS and not (weakened and known(access)):
         raise ValueError(
             f"access {access!r} is unknown; choose one of"
@@ -32,8 +31,7 @@ def check(access: str, weakened: bool = False) -> None:
 
 
 def derivable(have: str, want: str) -> bool:
-    """Whether answers of level `have`, one of `ACCESS`, tell what those of `want` would have
-    been."""
+    """True if answers of level `want` follow from answers of level `have`, one of `ACCESS`."""
     check(have)
     check(want, weakened=True)
     return ACCESS.index(have) <= ACCESS.index(_needed(want))
@@ -45,11 +43,11 @@ def _needed(want: str) -> str:
 
 
 def derive(scores: np.ndarray, have: str, want: str, keys: Sequence[bytes] = ()) -> np.ndarray:
-    """What an interface of level `want` would have answered; f32[n, N] from f32[n, N].
+    """Answers that an interface of level `want` would have given; f32[n, N] from f32[n, N].
 
     "logits": unnormalised log-probabilities, as they are. "probs": probabilities. "label": one-hot
-    rows of the highest score, the first of several equal ones. Weakened levels: probabilities, see
-    `qmx.ledger.weaken`; `keys` are the images', which only "noise" reads.
+    rows of the highest score; of equal scores, the first. Weakened levels: probabilities, see
+    `qmx.ledger.weaken`. `keys` are those of the images; only "noise" reads them.
 
     Raises:
       ValueError: `have` is poorer than `want`, or one of them is unknown.
@@ -68,22 +66,22 @@ def derive(scores: np.ndarray, have: str, want: str, keys: Sequence[bytes] = ())
             np.float32
         )
     if want == "probs":
-        from scipy.special import softmax  # it would take a sixth of the time of `import qmx`
+        from scipy.special import softmax  # a sixth of the time of `import qmx`
 
         return softmax(scores, axis=-1)
     return np.eye(scores.shape[-1], dtype=np.float32)[scores.argmax(-1)]
 
 
 def received(answer: np.ndarray, rows: int, classes: int, access: str) -> np.ndarray:
-    """What somebody else's target answered to `rows` images, as the ledger keeps it, f32[rows, N].
+    """Answers of somebody else's target to `rows` images, as the ledger keeps them, f32[rows, N].
 
     Args:
       answer: numbers [rows, N]; for "label" class numbers, [rows] or [rows, 1], or one-hot rows.
 
     Raises:
-      ValueError: another number of images or classes, what is not finite, or what is not of that
-        level: negative "probs" or a row that does not sum to 1 (within 5 %, for interfaces that
-        round), or "logits" that are probabilities.
+      ValueError: the number of images or classes is wrong, a score is not finite, or the numbers do
+        not fit the level: "probs" that are negative or do not sum to 1 in each row (within 5 %,
+        because some interfaces round), or "logits" that are probabilities.
     """
     if (
         access == "label"
@@ -131,7 +129,7 @@ def received(answer: np.ndarray, rows: int, classes: int, access: str) -> np.nda
 def as_logits(scores: np.ndarray, access: str) -> np.ndarray:
     """Answers of a level as the unnormalised log-probabilities that the losses read, f32[n, N].
 
-    The logarithm of a probability of 0, of each class but one in a one-hot label, is -inf.
+    A probability of 0 becomes -inf. In a one-hot label that is every class but one.
     """
     if access == "logits":
         return scores

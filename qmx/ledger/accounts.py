@@ -1,11 +1,11 @@
-"""What was asked, and what of it counts against the budget."""
+"""Accounts of what was asked, and of the part that counts against the budget."""
 
 from typing import NamedTuple
 
 from qmx.ledger.file import File
 
 PURPOSES = ("train", "select", "report")
-RECORDED = "recorded"  # the purpose of answers that the owner handed out and that were not used yet
+RECORDED = "recorded"  # purpose of answers that the owner handed out, until they are used
 PAID = (
     "answers WHERE request IN "
     f"(SELECT id FROM requests WHERE target = ? AND purpose NOT IN ('report', '{RECORDED}'))"
@@ -18,20 +18,21 @@ class BudgetSpent(Exception):
 
 
 class Account(NamedTuple):
-    """What one target was asked, so far."""
+    """Counts of what one target was asked so far."""
 
-    calls: int  # images sent in requests that were answered, each time that they were sent
+    calls: int  # images sent in answered requests; an image sent twice counts twice
     images: int  # distinct images with an answer
     views: int  # distinct pixel arrays with an answer; several views may show one image
-    unanswered: int  # images sent in requests that are in flight, or were when a process was killed
+    # Images sent in requests without an outcome: in flight, or lost when a process was killed.
+    unanswered: int
     failed: int  # images sent in requests that failed, or whose answer could not be used
     retried: int  # images sent again in requests that repeated a failed one
-    # Distinct images by what they were first answered for; the report's give way.
+    # Distinct images by the purpose of their first answer; "report" gives way to the others.
     purposes: dict[str, int]
 
 
-# Distinct images are counted in Python's sets: over a million rows in a fifth of the time of
-# SQLite's COUNT(DISTINCT).
+# Python's sets count distinct images: for a million rows they take a fifth of the time of SQLite's
+# COUNT(DISTINCT).
 
 
 def spent(file: File, target: str) -> int:
@@ -40,7 +41,7 @@ def spent(file: File, target: str) -> int:
 
 
 def account(file: File, target: str) -> Account:
-    """What one target was asked, so far."""
+    """Counts of what one target was asked so far."""
     calls, unanswered, failed, retried = file.run(
         "SELECT COALESCE(SUM(views * answered), 0), COALESCE(SUM(views * (1 - answered - failed)),"
         " 0), COALESCE(SUM(views * failed), 0), COALESCE(SUM(views * retry), 0) FROM requests WHERE"
@@ -65,7 +66,7 @@ def account(file: File, target: str) -> Account:
         unanswered,
         failed,
         retried,
-        {name: len(found) for name, found in used.items()},
+        {name: len(keys) for name, keys in used.items()},
     )
 
 
@@ -75,7 +76,7 @@ def check_budget(file: File, target: str, images: set[bytes], budget: int) -> No
         not images
         or file.run(f"SELECT COUNT(*) FROM {PAID}", [target])[0][0] + len(images) <= budget
     ):
-        return  # without a look at each image that was paid for
+        return  # a count is enough: no need to read every paid image
     known = _paid(file, target)
     new = len(images - known)
     if new and len(known) + new > budget:

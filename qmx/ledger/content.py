@@ -1,4 +1,4 @@
-"""What a ledger's rows are made of: keys of images, scores as bytes, and checksums."""
+"""Contents of a ledger's rows: keys of images, scores as bytes, and checksums."""
 
 import hashlib
 import zlib
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-# Of stored scores: their names, and what they are in the file.
+# Types of the stored scores: our name -> NumPy's name for the bytes in the file.
 DTYPES = {"float32": "<f4", "float16": "<f2"}
 
 
@@ -31,15 +31,36 @@ def keys_of_digests(digests: Iterable[bytes], target: str, preprocessing: str) -
 
 
 def keys_of(images: np.ndarray, target: str, preprocessing: str) -> list[bytes]:
-    """The keys that a ledger of this target and preprocessing has for images; see `Ledger.keys`."""
+    """Keys of images in a ledger of this target and preprocessing; see `Ledger.keys`."""
     return keys_of_digests(pixel_digests(images), target, preprocessing)
 
 
 def checksum(key: bytes, image: bytes, access: str, dtype: str, scores: bytes) -> int:
-    """CRC-32 of an answer: it finds damage, of which one in 2^32 goes unseen."""
+    """CRC-32 of an answer. It misses one damaged answer in 2^32."""
     return zlib.crc32(
         scores, zlib.crc32(b"%b%b%b %b" % (key, image, access.encode(), dtype.encode()))
     )
+
+
+def checked(answer: np.ndarray, rows: int, classes: int | None, dtype: str) -> np.ndarray:
+    """The query's answer [rows, classes] as it is stored; ValueError says what is wrong."""
+    scores = np.asarray(answer, np.float32)
+    if (
+        scores.ndim != 2
+        or len(scores) != rows
+        or scores.shape[1] != (classes or max(scores.shape[1], 1))
+    ):
+        raise ValueError(
+            f"the query answered {rows} images with shape {scores.shape}; it must be "
+            f"[{rows}, {classes or 'N'}]. Nothing of this batch was kept"
+        )
+    bad = int((~np.isfinite(scores)).any(1).sum())
+    if bad:
+        raise ValueError(
+            f"the query's scores are not finite for {bad} of {rows} images; "
+            "nothing of this batch was kept"
+        )
+    return packed(scores, dtype)
 
 
 def packed(scores: np.ndarray, dtype: str) -> np.ndarray:

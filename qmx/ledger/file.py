@@ -1,4 +1,4 @@
-"""The ledger's file: its tables, how it is opened, and its errors in words."""
+"""The ledger's file: its tables, ways to open it, and its errors in words."""
 
 import sqlite3
 import time
@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-# WAL with synchronous=FULL: a committed answer survives the process and the power. A checkpoint
-# after 64 MB and not after 4: keys are random, so that each batch changes as many pages of their
-# index as it has rows, and the more batches a checkpoint holds, the more of those pages it writes
-# once. The cache holds the index of a million keys.
+# WAL with synchronous=FULL: a committed answer survives a kill and a power cut.
+# Checkpoints come after 64 MB instead of 4. Keys are random, so each row of a batch changes another
+# page of their index. A checkpoint writes each changed page once, so fewer checkpoints write less.
+# The cache holds the index of a million keys.
 SCHEMA = """
 PRAGMA journal_mode = WAL;
 PRAGMA synchronous = FULL;
@@ -49,7 +49,7 @@ COLUMNS = {
 
 
 class Damaged(ValueError):
-    """A ledger's file that cannot be read as it was written."""
+    """Raised for a ledger's file that is no longer as it was written."""
 
     def __init__(self, path: Path, what: object):
         super().__init__(
@@ -59,7 +59,7 @@ class Damaged(ValueError):
 
 
 class File:
-    """One connection to a ledger's file, whose errors are told in words."""
+    """One connection to a ledger's file, with errors in words."""
 
     def __init__(self, path: Path, db: sqlite3.Connection):
         self.path, self._db = path, db
@@ -71,7 +71,7 @@ class File:
         self.close()
 
     def close(self) -> None:
-        """Give the file back."""
+        """Close the connection."""
         self._db.close()
 
     def run(self, statement: str, parameters: Iterable[Any] = ()) -> list[tuple]:
@@ -84,25 +84,24 @@ class File:
         return self._told(lambda: self._db.execute(statement, tuple(parameters)).fetchall())
 
     def stream(self, statement: str, parameters: Iterable[Any], size: int) -> Iterator[list[tuple]]:
-        """`run`, so many rows at a time."""
+        """`run`, `size` rows at a time."""
         cursor = self._told(lambda: self._db.execute(statement, tuple(parameters)))
         while rows := self._told(lambda: cursor.fetchmany(size)):
             yield rows
 
     def insert(self, table: str, row: dict[str, Any]) -> int:
-        """One new row; returns its number."""
+        """Write one new row, and return its number."""
         statement = f"INSERT INTO {table} ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})"
         number = self._told(lambda: self._db.execute(statement, tuple(row.values())).lastrowid)
         assert number is not None
         return number
 
     def run_many(self, statement: str, parameters: Iterable[tuple]) -> None:
-        """A statement once for each of the parameters."""
+        """Run a statement once for each of the parameters."""
         self._told(lambda: self._db.executemany(statement, parameters))
 
     def together(self, work: Callable[[], None]) -> None:
-        """What `work` writes is there altogether, and durable, when this returns; or none of it
-        is."""
+        """Make all that `work` writes durable by the time this returns, or write none of it."""
         self.run("BEGIN IMMEDIATE")
         try:
             work()
@@ -122,13 +121,13 @@ class File:
 
 
 def opened(path: Path) -> File:
-    """A ledger to read and write; made if missing.
+    """Open a ledger to read and write; a missing file is created.
 
     Raises:
       ValueError: the file is not a ledger.
     """
     try:
-        # A writer elsewhere is waited for; half a minute is longer than any of our commits.
+        # Another writer may hold the file; half a minute is longer than any of our commits.
         db = sqlite3.connect(path, timeout=30, isolation_level=None)
         _patiently(lambda: db.executescript(SCHEMA))
         check_tables(db)
@@ -138,11 +137,11 @@ def opened(path: Path) -> File:
 
 
 def looked_into(path: Path) -> File:
-    """A ledger that is only read.
+    """Open a ledger to read only.
 
     Raises:
       ValueError: the file is not a ledger.
-      Damaged: it was one.
+      Damaged: it is a damaged ledger.
     """
     try:
         db = read_only(path)
@@ -155,8 +154,7 @@ def looked_into(path: Path) -> File:
 
 
 def read_only(path: Path) -> sqlite3.Connection:
-    """A connection that changes nothing. What lies in a write-ahead log is read too, if there is
-    one."""
+    """A connection that changes nothing. It reads a write-ahead log too, if there is one."""
     log = path.with_name(path.name + "-wal")
     how = "mode=ro" if log.exists() and log.stat().st_size else "immutable=1"
     return sqlite3.connect(f"{path.absolute().as_uri()}?{how}", uri=True, timeout=30)
@@ -169,7 +167,7 @@ def check_tables(db: sqlite3.Connection) -> None:
 
 
 def _patiently(work: Callable[[], object]) -> None:
-    """Try again for some seconds where SQLite does not wait by itself, as at the switch to WAL."""
+    """Try again for some seconds: SQLite itself does not wait at the switch to WAL."""
     for wait in (0.01, 0.1, 1, 5, None):
         try:
             work()

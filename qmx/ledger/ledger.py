@@ -1,9 +1,9 @@
 """The ledger of one target: asking, reading, and the account.
 
 An answer's key is the SHA-256 of the exact pixels sent, the target's digest and the name of the
-preprocessing, so answers pair with images by content and never by position. A request is written
-down before it is sent, and its answers are committed before anybody sees them: what a killed run
-had been answered is there for the next one, which asks only for what is missing.
+preprocessing, so answers pair with images by content and never by position. The ledger records a
+request before it is sent, and commits its answers before it returns them. The answers of a killed
+run are therefore there for the next run, which asks only for the missing ones.
 """
 
 import time
@@ -15,7 +15,7 @@ import numpy as np
 from qmx.ledger import access as levels
 from qmx.ledger import accounts, stored
 from qmx.ledger.accounts import PURPOSES, RECORDED
-from qmx.ledger.content import DTYPES, keys_of, keys_of_digests, packed, pixel_digests
+from qmx.ledger.content import DTYPES, checked, keys_of, keys_of_digests, pixel_digests
 from qmx.ledger.file import opened
 
 MANY = 65536  # keys that are looked up before their rows are written down
@@ -26,7 +26,7 @@ class Unavailable(OSError):
 
     Args:
       message: what happened, for people.
-      wait: seconds that the target asked to be left alone; None if it said nothing.
+      wait: seconds to wait, if the target named them; else None.
     """
 
     def __init__(self, message: str, wait: float | None = None):
@@ -38,14 +38,14 @@ class Ledger:
     """The answers of one target, in a file that may hold those of others too.
 
     Args:
-      path: the SQLite file; made if missing.
+      path: the SQLite file; created if missing.
       target: the target's digest or name. Another target's answers are never returned.
-      preprocessing: name of what happens between the pixels sent and the target's own input.
-      budget: how many distinct images may be asked for "train" and "select"; None is no limit.
-        Images asked for "report" alone, to measure fidelity, are counted apart. It is checked once
-        for each call of `ask`: two processes that ask at the same time could exceed it together.
-      dtype: of the scores that are written from now on, "float32" or "float16", which halves the
-        file and rounds to 3 digits. What is there already keeps its own.
+      preprocessing: name of the steps between the pixels sent and the target's own input.
+      budget: number of distinct images that may be asked for "train" and "select"; None is no
+        limit. Images asked for "report" alone, to measure fidelity, do not count. Each `ask` checks
+        it once: two processes that ask at the same time could exceed it together.
+      dtype: of new scores, "float32" or "float16". float16 halves the file and rounds to 3 digits.
+        Older scores keep their own dtype.
 
     Raises:
       ValueError: the file is not a ledger, or the dtype is unknown.
@@ -81,19 +81,19 @@ class Ledger:
     def read(self, images: np.ndarray, access: str = "logits") -> np.ndarray:
         """The answers to images, as an interface of level `access` would have given them.
 
-        uint8[n, H, W, C] -> f32[n, N], rows in the order of the images. Asks nothing.
+        uint8[n, H, W, C] -> f32[n, N], rows in the order of the images. Sends no request.
 
         Raises:
-          LookupError: some images have no answer yet; says how many.
-          ValueError: the answers bought are poorer than `access`.
+          LookupError: some images have no answer yet; the message gives their number.
+          ValueError: the stored answers are poorer than `access`.
           Damaged: an answer is not as it was written.
         """
         return self.read_keys(self.keys(images), access)
 
     def read_keys(self, keys: list[bytes], access: str = "logits") -> np.ndarray:
-        """`read` of images whose keys were kept, so that the pixels are not needed again.
+        """`read` by keys, without the pixels.
 
-        Beside the result it holds 16 bytes for each row.
+        It needs 16 bytes for each row beside the result.
         """
         levels.check(access, weakened=True)
         if not keys:
@@ -101,8 +101,8 @@ class Ledger:
         rows = np.zeros(len(keys), np.int64)
         for start in range(0, len(keys), MANY):
             block = keys[start : start + MANY]
-            found = stored.find(self._file, block)
-            rows[start : start + MANY] = [found[key].row if key in found else 0 for key in block]
+            known = stored.find(self._file, block)
+            rows[start : start + MANY] = [known[key].row if key in known else 0 for key in block]
         if missing := int((rows == 0).sum()):
             raise LookupError(
                 f"{missing} of {len(keys)} images have no answer in {self.path}; ask for them first"
@@ -130,31 +130,30 @@ class Ledger:
         pause: Callable[[float, Unavailable], None] = lambda seconds, _: time.sleep(seconds),
         on_progress: Callable[[int, int], None] | None = None,
     ) -> np.ndarray:
-        """Answers to images: those that the ledger has, and the target's for the rest, paid for
-        once.
+        """Answers to images: from the ledger where it has them, else from the target, once.
 
         Args:
           query: uint8[b, H, W, C] -> f32[b, N], one call for each batch of images without an
             answer.
           images: uint8[n, H, W, C], the exact pixels to send; repeated ones are sent once.
           purpose: "train", "select" or "report".
-          access: the level of what `query` returns. An answer of a poorer level is bought anew.
-          of: uint8[n, ...], the images that `images` are views of, which are what the budget
-            counts; by default each view is an image.
-          waits: seconds before each further attempt at a batch for which `query` raised
-            Unavailable; longer if the target asked for more. Each attempt is a request of its own.
-          pause: waits so many seconds; is told why, and may raise to give up.
-          on_progress: called with (answered, to ask) after each batch.
+          access: the level that `query` returns. An image with a poorer answer is asked again.
+          of: uint8[n, ...], the images that `images` are views of. The budget counts these. By
+            default each view is an image.
+          waits: seconds before each further attempt at a batch, after `query` raised Unavailable;
+            longer if the target asked for more. Each attempt is a request of its own.
+          pause: waits the given number of seconds. It gets the error too, and may raise to give up.
+          on_progress: called with (images answered, images to ask) after each batch.
 
         Returns:
           f32[n, N], rows in the order of `images`, at level `access`.
 
         Raises:
-          BudgetSpent: the missing images are more than the budget has left; nothing was sent.
-          Unavailable: from the query, after all `waits`. Like whatever else the query raises it
-            goes up when the request is on record as failed; what was answered before it is kept.
+          BudgetSpent: the budget does not cover the missing images; nothing was sent.
+          Unavailable: from the query, after all `waits`. The ledger records the request as failed
+            before it raises this, or any other error of the query. Earlier answers are kept.
           ValueError: unknown purpose or level, or the query's answer has a wrong shape or is not
-            finite. That batch is not kept; what was answered before it is.
+            finite. That batch is not kept; earlier answers are.
         """
         if purpose not in PURPOSES:
             raise ValueError(f"purpose {purpose!r} is unknown; choose one of {', '.join(PURPOSES)}")
@@ -162,18 +161,18 @@ class Ledger:
         digests = pixel_digests(images)
         sources = digests if of is None else pixel_digests(of)
         keys = keys_of_digests(digests, self.target, self.preprocessing)
-        found = stored.find(self._file, keys)
-        rows = _missing(keys, found, access)
+        known = stored.find(self._file, keys)
+        rows = _missing(keys, known, access)
         if purpose != "report":
             self.check_budget(
                 {
                     source
                     for key, source in zip(keys, sources, strict=True)
-                    if key not in found or found[key].purpose in ("report", RECORDED)
+                    if key not in known or known[key].purpose in ("report", RECORDED)
                 }
             )
         gives_way = (RECORDED,) if purpose == "report" else (RECORDED, "report")
-        if freed := [answer.row for answer in found.values() if answer.purpose in gives_way]:
+        if freed := [answer.row for answer in known.values() if answer.purpose in gives_way]:
             stored.assign(self._file, freed, self._request(purpose, views=0, retry=0))
 
         classes = stored.classes(self._file, self.target)
@@ -203,16 +202,15 @@ class Ledger:
         waits: Sequence[float],
         pause: Callable[[float, Unavailable], None],
     ) -> tuple[int, np.ndarray]:
-        """One batch's scores, and the number of the request that brought them, which `ask` marks as
-        answered."""
+        """Number of the request that succeeded, for `ask` to mark as answered, and its scores."""
         for attempt in range(len(waits) + 1):
-            # Of a request the power may take the record, but no kill: its answers are what the disk
-            # is waited for.
+            # A kill must not lose the record of a request; a power cut may. Only answers wait for
+            # the disk.
             self._file.run("PRAGMA synchronous = NORMAL")
             request = self._request(purpose, views=len(batch), retry=int(attempt > 0))
             self._file.run("PRAGMA synchronous = FULL")
             try:
-                return request, _checked(query(batch), len(batch), classes, self.dtype)
+                return request, checked(query(batch), len(batch), classes, self.dtype)
             except Exception as error:
                 self._file.run("UPDATE requests SET failed = 1 WHERE id = ?", (request,))
                 if not isinstance(error, Unavailable) or attempt == len(waits):
@@ -221,7 +219,7 @@ class Ledger:
         raise AssertionError("the last attempt returns or raises")
 
     def record(self, images: list[bytes], scores: np.ndarray, access: str) -> None:
-        """Enter answers that the owner handed out; they count for nothing until `ask` uses them.
+        """Enter answers that the owner handed out. The budget counts them once `ask` uses them.
 
         Args:
           images: the `pixel_digests` of n images.
@@ -229,11 +227,11 @@ class Ledger:
           access: their level.
 
         Raises:
-          ValueError: the scores are not finite, or of another N than the target's others.
+          ValueError: the scores are not finite, or their N differs from the target's other answers.
         """
         levels.check(access)
         keys = keys_of_digests(images, self.target, self.preprocessing)
-        scores = _checked(scores, len(keys), stored.classes(self._file, self.target), self.dtype)
+        scores = checked(scores, len(keys), stored.classes(self._file, self.target), self.dtype)
         stored.keep(
             self._file,
             self._request(RECORDED, views=0, retry=0),
@@ -250,30 +248,29 @@ class Ledger:
         return _missing(keys, stored.find(self._file, keys), access)
 
     def count_missing(self, images: np.ndarray) -> int:
-        """How many distinct images of uint8[n, H, W, C] have no answer yet."""
+        """Number of distinct images of uint8[n, H, W, C] without an answer yet."""
         return self.count_missing_keys(self.keys(images))
 
     def count_missing_keys(self, keys: list[bytes]) -> int:
-        """`count_missing` of images whose keys were kept."""
+        """`count_missing` by keys, without the pixels."""
         distinct = sorted(set(keys))
         return len(distinct) - stored.count(self._file, distinct)
 
     def spent(self) -> int:
-        """Distinct images answered for "train" and "select", which the budget is about."""
+        """Number of distinct images answered for "train" and "select", as the budget counts."""
         return accounts.spent(self._file, self.target)
 
     def account(self) -> accounts.Account:
-        """What this target was asked, so far, by everybody who used this file."""
+        """Counts of what everybody who used this file has asked this target so far."""
         return accounts.account(self._file, self.target)
 
     def check_budget(self, images: set[bytes]) -> None:
-        """Raise BudgetSpent if images, by their `pixel_digests`, are more than the budget has
-        left."""
+        """Raise BudgetSpent unless the budget covers these images, given by `pixel_digests`."""
         if self.budget is not None:
             accounts.check_budget(self._file, self.target, images, self.budget)
 
     def _request(self, purpose: str, *, views: int, retry: int) -> int:
-        """A new request on record; returns its number."""
+        """Record a new request, and return its number."""
         return self._file.insert(
             "requests",
             {
@@ -286,35 +283,13 @@ class Ledger:
         )
 
 
-def _missing(keys: list[bytes], found: dict[bytes, stored.Known], access: str) -> list[int]:
+def _missing(keys: list[bytes], known: dict[bytes, stored.Known], access: str) -> list[int]:
     """The first row of each key that has no answer, or a poorer one than `access`."""
     rank = levels.ACCESS.index(access)
     return sorted(
         {
             key: row
             for row, key in reversed(list(enumerate(keys)))
-            if key not in found or levels.ACCESS.index(found[key].access) > rank
+            if key not in known or levels.ACCESS.index(known[key].access) > rank
         }.values()
     )
-
-
-def _checked(answer: np.ndarray, rows: int, classes: int | None, dtype: str) -> np.ndarray:
-    """The query's answer [rows, classes] as it is stored, or ValueError with what is wrong with
-    it."""
-    scores = np.asarray(answer, np.float32)
-    if (
-        scores.ndim != 2
-        or len(scores) != rows
-        or scores.shape[1] != (classes or max(scores.shape[1], 1))
-    ):
-        raise ValueError(
-            f"the query answered {rows} images with shape {scores.shape}; it must be "
-            f"[{rows}, {classes or 'N'}]. Nothing of this batch was kept"
-        )
-    bad = int((~np.isfinite(scores)).any(1).sum())
-    if bad:
-        raise ValueError(
-            f"the query's scores are not finite for {bad} of {rows} images; "
-            "nothing of this batch was kept"
-        )
-    return packed(scores, dtype)

@@ -1,8 +1,6 @@
-"""Records of an SQLite file page by page, without its trees: what is whole is found, whatever is
-broken beside it.
+"""Records of an SQLite file page by page, without its trees, so that damage elsewhere hides none.
 
-As https://www.sqlite.org/fileformat2.html describes the format; the section is named where one is
-followed.
+The format is https://www.sqlite.org/fileformat2.html; numbers in brackets are its sections.
 """
 
 import mmap
@@ -10,9 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-PAGE = 4096  # bytes of a page where the file's head does not say it; what SQLite takes by itself
+PAGE = 4096  # bytes of a page, SQLite's default, for a file whose head is lost
 LEAF = 13  # the first byte of a page that holds a table's rows (1.6)
-LONGEST = 1 << 26  # bytes; a longer record is garbage and not scores
+LONGEST = 1 << 26  # bytes; a longer record is garbage
 INTEGER_BYTES = {1: 1, 2: 2, 3: 3, 4: 4, 5: 6, 6: 8}  # by serial type (2.1)
 
 Record = list[Any]
@@ -22,11 +20,10 @@ Fetch = Callable[[int], bytes]
 def records(
     path: Path, on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Iterator[tuple[int, Record]]:
-    """(row number, values) of every record that can be made out in a file and in the write-ahead
-    log beside it.
+    """(row number, values) of every legible record in a file and in its write-ahead log.
 
     Values are None, int, str and bytes. Some may be old, damaged or garbage: only a checksum can
-    tell. What is newer comes later.
+    tell. Newer records come later.
 
     Args:
       on_progress: called with (pages done, pages) now and then.
@@ -61,19 +58,18 @@ def _mapped(path: Path) -> Any:
 
 
 def _page_size(data: Any, log: Any) -> int:
-    for found in [
+    for code in [
         int.from_bytes(data[16:18]) if data[:15] == b"SQLite format 3" else 0,
         int.from_bytes(log[8:12]),
     ]:
-        size = 65536 if found == 1 else found
+        size = 65536 if code == 1 else code
         if 512 <= size <= 65536 and size & (size - 1) == 0:
             return size
     return PAGE
 
 
 def _frames(log: Any, size: int) -> Iterator[tuple[int, int]]:
-    """(page number, where it lies) of the frames in a write-ahead log, of its present run alone
-    (4.1)."""
+    """(page number, offset) of the frames of a write-ahead log's current run (4.1)."""
     salt = log[16:24]
     for at in range(32, len(log) - size - 23, size + 24):
         if log[at + 8 : at + 16] == salt:
@@ -81,8 +77,7 @@ def _frames(log: Any, size: int) -> Iterator[tuple[int, int]]:
 
 
 def _rows(page: bytes, head: int, fetch: Fetch, size: int) -> Iterator[tuple[int, Record]]:
-    """The records of a page, if it is one that holds some (1.6); those that make no sense are left
-    out."""
+    """The records of a page that holds a table's rows (1.6), without those that make no sense."""
     if len(page) <= head or page[head] != LEAF:
         return
     for cell in range(min(int.from_bytes(page[head + 3 : head + 5]), size // 4)):
@@ -96,7 +91,7 @@ def _rows(page: bytes, head: int, fetch: Fetch, size: int) -> Iterator[tuple[int
 
 
 def _payload(page: bytes, at: int, length: int, fetch: Fetch, size: int) -> bytes:
-    """A record's bytes, those on overflow pages too (1.6)."""
+    """A record's bytes, including those on overflow pages (1.6)."""
     if length > LONGEST:
         raise ValueError
     if length <= size - 35:
@@ -117,10 +112,10 @@ def _payload(page: bytes, at: int, length: int, fetch: Fetch, size: int) -> byte
         following = int.from_bytes(more[:4])
         if left and not part:
             raise ValueError
-    found = b"".join(parts)
-    if len(found) != length:
+    payload = b"".join(parts)
+    if len(payload) != length:
         raise ValueError
-    return found
+    return payload
 
 
 def _values(record: bytes) -> Record:
@@ -150,7 +145,7 @@ def _values(record: bytes) -> Record:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """A number of one to nine bytes, and where it ends (1.6)."""
+    """A number of one to nine bytes, and the offset after it (1.6)."""
     value = 0
     for place in range(at, at + 8):
         value = value << 7 | data[place] & 127

@@ -1,4 +1,4 @@
-"""Answers in the ledger's file: found by their keys, read, and written."""
+"""Answers in the ledger's file: lookup by key, reading and writing."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -21,20 +21,20 @@ class Known(NamedTuple):
 
 
 def find(file: File, keys: list[bytes]) -> dict[bytes, Known]:
-    """What is known of those of the keys that have an answer, but the scores."""
-    found = {}
+    """Row, level and purpose of every key that has an answer."""
+    answers = {}
     for few in blocks(sorted(set(keys)), FEW):  # neighbours in the index
         rows = file.run(
             "SELECT key, row, access, purpose FROM answers JOIN requests ON request = id "
             f"WHERE key IN ({','.join('?' * len(few))})",
             few,
         )
-        found.update({key: Known(row, access, purpose) for key, row, access, purpose in rows})
-    return found
+        answers.update({key: Known(row, access, purpose) for key, row, access, purpose in rows})
+    return answers
 
 
 def count(file: File, keys: list[bytes]) -> int:
-    """How many of the keys, sorted and no two alike, have an answer."""
+    """Number of the keys, sorted and no two alike, that have an answer."""
     return sum(
         file.run(f"SELECT COUNT(*) FROM answers WHERE key IN ({','.join('?' * len(few))})", few)[0][
             0
@@ -44,13 +44,12 @@ def count(file: File, keys: list[bytes]) -> int:
 
 
 def read(file: File, rows: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """The levels str[n] and scores f32[n, N] of answers by their rows, at most `FEW` and in their
-    order.
+    """Levels str[n] and scores f32[n, N] of the answers in `rows`, at most `FEW`, in that order.
 
     Raises:
       Damaged: one of them is not as it was written.
     """
-    found = {}
+    answers = {}
     for row, key, image, access, dtype, written, scores in file.run(
         "SELECT row, key, image, access, dtype, checksum, scores FROM answers JOIN scores USING"
         f" (row) WHERE row IN ({','.join('?' * len(rows))})",
@@ -58,10 +57,10 @@ def read(file: File, rows: list[int]) -> tuple[np.ndarray, np.ndarray]:
     ):
         if checksum(key, image, access, dtype, scores) != written:
             raise Damaged(file.path, f"the answer in row {row} is not as it was written")
-        found[row] = access, dtype, scores
-    if lost := len({*rows} - found.keys()):
+        answers[row] = access, dtype, scores
+    if lost := len({*rows} - answers.keys()):
         raise Damaged(file.path, f"the scores of {lost} answers are not there")
-    access, dtypes, scores = zip(*(found[row] for row in rows), strict=True)
+    access, dtypes, scores = zip(*(answers[row] for row in rows), strict=True)
     return np.array(access), unpacked(scores, dtypes)
 
 
@@ -74,12 +73,14 @@ def keep(
     access: str,
     dtype: str,
 ) -> None:
-    """Write a request's answers, `packed` [n, N], whole and durable. One as rich that is there
-    stays."""
+    """Write a request's answers, `packed` [n, N], whole and durable.
+
+    A stored answer that is as rich stays as it is.
+    """
     blobs, rank = [row.tobytes() for row in scores], ACCESS.index(access)
 
     def write() -> None:
-        known = find(file, keys)  # now, for another process may have been quicker
+        known = find(file, keys)  # inside the transaction: another process may have been quicker
         row, answers, rows = file.run("SELECT COALESCE(MAX(row), 0) FROM answers")[0][0], [], []
         for key, image, blob in zip(keys, images, blobs, strict=True):
             if key in known and ACCESS.index(known[key].access) <= rank:
@@ -111,7 +112,7 @@ def keep(
 
 
 def assign(file: File, rows: list[int], request: int) -> None:
-    """Let answers count for the purpose of another request."""
+    """Give answers to another request, so that they count for its purpose."""
 
     def write() -> None:
         file.run_many(
@@ -123,15 +124,15 @@ def assign(file: File, rows: list[int], request: int) -> None:
 
 
 def classes(file: File, target: str) -> int | None:
-    """N of a target's answers so far."""
-    found = file.run(
+    """N of a target's answers; None if there are none yet."""
+    first = file.run(
         "SELECT LENGTH(scores), dtype FROM answers JOIN scores USING (row) WHERE request IN "
         "(SELECT id FROM requests WHERE target = ?) LIMIT 1",
         [target],
     )
-    return found[0][0] // np.dtype(DTYPES[found[0][1]]).itemsize if found else None
+    return first[0][0] // np.dtype(DTYPES[first[0][1]]).itemsize if first else None
 
 
 def blocks(keys: list[bytes], size: int) -> Iterator[list[bytes]]:
-    """The keys in lists of at most so many."""
+    """The keys in lists of at most `size`."""
     return (keys[start : start + size] for start in range(0, len(keys), size))

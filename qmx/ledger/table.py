@@ -1,12 +1,12 @@
-"""Recorded answers: a table that an owner hands out instead of a model.
+"""Recorded answers: a table that an owner hands out in place of a model.
 
 The columns, in an npz (a value for each row, or one for all) or a parquet file:
 
   image          SHA-256 of an image, see `qmx.ledger.pixel_digests`: uint8[n, 32], or binary
   scores         f32 or f16 [n, N], or lists
-  access         "logits", "probs" or "label": what the scores are
+  access         level of the scores: "logits", "probs" or "label"
   target         the target's digest or name
-  preprocessing  what happens between the image and the target's own input; a name
+  preprocessing  name of the steps between the image and the target's own input
 """
 
 import os
@@ -22,7 +22,7 @@ from qmx.ledger.file import Damaged, File, looked_into
 
 COLUMNS = ("image", "scores", "access", "target", "preprocessing")
 KINDS = (".npz", ".parquet")
-CHUNK = 4096  # answers that are read from a ledger, or written to one, at a time
+CHUNK = 4096  # answers read from a ledger, or written to one, at a time
 
 
 class Recorded(NamedTuple):
@@ -36,16 +36,16 @@ class Recorded(NamedTuple):
 
 
 def check_kind(path: Path) -> None:
-    """Raise ValueError unless the file's name says which kind of table it is."""
+    """Raise ValueError unless the file's name ends with one of `KINDS`."""
     if path.suffix not in KINDS:
         raise ValueError(f"{path} must be a table in a file that ends in {' or '.join(KINDS)}")
 
 
 def load(path: Path) -> Recorded:
-    """A table of one target's answers; nothing in the file is executed.
+    """Read a table of one target's answers; nothing in the file is executed.
 
     Raises:
-      ValueError: what is wrong with it.
+      ValueError: the file is not such a table; the message says why.
     """
     check_kind(path)
     try:
@@ -76,10 +76,10 @@ def load(path: Path) -> Recorded:
         raise ValueError(f"{path} has several answers to one image; keep one of each")
     texts = {name: np.broadcast_to(columns[name], len(image)) for name in COLUMNS[2:]}
     for name in ("target", "preprocessing"):
-        if len(found := np.unique(texts[name]).tolist()) > 1:
+        if len(values := np.unique(texts[name]).tolist()) > 1:
             raise ValueError(
-                f"{path} holds answers of several {name}s, {found[0]!r} and {found[1]!r}; take one"
-                " for each table, as `python -m qmx.ledger export --target` does"
+                f"{path} holds answers of several {name}s, {values[0]!r} and {values[1]!r}; take"
+                " one for each table, as `python -m qmx.ledger export --target` does"
             )
     if unknown := {*np.unique(texts["access"]).tolist()} - {*ACCESS}:
         raise ValueError(
@@ -92,11 +92,11 @@ def load(path: Path) -> Recorded:
 
 
 def save(path: Path, table: Recorded) -> None:
-    """Write a table as the kind that its name says.
+    """Write a table in the format that the file's name ends with.
 
     Raises:
-      FileExistsError: it is there already.
-      OSError: it cannot be written; no half of it is left.
+      FileExistsError: the file is there already.
+      OSError: the file cannot be written; no part of it is left.
     """
     check_kind(path)
     if path.exists():
@@ -124,15 +124,15 @@ def save(path: Path, table: Recorded) -> None:
 
 
 def from_ledger(path: Path, target: str | None = None) -> tuple[Recorded, int]:
-    """A ledger's answers as a table, and how many were left out because they answer views of other
-    images.
+    """A ledger's answers as a table, and the number of answers to views, which it leaves out.
+
+    A view shows another image, and the table pairs answers with images.
 
     Args:
-      target: the digest or name of one of its targets, or the beginning; needed where there are
-        several.
+      target: digest or name of a target, or its beginning; needed if the ledger has several.
 
     Raises:
-      ValueError: no ledger, no such target, or several.
+      ValueError: the file is not a ledger, or no target or several targets match.
       Damaged: an answer is not as it was written.
     """
     with looked_into(path) as file:

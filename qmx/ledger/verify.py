@@ -1,4 +1,4 @@
-"""Is a ledger's file as it was written? And if not: what of it is whole, in a new file."""
+"""Check of a ledger's file, and recovery of its whole answers into a new file."""
 
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -11,9 +11,9 @@ from qmx.ledger.content import DTYPES, checksum, keys_of_digests
 from qmx.ledger.file import SCHEMA, check_tables, read_only
 from qmx.ledger.pages import records
 
-SHOWN = 5  # problems of one kind that are told one by one
+SHOWN = 5  # problems of one kind that are listed one by one
 
-# What records were found, whole or not; of one row there may be an older and a newer one.
+# All records of the file, whole or not. A row may have an older and a newer record.
 FOUND = """
 CREATE TEMP TABLE found_answers (row INTEGER, key BLOB, image BLOB, request INTEGER, access TEXT,
                                  dtype TEXT, checksum INTEGER);
@@ -22,58 +22,58 @@ CREATE TEMP TABLE found_scores (row INTEGER, scores BLOB);
 
 
 class Recovered(NamedTuple):
-    """What came back of a damaged file."""
+    """Result of a recovery from a damaged file."""
 
     path: Path
     answers: int  # recovered; each is as it was written
-    of: int  # answers of which there are traces: the highest row number
+    of: int  # answers that the file once held: the highest row number
     asked: int  # images sent in answered requests whose records came back
-    # Recovered answers whose target was found by their key, and that count for "train".
+    # Recovered answers without their request. The key gave their target; they count for "train".
     lost_requests: int
 
 
 def problems(
     path: Path, on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> list[str]:
-    """What is wrong with a ledger's file, in words; nothing is written.
+    """Describe what is wrong with a ledger's file; nothing is written.
 
     Args:
       on_progress: called with (answers checked, answers) now and then.
 
     Raises:
-      ValueError: the file is whole and is no ledger.
+      ValueError: the file is whole, but not a ledger.
     """
-    found = _cut(path)
+    lines = _cut(path)
     try:
         db = read_only(path)
         try:
             try:
                 check_tables(db)
             except sqlite3.OperationalError as error:
-                # Where they may be, behind what is damaged.
+                # The tables may lie behind the damage.
                 if path.with_name(path.name + "-wal").exists():
-                    return [*found, f"SQLite: {error}"]
+                    return [*lines, f"SQLite: {error}"]
                 raise ValueError(f"{path} cannot be used as a ledger: {error}") from None
-            found += [
+            lines += [
                 f"SQLite: {line}"
                 for line in _first(line for (line,) in db.execute("PRAGMA integrity_check(100)"))
                 if line != "ok"
             ]
-            found += _wrong_answers(db, on_progress)
+            lines += _wrong_answers(db, on_progress)
         finally:
             db.close()
     except sqlite3.DatabaseError as error:
-        found.append(f"SQLite: {error}")
-    return found
+        lines.append(f"SQLite: {error}")
+    return lines
 
 
 def recover(
     path: Path, out: Path, on_progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Recovered:
-    """Write what is whole of a damaged file into a new ledger; the old one is only read.
+    """Write the whole answers of a damaged file into a new ledger; the old one is only read.
 
-    Every page of the file is looked at, so that answers come back to which no tree leads any more.
-    An answer comes back if it, and its scores, have the checksum that was written with them.
+    It reads every page of the file, and so finds answers that no tree leads to any more. It keeps
+    an answer if the answer and its scores have the checksum that was written with them.
 
     Args:
       on_progress: called with (pages read, pages) now and then.
@@ -126,21 +126,21 @@ def _wrong_answers(db: sqlite3.Connection, on_progress: Callable[[int, int], Non
             wrong.append(row)
         if checked % 4096 == 0:
             on_progress(checked, total)
-    found = []
+    lines = []
     if wrong:
         shown = ", ".join(map(str, wrong[:SHOWN])) + (" and others" if len(wrong) > SHOWN else "")
-        found.append(f"{len(wrong)} of {total} answers are not as they were written (rows {shown})")
+        lines.append(f"{len(wrong)} of {total} answers are not as they were written (rows {shown})")
     if checked < total:
-        found.append(f"{total - checked} of {total} answers have lost their scores")
+        lines.append(f"{total - checked} of {total} answers have lost their scores")
     homeless = db.execute(
         "SELECT COUNT(*) FROM answers WHERE request NOT IN (SELECT id FROM requests)"
     ).fetchone()[0]
     if homeless:
-        found.append(
+        lines.append(
             f"{homeless} of {total} answers have lost their request, which says whose answers"
             " they are"
         )
-    return found
+    return lines
 
 
 def _first(lines: Iterator[str]) -> list[str]:
@@ -150,7 +150,7 @@ def _first(lines: Iterator[str]) -> list[str]:
 
 
 def _collect(db: sqlite3.Connection, path: Path, on_progress: Callable[[int, int], None]) -> int:
-    """Every record that looks like one of ours; returns the highest row number of an answer."""
+    """Collect the records that look like ours; returns the highest row number of an answer."""
     highest = 0
     for row, values in records(path, on_progress):
         if _fits(values, None, str, str, str, int, int, int, int) and values[3] in (
@@ -183,22 +183,21 @@ def _fits(values: list[Any], *kinds: type | None) -> bool:
 
 
 def _keep_whole(db: sqlite3.Connection) -> int:
-    """Answers whose checksum fits become the new file's; returns how many had lost their
-    request."""
+    """Keep answers whose checksum fits; returns the number of those without their request."""
     requests = {row[0] for row in db.execute("SELECT id FROM requests")}
     targets = db.execute("SELECT DISTINCT target, preprocessing FROM requests").fetchall()
-    found = db.execute(
+    candidates = db.execute(
         "SELECT row, key, image, request, access, dtype, checksum, scores FROM found_answers "
         "JOIN found_scores USING (row)"
     )
     rows, lost, invented = dict[bytes, tuple[int, str]](), 0, set[int]()
-    for _, key, image, request, access, dtype, written, scores in found:
+    for _, key, image, request, access, dtype, written, scores in candidates:
         if checksum(key, image, access, dtype, scores) != written:
             continue
         if request not in requests:
             owner = [names for names in targets if keys_of_digests([image], *names) == [key]]
             if not owner:
-                continue  # nothing says whose answer it is
+                continue  # its target is unknown
             db.execute(
                 "INSERT INTO requests (id, target, preprocessing, purpose, views, retry, answered) "
                 "VALUES (?, ?, ?, 'train', 0, 0, 1)",

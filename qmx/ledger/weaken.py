@@ -1,7 +1,7 @@
-"""What an owner may do to the scores before handing them out: less of them, or perturbed ones.
+"""Weakened scores, as an owner may hand them out: fewer of them, or perturbed ones.
 
-A weakened level is written as a name and a number, as in "top5" or "rounded2"; each is a pure
-function of probabilities. All of them are replayed from answers that were paid for once.
+A weakened level is a name and a number, as in "top5" or "rounded2". Each is a pure function of
+probabilities, so answers that were paid for once serve all of them.
 """
 
 import re
@@ -18,36 +18,35 @@ class Weakening(NamedTuple):
 
     # (f64[n, N], number, keys) -> f64[n, N].
     apply: Callable[[np.ndarray, float, Sequence[bytes]], np.ndarray]
-    whole: bool  # whether the number must be whole
+    whole: bool  # True if the number must be whole
     example: str
 
 
 def top(p: np.ndarray, k: float, _: Sequence[bytes] = ()) -> np.ndarray:
-    """The k highest probabilities, made to sum to 1; the others 0. Of equal ones the first."""
+    """The k highest probabilities, scaled to sum to 1; the others 0. Among equals the first win."""
     return normalised(np.where(_among_highest(p, int(k)), p, 0))
 
 
 def top_spread(p: np.ndarray, k: float, _: Sequence[bytes] = ()) -> np.ndarray:
-    """The k highest probabilities as they are, and what is left spread evenly over the other
-    classes."""
+    """The k highest probabilities as they are; the other classes share the rest evenly."""
     kept = _among_highest(p, int(k))
     left = np.maximum(1 - np.where(kept, p, 0).sum(1, keepdims=True), 0)
     return np.where(kept, p, left / max(p.shape[1] - int(k), 1))
 
 
 def rounded(p: np.ndarray, decimals: float, _: Sequence[bytes] = ()) -> np.ndarray:
-    """Rounded to so many decimals, and made to sum to 1."""
+    """Probabilities rounded to so many decimals, and scaled to sum to 1."""
     return normalised(np.round(p, int(decimals)))
 
 
 def noise(p: np.ndarray, deviation: float, keys: Sequence[bytes]) -> np.ndarray:
-    """Gaussian noise of a standard deviation, cut at 0 and made to sum to 1; the same for one image
-    each time.
+    """Add Gaussian noise, cut at 0 and scale to sum to 1; an image gets the same noise each time.
 
     As the additive-noise baseline of Orekondy et al. 2020, *Prediction Poisoning*, section 5.1.
 
     Args:
-      keys: of the images; each seeds its own noise.
+      deviation: the standard deviation.
+      keys: of the images; each seeds the noise of its image.
     """
     if len(keys) != len(p):
         raise ValueError(f"noise needs a key for each of {len(p)} answers and has {len(keys)}")
@@ -58,7 +57,7 @@ def noise(p: np.ndarray, deviation: float, keys: Sequence[bytes]) -> np.ndarray:
 
 
 def reverse_sigmoid(p: np.ndarray, beta: float, _: Sequence[bytes] = ()) -> np.ndarray:
-    """p - beta (sigmoid(gamma logit(p)) - 1/2), made to sum to 1: many scores lead to one answer.
+    """p - beta (sigmoid(gamma logit(p)) - 1/2), scaled to sum to 1: many scores give one answer.
 
     Lee et al. 2018, *Defending Against Machine Learning Model Stealing Attacks Using Deceptive
     Perturbations*, section 3.
@@ -79,18 +78,18 @@ WEAKENINGS = {
 
 def parse(level: str) -> tuple[Weakening, float] | None:
     """A weakened level's kind and number; None if there is no such level."""
-    found = re.fullmatch(r"([a-z_]+?)(\d+(?:\.\d+)?)", level)
-    kind = WEAKENINGS.get(found[1]) if found else None
-    if found is None or kind is None:
+    match = re.fullmatch(r"([a-z_]+?)(\d+(?:\.\d+)?)", level)
+    kind = WEAKENINGS.get(match[1]) if match else None
+    if match is None or kind is None:
         return None
-    number = float(found[2])
+    number = float(match[2])
     if kind.whole and (number != int(number) or (number == 0 and kind.apply is not rounded)):
         return None
     return kind, number
 
 
 def normalised(p: np.ndarray) -> np.ndarray:
-    """Rows that sum to 1; a row of zeros says nothing and becomes uniform."""
+    """Rows scaled to sum to 1; a row of zeros becomes uniform."""
     total = p.sum(1, keepdims=True)
     return np.where(total > 0, p / np.where(total > 0, total, 1), 1 / p.shape[1])
 

@@ -30,7 +30,7 @@ from qmx.optim import EmaState, ema
 
 
 class FixmatchState(NamedTuple):
-    """What FixMatch carries from step to step beside the parameters."""
+    """State that FixMatch carries from step to step beside the parameters."""
 
     stats: PyTree  # running statistics of the network that is trained
     teacher: EmaState  # of an Encoder: the average of its parameters and of these statistics

@@ -27,7 +27,7 @@ from qmx.optim import EmaState, ema
 
 
 class MocoState(NamedTuple):
-    """What MoCo carries from step to step beside the query encoder's parameters."""
+    """State that MoCo carries from step to step beside the query encoder's parameters."""
 
     stats: PyTree  # running statistics of the query encoder
     key: EmaState  # the momentum encoder's parameters

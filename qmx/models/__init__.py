@@ -24,7 +24,7 @@ __all__ = [
 
 
 def from_linen(module: nn.Module) -> Network:
-    """A `Network` out of a linen module.
+    """A `Network` around a linen module.
 
     Args:
       module: called as `module(x, train)`; it may keep "batch_stats", and draw from "dropout".
@@ -68,8 +68,7 @@ def backbone(
 def classifier(
     classes: int, *, standardize: bool = False, kernel_std: float | None = None
 ) -> Network:
-    """A linear layer onto `classes` scores (or onto an embedding, as MoCo v1 uses it); see
-    `qmx.models.heads.Classifier`."""
+    """A linear layer to `classes` scores, or MoCo v1's head; see `qmx.models.heads.Classifier`."""
     return from_linen(Classifier(classes, standardize, kernel_std))
 
 

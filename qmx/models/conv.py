@@ -1,8 +1,8 @@
-"""Convolutions, with the formulation that is quickest on CPUs; elsewhere XLA's own.
+"""Convolutions in the form that is quickest on CPUs; on other devices XLA's own.
 
-On CPUs XLA hands a plain convolution and its gradients to Eigen, which is good at most shapes. Here
-stand the exceptions, each the same sums in another order; times are of one core where not said, jax
-0.10.2.
+On CPUs XLA hands a plain convolution and its gradients to Eigen, which is good at most shapes. This
+file holds the exceptions. Each computes the same sums in another order. Times are on one core
+unless stated, with jax 0.10.2.
 """
 
 import math
@@ -67,8 +67,7 @@ convolve.defvjp(_forward, _backward)
 def _of_input(
     x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int, groups: int
 ) -> jax.Array:
-    """XLA's gradient of the input. A transpose and no `vjp`, which would put the forward pass there
-    too."""
+    """XLA's gradient of the input. A `vjp` would add the forward pass; a transpose does not."""
     return jax.linear_transpose(lambda x: plain(x, kernel, stride, groups), x)(dy)[0]
 
 
@@ -91,7 +90,7 @@ def forward(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> jax.Ar
 def backward(
     x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int, groups: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The gradients of `convolve` for CPUs, of the input and of the kernel."""
+    """Gradients of `convolve` for CPUs, of the input and of the kernel."""
     if groups > 1:
         return _backward_by_groups(x, kernel, dy, stride, groups)
     if kernel.shape[0] == 1:
@@ -106,13 +105,13 @@ def backward(
 def _pointwise_backward(
     x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int
 ) -> tuple[jax.Array, jax.Array]:
-    """As matrix products: the kernel's gradient of 64 -> 256 at 56 pixels takes 2 ms and not 16."""
-    seen = x[:, ::stride, ::stride]
+    """Matrix products: the kernel's gradient of 64 -> 256 at 56 pixels takes 2 ms, not 16."""
+    inputs = x[:, ::stride, ::stride]
     entering, leaving = kernel.shape[2:]
-    if entering <= leaving:  # products with the wider side last are twice as quick
-        dkernel = jnp.einsum("bhwc,bhwd->cd", seen, dy)
+    if entering <= leaving:  # products are twice as quick with the wider side last
+        dkernel = jnp.einsum("bhwc,bhwd->cd", inputs, dy)
     else:
-        dkernel = jnp.einsum("bhwd,bhwc->dc", dy, seen).T
+        dkernel = jnp.einsum("bhwd,bhwc->dc", dy, inputs).T
     dx = dy @ kernel[0, 0].T
     if stride > 1:
         rest = [
@@ -124,14 +123,14 @@ def _pointwise_backward(
 
 
 def _by_phases(kernel: jax.Array, dy: jax.Array) -> jax.Array:
-    """The input's gradient of a 3x3 convolution with stride 2: four dense ones, for even and odd
-    rows and columns.
+    """Input's gradient of a 3x3 convolution with stride 2.
 
-    XLA would convolve `dy` with zeros put between its pixels, four times the work: 41 and not 16 ms
-    for 64 -> 128 at 32 pixels, batch 64.
+    It takes four dense convolutions, for even and odd rows and columns. XLA would put zeros between
+    the pixels of `dy`, which is four times the work: 41 ms, not 16, for 64 -> 128 at 32 pixels,
+    batch 64.
     """
     kernel = kernel.transpose(0, 1, 3, 2)
-    taps = {0: [1], 1: [2, 0]}  # of the kernel, that a pixel at an even and at an odd place met
+    taps = {0: [1], 1: [2, 0]}  # the kernel's taps that meet a pixel at an even or odd place
     rows = []
     for i in (0, 1):
         columns = []
@@ -147,11 +146,10 @@ def _by_phases(kernel: jax.Array, dy: jax.Array) -> jax.Array:
 
 
 def _by_patches(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """As a matrix product, some images at a time: for float64, which Eigen's convolution does not
-    know.
+    """A matrix product of some images at a time, for float64, which Eigen's convolution lacks.
 
-    XLA's own loops take 20 and not 3 ms for 16 channels at 8 pixels, batch 512, two cores, and for
-    the gradients 51 and not 10; patches of the whole batch at once leave the cache: 25 and 35.
+    For 16 channels at 8 pixels, batch 512, on two cores, this takes 3 ms and its gradients 10.
+    XLA's own loops take 20 and 51. Patches of the whole batch at once leave the cache: 25 and 35.
     """
     return _whole(lax.map(lambda part: _products(part, kernel, stride), _parts(x)))
 
@@ -159,7 +157,7 @@ def _by_patches(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
 def _backward_by_patches(
     x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The same for the gradients, of the input and of the kernel."""
+    """Gradients of `_by_patches`, of the input and of the kernel."""
 
     def one(dkernel: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         dx, more = jax.vjp(partial(_products, stride=stride), part[0], kernel)[1](part[1])
@@ -170,8 +168,7 @@ def _backward_by_patches(
 
 
 def _parts(x: jax.Array) -> jax.Array:
-    """[B, ...] -> [parts, images of each, ...]; every n-th image, so that each part lies on all
-    devices."""
+    """[B, ...] -> [parts, images, ...], every n-th image, so that each part is on all devices."""
     few = math.gcd(len(x), 32)
     return x.reshape(few, len(x) // few, *x.shape[1:]).swapaxes(0, 1)
 
@@ -186,7 +183,7 @@ def _products(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
 
 
 def _patches(x: jax.Array, size: int, stride: int) -> jax.Array:
-    """What a kernel meets at each place: [B, H', W', size * size * C]."""
+    """Patches that a kernel meets at each place: [B, H', W', size * size * C]."""
     pad = size // 2
     high, wide = ((side - 1) // stride + 1 for side in x.shape[1:3])
     padded = jnp.pad(x, [(0, 0), (pad, pad), (pad, pad), (0, 0)])
@@ -200,10 +197,10 @@ def _patches(x: jax.Array, size: int, stride: int) -> jax.Array:
 
 
 def _by_groups(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> jax.Array:
-    """One convolution for each group, in a loop: 512 channels at 56 pixels in 32 groups, batch 8,
-    61 and not 163 ms.
+    """One convolution for each group, in a loop.
 
-    Merging groups into block-diagonal kernels costs more than it saves, and so does im2col.
+    512 channels at 56 pixels in 32 groups, batch 8, take 61 ms; XLA's own takes 163. Block-diagonal
+    kernels for several groups cost more than they save, and so does im2col.
     """
     side = [(size - 1) // stride + 1 for size in x.shape[1:3]]
 
@@ -217,15 +214,15 @@ def _by_groups(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> jax
 def _backward_by_groups(
     x: jax.Array, kernel: jax.Array, dy: jax.Array, stride: int, groups: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The same for the gradients. XLA's own of the kernel is a dilated convolution in three
-    dimensions: seconds.
+    """Gradients of `_by_groups`, of the input and of the kernel.
 
-    In a loop XLA's gradients of one group are slow too; the kernel's is a matrix product of patches
-    (14 and not 279 ms for 512 channels at 28 pixels, batch 8, two cores), the input's at stride 1 a
-    convolution with the turned kernel.
+    XLA's own gradient of the kernel is a dilated convolution in three dimensions, which takes
+    seconds. Its gradients of one group in a loop are slow too. So the kernel's gradient is a matrix
+    product of patches (14 ms instead of 279 for 512 channels at 28 pixels, batch 8, two cores). The
+    input's gradient at stride 1 is a convolution with the turned kernel.
     """
 
-    def one(group: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def one(group: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         channels, weights, gradient = (_group(whole, group, groups) for whole in (x, kernel, dy))
         patches = _patches(channels, kernel.shape[0], stride)
         dkernel = jnp.einsum("bhwd,bhwc->dc", gradient, patches).T.reshape(weights.shape)
@@ -233,7 +230,7 @@ def _backward_by_groups(
             dx = plain(gradient, weights[::-1, ::-1].transpose(0, 1, 3, 2), 1, 1)
         else:
             dx = _of_input(channels, weights, gradient, stride, 1)
-        return _put(found[0], dx, group), _put(found[1], dkernel, group)
+        return _put(sums[0], dx, group), _put(sums[1], dkernel, group)
 
     return lax.fori_loop(0, groups, one, (jnp.zeros_like(x), jnp.zeros_like(kernel)))
 

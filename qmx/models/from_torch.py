@@ -1,8 +1,8 @@
 """Released PyTorch weights: `python -m qmx.models.from_torch FILE OUT.safetensors`.
 
-Understood are ResNets and ResNeXts with torchvision's names, alone or as MoCo, SimSiam, mmselfsup
-and OpenSelfSup save them. Files are read as data alone (safetensors, or torch with
-`weights_only=True`), and every tensor in them is used, dropped by name, or an error.
+It knows ResNets and ResNeXts with torchvision's names, alone or as MoCo, SimSiam, mmselfsup and
+OpenSelfSup save them. Files are read as data alone (safetensors, or torch with
+`weights_only=True`). Every tensor is used, dropped by name, or an error.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import numpy as np
 
 from qmx.checkpoint import file_digest, save_weights
 from qmx.contract import Encoder, PyTree
+from qmx.models.check_torch import check, check_values
 from qmx.models.layout import features, our_path, shapes
 from qmx.models.read_torch import read
 from qmx.models.resnet import ARCHS
@@ -23,26 +24,26 @@ from qmx.models.to_torch import to_torch, unflatten
 
 
 class Converted(NamedTuple):
-    """A network as read from a file. The arrays may be transposed views of the mapped file."""
+    """A network from a file. The arrays may be transposed views of the mapped file."""
 
     arch: str  # one of `ARCHS`
     backbone: Encoder
     head: PyTree | None  # {"fc": {"kernel", "bias"}}, or None if the file has no classifier
-    used: int  # tensors
-    dropped: tuple[str, ...]  # the names of those that do not belong to the network
+    used: int  # number of tensors in the network
+    dropped: tuple[str, ...]  # names of the tensors outside the network
 
 
 class Layout(NamedTuple):
-    """How a code base saves a backbone."""
+    """Names under which a code base saves a backbone."""
 
     prefix: str  # of the backbone's names
-    # What else is in the file: names, or prefixes that end with a dot.
+    # The other tensors of the file: names, or prefixes that end with a dot.
     dropped: tuple[str, ...] = ()
-    heads: tuple[frozenset[str], ...] = ()  # dropped sets of names that "fc." may stand before
+    heads: tuple[frozenset[str], ...] = ()  # dropped heads: the names after "fc."
 
 
 def head(*layers: str) -> frozenset[str]:
-    """The names of a head's tensors; "1:bn" is an index and a kind of layer."""
+    """Names of a head's tensors; "1:bn" is an index and a kind of layer."""
     kinds = {
         "linear": ("weight", "bias"),
         "no bias": ("weight",),
@@ -61,8 +62,7 @@ SIMSIAM = (
     head("0:no bias", "1:bn", "3:linear", "4:stats"),
 )  # ImageNet's, CIFAR's
 
-# DataParallel puts "module." before all of the names. OpenSelfSup keeps the backbone under two
-# names.
+# DataParallel puts "module." before all names. OpenSelfSup keeps the backbone under two names.
 LAYOUTS = (
     Layout(""),
     Layout("encoder_q.", ("encoder_k.", "queue", "queue_ptr"), MOCO),  # moco/builder.py
@@ -75,29 +75,29 @@ LAYOUTS = (
 
 
 def load(path: Path | str, arch: str = "") -> Converted:
-    """`convert` what `read` finds in a file.
+    """Read and convert a file.
 
     Raises:
-      ValueError: see there.
+      ValueError: see `read` and `convert`.
     """
     return convert(read(path), arch, what=str(path))
 
 
 def convert(tensors: dict[str, np.ndarray], arch: str = "", *, what: str = "the file") -> Converted:
-    """A network out of torch's tensors, or out of the flat names that qmx writes.
+    """Convert torch's tensors, or tensors under qmx's own names, to a network.
 
     Args:
       tensors: by name, as `read` returns them.
-      arch: one of `ARCHS` that it must be; "" takes what the shapes say.
-      what: the name of the file in errors.
+      arch: one of `ARCHS`, which the tensors must be; "" for the one that the shapes show.
+      what: name of the file in errors.
 
     Returns:
-      f32 arrays: convolutions OIHW -> HWIO (grouped ones too: I is already that of one group),
-      dense (out, in) -> (in, out), batch norm's four renamed, `num_batches_tracked` dropped.
+      f32 arrays: convolutions OIHW -> HWIO (also grouped ones, whose I counts one group), dense
+      (out, in) -> (in, out), batch norm's four arrays renamed, `num_batches_tracked` dropped.
 
     Raises:
       ValueError: another architecture; tensors that are missing, unexpected or of the wrong shape,
-        all of them by name; values that are not finite; a variance below zero.
+        each by name; values that are not finite; a variance below zero.
     """
     if arch and arch not in ARCHS:
         raise ValueError(f"network {arch!r} is unknown; choose one of {', '.join(ARCHS)}")
@@ -112,35 +112,38 @@ def convert(tensors: dict[str, np.ndarray], arch: str = "", *, what: str = "the 
 
     layout = layout_of(tensors)
     prefix = layout.prefix
-    found = {
+    have = {
         name[len(prefix) :]: tuple(value.shape)
         for name, value in tensors.items()
         if name.startswith(prefix)
     }
-    best, wanted = recognise(found, arch, what)
+    best, tensor_shapes = recognise(have, arch, what)
     if layout.heads:
         names = {
             name[3:]
-            for name in found
+            for name in have
             if name.startswith("fc.") and not name.endswith("num_batches_tracked")
         }
         nearest = min(
-            [frozenset[str](), *layout.heads], key=lambda names_of_one: len(names ^ names_of_one)
+            [frozenset[str](), *layout.heads], key=lambda head_names: len(names ^ head_names)
         )
         discarded = {f"fc.{name}" for name in nearest}
     else:
         discarded = set()
-        if {"fc.weight", "fc.bias"} & found.keys():
-            classes = (*found.get("fc.bias", ()), *found.get("fc.weight", ()))[:1]
-            wanted = wanted | {"fc.weight": (*classes, features(ARCHS[best])), "fc.bias": classes}
+        if {"fc.weight", "fc.bias"} & have.keys():
+            classes = (*have.get("fc.bias", ()), *have.get("fc.weight", ()))[:1]
+            tensor_shapes = tensor_shapes | {
+                "fc.weight": (*classes, features(ARCHS[best])),
+                "fc.bias": classes,
+            }
 
     norms = {
         name.rpartition(".")[0]
-        for name in wanted.keys() | discarded
+        for name in tensor_shapes.keys() | discarded
         if name.endswith("running_mean")
     }
     dropped = [name for name in tensors if belongs(name, layout.dropped)]
-    dropped += [prefix + name for name in found if name in discarded]
+    dropped += [prefix + name for name in have if name in discarded]
     dropped += [
         name
         for name in tensors
@@ -148,19 +151,19 @@ def convert(tensors: dict[str, np.ndarray], arch: str = "", *, what: str = "the 
         and name.endswith(".num_batches_tracked")
         and name[len(prefix) :].rpartition(".")[0] in norms
     ]
-    used = {prefix + name for name in wanted}
+    used = {prefix + name for name in tensor_shapes}
     check(
         what,
         best,
         tensors,
-        {prefix + name: shape for name, shape in wanted.items()},
-        missing=[prefix + name for name in sorted(discarded - found.keys())],
+        {prefix + name: shape for name, shape in tensor_shapes.items()},
+        missing=[prefix + name for name in sorted(discarded - have.keys())],
         dropped=set(dropped),
     )
     check_values(what, {name: tensors[name] for name in sorted(used)})
 
     trees: dict[str, dict[str, Any]] = {"params": {}, "stats": {}, "head": {}}
-    for name in wanted:
+    for name in tensor_shapes:
         value = tensors[prefix + name]
         path = our_path(name, value.ndim)
         value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
@@ -180,14 +183,12 @@ def convert(tensors: dict[str, np.ndarray], arch: str = "", *, what: str = "the 
 
 
 def belongs(name: str, names: tuple[str, ...]) -> bool:
-    """Whether a name is among `names`, where one that ends with a dot stands for all that begin
-    with it."""
+    """True if `name` is one of `names`, or begins with one of them that ends with a dot."""
     return any(name == known or (known.endswith(".") and name.startswith(known)) for known in names)
 
 
 def layout_of(tensors: dict[str, np.ndarray]) -> Layout:
-    """The layout under whose prefix the most tensors of a backbone stand, "module." before it or
-    not."""
+    """Layout with the most backbone tensors under its prefix, or under "module." and its prefix."""
 
     def with_root(layout: Layout, root: str) -> Layout:
         return Layout(
@@ -204,14 +205,13 @@ def layout_of(tensors: dict[str, np.ndarray]) -> Layout:
 
 
 def recognise(
-    found: dict[str, tuple[int, ...]], arch: str, what: str
+    have: dict[str, tuple[int, ...]], arch: str, what: str
 ) -> tuple[str, dict[str, tuple[int, ...]]]:
-    """The one of `ARCHS` that differs from the shapes `found` in the fewest tensors, and its
-    shapes."""
-    stem = found.get("conv1.weight", ())
+    """The one of `ARCHS` that differs from `have` in the fewest tensors, and its shapes."""
+    stem = have.get("conv1.weight", ())
     every = {name: shapes(known, stem[1] if len(stem) == 4 else 3) for name, known in ARCHS.items()}
     known_names = set().union(*every.values())
-    ours = {name: shape for name, shape in found.items() if name in known_names}
+    ours = {name: shape for name, shape in have.items() if name in known_names}
 
     def differing(name: str) -> int:
         return len(ours.keys() ^ every[name].keys()) + sum(
@@ -221,7 +221,7 @@ def recognise(
     best = min(ARCHS, key=lambda name: (differing(name), name != arch))
     if 2 * sum(every[best].get(name) == shape for name, shape in ours.items()) < len(every[best]):
         raise ValueError(
-            f"{what} holds {len(found)} tensors ({', '.join(sorted(found)[:3])}, ...), which are"
+            f"{what} holds {len(have)} tensors ({', '.join(sorted(have)[:3])}, ...), which are"
             f" not those of any network known here; known are {', '.join(ARCHS)}"
         )
     if arch and best != arch:
@@ -231,61 +231,8 @@ def recognise(
     return best, every[best]
 
 
-def check(
-    what: str,
-    arch: str,
-    tensors: dict[str, np.ndarray],
-    wanted: dict[str, tuple[int, ...]],
-    *,
-    missing: list[str],
-    dropped: set[str],
-) -> None:
-    """Raise ValueError unless the tensors are `wanted` and `dropped`, with all that differ by
-    name."""
-    have = {name: tuple(value.shape) for name, value in tensors.items()}
-    lists = {
-        "missing": sorted(wanted.keys() - have.keys()) + missing,
-        "unexpected": [
-            f"{name} {have[name]}" for name in sorted(have.keys() - wanted.keys() - dropped)
-        ],
-        "wrong shape": [
-            f"{name} is {have[name]} and should be {wanted[name]}"
-            for name in sorted(have.keys() & wanted.keys())
-            if have[name] != wanted[name]
-        ],
-        "not floating-point": [
-            f"{name} is {tensors[name].dtype}"
-            for name in sorted(have.keys() & wanted.keys())
-            if tensors[name].dtype != np.float32
-        ],
-    }
-    wrong = [
-        f"{kind}: {', '.join(names[:10])}"
-        + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-        for kind, names in lists.items()
-        if names
-    ]
-    if wrong:
-        raise ValueError(f"{what} is not quite {arch}, the nearest network; {'; '.join(wrong)}")
-
-
-def check_values(what: str, tensors: dict[str, np.ndarray]) -> None:
-    """Raise ValueError, with the names, if a value is not finite or a variance is below zero."""
-    for problem, names in {
-        "values that are not finite": [n for n, x in tensors.items() if not np.isfinite(x).all()],
-        "a variance below zero": [
-            n for n, x in tensors.items() if n.endswith("running_var") and (x < 0).any()
-        ],
-    }.items():
-        if names:
-            raise ValueError(
-                f"{what} has {problem} in {len(names)} tensors: {', '.join(names[:10])}; "
-                "download or train it again"
-            )
-
-
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status, 2 for a usage error."""
+    """Run the command; returns the exit status, 2 for a mistake."""
     parser = argparse.ArgumentParser(
         "python -m qmx.models.from_torch",
         description="Convert released PyTorch weights of a ResNet or ResNeXt, once and strictly.",
@@ -332,7 +279,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def group_of(name: str) -> str:
-    """What a dropped tensor belongs to."""
+    """Name of the part that a dropped tensor belongs to."""
     if name.endswith("num_batches_tracked"):
         return "num_batches_tracked"
     name = name.removeprefix("module.")

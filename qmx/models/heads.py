@@ -1,4 +1,4 @@
-"""What stands on the pooled features: f32[B, D] -> f32[B, D']. Layers carry torch's indices."""
+"""Heads on the pooled features: f32[B, D] -> f32[B, D']. Layers carry torch's indices."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ class Linear(nn.Module):
     """y = x W + b with torch's initialisation.
 
     Attributes:
-      bias: True, False, or "frozen": there, at its initial value, and never trained.
+      bias: True, False, or "frozen": a bias that keeps its initial value.
       kernel_std: start from a kernel ~ N(0, kernel_std^2) and a bias of zero instead.
     """
 
@@ -42,7 +42,7 @@ class Linear(nn.Module):
             ).astype(x.dtype)
 
         if self.bias == "frozen":
-            # Among the statistics, where no gradient and no weight decay reaches it.
+            # It is one of the statistics, so no gradient and no weight decay reaches it.
             return (
                 y
                 + self.variable("batch_stats", "bias", lambda: init(self.make_rng("params"))).value
@@ -55,9 +55,9 @@ class Classifier(nn.Module):
 
     Attributes:
       standardize: bring every feature to mean 0 and variance 1 first, by a batch norm without scale
-        and bias. SimSiam's pooled features (Chen & He 2021) are tiny, since its loss ignores their
-        length: with an ordinary rate a linear layer on them hardly moves, and their authors' probe
-        needs a rate of about 100 (facebookresearch/simsiam, issue 23).
+        and bias. SimSiam's loss ignores the length of its features, and its pooled features (Chen &
+        He 2021) are tiny. A linear layer on them hardly moves at an ordinary rate: its authors'
+        probe needs a rate of about 100 (facebookresearch/simsiam, issue 23).
       kernel_std: see `Linear`; MoCo's linear probe starts from 0.01 (`main_lincls.py`).
     """
 
@@ -79,7 +79,7 @@ class MocoHead(nn.Module):
     """
 
     features: int = 128
-    hidden: int | None = None  # the features' own width
+    hidden: int | None = None  # None: as wide as the pooled features
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -90,8 +90,9 @@ class MocoHead(nn.Module):
 class SimsiamProjector(nn.Module):
     """SimSiam's three-layer projector; `layers=2` is its CIFAR form.
 
-    Each Linear is followed by batch norm, ReLU between them; the last norm has no scale and no
-    bias, and the last Linear a frozen bias. Chen & He 2021, section 3; `simsiam/builder.py`.
+    A batch norm follows each Linear, and a ReLU each batch norm but the last. The last norm has no
+    scale and no bias; the last Linear has a frozen bias. Chen & He 2021, section 3;
+    `simsiam/builder.py`.
     """
 
     features: int = 2048

@@ -1,4 +1,4 @@
-"""Names and shapes of torchvision's `models/resnet.py`, and ours beside them."""
+"""Names and shapes of torchvision's `models/resnet.py`, and our names for them."""
 
 import re
 
@@ -14,8 +14,7 @@ KINDS = {
 
 
 def torch_name(path: str) -> str:
-    """ "layer1_0/conv1/kernel" -> "layer1.0.conv1.weight"; ValueError for what torch has no name
-    for."""
+    """Torch's name: "layer1_0/conv1/kernel" -> "layer1.0.conv1.weight"; ValueError if none."""
     *modules, kind = path.split("/")
     if kind not in KINDS:
         raise ValueError(
@@ -26,8 +25,10 @@ def torch_name(path: str) -> str:
 
 
 def our_path(name: str, ndim: int) -> tuple[str, ...]:
-    """ "layer1.0.conv1.weight", 4 -> ("layer1_0", "conv1", "kernel"); the rank tells a kernel from
-    a scale."""
+    """Our path: "layer1.0.conv1.weight", 4 -> ("layer1_0", "conv1", "kernel").
+
+    The rank `ndim` tells a kernel from a scale.
+    """
     *modules, kind = re.sub(r"\.(\d+)", r"_\1", name).split(".")
     kinds = {theirs: ours for ours, theirs in KINDS.items()} | {
         "weight": "scale" if ndim == 1 else "kernel"
@@ -36,17 +37,16 @@ def our_path(name: str, ndim: int) -> tuple[str, ...]:
 
 
 def shapes(arch: Arch, channels: int = 3) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a backbone by torchvision's name, with torch's shape (OIHW), without
-    `num_batches_tracked`.
+    """Torch's shapes (OIHW) of a backbone by torchvision's names, without `num_batches_tracked`.
 
-    Written out, and not read off the network, because every one of `ARCHS` is compared with a file.
+    They are written out, not read off a network, because a file is compared with each of `ARCHS`.
     """
-    found: dict[str, tuple[int, ...]] = {}
+    result: dict[str, tuple[int, ...]] = {}
 
     def conv(name: str, norm: str, out: int, entering: int, kernel: int) -> None:
-        found[f"{name}.weight"] = (out, entering, kernel, kernel)
+        result[f"{name}.weight"] = (out, entering, kernel, kernel)
         for kind in ("weight", "bias", "running_mean", "running_var"):
-            found[f"{norm}.{kind}"] = (out,)
+            result[f"{norm}.{kind}"] = (out,)
 
     conv("conv1", "bn1", arch.width, channels, 7 if arch.stem == "large" else 3)
     entering = arch.width
@@ -65,7 +65,7 @@ def shapes(arch: Arch, channels: int = 3) -> dict[str, tuple[int, ...]]:
             if (stage > 0 and index == 0) or entering != out:
                 conv(f"{at}.downsample.0", f"{at}.downsample.1", out, entering, 1)
             entering = out
-    return found
+    return result
 
 
 def features(arch: Arch) -> int:

@@ -1,5 +1,4 @@
-"""Batch normalisation over equal groups of the global batch, with PyTorch's conventions; and
-without, folded in."""
+"""Batch normalisation over groups of the global batch, as in PyTorch, and its folded form."""
 
 import re
 from typing import Any
@@ -16,25 +15,24 @@ EPSILON = 1e-5
 
 
 def drawn(init: nn.initializers.Initializer) -> nn.initializers.Initializer:
-    """`init`, drawn in float32 whatever the dtype: a network in float64 starts where the one in
-    float32 does."""
+    """`init` with float32 draws, so that float64 networks start from the same values."""
     return lambda rng, shape, dtype=jnp.float32: init(rng, shape, jnp.float32).astype(dtype)
 
 
 class BatchNorm(nn.Module):
     """Batch norm whose statistics are those of `groups` equal, consecutive groups of the batch.
 
-    The groups are a reshape of the global batch and no device axis, so the result does not depend
-    on the number of devices. One group is batch norm over the whole batch ("SyncBN"); MoCo's
-    per-GPU statistics are batch / 32 groups. The running statistics take the mean over the groups
-    of their means and of their unbiased variances, as torch does for one group; they are read
-    when `train` is false. All arithmetic is float32, or float64 where the input is.
+    The groups are a reshape of the global batch, not a device axis, so the result does not depend
+    on the number of devices. One group is batch norm over the whole batch ("SyncBN"). MoCo's
+    per-GPU statistics are batch / 32 groups. The running statistics follow the mean over the groups
+    of the means and of the unbiased variances; with one group that is torch's rule. They are used
+    when `train` is false. All arithmetic is float32, or float64 if the input is.
 
     Attributes:
       groups: G >= 1; the batch must be a multiple.
-      affine: whether there are a scale and a bias.
+      affine: True for a scale and a bias.
       scale_init: initialiser of the scale (zeros for the last one of a residual branch).
-      dtype: of the output; none is that of the arithmetic.
+      dtype: of the output; None is that of the arithmetic.
 
     Raises:
       ValueError: the batch is not a multiple of `groups`, or a group holds a single value.
@@ -84,12 +82,12 @@ class BatchNorm(nn.Module):
 def normalized(
     x: jax.Array, scale: jax.Array, bias: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Each group of rows brought to mean 0 and variance 1, then scaled and shifted.
+    """Bring each group of rows to mean 0 and variance 1, then scale and shift it.
 
     Args:
-      x: [G, n, C], float32 or float64. In two dimensions, because XLA's reductions over several are
-        slow on CPUs: [64, 32, 32, 64] and its gradient take 9 ms on one core here and 35 ms over
-        (1, 2, 3).
+      x: [G, n, C], float32 or float64. All rows of a group lie along one axis, because XLA reduces
+        several axes slowly on CPUs: [64, 32, 32, 64] and its gradient take 9 ms on one core this
+        way, and 35 ms over the axes (1, 2, 3).
       scale, bias: [C].
 
     Returns:
@@ -99,8 +97,8 @@ def normalized(
     return y, jax.lax.stop_gradient(mean), jax.lax.stop_gradient(var)
 
 
-# Keeps the input and [G, C], and reads it twice going back: a third less time than jax's own
-# gradient.
+# A gradient of our own, because it takes a third less time than jax's. It keeps the input and the
+# statistics [G, C], and reads the input twice on the way back.
 @jax.custom_vjp
 def _normalized(
     x: jax.Array, scale: jax.Array, bias: jax.Array
@@ -118,7 +116,7 @@ def _forward(x: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple:
 
 
 def _backward(kept: tuple, gradients: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Ioffe & Szegedy 2015, section 3."""
+    """Gradients by Ioffe & Szegedy 2015, section 3."""
     x, mean, var, scale = kept
     dy, rsqrt, centred = gradients[0], jax.lax.rsqrt(var + EPSILON), x - mean[:, None]
     along_one, along_x = dy.sum(1), (dy * centred).sum(1) * rsqrt
@@ -133,11 +131,11 @@ _normalized.defvjp(_forward, _backward)
 
 
 def fold(params: PyTree, stats: PyTree) -> Encoder:
-    """The variables of `backbone(arch, folded=True)` that computes what these compute with
-    `train=False`.
+    """Fold batch norms into the convolutions: variables for `backbone(arch, folded=True)`.
 
-    With s = scale / sqrt(var + eps): kernel * s, output channel by output channel, and bias - mean
-    * s; in float64, rounded once (Jacob et al. 2018, section 3.2).
+    That network computes what the given one computes with `train=False`. With
+    s = scale / sqrt(var + eps) for each output channel, the kernel is kernel * s and the bias is
+    bias - mean * s; in float64, rounded once (Jacob et al. 2018, section 3.2).
 
     Args:
       params, stats: a backbone's variables, nested dicts of arrays.
@@ -146,11 +144,11 @@ def fold(params: PyTree, stats: PyTree) -> Encoder:
       Parameters {convolution: {"kernel", "bias"}}, and no statistics.
 
     Raises:
-      ValueError: a convolution without its batch norm, as in variables that are folded already.
+      ValueError: a convolution has no batch norm, for instance because it is folded already.
     """
 
     def walk(params: dict[str, Any], stats: dict[str, Any], path: str) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        result: dict[str, Any] = {}
         for name, value in params.items():
             if "kernel" in value:
                 norm = norm_of(name)
@@ -166,17 +164,17 @@ def fold(params: PyTree, stats: PyTree) -> Encoder:
                 factor = exact["scale"] / np.sqrt(exact["var"] + EPSILON)
                 # The output channels are the last axis of HWIO.
                 kernel = np.asarray(value["kernel"]) * factor
-                found[name] = {
+                result[name] = {
                     "kernel": kernel.astype(value["kernel"].dtype),
                     "bias": (exact["bias"] - exact["mean"] * factor).astype(value["kernel"].dtype),
                 }
             elif "scale" not in value:
-                found[name] = walk(value, stats.get(name, {}), f"{path}{name}/")
-        return found
+                result[name] = walk(value, stats.get(name, {}), f"{path}{name}/")
+        return result
 
     return Encoder(walk(params, stats, ""), {})
 
 
 def norm_of(conv: str) -> str:
-    """The batch norm that follows a convolution, both by their names in a backbone."""
+    """Name of the batch norm that follows a convolution in a backbone."""
     return "downsample_1" if conv == "downsample_0" else re.sub("^conv", "bn", conv)

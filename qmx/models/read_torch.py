@@ -12,11 +12,11 @@ import numpy as np
 
 
 def read(path: Path | str) -> dict[str, np.ndarray]:
-    """Every tensor of a file by its name; floats of other widths become f32.
+    """Read every tensor of a file by its name; floats of other widths become f32.
 
-    `.safetensors` is read without torch. Anything else goes through
-    `torch.load(weights_only=True)`, in the zip or in the older form; of a dict with a "state_dict"
-    or a "model" only that is taken.
+    `.safetensors` is read without torch. Other files go through `torch.load(weights_only=True)`, in
+    the zip or in the older format. If the content is a dict with a "state_dict" or a "model", only
+    that entry is read.
 
     Raises:
       ValueError: torch is absent or too old; or the file is missing, empty, cut short, text, of
@@ -31,8 +31,8 @@ def read(path: Path | str) -> dict[str, np.ndarray]:
     torch = import_torch(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it warns of files that it then refuses
-            # Mapped, a file costs the memory of what is used of it; the older form cannot be.
+            warnings.simplefilter("ignore")  # torch warns of files that it then refuses
+            # A mapped file takes memory only for the parts in use; the older format has no map.
             content = torch.load(
                 str(path), map_location="cpu", weights_only=True, mmap=magic.startswith(b"PK")
             )
@@ -66,7 +66,7 @@ def read(path: Path | str) -> dict[str, np.ndarray]:
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """The arrays as they are.
+    """Read the arrays as they are.
 
     Raises:
       ValueError: the file is missing, empty, cut short, text, or of another format.
@@ -87,13 +87,13 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def f32(value: np.ndarray) -> np.ndarray:
-    """Floats as f32, a view where they are; others unchanged."""
+    """Floats as f32, without a copy if they are f32 already; other types unchanged."""
     floating = np.issubdtype(value.dtype, np.floating) or value.dtype == ml_dtypes.bfloat16
     return value.astype(np.float32, copy=False) if floating else value
 
 
 def look(path: Path) -> bytes:
-    """The first bytes of a file.
+    """Read the first bytes of a file.
 
     Raises:
       ValueError: there is no such file, or it is empty or text.
@@ -115,11 +115,11 @@ def look(path: Path) -> bytes:
 
 
 def import_torch(path: Path) -> ModuleType:
-    """torch, of a version that is safe to read files with.
+    """Import torch, in a version that reads files safely.
 
     Raises:
-      ValueError: it is absent, or older than 2.10, where a crafted file could execute code in spite
-        of `weights_only=True` (CVE-2025-32434, CVE-2026-24747).
+      ValueError: torch is absent, or older than 2.10. There a crafted file could execute code in
+        spite of `weights_only=True` (CVE-2025-32434, CVE-2026-24747).
     """
     cure = "pip install 'qmx[torch]', or convert the file to .safetensors elsewhere"
     try:

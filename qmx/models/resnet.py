@@ -1,7 +1,7 @@
-"""ResNet and ResNeXt (v1.5: the stride stands on the 3x3), up to the pooled features.
+"""ResNet and ResNeXt (v1.5: the 3x3 has the stride), up to the pooled features.
 
-He et al. 2016 and Xie et al. 2017, laid out, padded and initialised as torchvision's
-`models/resnet.py`; the layers carry its names ("layer1.0.conv1" is `layer1_0/conv1`).
+He et al. 2016 and Xie et al. 2017, with the layout, padding and initialisation of torchvision's
+`models/resnet.py`. The layers have its names ("layer1.0.conv1" is `layer1_0/conv1`).
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ kaiming_normal = drawn(nn.initializers.variance_scaling(2.0, "fan_out", "normal"
 
 
 class Arch(NamedTuple):
-    """What distinguishes one member of the family from another."""
+    """Settings that tell the members of the family apart."""
 
     blocks: tuple[int, ...]  # residual blocks of each stage
     bottleneck: bool
@@ -35,7 +35,7 @@ class Arch(NamedTuple):
 ARCHS = {
     # He et al. 2016, section 4.2, n = 1, with projections for shortcuts: quick on a CPU.
     "resnet8": Arch((1, 1, 1), bottleneck=False, width=16, stem="small"),
-    # a quarter of its operations.
+    # A quarter of the operations of resnet8.
     "resnet8_narrow": Arch((1, 1, 1), bottleneck=False, width=8, stem="small"),
     "resnet18": Arch((2, 2, 2, 2), bottleneck=False),
     "resnet18_small": Arch((2, 2, 2, 2), bottleneck=False, stem="small"),
@@ -54,8 +54,7 @@ ARCHS = {
 
 
 class Conv(nn.Module):
-    """A convolution, padded by kernel // 2 on both sides as torch pads it; a bias only where norms
-    are folded in."""
+    """A convolution, padded by kernel // 2 on both sides; a bias only if norms are folded in."""
 
     features: int
     kernel: int
@@ -78,7 +77,7 @@ class Conv(nn.Module):
 
 
 def no_norm(**_: Any) -> Callable[[jax.Array, bool], jax.Array]:
-    """What stands in the place of batch norm where it is folded into the convolutions."""
+    """Identity in place of a batch norm that is folded into the convolutions."""
     return lambda x, train: x
 
 
@@ -122,12 +121,14 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """f32[B, H, W, C] -> pooled features f32[B, D].
 
-    Attributes: arch: one of `ARCHS`, or another. stats_groups: G, groups of the global batch whose
-      batch statistics are their own. zero_init: start each residual branch at zero (SimSiam does,
-      MoCo does not). dtype: of the convolutions; parameters, statistics and features are float32,
-      or float64 with it. folded: the network for inference that `qmx.models.fold` makes the
-      variables of: every convolution
-        has a bias, and there is no batch norm.
+    Attributes:
+      arch: one of `ARCHS`, or another.
+      stats_groups: G, groups of the global batch, each with its own batch statistics.
+      zero_init: start each residual branch at zero (SimSiam does, MoCo does not).
+      dtype: of the convolutions; parameters, statistics and features are float32, or float64 if
+        `dtype` is.
+      folded: True for the network of `qmx.models.fold`: every convolution has a bias, and there is
+        no batch norm.
     """
 
     arch: Arch

@@ -1,5 +1,7 @@
-"""Our weights under torchvision's names: `python -m qmx.models.to_torch WEIGHTS.safetensors
-OUT.safetensors`."""
+"""Our weights under torchvision's names.
+
+python -m qmx.models.to_torch WEIGHTS.safetensors OUT.safetensors
+"""
 
 import argparse
 import sys
@@ -18,12 +20,12 @@ def to_torch(params: PyTree, stats: PyTree) -> dict[str, np.ndarray]:
     """The state dict of torchvision's network with the variables `params` and `stats`.
 
     Args:
-      params, stats: those of a backbone, or of `chain(backbone=..., head=...)` with a classifier on
-        top; a classifier that standardises is folded into one linear layer.
+      params, stats: those of a backbone, or of `chain(backbone=..., head=...)` with a classifier as
+        the head. A classifier that standardises becomes one linear layer.
 
     Returns:
       C-contiguous arrays by name: kernels as OIHW and (out, in), and a `num_batches_tracked` of
-      zero for every batch norm, which torch wants to see in a strict `load_state_dict`.
+      zero for every batch norm, because a strict `load_state_dict` needs it.
 
     Raises:
       ValueError: the variables are not those of such a network.
@@ -34,11 +36,11 @@ def to_torch(params: PyTree, stats: PyTree) -> dict[str, np.ndarray]:
                 f"variables of the parts {', '.join(sorted(params))} cannot be written as one torch"
                 " network; give those of a backbone, or of a backbone and a head"
             )
-        found = to_torch(params["backbone"], stats["backbone"])
+        tensors = to_torch(params["backbone"], stats["backbone"])
         head, head_stats = params.get("head", {}), stats.get("head", {})
         if "norm" in head_stats and "fc" in head:
             head, head_stats = {"fc": standardised(head["fc"], head_stats["norm"])}, {}
-        return found | names(head, head_stats)
+        return tensors | names(head, head_stats)
     if "conv1" not in params or "bn1" not in params:
         raise ValueError(
             f"variables of {', '.join(sorted(params)) or 'nothing'} are not those of a backbone; a "
@@ -48,24 +50,23 @@ def to_torch(params: PyTree, stats: PyTree) -> dict[str, np.ndarray]:
 
 
 def names(params: PyTree, stats: PyTree) -> dict[str, np.ndarray]:
-    """Renamed and transposed."""
-    found: dict[str, np.ndarray] = {}
+    """Rename and transpose variables."""
+    tensors: dict[str, np.ndarray] = {}
     for tree in (params, stats):
         for path, leaf in by_path(tree).items():
             value = np.asarray(leaf)
             if path.endswith("kernel"):
                 value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
-            found[torch_name(path)] = np.ascontiguousarray(value)
+            tensors[torch_name(path)] = np.ascontiguousarray(value)
             if path.endswith("/mean"):
-                found[torch_name(path).replace("running_mean", "num_batches_tracked")] = np.zeros(
+                tensors[torch_name(path).replace("running_mean", "num_batches_tracked")] = np.zeros(
                     (), np.int64
                 )
-    return found
+    return tensors
 
 
 def standardised(fc: dict[str, Any], norm: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The linear layer that does what `fc` does on features standardised by `norm`; in float64,
-    rounded once."""
+    """`norm` and then `fc` as one linear layer; computed in float64, rounded once."""
     kernel, bias, mean, var = (
         np.asarray(x, np.float64) for x in (fc["kernel"], fc["bias"], norm["mean"], norm["var"])
     )
@@ -74,7 +75,7 @@ def standardised(fc: dict[str, Any], norm: dict[str, Any]) -> dict[str, np.ndarr
 
 
 def unflatten(arrays: dict[str, np.ndarray]) -> Encoder:
-    """The tree whose leaves by their paths are `arrays`, as nested dicts.
+    """Nested dicts from arrays by their paths.
 
     Raises:
       ValueError: a path that starts with neither "params/" nor "stats/".
@@ -93,13 +94,13 @@ def unflatten(arrays: dict[str, np.ndarray]) -> Encoder:
         at[name] = leaf
     if "backbone" in tree["params"]:
         for part in tree["params"]:
-            # a part without statistics leaves no trace in the file.
+            # The file has no path for a part without statistics.
             tree["stats"].setdefault(part, {})
     return Encoder(tree["params"], tree["stats"])
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status, 2 for a usage error."""
+    """Run the command; returns the exit status, 2 for a mistake."""
     parser = argparse.ArgumentParser(
         "python -m qmx.models.to_torch",
         description="Write weights of qmx under torchvision's names, for a strict load_state_dict.",
@@ -117,20 +118,20 @@ def main(argv: list[str] | None = None) -> int:
                 f"cannot write {args.out}; give a name that ends with .safetensors or .pth in a"
                 " directory that exists"
             )
-        found = to_torch(*unflatten(read_safetensors(args.weights)))
+        tensors = to_torch(*unflatten(read_safetensors(args.weights)))
         part = args.out.with_name(args.out.name + ".part")
         if args.out.suffix == ".pth":
             torch = import_torch(args.out)
-            torch.save({name: torch.from_numpy(value) for name, value in found.items()}, part)
+            torch.save({name: torch.from_numpy(value) for name, value in tensors.items()}, part)
         else:
             from safetensors.numpy import save_file
 
-            save_file(found, part)
+            save_file(tensors, part)
         part.replace(args.out)
     except (ValueError, OSError) as error:
         print("to_torch:", *str(error).split(), file=sys.stderr)
         return 2
-    print(f"wrote {len(found)} tensors to {args.out}")
+    print(f"wrote {len(tensors)} tensors to {args.out}")
     return 0
 
 

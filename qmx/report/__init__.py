@@ -1,4 +1,4 @@
-"""From rows to what people read: tables, a page, a curve; and `results.json` for machines.
+"""Reports for people: tables, a page, a curve; and `results.json` for machines.
 
-Everything here is a function of what the stages wrote down; nothing is computed anew.
+Everything here is a function of the stages' results; nothing is measured here.
 """

@@ -1,4 +1,4 @@
-"""Accuracy and fidelity against queries, as a picture."""
+"""Picture of accuracy and fidelity against queries."""
 
 import io
 from statistics import mean, stdev
@@ -8,8 +8,7 @@ from qmx.report.tables import label, values
 
 
 def curve(results: dict) -> bytes:
-    """Accuracy and fidelity against queries, a PNG; bars are one standard deviation over the
-    seeds."""
+    """Plot accuracy and fidelity as a PNG; bars are one standard deviation over the seeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")

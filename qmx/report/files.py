@@ -13,7 +13,7 @@ def write(directory: Path, results: dict) -> str:
     """Write results.json, report.md, report.html and curve.png; returns the text for standard out.
 
     Args:
-      results: as `results.json` holds them; rows that were not run are absent from "rows".
+      results: as in `results.json`; "rows" holds only the rows that were run.
     """
     tables, notes = result_tables(results), account_notes(results)
     picture = curve(results)

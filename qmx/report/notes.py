@@ -1,11 +1,11 @@
-"""The lines above the tables: target, pool, and what was asked."""
+"""Lines above the tables: target, pool, and account of the queries."""
 
 from qmx.grid import columns
 from qmx.report.tables import asked, budget_label
 
 
 def account_notes(results: dict) -> list[str]:
-    """The target, the images and the account of the queries, a line each."""
+    """One line each on the target, the images and the account of the queries."""
     target, pool, account = results["target"], results["pool"], results["account"]
     measured = (
         "accuracy not measured yet"
@@ -32,7 +32,7 @@ def account_notes(results: dict) -> list[str]:
 
 
 def recipes_note(results: dict) -> str:
-    """What the columns of one row have in common."""
+    """Settings that the columns of one row have in common."""
     config = results["config"]
     used = {
         budget_label(results, budget): {

@@ -7,7 +7,7 @@ from qmx.report.tables import Table, aligned
 
 
 def markdown(tables: list[Table], notes: list[str]) -> str:
-    """report.md."""
+    """Text of report.md."""
     parts = [
         "# How many queries copy this model?",
         "\n".join(f"- {note}" for note in notes),
@@ -29,7 +29,7 @@ div { overflow-x: auto; }
 
 
 def page(tables: list[Table], notes: list[str], picture: bytes) -> str:
-    """report.html, in one file."""
+    """Text of report.html, with the picture inside."""
 
     def row(cells: list[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"

@@ -1,5 +1,7 @@
-"""How many queries reach a share of the target's accuracy, read off the measured curve and never
-beyond it."""
+"""Number of queries that reach a share of the target's accuracy.
+
+It is read off the measured curve, never beyond its ends.
+"""
 
 import math
 from collections.abc import Sequence
@@ -10,11 +12,11 @@ from qmx.report.tables import values
 
 
 def first_reached(queries: Sequence[int], accuracy: Sequence[float], level: float) -> float | None:
-    """The number of queries at which a curve first reaches `level`; None where it never does.
+    """Number of queries at which a curve first reaches `level`; None if it never does.
 
-    Between two measured budgets accuracy is taken as linear in the logarithm of the queries, as
-    curves of learning nearly are. Where the smallest budget is at the level already the answer is
-    that budget: it takes at most so many.
+    Between two measured budgets, accuracy counts as linear in the logarithm of the queries, which
+    is nearly true of learning curves. If the smallest budget reaches the level already, the result
+    is that budget, an upper bound.
 
     Args:
       queries: measured budgets, ascending.
@@ -32,20 +34,19 @@ def first_reached(queries: Sequence[int], accuracy: Sequence[float], level: floa
 
 
 def reached(results: dict) -> list[dict]:
-    """For each column and each share of `config.reach`, the queries that reach it on the mean curve
-    over the seeds.
+    """Queries for each column and each share of `config.reach`, on the mean curve over the seeds.
 
-    Rows of {the column's axes, "share", "queries"}: float, or None where no measured budget reached
-    it. A column is left out as long as some budget of it was not run. `results` is as
-    `results.json` holds them.
+    Rows of {the column's axes, "share", "queries"}; "queries" is a float, or None if no measured
+    budget reaches the share. A column is left out until all of its budgets were run. `results` is
+    as in `results.json`.
     """
-    target, found = results["target"]["top1"], []
+    target, rows = results["target"]["top1"], []
     queries = [budget["queries"] for budget in results["pool"]["budgets"]]
     for column in columns(results["config"]) if target is not None else ():
         each = [values(results, column, number, "top1") for number in queries]
         if all(each):
             curve = [mean(accuracies) for accuracies in each]
-            found += [
+            rows += [
                 {
                     **column._asdict(),
                     "share": share,
@@ -53,4 +54,4 @@ def reached(results: dict) -> list[dict]:
                 }
                 for share in results["config"]["reach"]
             ]
-    return found
+    return rows

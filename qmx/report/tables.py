@@ -1,4 +1,4 @@
-"""From rows to tables of text."""
+"""Tables of text from the rows of results."""
 
 from statistics import mean, stdev
 from typing import NamedTuple
@@ -15,8 +15,10 @@ class Table(NamedTuple):
 
 
 def label(column: Column, results: dict) -> str:
-    """A column's name: the init, and the other axes where the grid has a choice or the column
-    leaves the first."""
+    """A column's name: the init, and each other axis with several values in the grid.
+
+    An axis is also named if the column's value is not the grid's first.
+    """
     axes = {"select": "selects", "access": "accesses", "use": "uses"}
     config, chosen = results["config"], column._asdict()
     more = [
@@ -28,20 +30,19 @@ def label(column: Column, results: dict) -> str:
 
 
 def budget_label(results: dict, budget: dict) -> str:
-    """A row's name: "14 (1 %)" where the config gives the share, "20 (1.4 %)", to two digits, where
-    the number."""
+    """A row's name: "14 (1 %)" for a share in the config, "20 (1.4 %)" for a number, rounded."""
     share = budget["fraction"]
     exact = share in results["config"]["fractions"]
     return f"{budget['queries']} ({percent(share if exact else float(f'{share:.2g}'))})"
 
 
 def asked(row: dict) -> int:
-    """The budget of a row, in images."""
+    """Budget of a row, in images."""
     return row["queries"]["train"] + row["queries"]["select"]
 
 
 def values(results: dict, column: Column, queries: int, metric: str) -> list[float]:
-    """A metric of one cell of the table, for each seed that was run."""
+    """Values of a metric in one cell, one for each seed that was run."""
     return [
         row[metric]
         for row in results["rows"]
@@ -50,7 +51,7 @@ def values(results: dict, column: Column, queries: int, metric: str) -> list[flo
 
 
 def spread(numbers: list[float], digits: int = 1) -> str:
-    """Mean and, over several seeds, the sample standard deviation."""
+    """Mean, and with several seeds the sample standard deviation."""
     if not numbers:
         return "not run"
     if len(numbers) == 1:
@@ -121,8 +122,7 @@ def result_tables(results: dict) -> list[Table]:
 
 
 def reach_tables(results: dict) -> list[Table]:
-    """The queries that reach a share of the target's accuracy, and their price if the config has
-    one."""
+    """Queries that reach a share of the target's accuracy, with their price if it is set."""
     shares, price = results["config"]["reach"], results["config"]["price"]
     smallest, largest = (results["pool"]["budgets"][place]["queries"] for place in (0, -1))
 
@@ -155,7 +155,7 @@ def reach_tables(results: dict) -> list[Table]:
 
 
 def access_tables(results: dict, over: str) -> list[Table]:
-    """What is seen of an answer against the budget, for all columns that differ in nothing else."""
+    """Access levels against budgets, a table for columns that differ in nothing else."""
     groups: dict[Column, list[Column]] = {}
     for column in columns(results["config"]):
         groups.setdefault(column._replace(access=""), []).append(column)

@@ -1,4 +1,4 @@
-"""Choice of the images to ask about: orders, by features, by answers; propagation to the rest."""
+"""Choice of the images to ask about, and propagation of their answers to the others."""
 
 from qmx.selection.by_answers import entropy, margin
 from qmx.selection.by_features import balanced, kcenter, probcover, typiclust, unit

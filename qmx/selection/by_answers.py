@@ -1,9 +1,8 @@
-"""Which images to ask about next, by what the answers so far say of the others.
+"""Choice of the next images to ask about, by predictions for the others.
 
-Each way is a pure function (probabilities f32[n, N] predicted for the pool, i64[m] numbers of the
-images that were asked about, number) -> i64[number], the images that are the least certain and were
-not asked about, the least certain first; of equally uncertain ones those that come first in the
-pool. Nothing is drawn.
+Each way is a pure function (probabilities f32[n, N] predicted for the pool, i64[m] images already
+asked about, number) -> i64[number]. It returns the least certain of the other images, the least
+certain first. Ties go by the pool's order. Nothing is random.
 """
 
 from collections.abc import Callable
@@ -14,8 +13,7 @@ Choice = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
 
 
 def margin(probabilities: np.ndarray, asked: np.ndarray, number: int) -> np.ndarray:
-    """The smallest differences between the two highest probabilities: f32[n, N], i64[m] ->
-    i64[number].
+    """Images with the least margin between the two highest probabilities, i64[number].
 
     Scheffer et al. 2001, *Active Hidden Markov Models for Information Extraction*.
     """
@@ -24,12 +22,12 @@ def margin(probabilities: np.ndarray, asked: np.ndarray, number: int) -> np.ndar
 
 
 def entropy(probabilities: np.ndarray, asked: np.ndarray, number: int) -> np.ndarray:
-    """The highest entropies, -sum p log p: f32[n, N], i64[m] -> i64[number].
+    """Images with the highest entropy, -sum p log p, i64[number].
 
-    Shannon 1948; to choose by it Settles 2009, *Active Learning Literature Survey*, section 3.1,
-    and, to copy models, Pal et al. 2020, *ActiveThief*.
+    Shannon 1948. As a choice: Settles 2009, *Active Learning Literature Survey*, section 3.1; to
+    copy models: Pal et al. 2020, *ActiveThief*.
     """
-    from scipy.special import entr  # it would take a sixth of the time of `import qmx`
+    from scipy.special import entr  # a sixth of the time of `import qmx`
 
     return _lowest(-entr(probabilities.astype(np.float64)).sum(1), asked, number)
 
@@ -40,10 +38,9 @@ def _lowest(certainty: np.ndarray, asked: np.ndarray, number: int) -> np.ndarray
 
 
 def shares(budget: int, rounds: int) -> list[int]:
-    """How many images are asked about at first and in each of `rounds` rounds after it: as equal as
-    can be.
+    """Numbers of images to ask about, first and in each of `rounds` rounds, as equal as can be.
 
-    None is 0, so that a budget smaller than their number has fewer rounds.
+    No number is 0: a budget too small for all rounds has fewer of them.
     """
     return [len(part) for part in np.array_split(np.arange(budget), min(rounds + 1, budget))]
 

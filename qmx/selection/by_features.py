@@ -1,8 +1,8 @@
-"""Which images to ask about, by features that cost neither labels nor queries.
+"""Choice of the images to ask about, by features, which cost neither labels nor queries.
 
 Each way is a pure function (features f32[n, D], budget, rng, classes) -> i64[budget], distinct
-numbers of images. Features have unit rows, so that nearness is the cosine's. `classes` is the
-target's number of them. The same generator gives the same choice.
+images. The rows of the features have length 1, so similarity is the cosine. `classes` is the
+target's number of classes. The same generator gives the same choice.
 """
 
 from collections.abc import Callable
@@ -17,25 +17,25 @@ Choice = Callable[[np.ndarray, int, np.random.Generator, int], np.ndarray]
 MAX_CLUSTERS = 500
 NEIGHBOURS = 20
 SMALL_CLUSTER = 5
-LLOYD = 50  # up to so many clusters by Lloyd's algorithm, more by its mini-batch form
+LLOYD = 50  # most clusters for Lloyd's algorithm; its mini-batch form makes more
 BATCH = 5000  # images in a mini-batch
 
 PURITY = 0.95  # of ProbCover's balls: Yehuda et al. 2022, section 4.2
 SAMPLE = 5000  # images on which the radius of the balls is chosen
-CHUNK = 1024  # rows of a block of similarities, which bounds the memory
+CHUNK = 1024  # rows of a block of similarities, to limit the memory
 
 
 def unit(features: np.ndarray) -> np.ndarray:
-    """Rows of length 1; f32[n, D] -> f32[n, D]. A row of zeros stays."""
+    """Rows scaled to length 1; f32[n, D] -> f32[n, D]. A row of zeros stays."""
     return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
 
 def balanced(
     features: np.ndarray, budget: int, rng: np.random.Generator, classes: int = 0
 ) -> np.ndarray:
-    """Equal shares of k-means clusters, as many as the budget up to 500; within each at random.
+    """Equal shares of k-means clusters, at random within each.
 
-    Cost: that of k-means, n D k for each of its passes.
+    There are as many clusters as the budget, up to 500. Cost: k-means, n D k for each pass.
     """
     clusters = k_means(features, min(budget, MAX_CLUSTERS), rng)
     order = rng.permutation(len(features))
@@ -47,16 +47,15 @@ def balanced(
 def typiclust(
     features: np.ndarray, budget: int, rng: np.random.Generator, classes: int = 0
 ) -> np.ndarray:
-    """The densest point of each of as many k-means clusters as the budget; above 500 the next
-    densest in turn.
+    """The most typical point of each k-means cluster.
 
-    Hacohen et al. 2022, *Active Learning on a Budget*: typicality is the inverse of the mean
-    distance to the 20 nearest neighbours within the cluster, or to half of a smaller cluster;
-    larger clusters come first, and those of 5 and fewer only when the others have nothing left.
-    Other than in avihu111/TypiClust, a cluster's typicalities are not computed anew after each
-    point that was taken from it.
+    There are as many clusters as the budget, up to 500; a larger budget takes the next most typical
+    points in turn. Hacohen et al. 2022, *Active Learning on a Budget*: typicality is the inverse of
+    the mean distance to the 20 nearest neighbours in the cluster, or to half of a smaller cluster.
+    Larger clusters come first; clusters of 5 or fewer come when the others are used up. Unlike
+    avihu111/TypiClust, this does not compute typicalities again after each point taken.
 
-    Cost: that of k-means, and n D times the size of a cluster.
+    Cost: k-means, and n D times the size of a cluster.
     """
     clusters = k_means(features, min(budget, MAX_CLUSTERS), rng)
     distance = np.empty(len(features))
@@ -73,15 +72,15 @@ def typiclust(
 def kcenter(
     features: np.ndarray, budget: int, rng: np.random.Generator, classes: int = 0
 ) -> np.ndarray:
-    """Farthest first: each image the least like those before it, the first one at random.
+    """Farthest first: each image is the least similar to those before it; the first is random.
 
-    Gonzalez 1985; Sener and Savarese 2018, *A Core-Set Approach*, algorithm 1. A smaller budget's
-    choice begins a larger one's.
+    Gonzalez 1985; Sener and Savarese 2018, *A Core-Set Approach*, algorithm 1. A larger budget's
+    choice begins with a smaller one's.
 
     Cost: n D for each image of the budget, and n numbers of memory.
     """
     ids = np.empty(budget, np.int64)
-    # Similarity to the most similar chosen one.
+    # Similarity to the most similar image chosen so far.
     nearest = np.full(len(features), -np.inf, np.float32)
     for place in range(budget):
         ids[place] = rng.integers(len(features)) if place == 0 else nearest.argmin()
@@ -93,13 +92,12 @@ def kcenter(
 def probcover(
     features: np.ndarray, budget: int, rng: np.random.Generator, classes: int
 ) -> np.ndarray:
-    """Greedy covering by balls: each image the one whose ball holds most images that no ball holds
-    yet.
+    """Greedy covering by balls: the next ball holds the most images that no other ball holds.
 
     Yehuda et al. 2022, *Active Learning Through a Covering Lens*, algorithm 1. The radius is the
-    largest whose balls are pure in 95 % of the cases, by k-means with as many clusters as there are
-    classes (section 4.2). Once all is covered the rest is drawn at random. A smaller budget's
-    choice begins a larger one's, as far as neither is drawn.
+    largest with which 95 % of the balls are pure, by k-means with as many clusters as there are
+    classes (section 4.2). When all images are covered, the rest of the choice is random. A larger
+    budget's choice begins with a smaller one's, as far as neither is random.
 
     Cost: n n D, and as many numbers of memory as there are pairs within a radius.
     """
@@ -141,7 +139,7 @@ def _mean_distance(rows: np.ndarray, neighbours: int) -> np.ndarray:
     found = []
     for start in range(0, len(rows), CHUNK):
         similarity = rows[start : start + CHUNK] @ rows.T
-        # Itself.
+        # A row is not its own neighbour.
         similarity[np.arange(len(similarity)), np.arange(start, start + len(similarity))] = -np.inf
         best = -np.partition(-similarity, neighbours - 1, axis=1)[:, :neighbours]
         found.append(np.sqrt(np.maximum(2 - 2 * best, 0)).mean(1, dtype=np.float64))
@@ -149,9 +147,8 @@ def _mean_distance(rows: np.ndarray, neighbours: int) -> np.ndarray:
 
 
 def _radius(rows: np.ndarray, clusters: np.ndarray) -> float:
-    """The least similarity down to which the balls of 95 % of the rows hold rows of their own
-    cluster alone."""
-    stranger = np.empty(len(rows))  # each row's most similar one of another cluster
+    """The least similarity at which 95 % of the balls hold rows of one cluster only."""
+    stranger = np.empty(len(rows))  # similarity to the most similar row of another cluster
     for start in range(0, len(rows), CHUNK):
         similarity = rows[start : start + CHUNK] @ rows.T
         similarity[clusters[start : start + CHUNK, None] == clusters] = -np.inf

@@ -1,4 +1,4 @@
-"""Which images of the pool: nested subsets of a given share, and published lists."""
+"""Orders of the pool's images for nested subsets of a given share, and published lists."""
 
 import math
 from collections import Counter
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def subset_size(fraction: float, size: int) -> int:
-    """int(fraction * size), in decimal: 0.29 of 100 is 29, which binary floats make 28.
+    """int(fraction * size), in decimal: 0.29 of 100 is 29; with binary floats it would be 28.
 
     Raises:
       ValueError: a fraction outside (0, 1], or one that leaves no image.
@@ -26,16 +26,15 @@ def subset_size(fraction: float, size: int) -> int:
 
 
 def random_order(size: int, seed: int) -> np.ndarray:
-    """A seeded order of 0..size-1, i64[size]. Its first images are the subset of any share, so
-    that the 1 % lies inside the 10 %."""
+    """A seeded order, i64[size]. Its start is the subset of any share: the 10 % holds the 1 %."""
     return np.random.default_rng(seed).permutation(size)
 
 
 def class_balanced_order(labels: np.ndarray, seed: int) -> np.ndarray:
-    """A seeded order of the images, i64[n], each prefix of which holds the classes equally often.
+    """A seeded order of the images, i64[n], with the same number of each class in every prefix.
 
-    Up to one image, for as long as a class has images left. The classes come in another random
-    order in each round, so that a prefix which ends within one favours none.
+    The numbers differ by at most one, as long as no class is used up. Each round has the classes in
+    a new random order, so a prefix that ends within a round favours no class.
 
     Args:
       labels: i32[n].
@@ -48,21 +47,21 @@ def class_balanced_order(labels: np.ndarray, seed: int) -> np.ndarray:
 def rank_within(groups: np.ndarray) -> np.ndarray:
     """Number of entries of its own group before each entry; i[n] -> i64[n]."""
     by_group = np.argsort(groups, kind="stable")
-    starts = np.searchsorted(groups[by_group], groups[by_group])  # where each one's group begins
+    starts = np.searchsorted(groups[by_group], groups[by_group])  # start of each entry's group
     rank = np.empty(len(groups), np.int64)
     rank[by_group] = np.arange(len(groups)) - starts
     return rank
 
 
 def predecessor_order(size: int) -> np.ndarray:
-    """numpy.random.seed(1234); numpy.random.shuffle(the list of all images): i64[size], the same
-    for every run.
+    """The order of numpy.random.seed(1234) and numpy.random.shuffle, i64[size], for every run.
 
-    The ImageNet table that configs/imagenet.py repeats took the first int(f * size) of it. Source:
-    alright-code/model-extraction-self-supervision, src/dataset.py.
+    It shuffles the list of all images. The ImageNet table that configs/imagenet.py repeats used the
+    first int(f * size) images. Source: alright-code/model-extraction-self-supervision,
+    src/dataset.py.
     """
     order = np.arange(size)
-    # Its stream is frozen, other than that of default_rng.
+    # NumPy keeps the stream of RandomState the same for ever, but not that of default_rng.
     np.random.RandomState(1234).shuffle(order)
     return order
 
@@ -70,15 +69,15 @@ def predecessor_order(size: int) -> np.ndarray:
 def from_list(path: str, names: Sequence[str]) -> np.ndarray:
     """The images that a text file names, one a line, in its order, i64[m].
 
-    As the published 1 % and 10 % of ImageNet are (google-research/simclr, imagenet_subsets): bare
-    file names, or with folders.
+    Names are file names, with or without folders, as in the published 1 % and 10 % of ImageNet
+    (google-research/simclr, imagenet_subsets).
 
     Args:
       names: of all images, see `Source.names`.
 
     Raises:
-      ValueError: the source has no names; no such file, or nothing in it; a name that no image has,
-        or several, or that comes twice.
+      ValueError: the source has no names; the file is missing or empty; a name fits no image or
+        several images, or comes twice.
     """
     if not names:
         raise ValueError(
@@ -117,5 +116,5 @@ def from_list(path: str, names: Sequence[str]) -> np.ndarray:
 
 
 def _same(one: str, other: str) -> bool:
-    """True if two names are one, the folders of either being left out or not."""
+    """True if two names are the same, or one is the end of the other without some folders."""
     return one == other or one.endswith("/" + other) or other.endswith("/" + one)

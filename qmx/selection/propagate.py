@@ -1,5 +1,4 @@
-"""Scores for the images that were not asked about, from those that were: no query, no training, a
-closed form."""
+"""Scores for the other images from those asked about: no query, no training, a closed form."""
 
 import numpy as np
 
@@ -19,13 +18,13 @@ def propagate(
 ) -> np.ndarray:
     """Label propagation over the graph of nearest neighbours.
 
-    Z = (I - alpha S)^-1 Y: S is the symmetric, normalised adjacency of weights max(cosine, 0)^power
-    between each image and its nearest ones, Y the answers, each class divided by its number of
-    them, so that a class which was answered often does not flood its neighbours. Zhou et al. 2004,
-    *Learning with Local and Global Consistency*, with the graph and the defaults of Iscen et al.
-    2019, *Label Propagation for Deep Semi-supervised Learning*, section 3, and the division of
-    their code (ahmetius/LP-DeepSSL, lp/db_semisuper.py). Their answers are labels; of soft ones a
-    class has as many as its probabilities sum to, and at least one.
+    Z = (I - alpha S)^-1 Y. S is the symmetric, normalised adjacency with weights
+    max(cosine, 0)^power between each image and its nearest ones; Y are the answers, each class
+    divided by its number of answers, so that a frequent class does not flood its neighbours. Zhou
+    et al. 2004, *Learning with Local and Global Consistency*, with the graph and the defaults of
+    Iscen et al. 2019, *Label Propagation for Deep Semi-supervised Learning*, section 3, and the
+    division of their code (ahmetius/LP-DeepSSL, lp/db_semisuper.py). Their answers are labels; of
+    soft answers a class has as many as its probabilities sum to, and at least one.
 
     Args:
       features: f32[n, D], unit rows, of the whole pool.
@@ -34,8 +33,8 @@ def propagate(
       neighbours: k; all others if there are fewer.
 
     Returns:
-      f32[n, N], probabilities: the answers for `ids`, what reached the others; uniform where
-      nothing did.
+      f32[n, N], probabilities: the answers for `ids`, the propagated scores for the others, uniform
+      for images that nothing reached.
     """
     from scipy.sparse import coo_array, diags_array, eye_array
     from scipy.sparse.linalg import cg
@@ -43,7 +42,7 @@ def propagate(
     size, k = len(features), min(neighbours, len(features) - 1)
     near, found = (np.concatenate(x) for x in zip(*nearest(features, features, k + 1), strict=True))
     rows = np.repeat(np.arange(size), k + 1)
-    # Not itself.
+    # An image is not its own neighbour.
     weights = np.where(
         found.ravel() == rows, 0, np.maximum(near.ravel().astype(np.float64), 0) ** power
     )

@@ -1,4 +1,4 @@
-"""Choice among the orders by name."""
+"""Choice of images by the name of an order."""
 
 import numpy as np
 
@@ -17,12 +17,12 @@ def select(
     """`budget` ids of the pool, i64[budget], without looking at the images.
 
     Args:
-      name: "random"; "class_balanced", by the true labels, each class as often as the others up to
-        one; "predecessor", one shuffle with numpy's seed 1234 whatever the seed, as the code behind
-        the ImageNet table (alright-code/model-extraction-self-supervision, src/dataset.py) has it;
-        "list", the images that one of `lists` names. For one seed a smaller budget's choice lies
-        inside a larger one's, except for lists.
-      lists: text files of image names, one for each budget, which is what tells them apart.
+      name: "random"; "class_balanced", by the true labels, with equal numbers of each class, up to
+        one image; "predecessor", a shuffle with numpy's seed 1234 for every seed, as in the code
+        of the ImageNet table (alright-code/model-extraction-self-supervision, src/dataset.py);
+        "list", the images that one of `lists` names. Except for lists, a larger budget's choice
+        holds a smaller one's for the same seed.
+      lists: text files of image names, one for each budget; their lengths tell them apart.
 
     Raises:
       ValueError: an unknown name; no list, or several, of `budget` images.

@@ -18,8 +18,7 @@ from qmx.workdir import NotDone
 
 
 def monitor(run: Run, encoder: Pretrained | NotDone) -> dict:
-    """How good an encoder's features are beside a random network's, on a held-out part of the
-    pool."""
+    """Compare an encoder's features with a random network's, on a held-out part of the pool."""
     encoder = needed(encoder)
     keys, student, seed = run.config.monitor, run.config.student, encoder.seed
     arch, dtype = student.arch, networks.evaluated_in(student.dtype)

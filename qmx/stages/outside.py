@@ -62,8 +62,7 @@ def describe(keys: Any, data: Dataset) -> dict:
 
 
 def inputs_of(keys: Any) -> dict:
-    """What the name and digest depend on, as a stage's inputs; read from the config, so that no
-    server is needed."""
+    """Inputs of a stage that name and digest depend on; from the config, so without a server."""
     if keys.kind == "callable":
         return {"path": keys.path, "file": function.digest(keys.path)}
     if keys.kind == "recorded":

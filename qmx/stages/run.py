@@ -89,7 +89,7 @@ def read_weights(run: Run, network: Network, path: Path) -> Encoder:
 def outputs(
     run: Run, name: str, network: Network, variables: Encoder, source: Source
 ) -> np.ndarray:
-    """What a network says of every image of a source, f32[n, D], with progress called `name`."""
+    """Outputs of a network for every image of a source, f32[n, D], with progress called `name`."""
     view = networks.evaluation_view(networks.look(run.data))
     ids = ids_here(source.size)
     with progress(name, source.size) as shown:

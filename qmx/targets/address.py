@@ -1,5 +1,4 @@
-"""Where a served target is, and the token that it asks for: what is refused, and that no secret is
-written down."""
+"""Address and token of a served target. No secret is written down."""
 
 import os
 import re
@@ -8,8 +7,7 @@ from urllib.parse import urlsplit
 
 
 def check_address(url: str, token_env: str = "") -> None:
-    """Raise ValueError for an address that is none, or that would give a secret away. No secret is
-    repeated."""
+    """Raise ValueError for a bad address, or one that would reveal a secret; repeats no secret."""
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port
@@ -29,8 +27,7 @@ def check_address(url: str, token_env: str = "") -> None:
         raise ValueError(
             "target.url goes on after ? or #, where secrets would be written down; leave that out"
         )
-    # Capitals alone, so that the token itself, given in the place of the name, is hardly ever taken
-    # for one.
+    # Only capitals, so that a token given in place of the name is hardly ever taken for a name.
     if token_env and not re.fullmatch("[A-Z_][A-Z0-9_]*", token_env):
         raise ValueError(
             "target.token_env must be the name of an environment variable in capitals, as in "
@@ -44,7 +41,7 @@ def check_address(url: str, token_env: str = "") -> None:
 
 
 def bearer(token_env: str) -> str:
-    """The token in an environment variable, "" where none is named.
+    """The token in an environment variable; "" if no variable is named.
 
     Raises:
       ValueError: there is no such variable, or its value cannot be a token; the value is not
@@ -58,7 +55,7 @@ def bearer(token_env: str) -> str:
             f"target.token_env {token_env}: there is no such environment variable, or it is empty; "
             "export it"
         )
-    # Else the error of whoever makes the header would show it.
+    # Else an error of the HTTP library would show it.
     if not re.fullmatch("[!-~]+", token):
         raise ValueError(
             f"target.token_env {token_env} holds characters that no token has, as spaces or line"

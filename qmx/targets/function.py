@@ -1,4 +1,4 @@
-"""A target that is a Python function of the user's."""
+"""A target that is the user's Python function."""
 
 import hashlib
 import importlib.util
@@ -14,23 +14,24 @@ from qmx.targets.query import Outside
 
 
 def connect(path: str, *, classes: int, access: str = "logits") -> Outside:
-    """A query function around a function of the user's, uint8[b, H, W, C] -> numbers [b, N].
+    """A query function around the user's function, uint8[b, H, W, C] -> numbers [b, N].
 
-    It may raise `qmx.ledger.Unavailable` to be called again, with the seconds to wait.
+    The user's function may raise `qmx.ledger.Unavailable`, with the seconds to wait, to be called
+    again.
 
-    The digest stands for the file and the function's name. It is part of the ledger's keys: a
-    changed file is another target and everything is asked again, while what the function reads
-    elsewhere (weights, other modules) may change and it is taken for the same target.
+    The digest is of the file and the function's name, and is part of the ledger's keys. A changed
+    file is therefore another target, and everything is asked again. A change in other files that
+    the function reads (weights, other modules) goes unnoticed.
 
     Args:
       path: "FILE.py:function" or "module:function". The file is executed.
       classes: N.
-      access: level of what it returns, "logits", "probs" or "label"; see
+      access: level of its results, "logits", "probs" or "label"; see
         `qmx.ledger.access.received`.
 
     Raises:
       ValueError: there is no such file or function, or it cannot be loaded. By the query: the
-        function raised anything but an OSError, or returned what is no answer of that level.
+        function raised anything but an OSError, or its result is not an answer of that level.
     """
     file, _, name = path.rpartition(":")
     _source(file, path)
@@ -62,34 +63,34 @@ def _source(file: str, path: str) -> Path:
     if not file:
         raise ValueError(f"target.path {path} must be FILE.py:function or module:function")
     if file.endswith(".py"):
-        found = file
+        origin = file
     else:
         try:
             spec = importlib.util.find_spec(file)
         except (ImportError, ValueError):
             spec = None
-        found = (spec and spec.origin) or ""
-    if not Path(found).is_file():
+        origin = (spec and spec.origin) or ""
+    if not Path(origin).is_file():
         raise ValueError(
             f"target.path {path}: there is no {'file' if file.endswith('.py') else 'module'} {file}"
         )
-    return Path(found)
+    return Path(origin)
 
 
 def _load(file: str, name: str, path: str) -> Callable[[np.ndarray], object]:
     try:
-        found = (
+        names = (
             runpy.run_path(file) if file.endswith(".py") else vars(importlib.import_module(file))
         )
     except Exception as error:
         raise ValueError(f"target.path {path} does not load: {_place(error)}") from error
-    function = found.get(name)
+    function = names.get(name)
     if not callable(function):
         raise ValueError(f"target.path {path}: {file} has no function {name!r}")
     return function
 
 
 def _place(error: Exception) -> str:
-    """An error of somebody else's code, with the line that it came from."""
+    """An error of the user's code, with the line where it was raised."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({Path(last.filename).name}, line {last.lineno})"

@@ -1,7 +1,6 @@
-"""Requests over HTTP to a target that may be slow, broken or dear: one attempt each, at a limited
-rate.
+"""Requests over HTTP, one attempt each and at a limited rate: a target may be slow or expensive.
 
-What is likely to pass is raised as `Unavailable`, for the ledger to ask again; anything else as
+Errors that are likely to pass are raised as `Unavailable`, so that the ledger asks again; others as
 ValueError.
 """
 
@@ -19,10 +18,10 @@ from qmx.targets.address import bearer, check_address
 # (method, path, body, headers) -> the body and the headers of the answer.
 Send = Callable[[str, str, bytes | None, dict[str, str]], tuple[bytes, Mapping[str, str]]]
 
-# RFC 9110, section 15, and RFC 6585 for 429. A 500 may be a worker that died, which the next
-# attempt does not meet.
+# RFC 9110, section 15, and RFC 6585 for 429. A 500 may come from a worker that died; another one
+# takes the next attempt.
 PASSING = (408, 429, 500, 502, 503, 504)
-LONGEST_WAIT = 600.0  # seconds; who is told to stay away for longer goes, and comes back
+LONGEST_WAIT = 600.0  # seconds; rather than wait longer, the run stops and can be run again
 LARGEST = 1 << 28  # bytes of an answer: 256 x 21,841 classes (ImageNet-21k) as JSON are half of it
 CHUNK = 1 << 16
 CURES = {
@@ -36,22 +35,21 @@ CURES = {
 def client(
     url: str, *, token_env: str = "", ca_file: str = "", timeout: float = 60.0, rate: float = 0.0
 ) -> Send:
-    """A function that sends one request and returns the answer's body and headers, if its status is
-    200.
+    """A function that sends one request and returns the body and headers of a 200 answer.
 
     The server's certificate is always verified. No redirect is followed, and nothing is sent twice.
 
     Args:
       url: http or https, host, and a path if there is one before the protocol's own.
-      token_env: name of the environment variable whose value is sent as `Authorization: Bearer`. It
-        is read for each request, and is in no message.
-      ca_file: PEM certificates to trust in the place of the system's.
+      token_env: name of an environment variable; its value is sent as `Authorization: Bearer`. It
+        is read again for each request, and no message shows it.
+      ca_file: PEM certificates to trust in place of the system's.
       timeout: seconds for the connection, and again for the whole answer.
-      rate: requests in a second, at most; 0 is no limit.
+      rate: most requests in a second; 0 is no limit.
 
     Raises:
-      ValueError: the address is refused, there is no such variable or file; by the function: an
-        answer that would be the same the next time.
+      ValueError: the address is refused, or there is no such variable or file; by the function: an
+        error that the next attempt would meet again.
       Unavailable: by the function: no answer, a broken one, or a status among `PASSING`.
       ConnectionError: by the function: the server asks to be left alone for more than
         `LONGEST_WAIT`.
@@ -88,7 +86,7 @@ def client(
             try:
                 answer = _read(response, where, timeout)
             finally:
-                # a connection that was read to the end is in the pool by now, and stays open.
+                # After a complete answer its connection is back in the pool, and stays open.
                 response.close()
         except urllib3.exceptions.HTTPError as error:
             reason = _reason(error, timeout)
@@ -103,8 +101,8 @@ def client(
                 ) from None
             raise Unavailable(f"{where} gave no whole answer: {reason}") from None
         if response.status != 200:
-            said = _said(answer).replace(token, "***") if token else _said(answer)
-            raise _refusal(where, response.status, response.headers, said)
+            message = _said(answer).replace(token, "***") if token else _said(answer)
+            raise _refusal(where, response.status, response.headers, message)
         return answer, response.headers
 
     return send
@@ -124,7 +122,7 @@ def limiter(rate: float) -> Callable[[], None]:
 
 
 def _read(response: urllib3.BaseHTTPResponse, where: str, timeout: float) -> bytes:
-    """The whole body. A server that sends a byte now and then meets the time-out too."""
+    """The whole body. The time-out covers it all, also where a server sends a byte now and then."""
     body, deadline = bytearray(), time.monotonic() + timeout
     while chunk := response.read1(CHUNK):
         body += chunk
@@ -135,9 +133,9 @@ def _read(response: urllib3.BaseHTTPResponse, where: str, timeout: float) -> byt
     return bytes(body)
 
 
-def _refusal(where: str, status: int, headers: Mapping[str, str], said: str) -> Exception:
-    """The error of a status that is not 200."""
-    text = f"{where} answered {status}{f' ({said})' if said else ''}"
+def _refusal(where: str, status: int, headers: Mapping[str, str], message: str) -> Exception:
+    """The error for a status other than 200."""
+    text = f"{where} answered {status}{f' ({message})' if message else ''}"
     if status in PASSING:
         wait = _retry_after(headers.get("Retry-After"))
         if wait and wait > LONGEST_WAIT:
@@ -156,7 +154,7 @@ def _refusal(where: str, status: int, headers: Mapping[str, str], said: str) -> 
 
 
 def _retry_after(value: str | None) -> float | None:
-    """The seconds of a Retry-After, which may be a date."""
+    """Seconds until a Retry-After, which may be a date."""
     try:
         return None if value is None else urllib3.Retry(0).parse_retry_after(value)
     except urllib3.exceptions.InvalidHeader:
@@ -164,7 +162,7 @@ def _retry_after(value: str | None) -> float | None:
 
 
 def _said(body: bytes) -> str:
-    """What a server says of an error: the protocol's "error", else how the text begins."""
+    """Message of a server about an error: the protocol's "error", else the start of the text."""
     text = body[:2000].decode(errors="replace")
     try:
         text = str(json.loads(text)["error"])

@@ -13,15 +13,15 @@ Query = Callable[[np.ndarray], np.ndarray]
 
 
 class Outside(NamedTuple):
-    """A target whose network is not ours to run."""
+    """A target that somebody else runs."""
 
     query: Query
     name: str  # for people
-    sha256: str  # stands for it as the ledger's target
-    preprocessing: str = "as-is"  # what its owner does to the images; a name for the ledger
+    sha256: str  # the target's digest in the ledger
+    preprocessing: str = "as-is"  # name for what its owner does to the images
 
 
-# Names of ours -> the network's dtype, and how a GPU multiplies, by jax's names.
+# Our name -> the network's dtype, and jax's name for the precision of a GPU's products.
 PRECISIONS = {
     "float64": ("float64", "highest"),
     "float32": ("float32", "highest"),
@@ -42,8 +42,8 @@ def network_query(
 
     Args:
       network: f32[B, S, S, C] -> f32[B, N].
-      view: makes the network's input of {"image": uint8[B, H, W, C]}; its key is fixed.
-      batch_size: shape that the network is compiled for; smaller batches are padded.
+      view: makes the network's input from {"image": uint8[B, H, W, C]}; its key is fixed.
+      batch_size: the network is compiled for it; smaller batches are padded.
       precision: of products and convolutions, one of `PRECISIONS`.
     """
 

@@ -1,9 +1,8 @@
 """A target behind the Open Inference Protocol v2 (KServe, Triton, TorchServe, MLServer), over HTTP.
 
 The protocol is https://github.com/kserve/open-inference-protocol,
-specification/protocol/inference_rest.md. Tensors go as Triton's binary data extension has them
-(triton-inference-server/server, docs/protocol/extension_binary_data.md) where the server says that
-it knows it, else as JSON.
+specification/protocol/inference_rest.md. Tensors go as JSON, or in Triton's binary data extension
+(triton-inference-server/server, docs/protocol/extension_binary_data.md) if the server lists it.
 """
 
 import hashlib
@@ -20,7 +19,7 @@ from qmx.ledger.access import received
 from qmx.targets.http import Send, client
 from qmx.targets.query import Outside
 
-# What images are sent as: the pixels 0..255, whatever the type.
+# Types that images can be sent as; the pixels are 0..255 in each.
 INPUTS = {"UINT8": "u1", "FP32": "<f4"}
 OUTPUTS = {"FP16": "<f2", "FP32": "<f4", "FP64": "<f8"}
 LABELS = {"INT32": "<i4", "INT64": "<i8"}  # class numbers, where the access is "label"
@@ -28,7 +27,7 @@ HEADER = "Inference-Header-Content-Length"
 
 
 class Tensor(NamedTuple):
-    """An input or output, as the model's metadata have it."""
+    """An input or output in the model's metadata."""
 
     name: str
     datatype: str
@@ -52,19 +51,17 @@ def connect(
 ) -> Outside:
     """A query function around a served model: one request for each call, and no second attempt.
 
-    The server is asked about the model, and nothing of the model: what it would be refused for
-      costs no query.
+    It checks the model's metadata first, so a wrong setting costs no query.
 
-    The digest stands for the address, the model's name and version, and what the server says of its
-    platform, inputs and outputs. It is part of the ledger's keys: at another address or version
-    everything is asked again, and a server that changes its weights and says nothing of it is taken
-    for the same target.
+    The digest is of the address, the model's name and version, and its platform, inputs and outputs
+    in the metadata. It is part of the ledger's keys: at another address or version everything is
+    asked again. New weights under the same version go unnoticed.
 
     Args:
       url: of the server, as in https://models.example.org:8443; see `qmx.targets.http.client` for
         this and for `token_env`, `ca_file`, `timeout` and `rate`.
-      shape: of the images, H, W, C. They go to the model as they are, [b, H, W, C] in UINT8, or the
-        same numbers in FP32 if it says that it takes these.
+      shape: of the images, H, W, C. The model gets them as they are, [b, H, W, C] in UINT8, or the
+        same numbers in FP32 if its metadata ask for FP32.
       classes: N.
       version: of the model; by default the one that the server lists.
       input, output: names of the tensors; by default the only ones that the server lists.
@@ -74,32 +71,31 @@ def connect(
       Unavailable: there is no server, or the model is not ready. By the query: see
         `qmx.targets.http.client`.
       ValueError: no such model, version or tensor, images or classes that do not fit, a refused
-        address or token. By the query: an answer that is not what was asked for; nothing of it is
-        returned.
+        address or token. By the query: an answer that does not fit the request.
     """
     send = client(url, token_env=token_env, ca_file=ca_file, timeout=timeout, rate=rate)
     base = f"/v2/models/{quote(model, safe='')}"
-    said = _object(
+    metadata = _object(
         *send("GET", base + (f"/versions/{quote(version, safe='')}" if version else ""), None, {})
     )
-    version = version or _only_version(said, model)
+    version = version or _only_version(metadata, model)
     if version:
         base += f"/versions/{quote(version, safe='')}"
     _check_ready(send, f"{base}/ready")
-    given = _tensor(said, "input", input, Tensor(input, "UINT8", []))
-    wanted = _tensor(said, "output", output, Tensor(output, "", []))
-    _check_tensors(given, wanted, shape, classes, access)
+    model_input = _tensor(metadata, "input", input, Tensor(input, "UINT8", []))
+    model_output = _tensor(metadata, "output", output, Tensor(output, "", []))
+    _check_tensors(model_input, model_output, shape, classes, access)
     binary = "binary_tensor_data" in _extensions(send)
     known = OUTPUTS | (LABELS if access == "label" else {})
 
     def query(images: np.ndarray) -> np.ndarray:
         number = uuid.uuid4().hex
-        body, headers = _request(number, given, wanted, images, binary)
-        answer, told = send("POST", f"{base}/infer", body, headers)
-        scores = _read(answer, told, number, version, wanted.name, known)
+        body, headers = _request(number, model_input, model_output, images, binary)
+        answer, reply_headers = send("POST", f"{base}/infer", body, headers)
+        scores = _read(answer, reply_headers, number, version, model_output.name, known)
         return received(scores, len(images), classes, access)
 
-    about = {key: said.get(key) for key in ("platform", "inputs", "outputs")}
+    about = {key: metadata.get(key) for key in ("platform", "inputs", "outputs")}
     identity = {"url": url.rstrip("/"), "model": model, "version": version, **about}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return Outside(
@@ -108,8 +104,7 @@ def connect(
 
 
 def _check_ready(send: Send, path: str) -> None:
-    """Raise Unavailable unless the model is ready: by the status, and by the body where it has
-    one."""
+    """Raise Unavailable unless the model is ready, by the status and by a body if there is one."""
     try:
         body, headers = send("GET", path, None, {})
         ready = not body or _object(body, headers).get("ready", True)
@@ -119,10 +114,9 @@ def _check_ready(send: Send, path: str) -> None:
         raise Unavailable("the model is not ready; wait until it is loaded")
 
 
-def _only_version(said: dict, model: str) -> str:
-    """The version that a model has, so that a new one is noticed and not mixed with it; "" where
-    there are none."""
-    versions = [str(version) for version in said.get("versions") or []]
+def _only_version(metadata: dict, model: str) -> str:
+    """The model's one version, "" if it has none. Naming it keeps a later version out."""
+    versions = [str(version) for version in metadata.get("versions") or []]
     if len(versions) > 1:
         raise ValueError(
             f"the model {model} has the versions {', '.join(versions)}; name one in target.version"
@@ -130,9 +124,8 @@ def _only_version(said: dict, model: str) -> str:
     return versions[0] if versions else ""
 
 
-def _tensor(said: dict, kind: str, name: str, unsaid: Tensor) -> Tensor:
-    """The input or output that is called `name`, or the only one; `unsaid` where the server lists
-    none."""
+def _tensor(metadata: dict, kind: str, name: str, default: Tensor) -> Tensor:
+    """The input or output called `name`, or the only one; `default` if the server lists none."""
     try:
         listed = [
             Tensor(
@@ -140,7 +133,7 @@ def _tensor(said: dict, kind: str, name: str, unsaid: Tensor) -> Tensor:
                 str(each["datatype"]),
                 [int(size) for size in each.get("shape") or []],
             )
-            for each in said.get(f"{kind}s") or []
+            for each in metadata.get(f"{kind}s") or []
         ]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
@@ -151,52 +144,55 @@ def _tensor(said: dict, kind: str, name: str, unsaid: Tensor) -> Tensor:
             f"the server does not say what the model's {kind} is called; name it in target.{kind}"
         )
     names = ", ".join(each.name for each in listed)
-    found = [each for each in listed if each.name == name] if name else listed
-    if len(found) > 1 or (listed and not found):
+    matches = [each for each in listed if each.name == name] if name else listed
+    if len(matches) > 1 or (listed and not matches):
         has = f"there is no {kind} {name!r}" if name else f"there are several {kind}s"
         raise ValueError(f"{has} of the model; name one of {names} in target.{kind}")
-    return found[0] if found else unsaid
+    return matches[0] if matches else default
 
 
 def _check_tensors(
-    given: Tensor, wanted: Tensor, shape: tuple[int, int, int], classes: int, access: str
+    model_input: Tensor,
+    model_output: Tensor,
+    shape: tuple[int, int, int],
+    classes: int,
+    access: str,
 ) -> None:
-    """Raise ValueError unless images can be sent as they are, and the answer can be a score for
-    each class."""
-    if given.datatype not in INPUTS:
+    """Raise ValueError unless the input takes the images and the output has a score per class."""
+    if model_input.datatype not in INPUTS:
         raise ValueError(
-            f"the model's input {given.name} is {given.datatype}, and images are sent as "
-            f"{' or '.join(INPUTS)}"
+            f"the model's input {model_input.name} is {model_input.datatype}, and images are sent"
+            f" as {' or '.join(INPUTS)}"
         )
-    if given.shape and not _fits(given.shape, (-1, *shape)):
+    if model_input.shape and not _fits(model_input.shape, (-1, *shape)):
         raise ValueError(
-            f"the model's input {given.name} has the shape {given.shape} and images are sent as "
-            f"{[-1, *shape]}: any number of height, width, channels; serve the model with its "
-            "preprocessing in front of it, or set the data's size to its own"
+            f"the model's input {model_input.name} has the shape {model_input.shape} and images"
+            f" are sent as {[-1, *shape]}: any number of height, width, channels; serve the model"
+            " with its preprocessing in front of it, or set the data's size to its own"
         )
-    if wanted.datatype in LABELS and access == "label":
+    if model_output.datatype in LABELS and access == "label":
         return
-    if wanted.datatype and wanted.datatype not in OUTPUTS:
+    if model_output.datatype and model_output.datatype not in OUTPUTS:
         raise ValueError(
-            f"the model's output {wanted.name} is {wanted.datatype}, and scores are "
+            f"the model's output {model_output.name} is {model_output.datatype}, and scores are "
             f"{', '.join(OUTPUTS)}"
             + (
                 f" (class numbers, {' or '.join(LABELS)}, are target.access=label)"
-                if wanted.datatype in LABELS
+                if model_output.datatype in LABELS
                 else ""
             )
         )
-    if wanted.shape and not _fits(wanted.shape, (-1, classes)):
+    if model_output.shape and not _fits(model_output.shape, (-1, classes)):
         raise ValueError(
-            f"the model's output {wanted.name} has the shape {wanted.shape} and should have"
-            f" {[-1, classes]}: the images have {classes} classes, which must be the model's, in"
-            " its order"
+            f"the model's output {model_output.name} has the shape {model_output.shape} and should"
+            f" have {[-1, classes]}: the images have {classes} classes, which must be the model's,"
+            " in its order"
         )
 
 
-def _fits(said: list[int], ours: tuple[int, ...]) -> bool:
-    return len(said) == len(ours) and all(
-        -1 in pair or pair[0] == pair[1] for pair in zip(said[1:], ours[1:], strict=True)
+def _fits(theirs: list[int], ours: tuple[int, ...]) -> bool:
+    return len(theirs) == len(ours) and all(
+        -1 in pair or pair[0] == pair[1] for pair in zip(theirs[1:], ours[1:], strict=True)
     )
 
 
@@ -208,16 +204,16 @@ def _extensions(send: Send) -> list[str]:
 
 
 def _request(
-    number: str, given: Tensor, wanted: Tensor, images: np.ndarray, binary: bool
+    number: str, model_input: Tensor, model_output: Tensor, images: np.ndarray, binary: bool
 ) -> tuple[bytes, dict]:
-    """The body and the headers of a request for the scores of images."""
-    pixels = images.astype(INPUTS[given.datatype])
+    """Body and headers of a request for the scores of images."""
+    pixels = images.astype(INPUTS[model_input.datatype])
     tensor: dict[str, Any] = {
-        "name": given.name,
-        "datatype": given.datatype,
+        "name": model_input.name,
+        "datatype": model_input.datatype,
         "shape": list(images.shape),
     }
-    output: dict[str, Any] = {"name": wanted.name}
+    output: dict[str, Any] = {"name": model_output.name}
     request = {"id": number, "inputs": [tensor], "outputs": [output]}
     if not binary:
         tensor["data"] = pixels.ravel().tolist()
@@ -241,7 +237,7 @@ def _read(
     name: str,
     known: dict[str, str],
 ) -> np.ndarray:
-    """The output called `name` of an answer, of whatever shape."""
+    """The output called `name` of an answer, in any shape."""
     length = int(headers[HEADER]) if headers.get(HEADER, "").isdigit() else len(body)
     answer, rest = _object(body[:length], headers), body[length:]
     if answer.get("id") not in (None, "", number):
@@ -272,7 +268,7 @@ def _read(
         if sizes[place]:
             values = np.frombuffer(rest[start : start + sizes[place]], known[datatype])
         else:
-            # Null, as some write NaN, becomes NaN.
+            # Some servers write null for NaN; it becomes NaN.
             values = np.array(output["data"], known[datatype])
     except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"the answer is not the protocol's: {error!r}") from None
@@ -285,17 +281,16 @@ def _read(
 
 
 def _object(body: bytes, headers: Mapping[str, str]) -> dict:
-    """A JSON object; what ends before its end, where nobody said how long it is, may be whole the
-    next time."""
+    """A JSON object. A body of unstated length may be cut off: that is Unavailable."""
     try:
-        found = json.loads(body)
+        content = json.loads(body)
     except (ValueError, RecursionError) as error:
         if "Content-Length" not in headers and headers.get("Transfer-Encoding", "") != "chunked":
             raise Unavailable(f"the answer breaks off: {error}") from None
-        found = None
-    if not isinstance(found, dict):
+        content = None
+    if not isinstance(content, dict):
         raise ValueError(
             f"the answer is no JSON object but begins with {body[:60]!r}; does a server of the Open"
             " Inference Protocol v2 stand at target.url?"
         )
-    return found
+    return content
