@@ -71,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
     config = FrozenConfigDict(load_file(args.config))
     if config.student.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
-    data = qmx_data.load(config.data)
+    data = qmx_data.load(**config.data)
     ways = {"host": None, "device": 1, **{f"device {steps}": steps for steps in args.at_once}}
     rows = []
     print(

@@ -196,7 +196,7 @@ def start(config: FrozenConfigDict, workdir: Path) -> str:
     if "float64" in (config.student.dtype, config.target.precision):
         jax.config.update("jax_enable_x64", True)
     sharding.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value)
-    images = data.load(config.data)
+    images = data.load(**config.data)
     validate(config, images)
     if (
         STAGE.value not in ("all", "target", "pretrain", "monitor", "select")

@@ -257,7 +257,7 @@ def test_stopped_between_rounds(beside, tmp_path):
     )
 
     def go(stopped):
-        run = Run(config, tmp_path / "w", load(config.data), "select", stopped, [])
+        run = Run(config, tmp_path / "w", load(**config.data), "select", stopped, [])
         rows = features(run, pretrain(run, *cell.start))
         return select(run, cell, rows, target(run)).ids
 

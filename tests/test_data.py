@@ -30,25 +30,23 @@ from qmx.selection.select import select
 
 def keys(source, path="", eval_path="", **more):
     """A config's `data`."""
-    return SimpleNamespace(
-        **{
-            "source": source,
-            "path": str(path),
-            "eval_path": str(eval_path),
-            "canvas": 256,
-            "resize": 256,
-            "crop": 224,
-            "cache": "",
-            "mean": (),
-            "std": (),
-            "limit": 0,
-            **more,
-        }
-    )
+    return {
+        "source": source,
+        "path": str(path),
+        "eval_path": str(eval_path),
+        "canvas": 256,
+        "resize": 256,
+        "crop": 224,
+        "cache": "",
+        "mean": (),
+        "std": (),
+        "limit": 0,
+        **more,
+    }
 
 
 def load(*words, **more):
-    return qmx_data.load(keys(*words, **more))
+    return qmx_data.load(**keys(*words, **more))
 
 
 # Subsets

@@ -33,7 +33,7 @@ def classifier():
 
 
 VIEW = plain_view((0.3,), (0.4,))
-DIGITS = load(base().data).evaluation.all()["image"]
+DIGITS = load(**base().data).evaluation.all()["image"]
 
 
 def brightness_network():

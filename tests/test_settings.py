@@ -15,7 +15,7 @@ from qmx.main import load_file
 from qmx.report.tables import budget_label
 from qmx.settings import base
 
-DIGITS = load(base().data)
+DIGITS = load(**base().data)
 
 
 def digits(**changes):

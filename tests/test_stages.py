@@ -34,7 +34,7 @@ def test_nothing_is_looked_up_twice(finished, monkeypatch, capsys):
 
     monkeypatch.setattr(workdir, "stage", counting)
     config = tiny()
-    pipeline.run(config, finished, load(config.data), "all", lambda: False)
+    pipeline.run(config, finished, load(**config.data), "all", lambda: False)
     assert "done again" not in capsys.readouterr().err
     selections = {name: looks.pop(name) for name in [*looks] if name.startswith("select/")}
     assert looks.pop("monitor/random-seed0") == 3, "it stands beside each of three encoders"
@@ -91,7 +91,7 @@ def test_another_method(monkeypatch, tmp_path):
     }
     config.update_from_flattened_dict(changes)
     config = FrozenConfigDict(config)
-    data = load(config.data)
+    data = load(**config.data)
     checks.validate(config, data)
     out = pipeline.run(config, tmp_path, data, "all", lambda: False)
     assert "brightness" in out.splitlines()[-3]

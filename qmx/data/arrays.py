@@ -3,24 +3,18 @@
 import hashlib
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from qmx.data.sources import Dataset, in_memory
 
 
-def digits(keys: Any) -> Dataset:
+def digits() -> Dataset:
     """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, which need no download.
 
     0..16 becomes 0..255. Every fifth image of a fixed shuffle is for evaluation: 1,437 in the
     pool and 360 outside, the same for every seed. Alpaydin & Kaynak 1998 (UCI "optdigits").
     """
-    if keys.path or keys.eval_path:
-        raise ValueError(
-            "data.path and data.eval_path are not read by data.source=digits; use "
-            "data.source=arrays for images of your own"
-        )
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
@@ -30,9 +24,12 @@ def digits(keys: Any) -> Dataset:
     return from_arrays("digits", images[pool], labels[pool], images[held_out], labels[held_out])
 
 
-def arrays(keys: Any) -> Dataset:
-    """Two npz files, each with "image" uint8[n, H, W, C] (or [n, H, W]) and "label" int[n]."""
-    path, eval_path = keys.path, keys.eval_path
+def arrays(path: str, eval_path: str) -> Dataset:
+    """Two npz files, each with "image" uint8[n, H, W, C] (or [n, H, W]) and "label" int[n].
+
+    Raises:
+      ValueError: a path is missing, or what is wrong with a file; images in both files.
+    """
     if not path or not eval_path:
         raise ValueError(
             "data.source=arrays needs two files: --config.data.path=POOL.npz and "

@@ -1,8 +1,9 @@
-"""The data set that a config names."""
+"""Data sets by the names of their sources."""
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,99 +16,125 @@ from qmx.data.photos import Photos, photo_source
 from qmx.data.sources import Dataset, Source, take
 from qmx.progress import say
 
+SOURCES = ("digits", "arrays", "folder", "tfds")
 
-def photographs(find: Callable[[Any], tuple[str, Photos, Photos]], keys: Any) -> Dataset:
-    """A data set of photos; the pool's canvases come from a cache if one is given.
+
+def load(
+    source: str = "digits",
+    *,
+    path: str = "",
+    eval_path: str = "",
+    cache: str = "",
+    canvas: int = 256,
+    resize: int = 256,
+    crop: int = 224,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+    limit: int = 0,
+) -> Dataset:
+    """A data set: a pool, and images to evaluate on.
+
+    Args:
+      source: one of `SOURCES`.
+      path, eval_path: the pool and the evaluation images: npz files (arrays), class folders
+        (folder), the name of a prepared set and of its split (tfds). Not for "digits".
+      cache: folder that qmx.data.cache wrote from the pool's photos, "" to decode the files.
+      canvas: side of the square that photos are squashed onto for training. Arrays do not use it.
+      resize, crop: short side and centre of the pixels that a target gets of a photo.
+      mean, std: of each channel in 0..1; () for the source's own.
+      limit: number of images to keep, of the pool and of the evaluation each; 0 keeps all.
+
+    Raises:
+      ValueError: what is wrong with an argument or a file, in one line.
+    """
+    if source not in SOURCES:
+        raise ValueError(f"data.source {source!r} is unknown; choose one of {', '.join(SOURCES)}")
+    if cache and source in ("digits", "arrays"):
+        raise ValueError(
+            f"data.cache is not read by data.source={source}, whose images are in memory;"
+            " leave it out"
+        )
+    if limit < 0:
+        raise ValueError(f"data.limit {limit} must be a number of images, or 0 for all")
+    if source == "digits" and (path or eval_path):
+        raise ValueError(
+            "data.path and data.eval_path are not read by data.source=digits; use "
+            "data.source=arrays for images of your own"
+        )
+    if source == "digits":
+        data = digits()
+    elif source == "arrays":
+        data = arrays(path, eval_path)
+    else:
+        find = folder.photos if source == "folder" else prepared.photos
+        data = photographs(
+            *find(path, eval_path), cache=cache, canvas=canvas, resize=resize, crop=crop
+        )
+    mean = channels("mean", mean, 0.0, data.shape[-1]) or data.mean
+    std = channels("std", std, 1e-6, data.shape[-1]) or data.std
+    return data._replace(
+        mean=mean,
+        std=std,
+        pool_digest=digest_of(data.pool_digest, limit, mean, std),
+        evaluation_digest=digest_of(data.evaluation_digest, limit, mean, std),
+        pool=spread(data.pool, limit),
+        evaluation=spread(data.evaluation, limit),
+    )
+
+
+def photographs(
+    name: str,
+    pool: Photos,
+    evaluation: Photos,
+    *,
+    cache: str,
+    canvas: int,
+    resize: int,
+    crop: int,
+) -> Dataset:
+    """A data set of photos; the pool's canvases come from a cache if one is given. See `load`.
 
     A side's digest is over its listing and the sizes. The pool's is also over the use of a cache,
     because a cache's canvases differ from the files' in the last bits.
     """
-    for name in ("canvas", "resize", "crop"):
-        if getattr(keys, name) < 1:
-            raise ValueError(
-                f"data.{name} {getattr(keys, name)} is no number of pixels; use 224 or 256"
-            )
-    name, pool, evaluation = find(keys)
+    for key, pixels in {"canvas": canvas, "resize": resize, "crop": crop}.items():
+        if pixels < 1:
+            raise ValueError(f"data.{key} {pixels} is no number of pixels; use 224 or 256")
+    sized = partial(photo_source, canvas=canvas, resize=resize, crop=crop)
     left_out: list[str] = []
-    if keys.cache:
-        kept, squashed, left_out = reader(keys.cache, pool, keys.canvas)
-        source = photo_source(pool, keys, squashed, kept if left_out else None)
+    if cache:
+        kept, squashed, left_out = reader(cache, pool, canvas)
+        source = sized(pool, squashed=squashed, kept=kept if left_out else None)
         if left_out:
             say(
                 f"{len(left_out):,} of {pool.size:,} images are unreadable and left out:"
                 f" {folder.first_few(left_out)}"
             )
     else:
-        source = photo_source(pool, keys)
-    shown = [keys.resize, keys.crop]
+        source = sized(pool)
     classes = len(pool.class_names) or int(max(pool.labels.max(), evaluation.labels.max())) + 1
     return Dataset(
         name,
         source,
-        photo_source(evaluation, keys),
+        sized(evaluation),
         classes,
-        (keys.crop, keys.crop, 3),
+        (crop, crop, 3),
         IMAGENET_MEAN,
         IMAGENET_STD,
-        digest_of(pool.digest, bool(keys.cache), left_out, keys.canvas, *shown),
-        digest_of(evaluation.digest, *shown),
+        digest_of(pool.digest, bool(cache), left_out, canvas, resize, crop),
+        digest_of(evaluation.digest, resize, crop),
         pool.class_names,
     )
 
 
-# data.source -> (data) -> the data set
-SOURCES: dict[str, Callable[[Any], Dataset]] = {
-    "digits": digits,
-    "arrays": arrays,
-    "folder": lambda keys: photographs(folder.photos, keys),
-    "tfds": lambda keys: photographs(prepared.photos, keys),
-}
-
-
-def channels(keys: Any, name: str, least: float, count: int) -> tuple[float, ...]:
-    """data.mean or data.std, () if not set; ValueError unless it is `count` numbers in 0..1."""
-    values = tuple(map(float, getattr(keys, name)))
+def channels(name: str, given: Sequence[float], least: float, count: int) -> tuple[float, ...]:
+    """A mean or deviation by channels, () if not set; ValueError unless `count` numbers in 0..1."""
+    values = tuple(map(float, given))
     if values and (len(values) != count or not all(least <= value <= 1 for value in values)):
         raise ValueError(
             f"data.{name} {values} must be {count} numbers in {least:g} .. 1, one a channel"
         )
     return values
-
-
-def load(keys: Any) -> Dataset:
-    """Load the data set that a config names; ValueError says in one line what is wrong with it.
-
-    Args:
-      keys: the config's `data`.
-        source: one of SOURCES; path, eval_path: its files, folders or names.
-        canvas: side of the square that photos are squashed onto for training; resize, crop: short
-          side and centre of the pixels that a target gets. Arrays do not use these.
-        cache: folder that qmx.data.cache wrote from the pool, "" to decode the files themselves.
-        mean, std: of each channel in 0..1; () for the source's own.
-        limit: number of images to keep, of the pool and of the evaluation each; 0 keeps all.
-    """
-    if keys.source not in SOURCES:
-        raise ValueError(
-            f"data.source {keys.source!r} is unknown; choose one of {', '.join(SOURCES)}"
-        )
-    if keys.cache and keys.source in ("digits", "arrays"):
-        raise ValueError(
-            f"data.cache is not read by data.source={keys.source}, whose images are in memory;"
-            " leave it out"
-        )
-    if keys.limit < 0:
-        raise ValueError(f"data.limit {keys.limit} must be a number of images, or 0 for all")
-    data = SOURCES[keys.source](keys)
-    mean = channels(keys, "mean", 0.0, data.shape[-1]) or data.mean
-    std = channels(keys, "std", 1e-6, data.shape[-1]) or data.std
-    return data._replace(
-        mean=mean,
-        std=std,
-        pool_digest=digest_of(data.pool_digest, keys.limit, mean, std),
-        evaluation_digest=digest_of(data.evaluation_digest, keys.limit, mean, std),
-        pool=spread(data.pool, keys.limit),
-        evaluation=spread(data.evaluation, keys.limit),
-    )
 
 
 def digest_of(*facts: Any) -> str:

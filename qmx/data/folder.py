@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -106,28 +105,28 @@ def first_few(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def photos(keys: Any) -> tuple[str, Photos, Photos]:
-    """(name, pool, evaluation photos) of data.path and data.eval_path, checked against each other.
+def photos(path: str, eval_path: str) -> tuple[str, Photos, Photos]:
+    """(name, pool, evaluation photos) of two folders, checked against each other.
 
     Raises:
       ValueError: see `listing`; the classes differ; one folder lies within the other; a photo with
         the same relative name and size is in both.
     """
-    if not keys.path or not keys.eval_path:
+    if not path or not eval_path:
         raise ValueError(
             "data.source=folder needs two folders of class folders: --config.data.path=POOL and "
             "--config.data.eval_path=EVALUATION"
         )
-    here, there = Path(keys.path).resolve(), Path(keys.eval_path).resolve()
+    here, there = Path(path).resolve(), Path(eval_path).resolve()
     if here == there or here in there.parents or there in here.parents:
         raise ValueError(
-            f"data.path {keys.path} and data.eval_path {keys.eval_path} are one folder, or one is"
+            f"data.path {path} and data.eval_path {eval_path} are one folder, or one is"
             " inside the other; evaluate on images outside the pool"
         )
-    (pool, sizes), (evaluation, eval_sizes) = listing(keys.path), listing(keys.eval_path)
+    (pool, sizes), (evaluation, eval_sizes) = listing(path), listing(eval_path)
     for (one, first), (other, second) in (
-        ((pool, keys.path), (evaluation, keys.eval_path)),
-        ((evaluation, keys.eval_path), (pool, keys.path)),
+        ((pool, path), (evaluation, eval_path)),
+        ((evaluation, eval_path), (pool, path)),
     ):
         lacking = sorted(set(one.class_names) - set(other.class_names))
         if lacking:

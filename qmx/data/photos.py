@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -183,20 +183,27 @@ def usable(photos: Photos, i: int) -> Image.Image:
 
 
 def photo_source(
-    photos: Photos, keys: Any, squashed: Callable | None = None, kept: np.ndarray | None = None
+    photos: Photos,
+    *,
+    canvas: int,
+    resize: int,
+    crop: int,
+    squashed: Callable | None = None,
+    kept: np.ndarray | None = None,
 ) -> Source:
     """A source of photos.
 
     Args:
       photos: the files.
-      keys: the config's `data`: canvas, resize, crop.
+      canvas: side of the square that photos are squashed onto for training.
+      resize, crop: short side and centre of the pixels that a target gets.
       squashed: ids i64[b] -> canvases and sizes out of a cache, as `canvases` returns them.
       kept: i64[n], the photos to use, by default all; example k of the source is photo kept[k].
     """
     ids_of = np.arange(photos.size) if kept is None else kept
     labels = photos.labels[ids_of]
     if squashed is None:
-        from_files = canvases(photos, keys.canvas)
+        from_files = canvases(photos, canvas)
 
         def squashed(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             return from_files(ids_of[ids])
@@ -206,10 +213,10 @@ def photo_source(
         return {"image": images, "label": labels[ids], "size": sizes}
 
     def show(ids: np.ndarray) -> np.ndarray:
-        images = np.empty((len(ids), keys.crop, keys.crop, 3), np.uint8)
+        images = np.empty((len(ids), crop, crop, 3), np.uint8)
 
         def one(row: int, i: int) -> None:
-            images[row] = shown(usable(photos, i), keys.resize, keys.crop)
+            images[row] = shown(usable(photos, i), resize, crop)
 
         in_threads(one, ids_of[ids])
         return images

@@ -114,27 +114,27 @@ def split_photos(name: str, split: str) -> Photos:
     )
 
 
-def photos(keys: Any) -> tuple[str, Photos, Photos]:
-    """(name, pool, evaluation photos). The pool is "train"; data.eval_path is the evaluation.
+def photos(name: str, eval_split: str) -> tuple[str, Photos, Photos]:
+    """(name, pool, evaluation photos) of a prepared set. The pool is its split "train".
 
     By default the evaluation is "validation", or "test" if there is no "validation".
 
     Raises:
       ValueError: see `builder`; no such split.
     """
-    if not keys.path:
+    if not name:
         raise ValueError(
             "data.source=tfds needs the name of a set, --config.data.path=imagenet2012"
         )
-    data = builder(keys.path)
+    data = builder(name)
     splits = sorted(data.info.splits)
-    split = keys.eval_path or ("validation" if "validation" in splits else "test")
-    for name in ("train", split):
-        if name not in splits:
+    split = eval_split or ("validation" if "validation" in splits else "test")
+    for wanted in ("train", split):
+        if wanted not in splits:
             raise ValueError(
-                f"{keys.path} has no split {name!r}, only {', '.join(splits)}; name the one to"
+                f"{name} has no split {wanted!r}, only {', '.join(splits)}; name the one to"
                 " evaluate on with --config.data.eval_path"
             )
     if split == "train":
         raise ValueError("data.eval_path is 'train', which is the pool; evaluate on another split")
-    return data.info.name, split_photos(keys.path, "train"), split_photos(keys.path, split)
+    return data.info.name, split_photos(name, "train"), split_photos(name, split)
