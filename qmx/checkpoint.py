@@ -165,8 +165,7 @@ class Checkpoints:
 
 @cache
 def _hush() -> None:
-    """Keep orbax and tensorstore from a page for each save, and for each array that was not
-    written."""
+    """Keep orbax and tensorstore from a page of output per save or per unwritten array."""
     for noisy in ("absl", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     told = sys.unraisablehook

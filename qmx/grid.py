@@ -187,8 +187,7 @@ def budget_keys(config: Any) -> str:
 
 
 def cells(config: Any, size: int) -> list[Cell]:
-    """Every column at every budget in a pool of `size` images and every seed, the small budgets
-    first."""
+    """Every column, budget and seed in a pool of `size` images, the small budgets first."""
     return [
         Cell(*column, *budget, seed)
         for budget, column, seed in product(budgets(config, size), columns(config), config.seeds)

@@ -145,8 +145,7 @@ def held_out(size: int) -> np.ndarray:
 
 
 def held_out_knn(features: np.ndarray, labels: np.ndarray, k: int, temperature: float) -> float:
-    """Accuracy of `knn` in per cent, when the `held_out` part asks the others; f32[n, D],
-    i32[n]."""
+    """Accuracy of `knn` in per cent for the `held_out` part by the rest; f32[n, D], i32[n]."""
     asking = held_out(len(features))
     found = knn(features[~asking], labels[~asking], features[asking], k, temperature)
     return 100.0 * float((found == labels[asking]).mean())

@@ -88,7 +88,8 @@ def equations(jaxpr):
 
 
 def taps(out, kernel, stride, low, pixels, spread=1, apart=1):
-    """Number of products on one axis of a convolution, without padding or gaps of spread pixels."""
+    """How many products one axis of a convolution makes, those with padding or between spread
+    pixels left out."""
     at = np.arange(out)[:, None] * stride + np.arange(kernel) * apart - low
     return int(((at >= 0) & (at <= (pixels - 1) * spread) & (at % spread == 0)).sum())
 
@@ -185,7 +186,7 @@ def expected(name):
 
 
 def contractions(jaxpr):
-    """Results of `macs` for each convolution and matrix product."""
+    """What `macs` says of each convolution and matrix product."""
     return [n for n in map(macs, equations(jaxpr)) if n]
 
 
@@ -244,7 +245,7 @@ def test_state_is_donated(name):
 
 
 def audit(jaxpr, dtype):
-    """Describe what is wrong with the dtypes of a step."""
+    """What is wrong with the dtypes of a step, in words."""
     found = []
     for eqn in equations(jaxpr):
         kinds = {x.aval.dtype for x in eqn.invars if hasattr(x.aval, "dtype")}
@@ -270,7 +271,7 @@ def audit(jaxpr, dtype):
 
 
 def layout(jaxpr):
-    """Describe what is wrong with the convolutions of a forward pass."""
+    """What is wrong with the convolutions of a forward pass, in words."""
     found = []
     for eqn in equations(jaxpr):
         if eqn.primitive.name == "conv_general_dilated":

@@ -33,8 +33,7 @@ def ask_about(
     purpose: str,
     name: str,
 ) -> list[bytes]:
-    """Answers for images of a source into the ledger, with progress called `name`; returns their
-    keys."""
+    """Bring answers for a source's images into the ledger, with progress `name`; return keys."""
     keys: list[bytes] = []
     if run.config.target.kind == "recorded":
         from_first(partial(_enter, run, target.identity))
@@ -162,8 +161,7 @@ def read_answers(run: Run, identity: dict[str, str], keys: list[bytes], access: 
 
 
 def read_scores(run: Run, identity: dict[str, str], keys: list[bytes]) -> np.ndarray:
-    """All that the target shows of images by their keys, f32[n, N], as unnormalised
-    log-probabilities."""
+    """The target's answers by the images' keys, f32[n, N], as unnormalised log-probabilities."""
     access = run.config.target.access
     return as_logits(read_answers(run, identity, keys, access), access)
 

@@ -98,8 +98,7 @@ def _convert(run: Run, init: str, directory: Path) -> dict:
 
 
 def converted(config: Any, init: str, data: Dataset) -> from_torch.Converted:
-    """The weights that the config names for an init; ValueError unless a student can start from
-    them."""
+    """Read the config's weights for an init; ValueError unless a student can start from them."""
     path = config.pretrain[init].path
     made = from_torch.load(path, config.student.arch)
     check_channels(made, path, data)

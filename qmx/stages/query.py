@@ -75,8 +75,7 @@ def query(run: Run, target: Target | NotDone, selections: Iterable[Selection | N
 
 
 def unexpected(expect: tuple[float, ...], measured: dict[str, float], size: int) -> str | None:
-    """A warning where a target is not as accurate as the config says; None where it is, up to
-    chance."""
+    """Warning if a target is less accurate than the config says, beyond chance; else None."""
     for k, want in zip((1, 5), expect, strict=False):
         # Three standard errors of `size` images, and what another JPEG decoder may change.
         slack = 0.2 + 300 * (want / 100 * (1 - want / 100) / size) ** 0.5

@@ -66,8 +66,7 @@ def _enter_some(ledger: Ledger, table: Recorded, digests: list[bytes], some: sli
 
 
 def refuse_missing(config: Any, data: Dataset, ids: np.ndarray) -> None:
-    """Raise ValueError if the table lacks an evaluation image, or one of the pool's that are asked
-    about."""
+    """Raise ValueError if the table lacks an evaluation image or a pool image to ask about."""
     path = Path(config.target.path)
     have = {row.tobytes() for row in load(path).image}
     asked = {

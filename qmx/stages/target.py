@@ -94,8 +94,7 @@ def _convert(run: Run, directory: Path) -> dict:
 
 
 def converted(keys: Any, data: Dataset) -> from_torch.Converted:
-    """The weights that the config's `target` names; ValueError unless they can be the target of
-    `data`."""
+    """Read the weights of the config's `target`; ValueError unless they fit `data`."""
     made = from_torch.load(keys.path, keys.arch)
     if made.head is None:
         raise ValueError(
@@ -123,8 +122,7 @@ def check_channels(made: from_torch.Converted, path: str, data: Dataset) -> None
 
 
 class Labels:
-    """True labels as scores, f32[n, N], made for the rows that are read: 1.3 M x 1,000 would not
-    fit."""
+    """True labels as scores, f32[n, N], made for the rows read: 1.3 M x 1,000 would not fit."""
 
     def __init__(self, labels: np.ndarray, classes: int):
         self.labels, self.classes = labels, classes
@@ -149,7 +147,6 @@ def target_query(run: Run, target: Target) -> Query:
 
 
 def open_ledger(run: Run, identity: dict[str, str]) -> Ledger:
-    """The ledger of the target with this identity, with the config's budget; for the first process
-    alone."""
+    """Open the ledger of this target with the config's budget, in the first process only."""
     path, budget = run.workdir / "ledger.sqlite", run.config.budget
     return Ledger(path, **identity, budget=budget, dtype=run.config.ledger_dtype)
