@@ -83,7 +83,7 @@ def test_canvases_and_sizes_come_back(pool, evaluation, tmp_path):
         "folder", pool, evaluation, canvas=32, crop=24, resize=30, cache=str(tmp_path / "cache")
     )
     assert quick.digest != plain.digest, "its canvases are not the files' to the last bit"
-    rest = {"pool": None, "evaluation": None, "digest": ""}
+    rest = {"pool": None, "evaluation": None, "pool_digest": ""}
     assert quick._replace(**rest) == plain._replace(**rest)
     assert quick.pool.names == plain.pool.names
     ids = np.random.default_rng(0).permutation(21)

@@ -521,4 +521,4 @@ def test_keys_are_a_configs_own():
     """The helper of these tests has the keys of a config's `data`, and no others."""
     from qmx.settings import base
 
-    assert set(vars(keys("digits"))) <= set(base().data)
+    assert set(keys("digits")) <= set(base().data)
