@@ -68,6 +68,26 @@ def pytest_unconfigure():
         shutil.rmtree(COMPILED, ignore_errors=True)
 
 
+# Their tests run the same command, which one process compiles once.
+TOGETHER = {
+    f"tests/test_{name}.py"
+    for name in ("by_answers", "faults", "kill", "main", "pipeline", "reach", "recorded", "served")
+}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With several workers a file's tests stay together, and so do those of `TOGETHER`."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return "together" if file in TOGETHER else file
+
+    return ByFile(config, log)
+
+
 @pytest.fixture(scope="session")
 def environment():
     """Of commands, which find compiled what another has compiled."""

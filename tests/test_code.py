@@ -101,6 +101,7 @@ def test_ruff(words):
     subprocess.run([sys.executable, "-m", "ruff", *words, "."], check=True, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_mypy():
     """The types hold."""
     subprocess.run([sys.executable, "-m", "mypy"], check=True, cwd=ROOT)

@@ -122,6 +122,7 @@ def test_unwritable_workdir(command, tmp_path):
     assert status == 2 and len(err.splitlines()) == 1 and "file" in err
 
 
+@pytest.mark.slow
 def test_images_of_ones_own(command, tmp_path):
     """Two npz files run from pixels to the table; colour images, and a target of the user's
     size."""
@@ -187,6 +188,7 @@ def no_cache():
     compilation_cache.reset_cache()
 
 
+@pytest.mark.slow
 def test_two_calls_in_one_process(no_cache, tmp_path, monkeypatch, capsys):
     """Each has its own config, workdir and compilation cache, reads no words but its own, and
     leaves the process as it was; so does a mistake."""
@@ -231,14 +233,15 @@ def test_a_signal_is_for_its_call():
         signal.signal(signal.SIGTERM, kept)
 
 
-def test_terminal(environment, finished, tmp_path):
+@pytest.mark.slow
+def test_terminal(as_users, tmp_path):
     """In a terminal the progress is drawn as bars that go when they are done; the table is
-    plain."""
+    plain. Compiled as users have it."""
     reader, writer = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "qmx.main", *TINY, "--stage=target", f"--workdir={tmp_path}/w"],
         cwd=ROOT,
-        env={**environment, "TERM": "xterm-256color", "COLUMNS": "120"},
+        env={**as_users, "TERM": "xterm-256color", "COLUMNS": "120"},
         stdout=subprocess.PIPE,
         stderr=writer,
     )
