@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import CONVOLUTIONS, ROOT
 
 # A module may import those of its own level's right side, and nothing to its left.
 BELOW = {
@@ -78,7 +78,7 @@ def test_flags_are_the_programs_own():
         "assert os.environ.get('XLA_FLAGS') == before == {given!r};"
         "main.set_xla_flags(); print(os.environ['XLA_FLAGS'])"
     )
-    ours = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+    ours = CONVOLUTIONS
     theirs = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INVALID"
     other = "--xla_force_host_platform_device_count=3"
     for given, want in ((None, ours), (theirs, theirs), (other, f"{other} {ours}")):

@@ -81,6 +81,7 @@ def table_of(out, part):
     return json.loads((out / f"{part}.json").read_text())
 
 
+@pytest.mark.slow
 def test_bare_box(alone, tmp_path):
     """Without the packages that a lent box lacks: the first three parts whole, the others skipped
     by name."""
@@ -120,6 +121,7 @@ def test_bare_box(alone, tmp_path):
     assert table_of(out, "steps")["rows"] == rows
 
 
+@pytest.mark.slow
 def test_images(alone, tmp_path):
     """The parts that need images, in the tiny form of their own making."""
     process = start(tmp_path, alone, "--minutes=3", "--parts", "input", "cifar")
@@ -132,6 +134,7 @@ def test_images(alone, tmp_path):
     assert [row["epoch"] for row in rows] == [1, 2] and all("knn_top1" in row for row in rows)
 
 
+@pytest.mark.slow
 def test_killed(alone, tmp_path):
     """Killed amid the story: what was done is whole, the story is told as far as it went, nothing
     runs on."""
@@ -149,6 +152,7 @@ def test_killed(alone, tmp_path):
     assert stages[0]["stage"] == "target" and stages[0]["seconds"] <= stages[0]["at"]
 
 
+@pytest.mark.slow
 def test_told_to_stop(alone, tmp_path):
     """SIGTERM: the part says so, what did not start is skipped by name, and the summary is
     written."""
@@ -162,6 +166,7 @@ def test_told_to_stop(alone, tmp_path):
     assert parts["story"] == {"state": "skipped", "why": "SIGTERM"}
 
 
+@pytest.mark.slow
 def test_failures(alone, tmp_path):
     """A part that fails is a line, and the next one runs; the status says that one did."""
     process = start(
@@ -180,6 +185,7 @@ def test_failures(alone, tmp_path):
     assert "pool.npz: no such file" in parts["story"]["why"] and "\n" not in parts["story"]["why"]
 
 
+@pytest.mark.slow
 def test_no_time(alone, tmp_path):
     """What does not fit is skipped by name."""
     status, parts, _ = finish(start(tmp_path, alone, "--minutes=0"))
