@@ -9,7 +9,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+from conftest import QUICKLY, ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
 # What a box with jax, flax, optax, orbax, numpy and torch has not.
@@ -47,6 +47,12 @@ def alone():
     return {
         name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))
     }
+
+
+@pytest.fixture
+def hurried(alone):
+    """The same, compiled quickly rather than well."""
+    return {**alone, "XLA_FLAGS": QUICKLY}
 
 
 def start(out, environment, *words):
@@ -122,9 +128,9 @@ def test_bare_box(alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_images(alone, tmp_path):
+def test_images(hurried, tmp_path):
     """The parts that need images, in the tiny form of their own making."""
-    process = start(tmp_path, alone, "--minutes=3", "--parts", "input", "cifar")
+    process = start(tmp_path, hurried, "--minutes=3", "--parts", "input", "cifar")
     status, parts, _ = finish(process)
     assert status == 0 and [said["state"] for said in parts.values()] == ["done", "done"]
     rates = table_of(tmp_path, "input")["images_per_second"]
@@ -135,10 +141,10 @@ def test_images(alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed(alone, tmp_path):
+def test_killed(hurried, tmp_path):
     """Killed amid the story: what was done is whole, the story is told as far as it went, nothing
     runs on."""
-    process = start(tmp_path, alone, "--minutes=3", "--parts", "machine", "story")
+    process = start(tmp_path, hurried, "--minutes=3", "--parts", "machine", "story")
     told = tmp_path / "story.json"
     while not (told.exists() and json.loads(told.read_text())["stages"]):
         assert process.poll() is None, process.communicate()
@@ -153,10 +159,10 @@ def test_killed(alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_told_to_stop(alone, tmp_path):
+def test_told_to_stop(hurried, tmp_path):
     """SIGTERM: the part says so, what did not start is skipped by name, and the summary is
     written."""
-    process = start(tmp_path, alone, "--minutes=3", "--parts", "cifar", "story")
+    process = start(tmp_path, hurried, "--minutes=3", "--parts", "cifar", "story")
     while not (tmp_path / "summary.json").exists() or "running" not in str(summary(tmp_path)):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
@@ -167,11 +173,11 @@ def test_told_to_stop(alone, tmp_path):
 
 
 @pytest.mark.slow
-def test_failures(alone, tmp_path):
+def test_failures(hurried, tmp_path):
     """A part that fails is a line, and the next one runs; the status says that one did."""
     process = start(
         tmp_path,
-        alone,
+        hurried,
         "--minutes=3",
         "--parts",
         "cifar",
