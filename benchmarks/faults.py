@@ -6,7 +6,7 @@ A short run on digits is done once undisturbed. Then the same command is started
 and its process killed (SIGKILL) after a random time, again and again until it ends; then in the
 next workdir, until there were enough kills. Each finished table must equal the undisturbed one, and
 no image may have been asked twice. Prints a line for each finished run, then JSON; status 1 if
-anything differed.
+anything differed. Other words go to the command, as in --config.student.dtype=float32.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def main() -> int:
     )
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
+    given, words = parser.parse_known_args()
     draw, kills, wrong, runs = random.Random(given.seed), collections.Counter[str](), 0, 0
     asked_twice = unanswered = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -77,7 +77,7 @@ def main() -> int:
 
         def start(workdir: Path) -> subprocess.Popen:
             return subprocess.Popen(
-                [*COMMAND, f"--workdir={workdir}"],
+                [*COMMAND, *words, f"--workdir={workdir}"],
                 env=environment,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,

@@ -36,9 +36,10 @@ import runpy
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
@@ -47,19 +48,18 @@ from qmx import keys
 from qmx.settings import leaves
 from qmx.shipped import config_file, own_configs, with_files
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "the config, a Python file", lock_config=True
-)
-WORKDIR = flags.DEFINE_string("workdir", None, "where everything is written and found again")
-STAGE = flags.DEFINE_string("stage", "all", "all, or one stage, see --help")
-COORDINATOR = flags.DEFINE_string("coordinator", "", "HOST:PORT of the first of several processes")
-PROCESSES = flags.DEFINE_integer(
-    "processes", 0, "how many processes there are; -1 in a Kubernetes job"
-)
-PROCESS = flags.DEFINE_integer("process", -1, "which of them this is, from 0 on")
-UPDATE = flags.DEFINE_bool(
-    "update", False, "accept a workdir of another config: keep what fits, redo the rest"
-)
+
+class Arguments(NamedTuple):
+    """The command line, read."""
+
+    config: FrozenConfigDict
+    workdir: Path
+    stage: str
+    coordinator: str
+    processes: int
+    process: int
+    update: bool
+
 
 # What --help shows of the keys.
 MOST_USED = (
@@ -105,7 +105,7 @@ def main(argv: list[str]) -> int:
         print(keys.listing())
         return DONE
     try:
-        config, workdir = parse(with_files(argv))
+        arguments = parse(with_files(argv))
     except Exception as error:  # absl, ml_collections and the config file raise what they like
         return fail(explain(error), MISTAKE)
 
@@ -114,7 +114,8 @@ def main(argv: list[str]) -> int:
     from qmx.train import Stopped
 
     try:
-        text = start(config, workdir)
+        with settings_given_back():
+            text = start(arguments)
     except BudgetSpent as error:
         return fail(str(error), SPENT)
     except Stopped as error:
@@ -126,21 +127,49 @@ def main(argv: list[str]) -> int:
     return DONE
 
 
-def parse(argv: list[str]) -> tuple[FrozenConfigDict, Path]:
-    """The config with its overrides, and the workdir; raises ValueError and whatever absl
+def parse(argv: list[str]) -> Arguments:
+    """The config with its overrides, and the other flags; raises ValueError and whatever absl
     raises."""
     for word in argv[1:]:
         if word.startswith("--config="):
             check_overrides(load_file(word.partition("=")[2]), argv)
-    rest = flags.FLAGS(argv)
+    values = flags.FlagValues()  # of this call alone
+    config = config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "the config, a Python file",
+        flag_values=values,
+        lock_config=True,
+        sys_argv=argv,
+    )
+
+    def define(kind: Callable, name: str, default: object, meaning: str) -> None:
+        kind(name, default, meaning, flag_values=values)
+
+    text, number, switch = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_bool
+    define(text, "workdir", None, "where everything is written and found again")
+    define(text, "stage", "all", "all, or one stage, see --help")
+    define(text, "coordinator", "", "HOST:PORT of the first of several processes")
+    define(number, "processes", 0, "how many processes there are; -1 in a Kubernetes job")
+    define(number, "process", -1, "which of them this is, from 0 on")
+    define(switch, "update", False, "accept a workdir of another config: keep what fits")
+    rest = values(argv)
     if len(rest) > 1:
         raise ValueError(f"{rest[1]!r} is no flag; write --config.key=value")
-    if CONFIG.value is None or not WORKDIR.value:
+    if config.value is None or not values.workdir:
         raise ValueError(
             "--config=NAME, or FILE.py, and --workdir=DIRECTORY are needed, as in "
             "python -m qmx.main --config=digits --workdir=runs/digits"
         )
-    return FrozenConfigDict(CONFIG.value), Path(WORKDIR.value).absolute()
+    return Arguments(
+        FrozenConfigDict(config.value),
+        Path(values.workdir).absolute(),
+        values.stage,
+        values.coordinator,
+        values.processes,
+        values.process,
+        values.update,
+    )
 
 
 def usage() -> str:
@@ -177,10 +206,32 @@ def check_overrides(config: ConfigDict, argv: list[str]) -> None:
             )
 
 
-def start(config: FrozenConfigDict, workdir: Path) -> str:
+@contextmanager
+def settings_given_back() -> Iterator[None]:
+    """On leaving, jax's settings and the flags for XLA are as they were."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    names = ("jax_enable_x64", "jax_compilation_cache_dir")
+    before = {name: jax.config.values[name] for name in names}
+    given = os.environ.get("XLA_FLAGS")
+    try:
+        yield
+    finally:
+        if jax.config.values["jax_compilation_cache_dir"] != before["jax_compilation_cache_dir"]:
+            compilation_cache.reset_cache()  # it holds its directory open
+        for name, value in before.items():
+            jax.config.update(name, value)
+        os.environ.pop("XLA_FLAGS", None)
+        if given is not None:
+            os.environ["XLA_FLAGS"] = given
+
+
+def start(arguments: Arguments) -> str:
     """Check everything, then run; returns the text for standard out."""
     set_xla_flags()
     import jax
+    from jax.experimental.compilation_cache import compilation_cache
 
     from qmx import data, pipeline, sharding
     from qmx.cautions import warnings
@@ -189,31 +240,29 @@ def start(config: FrozenConfigDict, workdir: Path) -> str:
     from qmx.stages.query import check_budget
     from qmx.workdir import claim
 
-    if STAGE.value not in ("all", *pipeline.STAGES):
+    config, workdir, stage = arguments.config, arguments.workdir, arguments.stage
+    if stage not in ("all", *pipeline.STAGES):
         raise ValueError(
-            f"--stage={STAGE.value} is unknown; choose one of all, {', '.join(pipeline.STAGES)}"
+            f"--stage={stage} is unknown; choose one of all, {', '.join(pipeline.STAGES)}"
         )
     if "float64" in (config.student.dtype, config.target.precision):
         jax.config.update("jax_enable_x64", True)
-    sharding.connect(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+    sharding.connect(arguments.coordinator, arguments.processes, arguments.process)
     images = data.load(**config.data)
     validate(config, images)
-    if (
-        STAGE.value not in ("all", "target", "pretrain", "monitor", "select")
-        and not workdir.exists()
-    ):
+    if stage not in ("all", "target", "pretrain", "monitor", "select") and not workdir.exists():
         raise ValueError(
-            f"--stage={STAGE.value} needs what earlier stages leave in {workdir}, and it does not"
-            " exist"
+            f"--stage={stage} needs what earlier stages leave in {workdir}, and it does not exist"
         )
     check_budget(config, workdir, images)
     # Else it was done before; it takes seconds for a large network.
     if not (workdir / "config.json").exists():
         pipeline.check_weights(config, images)
-    claim(workdir, json.loads(config.to_json()), UPDATE.value)
+    claim(workdir, json.loads(config.to_json()), arguments.update)
     # So that a call after a kill compiles nothing anew.
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
+        compilation_cache.reset_cache()  # a program compiled before this would have ruled it out
     several = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     say(
         f"{jax.device_count()} {jax.devices()[0].platform} device(s){several}, jax"
@@ -221,29 +270,41 @@ def start(config: FrozenConfigDict, workdir: Path) -> str:
     )
     for warning in warnings(config, images):
         say(f"warning: {warning}")
-    return pipeline.run(config, workdir, images, STAGE.value, stop_on_signals())
+    with stop_on_signals() as stopped:
+        return pipeline.run(config, workdir, images, stage, stopped)
 
 
-def stop_on_signals() -> Callable[[], bool]:
+@contextmanager
+def stop_on_signals() -> Iterator[Callable[[], bool]]:
     """A function that says whether SIGTERM or SIGINT came; the second one ends the program at
-    once."""
+    once. On leaving, signals do what they did before."""
     seen: list[int] = []
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 
     def watch() -> None:
-        while True:
-            number = os.read(reader, 1)[0]
+        while number := os.read(reader, 1):
             if seen:
-                os._exit(128 + number)  # as a shell reports it
-            seen.append(number)
+                os._exit(128 + number[0])  # as a shell reports it
+            seen.append(number[0])
 
     # A thread learns of a signal while the program compiles; a handler only when that is over.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: None)
-    signal.set_wakeup_fd(writer)
-    threading.Thread(target=watch, daemon=True).start()
-    return lambda: bool(seen)
+    handlers = {
+        number: signal.signal(number, lambda number, frame: None)
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    before = signal.set_wakeup_fd(writer)
+    thread = threading.Thread(target=watch, name="watch for signals", daemon=True)
+    thread.start()
+    try:
+        yield lambda: bool(seen)
+    finally:
+        signal.set_wakeup_fd(before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: not set by Python
+        os.close(writer)  # which ends the thread
+        thread.join()
+        os.close(reader)
 
 
 def explain(error: BaseException) -> str:

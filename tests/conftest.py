@@ -1,22 +1,32 @@
 """Everything runs on two CPU devices, so that what depends on their number shows.
 
-In the tests' own process XLA compiles quickly rather than well; the commands that the tests start
-are compiled as users compile them.
+XLA compiles quickly rather than well, in the tests' own processes and in the commands that they
+start, so that both compute the same bits; it does as users have it where a test says so. All of
+them share one compilation cache.
 """
 
+import contextlib
+import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-QUICKLY = "--xla_backend_optimization_level=0"
-GIVEN = (
-    os.environ.get("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
-    .replace(QUICKLY, "")
-    .strip()
-)
-os.environ["XLA_FLAGS"] = f"{GIVEN} {QUICKLY}"  # a worker inherits it, so it was taken out first
+# LLVM's first level and XLA's older emitters: a third of the time for a step with random views.
+QUICKLY = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+# As qmx.main sets it; test_code.py holds the two together.
+CONVOLUTIONS = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+GIVEN = os.environ.get("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+for ours in (QUICKLY, CONVOLUTIONS):  # a worker inherits them, so they are taken out first
+    GIVEN = GIVEN.replace(ours, "").strip()
+os.environ["XLA_FLAGS"] = f"{GIVEN} {QUICKLY} {CONVOLUTIONS}"
+COMPILED = None  # the directory to remove at the end, in the process that made it
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    COMPILED = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import pytest  # noqa: E402
 
@@ -53,18 +63,42 @@ def pytest_runtest_teardown(nextitem):
         jax.clear_caches()
 
 
+def pytest_unconfigure():
+    """Remove what this process made."""
+    if COMPILED:
+        shutil.rmtree(COMPILED, ignore_errors=True)
+
+
+# Their tests run the same command, which one process compiles once.
+TOGETHER = {
+    f"tests/test_{name}.py"
+    for name in ("by_answers", "faults", "kill", "main", "pipeline", "reach", "recorded", "served")
+}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With several workers a file's tests stay together, and so do those of `TOGETHER`."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return "together" if file in TOGETHER else file
+
+    return ByFile(config, log)
+
+
 @pytest.fixture(scope="session")
-def environment(tmp_path_factory):
-    """For commands: one compilation cache, of all workers, so that only the first of them
-    compiles."""
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    return {
-        **os.environ,
-        "XLA_FLAGS": GIVEN,
-        "JAX_COMPILATION_CACHE_DIR": str(shared / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-    }
+def environment():
+    """Of commands, which find compiled what another has compiled."""
+    return dict(os.environ)
+
+
+@pytest.fixture(scope="session")
+def as_users():
+    """The same for commands that are compiled as users compile them."""
+    return {**os.environ, "XLA_FLAGS": GIVEN}
 
 
 @pytest.fixture(scope="session")
@@ -85,13 +119,32 @@ def start(environment):
 
 
 @pytest.fixture(scope="session")
-def command(start):
-    """command(*arguments) -> (exit status, standard out, standard error)."""
+def process(start):
+    """process(*arguments) -> (exit status, standard out, standard error) of a new process."""
 
     def run(*arguments):
-        process = start(*arguments)
-        out, err = process.communicate(timeout=900)
-        return process.returncode, out, err
+        running = start(*arguments)
+        out, err = running.communicate(timeout=900)
+        return running.returncode, out, err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def command():
+    """command(*arguments) -> what `process` gives, in this process: it imports nothing anew, and
+    compiles nothing that an earlier one has compiled."""
+    from qmx.main import main
+
+    def run(*arguments):
+        out, err = io.StringIO(), io.StringIO()
+        with (
+            contextlib.chdir(ROOT),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            status = main(["qmx.main", *map(str, arguments)])
+        return status, out.getvalue(), err.getvalue()
 
     return run
 

@@ -6,9 +6,10 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import QUICKLY, ROOT
+from conftest import ROOT
 
 
+@pytest.mark.slow
 def test_step_time(environment):
     """A row for each method and the inference, with positive times, PyTorch beside them."""
     rows = last_line(
@@ -32,6 +33,7 @@ def test_step_time(environment):
     )
 
 
+@pytest.mark.slow
 def test_convolutions(environment):
     """A time of both sides for every part of each shape, and the sums that count a shape as often
     as it occurs."""
@@ -51,6 +53,7 @@ def test_convolutions(environment):
             assert sums[side] == pytest.approx(wanted)
 
 
+@pytest.mark.slow
 def test_moco_cifar10(environment, tmp_path):
     """A row for each epoch, the neighbours asked where they should be, beside the notebook's
     figures."""
@@ -83,12 +86,11 @@ def test_moco_cifar10(environment, tmp_path):
 
 
 def printed(environment, *command):
-    """The lines that a benchmark prints, compiled quickly rather than well."""
-    quickly = {**environment, "XLA_FLAGS": f"{environment['XLA_FLAGS']} {QUICKLY}"}
+    """The lines that a benchmark prints."""
     return subprocess.run(
         [sys.executable, *command],
         cwd=ROOT,
-        env=quickly,
+        env=environment,
         capture_output=True,
         text=True,
         check=True,
@@ -100,6 +102,7 @@ def last_line(environment, *command):
     return json.loads(printed(environment, *command)[-1])
 
 
+@pytest.mark.slow
 def test_input_pipeline(environment):
     """A rate for each part of the way from photos to views, for all together, and for the step that
     consumes them."""
@@ -133,6 +136,7 @@ def test_input_pipeline(environment):
     )
 
 
+@pytest.mark.slow
 def test_target_throughput(environment):
     """A rate for the target, for the ledger and for both, which is no higher than either."""
     rates = last_line(
@@ -147,6 +151,7 @@ def test_target_throughput(environment):
     assert [*rates] == ["inference", "keys", "ledger", "together"] and min(rates.values()) > 0
 
 
+@pytest.mark.slow
 def test_scaling(environment):
     """A row for each number of devices; the table's hours are images over rates, and nothing is
     invented."""
@@ -197,6 +202,7 @@ def test_scaling_refuses(environment, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_start(environment):
     """The three ratios, of which the first is one."""
     rows = last_line(environment, "benchmarks/start.py", "--runs=1")["rows"]
@@ -207,6 +213,7 @@ def test_start(environment):
     )
 
 
+@pytest.mark.slow
 def test_growth(environment):
     """A row for each size of each of what grows."""
     figures = last_line(
@@ -233,10 +240,20 @@ def test_growth(environment):
         assert [row[size] for row in figures[part]] == [200, 400]
 
 
+@pytest.mark.slow
 def test_faults(environment):
     """After a kill the same command goes on to the same table."""
     done = subprocess.run(
-        [sys.executable, "benchmarks/faults.py", "--kills=1"],
+        [
+            sys.executable,
+            "benchmarks/faults.py",
+            "--kills=1",
+            # The programs of `TINY`, which others compile too; one encoder instead of three.
+            "--config.student.dtype=float32",
+            "--config.target.precision=float32",
+            "--config.inits=('none','moco')",
+            "--config.also=()",
+        ],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -247,6 +264,7 @@ def test_faults(environment):
     assert figures["kills"] == 1 and figures["runs"] == 1 and not figures["images_asked_twice"]
 
 
+@pytest.mark.slow
 def test_overhead(environment):
     """A ratio for each pair, of trainings that both went to the end."""
     out = subprocess.run(
@@ -273,6 +291,7 @@ def test_overhead(environment):
     )
 
 
+@pytest.mark.slow
 def test_feeding(environment):
     """A row for each training and way, the host's beside itself."""
     rows = last_line(
@@ -290,6 +309,7 @@ def test_feeding(environment):
     assert all(row["ms"] > 0 and row["processor_ms"] > 0 for row in rows) and rows[0]["ratio"] == 1
 
 
+@pytest.mark.slow
 def test_selection(environment):
     """A time for each way."""
     ways = ["balanced", "kcenter", "typiclust", "probcover", "propagate"]
@@ -313,6 +333,7 @@ def test_selection(environment):
     assert [*json.loads(out.splitlines()[-1])["seconds"]] == ways
 
 
+@pytest.mark.slow
 def test_ledger(environment):
     """A time for each part."""
     out = subprocess.run(

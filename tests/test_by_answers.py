@@ -121,6 +121,7 @@ def beside(command, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_questions(beside):
     """A row's questions add up to its budget, the account to the distinct images; none is sent
     twice."""
@@ -158,6 +159,7 @@ def test_questions(beside):
     assert account["unanswered"] == 0
 
 
+@pytest.mark.slow
 def test_the_choice(beside):
     """Distinct images; the first share is the random selection's; what is chosen is not; access
     makes it another."""
@@ -174,6 +176,7 @@ def test_the_choice(beside):
         assert not np.array_equal(by_logits, by_label)
 
 
+@pytest.mark.slow
 def test_again_asks_nothing(beside, command):
     """A second call finds everything done."""
     before = purposes(beside)
@@ -182,6 +185,7 @@ def test_again_asks_nothing(beside, command):
     assert purposes(beside) == before
 
 
+@pytest.mark.slow
 def test_alone(beside, command, tmp_path):
     """P2, P3: one column at one budget, stage by stage in its own workdir, chooses the same and
     learns the same."""
@@ -212,6 +216,7 @@ def test_alone(beside, command, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_budget_between_rounds(command, tmp_path):
     """Status 3 before a round that the budget does not hold, nothing of it sent; a larger one goes
     on from there."""
@@ -235,6 +240,7 @@ def test_budget_between_rounds(command, tmp_path):
     assert table(tmp_path / "w")["account"]["purposes"] == {"train": 0, **asked}
 
 
+@pytest.mark.slow
 def test_stopped_between_rounds(beside, tmp_path):
     """Stopped after the first round, and killed after the second: the same choice, and only what is
     missing is sent."""

@@ -136,6 +136,7 @@ with Checkpoints(Path(sys.argv[1])) as checkpoints:
 """
 
 
+@pytest.mark.slow
 def test_killed_while_saving(tmp_path):
     """SIGKILL in the middle of saves: the newest good one is whole, and no older than the one
     before the last begun."""

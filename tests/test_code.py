@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import CONVOLUTIONS, ROOT
 
 # From the top down: a module imports from its own package and from the lines below it.
 LEVELS = (
@@ -101,7 +101,7 @@ def test_flags_are_the_programs_own():
         "assert os.environ.get('XLA_FLAGS') == before == {given!r};"
         "main.set_xla_flags(); print(os.environ['XLA_FLAGS'])"
     )
-    ours = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+    ours = CONVOLUTIONS
     theirs = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INVALID"
     other = "--xla_force_host_platform_device_count=3"
     for given, want in ((None, ours), (theirs, theirs), (other, f"{other} {ours}")):
@@ -124,6 +124,7 @@ def test_ruff(words):
     subprocess.run([sys.executable, "-m", "ruff", *words, "."], check=True, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_mypy():
     """The types hold."""
     subprocess.run([sys.executable, "-m", "mypy"], check=True, cwd=ROOT)

@@ -64,6 +64,7 @@ def imagenet(photos, command, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_imagenet_tiny(imagenet):
     """Target, pretraining, query, distillation and report from a folder of JPEGs; each cell by its
     own recipe."""
@@ -92,6 +93,7 @@ def test_imagenet_tiny(imagenet):
     assert "recipes of their own" in (imagenet / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_cache_gives_the_same_target_and_answers(imagenet, photos, command, tmp_path):
     """Training reads the cache; what the target is asked about comes from the photos, so that its
     answers are equal."""
@@ -118,6 +120,7 @@ def test_a_cache_gives_the_same_target_and_answers(imagenet, photos, command, tm
     assert table(tmp_path / "w")["account"]["purposes"] == table(imagenet)["account"]["purposes"]
 
 
+@pytest.mark.slow
 def test_cifar10_tiny(command, tmp_path):
     """The same from npz files of CIFAR's shape."""
     rng = np.random.default_rng(0)
@@ -183,6 +186,7 @@ TORCH = [
 ]
 
 
+@pytest.mark.slow
 def test_pytorch_target_and_encoder(photos, weights, command, tmp_path):
     """A target and an init from PyTorch's files by one line each; their answers are PyTorch's, the
     encoder is the file's to the bit; the accuracy that was promised and is not there is warned of,
@@ -400,6 +404,7 @@ def test_recipes_must_not_overlap():
     assert recipe_name(config, cell) == ""
 
 
+@pytest.mark.slow
 def test_precision_is_part_of_the_question(photos, weights, command, tmp_path):
     """P6: answers in bfloat16 are others than those in float32, though near them: they are asked
     for anew and kept apart, and cost no budget, which counts images."""

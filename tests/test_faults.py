@@ -1,6 +1,7 @@
 """A full disk, a read-only place, numbers that go wrong, an impatient user: one line, and nothing
 is damaged."""
 
+import contextlib
 import re
 import resource
 import shutil
@@ -25,8 +26,20 @@ def one_line(err):
     return mistakes[0]
 
 
+@contextlib.contextmanager
+def little_room():
+    """No file that this process writes may be larger than `ROOM`."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["target", "pretrain", "select", "query", "distill", "report"])
-def test_full_disk(finished, environment, command, tmp_path, stage):
+def test_full_disk(finished, command, tmp_path, stage):
     """No file can grow: the stage says so in a line; with room again the same command ends with the
     same table."""
     workdir = tmp_path / "w"
@@ -37,22 +50,16 @@ def test_full_disk(finished, environment, command, tmp_path, stage):
     )
     for path in (workdir / stage,) if stage != "report" else workdir.glob("*.png"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    words = [*TINY, f"--workdir={workdir}", f"--stage={stage}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "qmx.main", *words],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, ROOM)),
-    )
-    assert done.returncode == 2, done
-    assert re.search("too large|disk", one_line(done.stderr))
+    with little_room():
+        status, _, err = command(*TINY, f"--workdir={workdir}", f"--stage={stage}")
+    assert status == 2, err
+    assert re.search("too large|disk", one_line(err))
     status, _, err = command(*TINY, f"--workdir={workdir}")
     assert status == 0, err
     assert table(workdir) == table(finished)
 
 
+@pytest.mark.slow
 def test_full_disk_while_saving(environment, command, tmp_path):
     """A checkpoint that does not fit ends the training and is named (a disk that has no room is
     noticed before). The same command goes on."""
@@ -80,6 +87,7 @@ def test_read_only(command):
     assert status == 2 and "/sys/qmx" in one_line(err)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("save_minutes", "saved"),
     [
@@ -108,6 +116,7 @@ def test_numbers_that_go_wrong(command, tmp_path, save_minutes, saved):
     assert all(step < int(found[2]) for step in kept) and bool(kept) == (save_minutes < 1)
 
 
+@pytest.mark.slow
 def test_second_signal(start, tmp_path):
     """The first one is taken note of; the second one, of either kind, ends the program at once."""
     process = start(*MOCO, "--config.pretrain.moco.epochs=400", f"--workdir={tmp_path}/w")
@@ -120,6 +129,7 @@ def test_second_signal(start, tmp_path):
     assert process.returncode in (128 + signal.SIGTERM, 128 + signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_stop_while_asking(finished, start, command, tmp_path):
     """SIGTERM in the query stage: 75 after a batch; the answers until then are not asked for
     again."""

@@ -126,6 +126,7 @@ def large(tmp_path_factory):
     out.unlink(missing_ok=True)
 
 
+@pytest.mark.slow
 def test_memory(large):
     """Converting the target's 776 MB takes at most three times as much, all imports included."""
     _, path, out, done = large
@@ -141,6 +142,7 @@ def test_memory(large):
     )
 
 
+@pytest.mark.slow
 def test_target_scores(large):
     """E1: the target of the reference results scores 64 images as torch does, its grouped
     convolutions included."""
@@ -162,6 +164,7 @@ def resnet50():
     )
 
 
+@pytest.mark.slow
 def test_student_scores(resnet50):
     """E1: so does the ResNet-50 at 96 px; in half precision within its own tolerance; and with its
     norms folded in."""

@@ -9,7 +9,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+from conftest import QUICKLY, ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
 # What a box with jax, flax, optax, orbax, numpy and torch has not.
@@ -49,6 +49,12 @@ def alone():
     }
 
 
+@pytest.fixture
+def hurried(alone):
+    """The same, compiled quickly rather than well."""
+    return {**alone, "XLA_FLAGS": QUICKLY}
+
+
 def start(out, environment, *words):
     command = [sys.executable, "benchmarks/gpu.py", "--tiny", f"--out={out}", *words]
     return subprocess.Popen(
@@ -81,6 +87,7 @@ def table_of(out, part):
     return json.loads((out / f"{part}.json").read_text())
 
 
+@pytest.mark.slow
 def test_bare_box(alone, tmp_path):
     """Without the packages that a lent box lacks: the first three parts whole, the others skipped
     by name."""
@@ -120,9 +127,10 @@ def test_bare_box(alone, tmp_path):
     assert table_of(out, "steps")["rows"] == rows
 
 
-def test_images(alone, tmp_path):
+@pytest.mark.slow
+def test_images(hurried, tmp_path):
     """The parts that need images, in the tiny form of their own making."""
-    process = start(tmp_path, alone, "--minutes=3", "--parts", "input", "cifar")
+    process = start(tmp_path, hurried, "--minutes=3", "--parts", "input", "cifar")
     status, parts, _ = finish(process)
     assert status == 0 and [said["state"] for said in parts.values()] == ["done", "done"]
     rates = table_of(tmp_path, "input")["images_per_second"]
@@ -132,10 +140,11 @@ def test_images(alone, tmp_path):
     assert [row["epoch"] for row in rows] == [1, 2] and all("knn_top1" in row for row in rows)
 
 
-def test_killed(alone, tmp_path):
+@pytest.mark.slow
+def test_killed(hurried, tmp_path):
     """Killed amid the story: what was done is whole, the story is told as far as it went, nothing
     runs on."""
-    process = start(tmp_path, alone, "--minutes=3", "--parts", "machine", "story")
+    process = start(tmp_path, hurried, "--minutes=3", "--parts", "machine", "story")
     told = tmp_path / "story.json"
     while not (told.exists() and json.loads(told.read_text())["stages"]):
         assert process.poll() is None, process.communicate()
@@ -149,10 +158,11 @@ def test_killed(alone, tmp_path):
     assert stages[0]["stage"] == "target" and stages[0]["seconds"] <= stages[0]["at"]
 
 
-def test_told_to_stop(alone, tmp_path):
+@pytest.mark.slow
+def test_told_to_stop(hurried, tmp_path):
     """SIGTERM: the part says so, what did not start is skipped by name, and the summary is
     written."""
-    process = start(tmp_path, alone, "--minutes=3", "--parts", "cifar", "story")
+    process = start(tmp_path, hurried, "--minutes=3", "--parts", "cifar", "story")
     while not (tmp_path / "summary.json").exists() or "running" not in str(summary(tmp_path)):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
@@ -162,11 +172,12 @@ def test_told_to_stop(alone, tmp_path):
     assert parts["story"] == {"state": "skipped", "why": "SIGTERM"}
 
 
-def test_failures(alone, tmp_path):
+@pytest.mark.slow
+def test_failures(hurried, tmp_path):
     """A part that fails is a line, and the next one runs; the status says that one did."""
     process = start(
         tmp_path,
-        alone,
+        hurried,
         "--minutes=3",
         "--parts",
         "cifar",
@@ -180,6 +191,7 @@ def test_failures(alone, tmp_path):
     assert "pool.npz: no such file" in parts["story"]["why"] and "\n" not in parts["story"]["why"]
 
 
+@pytest.mark.slow
 def test_no_time(alone, tmp_path):
     """What does not fit is skipped by name."""
     status, parts, _ = finish(start(tmp_path, alone, "--minutes=0"))

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from conftest import QUICKLY, ROOT
 
+pytestmark = pytest.mark.slow
+
 METHODS = ("moco", "simsiam", "rotation", "fixmatch", "distill")
 STEPS = 20
 

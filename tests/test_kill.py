@@ -8,6 +8,8 @@ import time
 import pytest
 from conftest import TINY, table
 
+pytestmark = pytest.mark.slow
+
 MOMENTS = [
     "target/metrics.jsonl",
     "target/target.safetensors",
@@ -33,16 +35,16 @@ def wait_for(process, path, lines=0):
     raise AssertionError(f"{path} did not appear")
 
 
-def test_kill(finished, start, command, tmp_path):
+def test_kill(finished, start, process, tmp_path):
     """SIGKILL in every stage, each time as soon as a certain file appears."""
     workdir = tmp_path / "w"
     for moment in MOMENTS:
-        process = start(*TINY, f"--workdir={workdir}")
-        wait_for(process, workdir / moment)
-        process.kill()
-        process.communicate()
-        assert process.returncode in (0, -signal.SIGKILL)
-    status, _, err = command(*TINY, f"--workdir={workdir}")
+        running = start(*TINY, f"--workdir={workdir}")
+        wait_for(running, workdir / moment)
+        running.kill()
+        running.communicate()
+        assert running.returncode in (0, -signal.SIGKILL)
+    status, _, err = process(*TINY, f"--workdir={workdir}")
     assert status == 0, err
     killed, undisturbed = table(workdir), table(finished)
     # A batch that was under way at a kill may be on record as sent; its images were never answered

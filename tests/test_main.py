@@ -1,18 +1,24 @@
 """The command line: mistakes end with status 2, one line on standard error, and no workdir."""
 
 import ast
+import json
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 import tomllib
 
+import jax
 import numpy as np
 import pytest
 from conftest import ROOT, TINY
+from jax.experimental.compilation_cache import compilation_cache
 
-from qmx.main import MOST_USED, load_file, main
+from qmx.main import MOST_USED, load_file, main, stop_on_signals
 from qmx.pipeline import STAGES
 from qmx.settings import base, leaves
 from qmx.shipped import config_file, with_files
@@ -123,6 +129,7 @@ def test_unwritable_workdir(command, tmp_path):
     assert status == 2 and len(err.splitlines()) == 1 and "file" in err
 
 
+@pytest.mark.slow
 def test_images_of_ones_own(command, tmp_path):
     """Two npz files run from pixels to the table; colour images, and a target of the user's
     size."""
@@ -239,14 +246,83 @@ def test_what_is_installed():
     assert wheel["sources"] == {"configs": "qmx/configs"}
 
 
-def test_terminal(environment, finished, tmp_path):
+def what_a_call_sets():
+    """Everything of the process that a call of `main` sets for itself, or opens."""
+    wakeup = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(wakeup)
+    return {
+        "settings": (jax.config.jax_enable_x64, jax.config.jax_compilation_cache_dir),
+        "flags for XLA": os.environ.get("XLA_FLAGS"),
+        "signals": [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)],
+        "wakeup": wakeup,
+        "watching": [thread for thread in threading.enumerate() if "watch" in thread.name],
+    }
+
+
+@pytest.fixture
+def no_cache():
+    """Without the compilation cache that the tests share, as users call it."""
+    cache = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    jax.config.update("jax_compilation_cache_dir", cache)
+    compilation_cache.reset_cache()
+
+
+@pytest.mark.slow
+def test_two_calls_in_one_process(no_cache, tmp_path, monkeypatch, capsys):
+    """Each has its own config, workdir and compilation cache, reads no words but its own, and
+    leaves the process as it was; so does a mistake."""
+    monkeypatch.setattr(sys, "argv", ["another", "--own=words", "--config.epochs=1"])
+    before = what_a_call_sets()
+    short = ["--config.seeds=(0,)", "--config.inits=('none',)", "--config.also=()"]
+    calls = {
+        "target": [f"{DIGITS}:float32", *short, "--config.target.epochs=0.2"],
+        "select": [DIGITS, *short, "--config.target.batch_size=32"],
+    }
+    for stage, words in calls.items():
+        words = ["qmx", *words, f"--stage={stage}", f"--workdir={tmp_path}/{stage}"]
+        assert main(words) == 0
+        assert capsys.readouterr().out.startswith(f"stage {stage} is done")
+        assert what_a_call_sets() == before, stage
+        for mistake in ("word", "--config.inits=(1,)", "--config.seeds=(1,)"):
+            assert main([*words, mistake]) == 2
+            assert what_a_call_sets() == before, (stage, mistake)
+    assert list((tmp_path / "target/compiled").iterdir()), "a cache of its own"
+    first, second = (json.loads((tmp_path / stage / "config.json").read_text()) for stage in calls)
+    assert (first["student"]["dtype"], second["student"]["dtype"]) == ("float32", "float64")
+    assert (first["target"]["batch_size"], second["target"]["batch_size"]) == (64, 32)
+
+
+def test_a_signal_is_for_its_call():
+    """Within a call it is taken note of, after it it does what it did before; the next call has
+    not seen it."""
+    came = []
+    kept = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    try:
+        for _ in range(2):
+            with stop_on_signals() as stopped:
+                assert not stopped()
+                os.kill(os.getpid(), signal.SIGTERM)
+                deadline = time.monotonic() + 10
+                while not stopped() and time.monotonic() < deadline:
+                    time.sleep(0.001)
+                assert stopped() and not came
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert came == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, kept)
+
+
+@pytest.mark.slow
+def test_terminal(as_users, tmp_path):
     """In a terminal the progress is drawn as bars that go when they are done; the table is
-    plain."""
+    plain. Compiled as users have it."""
     reader, writer = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "qmx.main", *TINY, "--stage=target", f"--workdir={tmp_path}/w"],
         cwd=ROOT,
-        env={**environment, "TERM": "xterm-256color", "COLUMNS": "120"},
+        env={**as_users, "TERM": "xterm-256color", "COLUMNS": "120"},
         stdout=subprocess.PIPE,
         stderr=writer,
     )

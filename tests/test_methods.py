@@ -233,6 +233,7 @@ def test_moco_queue_must_fit():
         make("moco", queue_size=20).init(jax.random.key(0), batch())
 
 
+@pytest.mark.slow
 def test_moco_stuck_at_chance():
     """M12: features that say nothing give exactly ln(K + 1); a toy run leaves it."""
     constant = models.Network(
@@ -326,6 +327,7 @@ def test_simsiam_layers():
             assert np.all(leaf == (0 if path.endswith("bn2/scale") else 1)), path
 
 
+@pytest.mark.slow
 def test_simsiam_stops_the_gradient():
     """S2, S9: the gradient is that of the loss with the projections as constants."""
     method, _, states, _, _ = trained("simsiam")

@@ -12,6 +12,7 @@ from conftest import TINY, table
 from qmx import __version__
 
 
+@pytest.mark.slow
 def test_results(finished):
     """results.json has the keys that scripts rely on, one row for each run, and figures in their
     ranges."""
@@ -60,6 +61,7 @@ def test_results(finished):
     }
 
 
+@pytest.mark.slow
 def test_artefacts(finished):
     """Each stage left what the design names; the curve is a picture; nothing half-written is
     about."""
@@ -91,12 +93,13 @@ def test_artefacts(finished):
     assert page.count("<table>") == 5 and "data:image/png;base64," in page
 
 
-def test_second_call_finds_it_done(finished, command):
+@pytest.mark.slow
+def test_second_call_finds_it_done(finished, process):
     """A second call trains nothing, asks nothing, says so, prints the same table, and takes
     seconds."""
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("result.json")}
     began = time.monotonic()
-    status, out, err = command(*TINY, f"--workdir={finished}")
+    status, out, err = process(*TINY, f"--workdir={finished}")
     assert status == 0 and "all of it was done before" in err
     assert time.monotonic() - began < 30
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("result.json")}
@@ -106,9 +109,10 @@ def test_second_call_finds_it_done(finished, command):
     )
 
 
+@pytest.mark.slow
 def test_stage_by_stage_without_the_target(finished, command, tmp_path):
-    """P1, P6: each stage in a process of its own gives the same table; from the query on the target
-    is gone."""
+    """P1, P6: each stage in a call of its own gives the same table; from the query on the target is
+    gone. test_kill.py has processes of their own."""
     for stage in ("target", "pretrain", "monitor", "select", "query"):
         assert command(*TINY, f"--workdir={tmp_path}/w", f"--stage={stage}")[0] == 0, stage
     (tmp_path / "w/target/target.safetensors").unlink()
@@ -118,6 +122,7 @@ def test_stage_by_stage_without_the_target(finished, command, tmp_path):
     assert table(tmp_path / "w") == table(finished)
 
 
+@pytest.mark.slow
 def test_stages_out_of_order(finished, command, tmp_path):
     """A stage whose inputs are missing names them and the stage that makes them."""
     status, _, err = command(*TINY, f"--workdir={tmp_path}/w", "--stage=distill")
@@ -128,6 +133,7 @@ def test_stages_out_of_order(finished, command, tmp_path):
     assert status == 2 and "moco-seed0, which --stage=pretrain makes" in err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_partial_report(finished, command, tmp_path):
     """What was not run is shown as not run."""
     shutil.copytree(finished, tmp_path / "w")
@@ -151,6 +157,7 @@ def test_partial_report(finished, command, tmp_path):
     assert sorted((tmp_path / "w").glob("*/*/result.json")) == results
 
 
+@pytest.mark.slow
 def test_another_config(finished, command, tmp_path):
     """A workdir of another config is refused with the key; --update redoes what depends on it, and
     no more."""
@@ -179,6 +186,7 @@ def test_another_config(finished, command, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_workdir_of_version_0_1(finished, command, tmp_path):
     """A run of qmx 0.1 is refused in one line; --update does its stages again and asks nothing."""
     shutil.copytree(finished, tmp_path / "w")
@@ -199,6 +207,7 @@ def test_workdir_of_version_0_1(finished, command, tmp_path):
     assert status == 0 and "all of it was done before" in err, err
 
 
+@pytest.mark.slow
 def test_budgets_do_not_meet(finished, command, tmp_path):
     """P2, P3: a student is the same whether or not smaller budgets ran before it in the same
     call."""
@@ -220,6 +229,7 @@ def test_budgets_do_not_meet(finished, command, tmp_path):
     assert alone == together
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("access", ["probs", "label"])
 def test_weaker_access_asks_nothing_new(finished, command, tmp_path, access):
     """Weaker access levels are derived from the answers that were paid for."""
@@ -238,6 +248,7 @@ def test_weaker_access_asks_nothing_new(finished, command, tmp_path, access):
     assert {row["access"] for row in new["rows"]} == {access}
 
 
+@pytest.mark.slow
 def test_access_levels(finished, command, tmp_path):
     """Five levels of access ask exactly what one does, and stand side by side; a weaker one makes
     another student."""
@@ -277,6 +288,7 @@ def test_access_levels(finished, command, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_self_labelled_students(finished, command, tmp_path):
     """They ask nothing new, at any budget and from nothing too, and take as many steps as they are
     told."""
@@ -318,6 +330,7 @@ def test_self_labelled_students(finished, command, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_labels_instead_of_scores(finished, command, tmp_path):
     """By one key the students learn the true labels of the same images."""
     shutil.copytree(finished, tmp_path / "w")
@@ -337,6 +350,7 @@ def test_labels_instead_of_scores(finished, command, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_budget(finished, command, tmp_path):
     """Exit status 3 before the target is asked, with what was spent; a budget that suffices is no
     hindrance."""
@@ -349,6 +363,7 @@ def test_budget(finished, command, tmp_path):
     assert command(*TINY, f"--workdir={tmp_path}/w", "--config.budget=1437", "--update")[0] == 0
 
 
+@pytest.mark.slow
 def test_nothing_was_asked_twice(finished):
     """The ledger's account: every call answered a distinct image, none is in flight."""
     account = table(finished)["account"]

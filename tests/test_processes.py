@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import QUICKLY, ROOT
 
 # In float64, where the order of sums makes no difference that lasts.
 SHORT = [
@@ -32,10 +32,12 @@ SHORT = [
 ]
 
 
+# A minute or so, in the same programs for whoever stops it.
 PRETRAIN = [
-    "--config=configs/digits.py",
+    "--config=configs/digits.py:float32",
     "--config.seeds=(0,)",
     "--config.inits=('moco',)",
+    "--config.pretrain.moco.epochs=40",
     "--stage=pretrain",
 ]
 
@@ -51,7 +53,7 @@ def launch(environment):
     """launch(processes, devices, flags) -> the running commands."""
 
     def start(processes, devices, *words):
-        flags = f"--xla_force_host_platform_device_count={devices}"
+        flags = f"--xla_force_host_platform_device_count={devices} {QUICKLY}"
         several = (
             [f"--coordinator=localhost:{free_port()}", f"--processes={processes}"]
             if processes > 1
@@ -102,6 +104,7 @@ def workdirs(launch, tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_same_losses(workdirs):
     """R7: every step of every training."""
     columns = (
@@ -130,6 +133,7 @@ def test_same_losses(workdirs):
         np.testing.assert_allclose(two, one, rtol=1e-10, err_msg=stage)
 
 
+@pytest.mark.slow
 def test_same_ledger(workdirs):
     """P1: the same images were asked, once each, and all answers are in the one ledger."""
     answers = []
@@ -164,6 +168,7 @@ def test_same_ledger(workdirs):
         )
 
 
+@pytest.mark.slow
 def test_same_table(workdirs):
     """Every figure."""
     one, two = (
@@ -177,6 +182,7 @@ def test_same_table(workdirs):
             ), key
 
 
+@pytest.mark.slow
 def test_budget_between_rounds(workdirs, launch, tmp_path):
     """The budget ends in a round of choosing by answers: status 3 in both, and nothing of that
     round was sent."""
@@ -203,6 +209,7 @@ def test_budget_between_rounds(workdirs, launch, tmp_path):
     assert 48 <= sent <= 71 and all(f"{sent} of 71 queries are spent" in err for _, _, err in done)
 
 
+@pytest.mark.slow
 def test_target_elsewhere(launch, tmp_path):
     """A Python function is called by the first process alone, once for each image, and both come to
     the table."""
@@ -234,10 +241,11 @@ def test_target_elsewhere(launch, tmp_path):
     assert [int(images) for _, images in asked] == [64] * 5 + [40, 64, 7]
 
 
+@pytest.mark.slow
 def test_stop_and_go_on(launch, tmp_path):
     """SIGTERM to one of two stops both after the same step with status 75, and one process alone
     goes on from there."""
-    longer = [*PRETRAIN, "--config.pretrain.moco.epochs=40", f"--workdir={tmp_path}/w"]
+    longer = [*PRETRAIN, f"--workdir={tmp_path}/w"]
     metrics = tmp_path / "w/pretrain/moco-seed0/metrics.jsonl"
     running = launch(2, 2, *longer)
     wait_for(running, metrics, 20)
@@ -250,16 +258,17 @@ def test_stop_and_go_on(launch, tmp_path):
     assert status == 0 and f"goes on from {metrics.parent}/checkpoints/{steps.pop()}\n" in err, err
 
 
+@pytest.mark.slow
 def test_a_dead_process_ends_the_other(launch, tmp_path):
     """Within a minute, with a message, and the same command goes on."""
-    longer = [*PRETRAIN, "--config.pretrain.moco.epochs=400", f"--workdir={tmp_path}/w"]
-    running = launch(2, 2, *longer)
+    running = launch(2, 2, *PRETRAIN, f"--workdir={tmp_path}/w")
     wait_for(running, tmp_path / "w/pretrain/moco-seed0/metrics.jsonl", 5)
     running[1].kill()
     status, _, err = finish(running, timeout=60)[0]
     assert status not in (0, None) and err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_error_in_one_ends_the_other(failing):
     """Nor does an error that only one of them has leave the other waiting for it."""
@@ -302,9 +311,9 @@ def wait_for(processes, path, lines):
         ("--coordinator=localhost:1", "--processes=2", "--process=2"),
     ],
 )
-def test_half_a_cluster(launch, tmp_path, words):
+def test_half_a_cluster(command, tmp_path, words):
     """Flags that do not go together: status 2 and one line, at once."""
-    status, _, err = finish(launch(1, 2, *SHORT, *words, f"--workdir={tmp_path}/w"), timeout=60)[0]
+    status, _, err = command(*SHORT, *words, f"--workdir={tmp_path}/w")
     assert status == 2 and len(err.splitlines()) == 1 and "--coordinator" in err
     assert not (tmp_path / "w").exists()
 

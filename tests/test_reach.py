@@ -38,6 +38,7 @@ def test_the_first_time():
     assert first_reached([1, 10, 100], [10, 10, 20], 15) == pytest.approx(10**1.5)
 
 
+@pytest.mark.slow
 def test_report(finished, command, tmp_path):
     """The table beside the others, with prices where the config has one; by hand from the rows;
     only what was run.

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 
 import numpy as np
+import pytest
 import yaml
 from conftest import ROOT
 
@@ -19,6 +20,7 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
+@pytest.mark.slow
 def test_pieces(tmp_path, monkeypatch, capsys):
     """The functional API on one screen: a MoCo step in a loop of one's own, and the ledger. Each
     runs alone and prints something."""

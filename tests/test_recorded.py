@@ -103,6 +103,7 @@ def test_files_that_are_no_table(tmp_path, name):
             load(tmp_path / name)
 
 
+@pytest.mark.slow
 def test_same_table_from_recorded_answers(finished, command, tmp_path, capsys):
     """Export, import, and the same figures without the target; then a table that lacks some
     answers."""

@@ -326,6 +326,7 @@ def test_tls(serve, tmp_path):
         connect(server, scheme="https", ca_file=str(tmp_path / "key"))
 
 
+@pytest.mark.slow
 def test_kills(environment):
     """Fifty kills in the middle of served batches: nothing lost, nothing paid twice but what was in
     flight."""
@@ -421,6 +422,7 @@ SHORT = [
 ]
 
 
+@pytest.mark.slow
 def test_the_command_with_a_server(serve, command, tmp_path):
     """From the server to the table, each image paid for once; a server that is not there costs no
     pretraining."""
@@ -448,6 +450,7 @@ def test_the_command_with_a_server(serve, command, tmp_path):
     assert len(asked) == 71 + 360 + results["account"]["failed"] and len(set(asked)) == 71 + 360
 
 
+@pytest.mark.slow
 def test_the_command_with_a_function(command, tmp_path):
     """From a function that only names classes to the table; the ledger goes on where it stopped."""
     (tmp_path / "own.py").write_text(

@@ -77,6 +77,7 @@ def test_recipes():
     )
 
 
+@pytest.mark.slow
 def test_simsiam_predictor_rate():
     """S7: with the flag the predictor keeps its rate to the last step while the backbone's falls;
     else both fall."""

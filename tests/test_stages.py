@@ -5,6 +5,7 @@ import json
 from collections import Counter
 
 import jax.numpy as jnp
+import pytest
 from conftest import ROOT, TINY
 from ml_collections import ConfigDict, FrozenConfigDict
 
@@ -12,6 +13,8 @@ from qmx import checks, models, pipeline, settings, trainers, workdir
 from qmx.contract import Encoder, Method, begin_from, chain, network_key, view_shape
 from qmx.data import load
 from qmx.main import load_file
+
+pytestmark = pytest.mark.slow  # each trains, or needs what a command trained
 
 
 def tiny():
