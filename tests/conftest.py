@@ -23,8 +23,8 @@ GIVEN = os.environ.get("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
 for ours in (QUICKLY, CONVOLUTIONS):  # a worker inherits them, so they are taken out first
     GIVEN = GIVEN.replace(ours, "").strip()
 os.environ["XLA_FLAGS"] = f"{GIVEN} {QUICKLY} {CONVOLUTIONS}"
-# PyTorch 2.13's oneDNN, 3.12, writes past its memory in the gradients of narrow convolutions where a
-# CPU has AVX2 and no AVX-512 ("corrupted double-linked list" and the like); its older code does not.
+# PyTorch 2.13's oneDNN 3.12 writes past its memory in the gradients of narrow convolutions, on CPUs
+# with AVX2 and no AVX-512 ("corrupted double-linked list" and the like). Its code for AVX does not.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX")
 COMPILED = None  # the directory to remove at the end, in the process that made it
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
