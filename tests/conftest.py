@@ -15,8 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-# LLVM's lowest level and XLA's older emitters: a third of the time for a step with random views.
-# The emitters round float64 another way on other numbers of devices: LEVEL alone is for those tests.
+# LLVM's lowest level, and XLA's older emitters: a third of the time for a step with random views.
+# Those round float64 another way on other numbers of devices, so such tests take LEVEL alone.
 LEVEL = "--xla_backend_optimization_level=0"
 QUICKLY = f"{LEVEL} --xla_cpu_use_fusion_emitters=false"
 # As qmx.main sets it; test_code.py holds the two together.
