@@ -87,9 +87,9 @@ def measure(
         cache.write(paths, root / "cache")
         keys = base().data
         keys.update(source="folder", path=str(root / "train"), eval_path=str(root / "val"))
-        files = load(keys).pool
+        files = load(**keys).pool
         keys.cache = str(root / "cache")
-        cached = load(keys).pool
+        cached = load(**keys).pool
         order = np.random.default_rng(0).permutation(photos)[: steps * batch].reshape(steps, batch)
         view = augment.make_view(size)
         views = jax.jit(lambda batch, rng: [view(key, batch) for key in jax.random.split(rng)])
