@@ -19,10 +19,9 @@ from shutil import disk_usage
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from qmx.contract import Encoder, Network, PyTree, by_path, check_shapes
+from qmx.contract import Encoder, Network, PyTree, by_path, check_shapes, variable_shapes
 from qmx.sharding import first
 from qmx.train import TrainState
 
@@ -222,9 +221,7 @@ def load_encoder(path: Path | str, network: Network, shape: tuple[int, int, int]
     Raises:
       ValueError: a variable is missing, left over, or of another shape; all of them are listed.
     """
-    images = jnp.zeros((2, *shape))  # two, because one has no batch statistics
-    shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), images))
-    return load_weights(Path(path), Encoder(*shapes))
+    return load_weights(Path(path), variable_shapes(network, shape))
 
 
 def weights_digest(tree: PyTree) -> str:

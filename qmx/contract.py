@@ -138,6 +138,12 @@ def view_shape(view: View, batch: Batch) -> jax.Array:
     return jnp.zeros(out.shape, out.dtype)
 
 
+def variable_shapes(network: Network, shape: tuple[int, int, int]) -> Encoder:
+    """Shapes and dtypes of a network's variables, for images of H, W, C; nothing is computed."""
+    images = jnp.zeros((2, *shape))  # two, because one has no batch statistics
+    return Encoder(*jax.eval_shape(lambda: network.init(jax.random.key(0), images)))
+
+
 def wide(x: jax.Array) -> jax.Array:
     """`x` in float32, or in float64 if it is: what sums and logarithms are taken in."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))

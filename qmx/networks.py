@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from qmx import models
 from qmx.augment import plain_view
-from qmx.contract import Encoder, Network, View, chain
+from qmx.contract import Encoder, Network, View, chain, variable_shapes
 from qmx.data import Dataset
 from qmx.targets.query import PRECISIONS
 
@@ -75,10 +75,8 @@ def random_backbone(arch: str, dtype: str, seen: Look) -> Callable[[jax.Array], 
 
 @cache
 def variables(network: Network, seen: Look) -> Encoder:
-    """The shapes of a network's variables, for reading weights; traced once, and nothing is
-    computed."""
-    image = jnp.zeros((2, *seen.shape))  # two, because one has no batch statistics
-    return Encoder(*jax.eval_shape(lambda: network.init(jax.random.key(0), image)))
+    """`qmx.contract.variable_shapes` of a network, for reading weights; traced once."""
+    return variable_shapes(network, seen.shape)
 
 
 @cache

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from qmx.data import Dataset
-from qmx.grid import Cell, cells, encoders
+from qmx.grid import cells, encoders
 from qmx.progress import say
 from qmx.stages import outside, recorded
 from qmx.stages.distill import distill
 from qmx.stages.evaluate import evaluate
-from qmx.stages.features import Features, features
+from qmx.stages.features import features
 from qmx.stages.monitor import monitor
 from qmx.stages.pretrain import converted as converted_encoder
 from qmx.stages.pretrain import pretrain
@@ -37,7 +37,6 @@ from qmx.stages.run import Run, handed_on
 from qmx.stages.select import chosen_up_front, needs_features, select
 from qmx.stages.target import converted as converted_target
 from qmx.stages.target import target as target_stage
-from qmx.workdir import NotDone
 
 STAGES = ("target", "pretrain", "monitor", "select", "query", "distill", "evaluate", "report")
 
@@ -69,17 +68,12 @@ def run(config: Any, directory: Path, data: Dataset, only: str, stopped: Callabl
     feature = {
         start: handed_on(call, features, encoder[start]) for start in starts if start in by_features
     }
-
-    def features_of(cell: Cell) -> Features | NotDone | None:
-        return feature[cell.start] if needs_features(cell, data.pool.size) else None
-
-    chosen = {cell: handed_on(call, select, cell, features_of(cell), target) for cell in grid}
+    chosen = {cell: handed_on(call, select, cell, feature.get(cell.start), target) for cell in grid}
     answers = handed_on(call, query, target, chosen.values())  # the last that sees the target
     rows = []
     for cell in grid:
-        student = handed_on(
-            call, distill, cell, encoder.get(cell.start), features_of(cell), chosen[cell], answers
-        )
+        made = encoder.get(cell.start), feature.get(cell.start), chosen[cell], answers
+        student = handed_on(call, distill, cell, *made)
         rows.append(handed_on(call, evaluate, cell, student, answers))
     if not call.made:
         say(f"all of it was done before, in {directory}; nothing was trained or asked")

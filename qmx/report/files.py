@@ -6,7 +6,7 @@ from qmx.report.curve import curve
 from qmx.report.notes import account_notes
 from qmx.report.page import markdown, page
 from qmx.report.tables import aligned, result_tables
-from qmx.workdir import write_json, write_text
+from qmx.workdir import write_bytes, write_json, write_text
 
 
 def write(directory: Path, results: dict) -> str:
@@ -18,9 +18,7 @@ def write(directory: Path, results: dict) -> str:
     tables, notes = result_tables(results), account_notes(results)
     picture = curve(results)
     write_json(directory / "results.json", results)
-    part = directory / "curve.png.part"
-    part.write_bytes(picture)
-    part.replace(directory / "curve.png")
+    write_bytes(directory / "curve.png", picture)
     write_text(directory / "report.md", markdown(tables, notes))
     write_text(directory / "report.html", page(tables, notes, picture))
     return "\n\n".join(

@@ -72,9 +72,8 @@ def distill(
     def work(directory: Path) -> dict:
         source = transfer_set(run, cell, features, selection, answers)
         trainer, steps = _trainer(run, cell, source)
-        rng = root_key(
-            cell.seed, "student"
-        )  # one key whatever it starts from: the same head and views
+        # One key whatever it starts from: the same head, the same views.
+        rng = root_key(cell.seed, "student")
         ts = trainer.init(rng)
         if encoder:
             params, state = trainer.method.start(ts.params, ts.state, read_encoder(run, encoder))
@@ -124,7 +123,7 @@ def transfer_set(
         answers = needed(answers)
         keys = answers.of_pool(ids)
         scores = as_logits(read_answers(run, answers.identity, keys, cell.access), cell.access)
-    if cell.use == "pool" and features is not None:
+    if cell.use == "pool":
         known = softmax(scores[np.arange(len(ids))], axis=1)
         rows = propagate(needed(features).read(), ids, known, **run.config.propagation)
         return take(pool, np.arange(pool.size), scores=as_logits(rows, "probs"))

@@ -21,10 +21,11 @@ class Pretrained(NamedTuple):
     init: str
     seed: int
     path: Path
-    sha256: str
-    facts: dict[
-        str, Any
-    ]  # for the report: its digest, seconds, and epochs or the file it came from
+    facts: dict[str, Any]  # for the report: digest, seconds, and epochs or the file it came from
+
+    @property
+    def sha256(self) -> str:
+        return self.facts["sha256"]
 
     @property
     def name(self) -> str:
@@ -53,7 +54,7 @@ def pretrain(run: Run, init: str, seed: int) -> Pretrained:
             "pretrain", name, inputs, lambda directory: _pretrain(run, init, seed, directory)
         )
     path = run.workdir / "pretrain" / name / "encoder.safetensors"
-    return Pretrained(init, seed, path, result["sha256"], result)
+    return Pretrained(init, seed, path, result)
 
 
 def _pretrain(run: Run, init: str, seed: int, directory: Path) -> dict:

@@ -84,5 +84,5 @@ def inputs_of(run: Run, cell: Cell, target: Target) -> dict:
 
 
 def asked_to_choose(config: Any, cell: Cell) -> int:
-    """How many of a cell's images had answers that chose others: 0 for ways that read none."""
+    """Number of a cell's images whose answers chose others: 0 for ways that read none."""
     return sum(shares(cell.queries, config.rounds)[:-1]) if cell.select in BY_ANSWERS else 0

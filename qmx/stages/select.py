@@ -69,7 +69,7 @@ def _choose(run: Run, cell: Cell, features: Any, target: Any) -> np.ndarray:
         return in_rounds(run, cell, needed(features), needed(target))
     if cell.select not in BY_FEATURES:
         return in_order(cell.select, pool, budget, cell.seed, run.config.lists)
-    if budget == pool.size:
+    if not chosen_by_features(cell, pool.size):
         return np.arange(budget)  # all of them: there is nothing to choose
     rows, way = needed(features).read(), BY_FEATURES[cell.select]
     say(
