@@ -1,19 +1,17 @@
 """Choosing by answers: against closed forms, and in the real command: its questions, its account,
 its kills."""
 
-import ast
 import shutil
 import sqlite3
 
 import numpy as np
 import pytest
 import scipy.stats
-from conftest import ROOT, TINY, table
-from ml_collections import FrozenConfigDict
+from conftest import TINY, table
 
 from qmx.data import load
 from qmx.grid import cells
-from qmx.main import load_file
+from qmx.main import parse
 from qmx.selection.by_answers import BY_ANSWERS, entropy, margin, shares
 from qmx.selection.orders import random_order
 from qmx.stages.features import features
@@ -250,12 +248,7 @@ def test_stopped_between_rounds(beside, tmp_path):
     shutil.rmtree(tmp_path / "w/select" / name)
     for path in (tmp_path / "w").glob("ledger.sqlite*"):
         path.unlink()
-    config = load_file(str(ROOT / "configs/digits.py:float32"))
-    given = [
-        word.removeprefix("--config.").split("=") for word in BESIDE if word.startswith("--config.")
-    ]
-    config.update_from_flattened_dict({key: ast.literal_eval(value) for key, value in given})
-    config = FrozenConfigDict(config)
+    config = parse(["qmx", *BESIDE, f"--workdir={tmp_path}/w"]).config
     (cell,) = (
         cell
         for cell in cells(config, 1437)

@@ -13,7 +13,7 @@ from conftest import CONVOLUTIONS, ROOT
 LEVELS = (
     ("__main__",),
     ("main",),
-    ("pipeline", "keys", "shipped"),
+    ("pipeline", "keys", "shipped", "signals"),
     ("stages", "checks", "cautions"),
     ("report", "training", "trainers", "settings"),
     ("grid", "networks"),

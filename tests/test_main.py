@@ -18,10 +18,11 @@ import pytest
 from conftest import ROOT, TINY
 from jax.experimental.compilation_cache import compilation_cache
 
-from qmx.main import MOST_USED, load_file, main, stop_on_signals
+from qmx.main import MOST_USED, load_file, main
 from qmx.pipeline import STAGES
 from qmx.settings import base, leaves
 from qmx.shipped import config_file, with_files
+from qmx.signals import stop_on_signals
 
 DIGITS = "--config=configs/digits.py"
 TYPO = (

@@ -1,29 +1,24 @@
 """Artefacts are handed on: what is looked up, how often, and on what each stage depends."""
 
-import ast
 import json
 from collections import Counter
 
 import jax.numpy as jnp
 import pytest
-from conftest import ROOT, TINY
+from conftest import TINY
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from qmx import checks, models, pipeline, settings, trainers, workdir
 from qmx.contract import Encoder, Method, begin_from, chain, network_key, view_shape
 from qmx.data import load
-from qmx.main import load_file
+from qmx.main import parse
 
 pytestmark = pytest.mark.slow  # each trains, or needs what a command trained
 
 
 def tiny():
     """The config of `finished`."""
-    first, *words = (word.removeprefix("--config").lstrip("=.") for word in TINY)
-    config = load_file(str(ROOT / first))
-    pairs = (word.split("=") for word in words)
-    config.update_from_flattened_dict({key: ast.literal_eval(value) for key, value in pairs})
-    return FrozenConfigDict(config)
+    return parse(["qmx", *TINY, "--workdir=not-used"]).config
 
 
 def test_nothing_is_looked_up_twice(finished, monkeypatch, capsys):
