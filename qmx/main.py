@@ -233,8 +233,9 @@ def start(arguments: Arguments) -> str:
 
     from qmx import data, pipeline, sharding
     from qmx.cautions import warnings
-    from qmx.checks import validate
+    from qmx.checks import check_trainers, validate
     from qmx.progress import say
+    from qmx.ranges import value_problems
     from qmx.signals import stop_on_signals
     from qmx.stages.query import check_budget
     from qmx.workdir import claim
@@ -246,6 +247,8 @@ def start(arguments: Arguments) -> str:
         )
     if "float64" in (config.student.dtype, config.target.precision):
         jax.config.update("jax_enable_x64", True)
+    for problem in value_problems(config):
+        raise ValueError(problem)
     sharding.connect(arguments.coordinator, arguments.processes, arguments.process)
     images = data.load(**config.data)
     validate(config, images)
@@ -257,6 +260,7 @@ def start(arguments: Arguments) -> str:
     # Else it was done before; it takes seconds for a large network.
     if not (workdir / "config.json").exists():
         pipeline.check_weights(config, images)
+        check_trainers(config, images)
     claim(workdir, json.loads(config.to_json()), arguments.update)
     # So that a call after a kill compiles nothing anew.
     if jax.config.values["jax_compilation_cache_dir"] is None:

@@ -13,8 +13,9 @@ from qmx import models, optim
 from qmx.augment import make_view
 from qmx.contract import Batch, Method, Network, View
 from qmx.data import epoch_steps
+from qmx.grid import Cell, recipe_of
 from qmx.methods import distill, fixmatch, linear, moco, rotation, simsiam
-from qmx.networks import Look, backbone
+from qmx.networks import Look, backbone, evaluated_in
 from qmx.train import TrainState, init_state, make_step
 
 
@@ -93,6 +94,13 @@ class Pretraining(NamedTuple):
 
 
 def _moco(keys: Any, net: Callable[..., Network], view: View) -> Method:
+    if keys.batch_size % keys.group_size:
+        sizes = [size for size in range(2, keys.batch_size + 1) if keys.batch_size % size == 0]
+        near = sorted(sorted(sizes, key=lambda size: abs(size - keys.group_size))[:2])
+        raise ValueError(
+            f"group_size {keys.group_size} does not divide batch_size {keys.batch_size} into groups"
+            f" of two images and more; {' and '.join(map(str, near))} do"
+        )
     head = (models.moco_head if keys.head == "mlp" else models.classifier)(keys.features)
     return moco.make(
         net(stats_groups=keys.batch_size // keys.group_size),
@@ -220,6 +228,39 @@ def _trainer(
         compiler_options={"xla_backend_optimization_level": 0},
     )
     return Trainer(method, init, make_step(method, tx, quickly()))
+
+
+def of_target(config: Any, seen: Look, pool: int) -> tuple[Trainer, int]:
+    """The trainer of a target that is trained on a pool of so many images, and its steps."""
+    keys, steps = config.target, distill_steps(config.target, pool)
+    dtype = evaluated_in(keys.precision)
+    return distiller(keys, keys.arch, dtype, config.weak_view, seen, steps), steps
+
+
+def of_encoder(config: Any, init: str, seen: Look, pool: int) -> tuple[Trainer, int]:
+    """The trainer of a pretraining, and its steps."""
+    keys, view_keys = config.pretrain[init], config[PRETRAINING[init].view]
+    steps = pretrain_steps(keys, pool)
+    return pretrainer(init, keys, config.student, view_keys, seen, steps), steps
+
+
+def of_probe(config: Any, seen: Look, size: int) -> tuple[Trainer, int]:
+    """The trainer of a linear probe on so many images, and its steps."""
+    keys, student = config.monitor.probe, config.student
+    steps, dtype = distill_steps(keys, size), evaluated_in(student.dtype)
+    return prober(keys, student.arch, dtype, config.weak_view, seen, steps), steps
+
+
+def of_student(config: Any, cell: Cell, seen: Look, pool: int) -> tuple[Trainer, int]:
+    """The trainer of a cell's student, and its steps."""
+    keys, student, weak = recipe_of(config, cell), config.student, config.weak_view
+    if cell.use == "fixmatch":
+        own, strong = config.fixmatch, config.strong_view
+        steps = fixmatch_steps(keys, own, cell.queries, pool)
+        made = self_labeller(keys, own, student.arch, student.dtype, weak, strong, seen, steps)
+        return made, steps
+    steps = distill_steps(keys, pool if cell.use == "pool" else cell.queries)
+    return distiller(keys, student.arch, student.dtype, weak, seen, steps), steps
 
 
 def quickly() -> dict[str, int] | None:

@@ -8,7 +8,7 @@ from ml_collections import FrozenConfigDict
 
 from qmx import networks, trainers
 from qmx.cautions import warnings
-from qmx.checks import validate
+from qmx.checks import check_trainers, validate
 from qmx.data import load
 from qmx.grid import budget_keys, budgets, cells, columns, encoders, percent
 from qmx.main import load_file
@@ -290,7 +290,7 @@ def test_no_budget():
         ("queries", (None,), "queries has None; use whole numbers"),
         ("inits", ("mocov2",), "unknown value 'mocov2'; did you mean 'moco'"),
         ("inits", (), "empty"),
-        ("seeds", (-1,), "seed -1"),
+        ("seeds", (-1,), "seeds has -1; use whole numbers from 0 to 4,294,967,295"),
         (
             "selects",
             ("kcentre",),
@@ -310,16 +310,20 @@ def test_no_budget():
             ("none+typiclust+fixmatch",),
             "none [+] typiclust [+] logits [+] fixmatch, which needs an encoder",
         ),
-        ("fixmatch__mu", 0, "fixmatch.mu 0 must be 1 or more"),
-        ("fixmatch__threshold", 1.5, "fixmatch.threshold 1.5 is not a probability"),
-        ("fixmatch__weight", -1.0, "fixmatch.weight -1.0 must be a number from 0 on"),
-        ("fixmatch__decay", 1.0, "fixmatch.decay 1.0 must be below 1, which freezes the teacher"),
-        ("fixmatch__epochs", float("nan"), "fixmatch.epochs nan must be a number of passes"),
-        ("propagation__alpha", 1.0, "propagation.alpha 1.0 must be below 1"),
+        ("fixmatch__mu", 0, "fixmatch.mu 0 must be a whole number from 1 to 1,000"),
+        ("fixmatch__threshold", 1.5, "fixmatch.threshold 1.5 must be from 0 to 1 .a probability."),
+        ("fixmatch__weight", -1.0, "fixmatch.weight -1.0 must be from 0 to"),
+        (
+            "fixmatch__decay",
+            1.0,
+            "fixmatch.decay 1.0 must be from 0 on and below 1 .1 freezes the teacher",
+        ),
+        ("fixmatch__epochs", float("nan"), "fixmatch.epochs nan must be from 0 to"),
+        ("propagation__alpha", 1.0, "propagation.alpha 1.0 must be above 0 and below 1"),
         ("propagation__neighbours", 0, "propagation.neighbours 0"),
         ("accesses", ("logit",), "did you mean 'logits'"),
         ("budget", 0, "budget 0"),
-        ("rounds", 0, "rounds 0 must be 1 or more"),
+        ("rounds", 0, "rounds 0 must be a whole number from 1 to 1,000 .without any"),
         ("also", ("none+margin",), "none [+] margin [+] logits [+] asked, which needs an encoder"),
         (
             "target__kind",
@@ -340,16 +344,20 @@ def test_no_budget():
         ("target__token_env", "s3cr3t", "must be the name of an environment variable in capitals"),
         ("target__url", "http://me:word@host", "user's name or password"),
         ("target__ca_file", "no.pem", "target.ca_file no.pem: no such file"),
-        ("target__rate", -1.0, "rate from 0 on"),
+        ("target__rate", -1.0, "target.rate -1.0 must be from 0 to"),
         ("student__arch", "resnet9", "student.arch"),
         ("pretrain__moco__batch_size", 1536, "larger than the pool of 1437"),
         ("pretrain__moco__batch_size", 97, "does not divide over 2 devices"),
         (
             "pretrain__moco__queue_size",
             1000,
-            "queue_size 1000 is not a multiple of batch_size 128; 896 is",
+            "pretrain.moco: queue_size 1000 is not a multiple of batch_size 128; 896 is",
         ),
-        ("pretrain__moco__group_size", 48, "group_size 48 does not divide batch_size 128"),
+        (
+            "pretrain__moco__group_size",
+            48,
+            "pretrain.moco: group_size 48 does not divide batch_size 128",
+        ),
         ("pretrain__moco__decay", 1.5, "decay"),
         ("pretrain__simsiam__schedule", "cos", "did you mean 'cosine'"),
         ("pretrain__rotation__epochs", 1.5, "whole number"),
@@ -360,7 +368,7 @@ def test_no_budget():
         ("distill__target_temperature", 0.0, "target_temperature 0.0 must be above 0"),
         ("strong_view__crop_scale", (0.5, 0.2), "crop_scale"),
         ("strong_view__jitter", (0.5,), "must hold 4 numbers"),
-        ("weak_view__flip_p", 1.5, "flip_p 1.5 is not a probability"),
+        ("weak_view__flip_p", 1.5, "flip_p 1.5 must be from 0 to 1 .a probability."),
         ("monitor__knn_k", 0, "knn_k"),
     ],
 )
@@ -368,6 +376,7 @@ def test_refused(key, value, message):
     """One line that names the value and the cure."""
     with pytest.raises(ValueError, match=message) as caught:
         validate(digits(**{key: value}), DIGITS)
+        check_trainers(digits(**{key: value}), DIGITS)
     assert len(str(caught.value).splitlines()) == 1
 
 

@@ -8,7 +8,7 @@ import pytest
 from conftest import TINY
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from qmx import checks, models, pipeline, settings, trainers, workdir
+from qmx import checks, models, pipeline, ranges, settings, trainers, workdir
 from qmx.contract import Encoder, Method, begin_from, chain, network_key, view_shape
 from qmx.data import load
 from qmx.main import parse
@@ -78,7 +78,7 @@ def test_another_method(monkeypatch, tmp_path):
             config.pretrain.brightness.path = ""
         return config
 
-    monkeypatch.setattr(checks, "base", lambda: with_keys(settings.base()))
+    monkeypatch.setattr(ranges, "base", lambda: with_keys(settings.base()))
     line = trainers.Pretraining(lambda keys, net, view: regress(net(), models.classifier(1), view))
     monkeypatch.setitem(trainers.PRETRAINING, "brightness", line)
     config = with_keys(ConfigDict(tiny()))

@@ -32,8 +32,8 @@ def arrays(path: str, eval_path: str) -> Dataset:
     """
     if not path or not eval_path:
         raise ValueError(
-            "data.source=arrays needs two files: --config.data.path=POOL.npz and "
-            "--config.data.eval_path=EVALUATION.npz"
+            "data.source=arrays needs two files: data.path=POOL.npz and "
+            "data.eval_path=EVALUATION.npz"
         )
     pool, evaluation = read_npz(path), read_npz(eval_path)
     if pool[0].shape[1:] != evaluation[0].shape[1:]:

@@ -5,7 +5,7 @@
     python -m qmx.data.cache --verify /cache/train
 
 It can be stopped at any time, by any means, and called again: a shard is there whole or not at all.
-Photos that cannot be read are named and left out. Give the folder as --config.data.cache.
+Photos that cannot be read are named and left out. Give the folder as data.cache.
 """
 
 import argparse

@@ -112,7 +112,7 @@ def reader(folder: str, photos: Photos, side: int) -> tuple[np.ndarray, Read, li
     if manifest["side"] != side:
         raise ValueError(
             f"data.cache {folder} has canvases of {manifest['side']} pixels and data.canvas is"
-            f" {side}; use --config.data.canvas={manifest['side']}, or run {made_by} into another"
+            f" {side}; use data.canvas={manifest['side']}, or run {made_by} into another"
             " folder"
         )
     shards, root = manifest["shards"], Path(folder)

@@ -114,8 +114,8 @@ def photos(path: str, eval_path: str) -> tuple[str, Photos, Photos]:
     """
     if not path or not eval_path:
         raise ValueError(
-            "data.source=folder needs two folders of class folders: --config.data.path=POOL and "
-            "--config.data.eval_path=EVALUATION"
+            "data.source=folder needs two folders of class folders: data.path=POOL and "
+            "data.eval_path=EVALUATION"
         )
     here, there = Path(path).resolve(), Path(eval_path).resolve()
     if here == there or here in there.parents or there in here.parents:

@@ -178,7 +178,7 @@ def usable(photos: Photos, i: int) -> Image.Image:
     except ValueError as error:
         raise ValueError(
             f"{error}; remove it, or leave out all that cannot be read with "
-            f"python -m qmx.data.cache {photos.remake} CACHE and --config.data.cache=CACHE"
+            f"python -m qmx.data.cache {photos.remake} CACHE and data.cache=CACHE"
         ) from None
 
 

@@ -123,9 +123,7 @@ def photos(name: str, eval_split: str) -> tuple[str, Photos, Photos]:
       ValueError: see `builder`; no such split.
     """
     if not name:
-        raise ValueError(
-            "data.source=tfds needs the name of a set, --config.data.path=imagenet2012"
-        )
+        raise ValueError("data.source=tfds needs the name of a set, data.path=imagenet2012")
     data = builder(name)
     splits = sorted(data.info.splits)
     split = eval_split or ("validation" if "validation" in splits else "test")
@@ -133,7 +131,7 @@ def photos(name: str, eval_split: str) -> tuple[str, Photos, Photos]:
         if wanted not in splits:
             raise ValueError(
                 f"{name} has no split {wanted!r}, only {', '.join(splits)}; name the one to"
-                " evaluate on with --config.data.eval_path"
+                " evaluate on with data.eval_path"
             )
     if split == "train":
         raise ValueError("data.eval_path is 'train', which is the pool; evaluate on another split")

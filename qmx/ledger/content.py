@@ -76,7 +76,7 @@ def packed(scores: np.ndarray, dtype: str) -> np.ndarray:
         raise ValueError(
             f"the scores of {bad} of {len(scores)} images go up to {np.abs(scores).max():g} and"
             f" {dtype} ends at 65504; keep them in a ledger of float32"
-            " (--config.ledger_dtype=float32). Nothing of this batch was kept"
+            " (ledger_dtype=float32). Nothing of this batch was kept"
         )
     return stored
 

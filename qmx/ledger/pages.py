@@ -1,6 +1,10 @@
 """Records of an SQLite file page by page, without its trees, so that damage elsewhere hides none.
 
 The format is https://www.sqlite.org/fileformat2.html; numbers in brackets are its sections.
+
+SQLite's own `.recover` is no way out: it belongs to the shell, which is not on every machine, and
+needs a table of internals (sqlite_dbdata) that distributions leave out. Debian 12's shell, 3.40.1,
+recovers nothing, not even of a whole file, and says "SQL logic error".
 """
 
 import mmap

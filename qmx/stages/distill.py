@@ -71,7 +71,8 @@ def distill(
 
     def work(directory: Path) -> dict:
         source = transfer_set(run, cell, features, selection, answers)
-        trainer, steps = _trainer(run, cell, source)
+        seen, pool = networks.look(run.data), run.data.pool.size
+        trainer, steps = trainers.of_student(config, cell, seen, pool)
         # One key whatever it starts from: the same head, the same views.
         rng = root_key(cell.seed, "student")
         ts = trainer.init(rng)
@@ -131,16 +132,3 @@ def transfer_set(
     if cell.use == "fixmatch":
         return source._replace(beside=Beside(pool, run.config.fixmatch.mu))
     return source
-
-
-def _trainer(run: Run, cell: Cell, source: Source) -> tuple[trainers.Trainer, int]:
-    """The trainer of a cell, and its steps."""
-    config, keys, facts = run.config, recipe_of(run.config, cell), networks.look(run.data)
-    arch, dtype = config.student.arch, config.student.dtype
-    if cell.use == "fixmatch":
-        own, pool = config.fixmatch, run.data.pool.size
-        steps = trainers.fixmatch_steps(keys, own, source.size, pool)
-        views = config.weak_view, config.strong_view
-        return trainers.self_labeller(keys, own, arch, dtype, *views, facts, steps), steps
-    steps = trainers.distill_steps(keys, source.size)
-    return trainers.distiller(keys, arch, dtype, config.weak_view, facts, steps), steps

@@ -58,11 +58,8 @@ def pretrain(run: Run, init: str, seed: int) -> Pretrained:
 
 
 def _pretrain(run: Run, init: str, seed: int, directory: Path) -> dict:
-    keys, pool, seen = run.config.pretrain[init], run.data.pool, networks.look(run.data)
-    steps = trainers.pretrain_steps(keys, pool.size)
-    trainer = trainers.pretrainer(
-        init, keys, run.config.student, run.config[trainers.PRETRAINING[init].view], seen, steps
-    )
+    keys, pool = run.config.pretrain[init], run.data.pool
+    trainer, steps = trainers.of_encoder(run.config, init, networks.look(run.data), pool.size)
     rng = root_key(seed, init)
     began = time.monotonic()
     ts = train(

@@ -57,12 +57,9 @@ def target(run: Run) -> Target:
 
 
 def _train(run: Run, directory: Path) -> dict:
-    keys, seen, pool = run.config.target, networks.look(run.data), run.data.pool
+    keys, pool = run.config.target, run.data.pool
     source = take(pool, np.arange(pool.size), scores=Labels(pool.labels, run.data.classes))
-    steps = trainers.distill_steps(keys, pool.size)
-    trainer = trainers.distiller(
-        keys, keys.arch, networks.evaluated_in(keys.precision), run.config.weak_view, seen, steps
-    )
+    trainer, steps = trainers.of_target(run.config, networks.look(run.data), pool.size)
     rng = root_key(keys.seed, "target")
     ts = train(
         directory,

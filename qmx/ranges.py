@@ -1,0 +1,186 @@
+"""What the values of a config may be, key by key: one rule for numbers, one for words.
+
+A key is looked up by its whole name first ("target.batch_size"), then by its last part. A test goes
+through all keys, so that a new one cannot be forgotten.
+"""
+
+import difflib
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from qmx.ledger import access
+from qmx.ledger.content import DTYPES as LEDGER_DTYPES
+from qmx.models.resnet import ARCHS
+from qmx.optim import DECAYS, OPTIMIZERS, SCHEDULES
+from qmx.settings import base, leaves, recipe
+from qmx.targets.query import PRECISIONS
+
+
+class Range(NamedTuple):
+    """The numbers that a key, or each member of its tuple, may have."""
+
+    low: float
+    high: float  # the largest that is no mistake
+    above: bool = False  # `low` itself is too low
+    below: bool = False  # `high` itself is too high
+    why: str = ""
+
+
+SHARE = Range(0, 1)
+PROBABILITY = Range(0, 1, why="a probability")
+ABOVE_0 = Range(0, 1e6, above=True)
+FROM_0 = Range(0, 1e6)
+FROM_1 = Range(1, 1e6)
+PIXELS = Range(1, 65536)
+SEED = Range(0, 2**32 - 1)  # what numpy's generators take
+
+RANGES = {
+    "seeds": SEED,
+    "seed": SEED,
+    "rounds": Range(1, 1000, why="without any, nothing is chosen by answers"),
+    "budget": Range(1, 2**53, why="leave it out for no limit"),
+    "price": Range(0, 1e12, why="what 1,000 calls cost"),
+    "reach": Range(0, 1, above=True, why="shares of the target's accuracy"),
+    "save_minutes": ABOVE_0,
+    # Of a training.
+    "epochs": ABOVE_0,
+    "batch_size": Range(2, 1e6, why="two images have batch statistics"),
+    "learning_rate": FROM_0,
+    "head_learning_rate": FROM_0,
+    "warmup_epochs": FROM_0,
+    "warmup_start": SHARE,
+    "milestones": FROM_0,
+    "factor": Range(0, 1000),
+    "momentum": Range(0, 1, below=True),
+    "weight_decay": Range(0, 1000),
+    "min_steps": Range(0, 1e9),
+    "target_temperature": ABOVE_0,
+    "student_temperature": ABOVE_0,
+    # Of the images and their views.
+    "limit": Range(0, 1e12),
+    "canvas": PIXELS,
+    "resize": PIXELS,
+    "crop": PIXELS,
+    "mean": SHARE,
+    "std": Range(1e-6, 1),
+    "size": Range(0, 65536, why="0 is the image's own"),
+    "crop_ratio": Range(0, 100, above=True, why="width by height"),
+    "crop_scale": Range(0, 1, above=True, why="shares of the image's area"),
+    "jitter": Range(0, 10),
+    "blur_sigma": Range(0, 1000, above=True, why="pixels"),
+    "flip_p": PROBABILITY,
+    "jitter_p": PROBABILITY,
+    "grey_p": PROBABILITY,
+    "blur_p": PROBABILITY,
+    # Of the target.
+    "target.batch_size": FROM_1,
+    "expect": Range(0, 100, why="a top-1 and a top-5 accuracy in per cent, or ()"),
+    "retries": FROM_0,
+    "timeout": ABOVE_0,
+    "rate": FROM_0,
+    # Of the methods.
+    "queue_size": Range(1, 1e9),
+    "temperature": ABOVE_0,
+    "decay": Range(0, 1, why="0 copies, 1 freezes"),
+    "features": Range(1, 65536),
+    "group_size": Range(2, 1e6, why="images that share batch statistics"),
+    "layers": Range(1, 100),
+    "hidden": Range(1, 65536),
+    "neighbours": FROM_1,
+    "power": Range(0, 100, above=True),
+    "alpha": Range(0, 1, above=True, below=True),
+    "mu": Range(1, 1000, why="images of the pool for each that was asked about"),
+    "threshold": PROBABILITY,
+    "weight": FROM_0,
+    "fixmatch.decay": Range(0, 1, below=True, why="1 freezes the teacher"),
+    "fixmatch.epochs": Range(0, 1e6, why="0 is as many steps as the recipe has"),
+    "knn_k": FROM_1,
+    "knn_temperature": ABOVE_0,
+    # Of recipes.
+    "above": SHARE,
+    "up_to": SHARE,
+}
+WHOLE = ("seeds", "queries")  # tuples of whole numbers
+OF_THE_GRID = ("fractions", "queries")  # whose limits are the pool's: qmx/grid.py
+ANY_LENGTH = ("milestones", "mean", "std", "expect")
+
+WORDS = {
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+    "weight_decay_on": DECAYS,
+    "learn_from": ("scores", "labels"),
+    "ledger_dtype": LEDGER_DTYPES,
+    "target.kind": ("train", "torch", "served", "callable", "recorded"),
+    "target.precision": PRECISIONS,
+    "target.access": access.ACCESS,
+    "student.arch": ARCHS,
+    "student.dtype": ("float64", "float32", "bfloat16"),
+    "pretrain.moco.head": ("mlp", "linear"),
+}
+
+
+def value_problems(config: Any) -> Iterator[str]:
+    """A line for each key whose value cannot be meant, whatever the images are."""
+    defaults = dict(leaves(base()))
+    for name in config.recipes:
+        defaults.update(leaves(recipe(inits=("none",)), f"recipes.{name}."))
+    for key, value in leaves(config):
+        default, last = defaults.get(key, value), key.rpartition(".")[2]
+        allowed = RANGES.get(key, RANGES.get(last))
+        if value is None and default is None:
+            continue
+        if _kind(value) != _kind(default):
+            yield f"{key} is {value!r} and must be {_kind(default)}"
+        elif words := WORDS.get(key, WORDS.get(last)):
+            yield from choice(key, value, words)
+        elif _kind(value) == "a tuple" and key not in OF_THE_GRID:
+            yield from _tuple_problems(key, tuple(value), tuple(default), allowed)
+        elif _kind(value) == "a number" and not (allowed and _meant(value, allowed)):
+            whole = "a whole number " if isinstance(value, int) else ""
+            yield f"{key} {value!r} must be {whole}{_said(allowed or FROM_0)}"
+
+
+def choice(key: str, value: Any, known: Any) -> Iterator[str]:
+    """A problem unless `value` is among the known ones."""
+    if value not in known:
+        close = difflib.get_close_matches(str(value), known, 1)
+        hint = f"did you mean {close[0]!r}" if close else f"choose among {', '.join(known)}"
+        yield f"{key} has the unknown value {value!r}; {hint}"
+
+
+def _kind(value: Any) -> str:
+    """The kind of a value, or of the values for which a default of None stands."""
+    kinds = {bool: "True or False", str: "a word", tuple: "a tuple", list: "a tuple"}
+    return kinds.get(type(value), "a number")
+
+
+def _meant(value: Any, allowed: Range, whole: bool = False) -> bool:
+    return (
+        type(value) in ((int,) if whole else (int, float))
+        and (isinstance(value, int) or math.isfinite(value))
+        and (value > allowed.low if allowed.above else value >= allowed.low)
+        and (value < allowed.high if allowed.below else value <= allowed.high)
+    )
+
+
+def _tuple_problems(key: str, value: tuple, default: tuple, allowed: Range | None) -> Iterator[str]:
+    last = key.rpartition(".")[2]
+    for member in value:
+        if not allowed and not isinstance(member, str):
+            yield f"{key} has {member!r}; use words in quotes, as in ('random',)"
+        if allowed and not _meant(member, allowed, last in WHOLE):
+            kind = "whole numbers" if last in WHOLE else "numbers"
+            yield f"{key} has {member!r}; use {kind} {_said(allowed)}"
+    if allowed and "." in key and len(value) != len(default) and last not in ANY_LENGTH:
+        yield f"{key} {value} must hold {len(default)} numbers, as {default} does"
+
+
+def _said(allowed: Range) -> str:
+    low, high = (f"{number:,.10g}" for number in allowed[:2])
+    text = f"above {low}" if allowed.above else f"from {low}"
+    if allowed.below:
+        text += f" and below {high}" if allowed.above else f" on and below {high}"
+    else:
+        text += f" and at most {high}" if allowed.above else f" to {high}"
+    return text + (f" ({allowed.why})" if allowed.why else "")

@@ -1,0 +1,118 @@
+"""Every value that no key can mean is refused in one line that names the key, before anything."""
+
+import itertools
+
+import pytest
+from ml_collections import FrozenConfigDict
+
+from qmx.main import MISTAKE, main
+from qmx.ranges import ANY_LENGTH, OF_THE_GRID, RANGES, WORDS, value_problems
+from qmx.settings import base, leaves, recipe
+
+NAN, INF = float("nan"), float("inf")
+NUMBERS = (-1, -1.0, NAN, INF, -INF, 1e300, -1e300, 10**30, 10**400, True, None, "a")
+
+
+def config(**changes):
+    """All keys, with a recipe, so that its keys are there too; dots as double underscores."""
+    made = base()
+    made.recipes.few = recipe(inits=("moco",))
+    made.unlock()
+    for key, value in changes.items():
+        part, *path = made, *key.split("__")
+        for name in path[:-1]:
+            part = part[name]
+        # As a config file can: an untyped field in the place of the typed one.
+        del part[path[-1]]
+        part[path[-1]] = value
+    return FrozenConfigDict(made)
+
+
+LEAVES = dict(leaves(config()))
+SINGLE = [
+    key
+    for key, value in LEAVES.items()
+    if isinstance(value, int | float) and not isinstance(value, bool)
+] + ["budget", "price"]
+TUPLES = [key for key, value in LEAVES.items() if isinstance(value, tuple)]
+
+
+def refused(key, value):
+    """The one line about a key of this value."""
+    problems = list(value_problems(config(**{key.replace(".", "__"): value})))
+    assert problems, f"{key}={value!r} passes"
+    assert len(problems) == 1 and len(problems[0].splitlines()) == 1
+    assert problems[0].startswith((f"{key} ", f"{key}: ")), problems[0]
+    return problems[0]
+
+
+def test_the_keys_as_they_are():
+    """Nothing is said against the defaults; and each number, and each word of a closed set, has its
+    own line in the tables: none falls through to another's."""
+    assert not list(value_problems(config()))
+    assert len(SINGLE) > 100 and len(TUPLES) > 30
+    for key in SINGLE:
+        assert key in RANGES or key.rpartition(".")[2] in RANGES, key
+    used = {name for key in LEAVES for name in (key, key.rpartition(".")[2])}
+    assert {*RANGES, *WORDS, *OF_THE_GRID, *ANY_LENGTH} <= used
+
+
+@pytest.mark.parametrize("key", SINGLE)
+def test_numbers(key):
+    """Of the wrong type, negative, not finite, or beyond all reason."""
+    for value in NUMBERS:
+        if value is not None or LEAVES[key] is not None:
+            refused(key, value)
+
+
+@pytest.mark.parametrize("key", [key for key in TUPLES if key not in OF_THE_GRID])
+def test_members_of_tuples(key):
+    """A wrong member in the place of each, or in an empty tuple."""
+    words = key.rpartition(".")[2] not in RANGES
+    for value in (1, None, True) if words else NUMBERS:
+        for place in range(max(len(LEAVES[key]), 1)):
+            members = list(LEAVES[key]) or [value]
+            members[place] = value
+            refused(key, tuple(members))
+    refused(key, None)
+
+
+def test_words():
+    for key in LEAVES:
+        if key in WORDS or key.rpartition(".")[2] in WORDS:
+            assert "unknown value 'nonsense'" in refused(key, "nonsense")
+            refused(key, None)
+
+
+def test_switches():
+    for key, value in LEAVES.items():
+        if isinstance(value, bool):
+            refused(key, None)
+            refused(key, 1)
+
+
+BAD = itertools.cycle(["nan", "inf", "1e300", "-1e300", "-1", "x", "9" * 30, "None"])
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, next(BAD)) for key in SINGLE + TUPLES])
+def test_the_command(key, value, tmp_path, capsys):
+    """Status 2, one line that names the key, and no workdir."""
+    if key in TUPLES:
+        value = f"({value},)" if value not in ("x", "nan", "inf") else f"('{value}',)"
+    if key.startswith("recipes."):
+        file = tmp_path / "own.py"
+        file.write_text(
+            "from qmx.settings import base, recipe\n\n\ndef get_config():\n    config = base()\n"
+            "    config.recipes.few = recipe(inits=('moco',))\n    return config\n"
+        )
+    else:
+        file = "configs/digits.py:float32"
+    if value == "None" and LEAVES.get(key, 0) is None:
+        return  # it is what it is
+    status = main(
+        ["qmx", f"--config={file}", f"--workdir={tmp_path / 'w'}", f"--config.{key}={value}"]
+    )
+    said = capsys.readouterr()
+    assert status == MISTAKE and not said.out and not (tmp_path / "w").exists()
+    (line,) = said.err.splitlines()
+    assert line.startswith("qmx: ") and key.rpartition(".")[2] in line, line
