@@ -41,7 +41,14 @@ from qmx.stages.target import target as target_stage
 STAGES = ("target", "pretrain", "monitor", "select", "query", "distill", "evaluate", "report")
 
 
-def run(config: Any, directory: Path, data: Dataset, only: str, stopped: Callable[[], bool]) -> str:
+def run(
+    config: Any,
+    directory: Path,
+    data: Dataset,
+    only: str,
+    stopped: Callable[[], bool],
+    update: str = "",
+) -> str:
     """All stages, or one; returns the text for standard out.
 
     Each stage is given the artefacts that it reads. One that is not this call's to do is read from
@@ -53,7 +60,7 @@ def run(config: Any, directory: Path, data: Dataset, only: str, stopped: Callabl
       NotDone: one stage was asked for whose inputs are missing.
       ValueError: weights that do not fit; found before anything is trained.
     """
-    call = Run(config, directory, data, only, stopped, [])
+    call = Run(config, directory, data, only, stopped, [], update)
     grid = cells(config, data.pool.size)
     starts = [(init, seed) for init in encoders(config) for seed in config.seeds]
     # Files that are brought along come first: a wrong one is found before anything is trained.

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from qmx.sharding import first
+from qmx.terminal import tell
 
 LINE_SECONDS = 10  # between the lines of one stage where there is no terminal
 
@@ -14,7 +15,7 @@ LINE_SECONDS = 10  # between the lines of one stage where there is no terminal
 def say(message: str) -> None:
     """One line for the user, from the first process."""
     if first():
-        print(message, file=sys.stderr, flush=True)
+        tell(message)
 
 
 class Progress:
@@ -65,7 +66,7 @@ def progress(name: str, total: int, per_step: int = 1, unit: str = "images") -> 
       per_step: how many `unit`s one step is, for the rate.
     """
     began = time.monotonic()
-    if sys.stderr.isatty() and first():
+    if sys.stderr is not None and sys.stderr.isatty() and first():
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar

@@ -18,9 +18,10 @@ import qmx
 from qmx import models, optim
 from qmx.checkpoint import Checkpoints, load_weights, save_weights
 from qmx.contract import by_path
+from qmx.files import write_text
 from qmx.sharding import put_state
 from qmx.train import TrainState
-from qmx.workdir import Mismatch, NotDone, claim, differences, stage, write_text
+from qmx.workdir import Mismatch, NotDone, claim, differences, stage
 
 
 def state(step):

@@ -70,6 +70,17 @@ def account(file: File, target: str) -> Account:
     )
 
 
+def answered_targets(file: File) -> dict[str, int]:
+    """Number of answers by target, the one that was asked last at the end; without those that are
+    recorded and not used."""
+    rows = file.run(
+        "SELECT target, COUNT(*) FROM answers JOIN requests ON request = id WHERE purpose != ?"
+        " GROUP BY target ORDER BY MAX(id)",
+        [RECORDED],
+    )
+    return dict(rows)
+
+
 def check_budget(file: File, target: str, images: set[bytes], budget: int) -> None:
     """Raise BudgetSpent if images, by their `pixel_digests`, are more than the budget has left."""
     if (

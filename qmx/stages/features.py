@@ -6,11 +6,12 @@ from typing import NamedTuple
 import numpy as np
 
 from qmx import networks
+from qmx.files import read_arrays, write_arrays
 from qmx.selection.by_features import unit
 from qmx.sharding import first
 from qmx.stages.pretrain import Pretrained, backbone, read_encoder
 from qmx.stages.run import Run, needed, outputs
-from qmx.workdir import NotDone, read_arrays, write_arrays
+from qmx.workdir import NotDone
 
 
 class Features(NamedTuple):

@@ -10,7 +10,7 @@ from qmx.sharding import from_first
 from qmx.stages import outside
 from qmx.stages.answers import Answers
 from qmx.stages.pretrain import Pretrained
-from qmx.stages.query import unexpected
+from qmx.stages.query import note_calls, unexpected
 from qmx.stages.run import Run, needed, plain
 from qmx.stages.target import Target, open_ledger
 from qmx.workdir import NotDone
@@ -40,7 +40,7 @@ def report(
 
     def account() -> dict:
         with open_ledger(run, target.identity) as ledger:
-            return ledger.account()._asdict()
+            return {**ledger.account()._asdict(), "lost": note_calls(run, target)}
 
     results = {
         "schema": 1,

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qmx.data import Dataset
+from qmx.files import read_arrays, write_arrays
 from qmx.grid import Cell, cells
 from qmx.progress import say
 from qmx.selection.by_answers import BY_ANSWERS
@@ -18,7 +19,7 @@ from qmx.stages.features import Features
 from qmx.stages.rounds import in_rounds, inputs_of
 from qmx.stages.run import Run, needed
 from qmx.stages.target import Target
-from qmx.workdir import NotDone, read_arrays, write_arrays
+from qmx.workdir import NotDone
 
 
 class Selection(NamedTuple):

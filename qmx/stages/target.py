@@ -1,6 +1,7 @@
 """The target: trained here, made of weights that the user has, or elsewhere; and the questions to
 it."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,21 +12,28 @@ from qmx.checkpoint import file_digest, save_weights
 from qmx.contract import Encoder
 from qmx.data import Dataset
 from qmx.data.sources import take
+from qmx.files import Unreadable, read_json, write_json
 from qmx.ledger import Ledger
 from qmx.ledger.access import one_hot_logits
+from qmx.ledger.accounts import answered_targets
+from qmx.ledger.file import looked_into
 from qmx.models import from_torch
+from qmx.sharding import from_first
 from qmx.stages import outside
 from qmx.stages.run import Run, plain, read_weights, root_key
 from qmx.targets.query import Query, network_query
 from qmx.training import train
+
+SAME, NEW = "same-target", "new-target"  # what --update may say of a target that changed
 
 
 class Target(NamedTuple):
     """The target, as the ledger and the later stages know it."""
 
     name: str  # for people
-    sha256: str  # of its weights, or what stands for them
+    sha256: str  # of its weights, or what stands for them: what the ledger knows it by
     preprocessing: str  # between the pixels sent and the answer; a name for the ledger
+    found: str  # the same of what is there now; another where the user said that it is the same
     path: Path | None = None  # of its weights; None where others compute it
     arch: str = ""
 
@@ -40,7 +48,14 @@ def target(run: Run) -> Target:
     keys, data = run.config.target, run.data
     if keys.kind in outside.KINDS:
         inputs = {**outside.inputs_of(keys), "shape": data.shape, "classes": data.classes}
-        return Target(**run.stage("target", ".", inputs, lambda _: outside.describe(keys, data)))
+
+        def changed() -> str | None:
+            # What a server says of itself is in no input.
+            asked_for = run.update in (SAME, NEW)
+            return f"--update={run.update} looks at it again" if asked_for else None
+
+        result = run.stage("target", ".", inputs, lambda _: outside.describe(keys, data), changed)
+        return Target(**known_as(run, result))
     if keys.kind == "torch":
         inputs = {"arch": keys.arch, "file": file_digest(keys.path), "classes": data.classes}
         result = run.stage("target", ".", inputs, lambda directory: _convert(run, directory))
@@ -53,7 +68,43 @@ def target(run: Run) -> Target:
         result = run.stage("target", ".", inputs, lambda directory: _train(run, directory))
     preprocessing = f"mean {data.mean}, std {data.std}, {keys.precision}"
     path = run.workdir / "target" / "target.safetensors"
-    return Target(**result, preprocessing=preprocessing, path=path)
+    return Target(**known_as(run, result), preprocessing=preprocessing, path=path)
+
+
+def known_as(run: Run, result: dict) -> dict:
+    """The result of the stage with the digest by which the ledger knows this target.
+
+    Raises:
+      ValueError: the ledger has answers of another one alone, and the user did not say which of the
+        two this is. One that is trained here is another whenever it is trained another way.
+    """
+    path, found = run.workdir / "target.json", result["sha256"]
+
+    def name() -> str:
+        try:
+            told = read_json(path)
+        except Unreadable:
+            told = {}
+        if told.get("found") == found and "known_as" in told and run.update != NEW:
+            return told["known_as"]
+        ledger = run.workdir / "ledger.sqlite"
+        with looked_into(ledger) if ledger.exists() else nullcontext() as file:
+            paid = answered_targets(file) if file else {}
+        known = found
+        if paid and found not in paid and run.config.target.kind != "train":
+            last, answers = [*paid.items()][-1]
+            if run.update == SAME:
+                known = last
+            elif run.update != NEW:
+                raise ValueError(
+                    f"the target {result['name']} is not what it was when {ledger} got its"
+                    f" {answers} answers; --update={SAME} goes on with them, --update={NEW} asks"
+                    " it everything"
+                )
+        write_json(path, {"found": found, "known_as": known})
+        return known
+
+    return {**result, "sha256": from_first(name), "found": found}
 
 
 def _train(run: Run, directory: Path) -> dict:
@@ -135,7 +186,7 @@ def target_query(run: Run, target: Target) -> Query:
     """The query function around the target's weights, or around what is elsewhere."""
     keys, facts = run.config.target, networks.look(run.data)
     if target.path is None:
-        return outside.query_of(keys, run.data, target.sha256)
+        return outside.query_of(keys, run.data, target.found)
     network = networks.classifier(target.arch, networks.evaluated_in(keys.precision), facts)
     weights = read_weights(run, network, target.path)
     folded, weights = networks.for_inference(target.arch, keys.precision, facts, weights)
