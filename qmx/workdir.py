@@ -170,8 +170,9 @@ def _unlike(directory: Path, inputs: dict) -> str | None:
 
 
 def _seconds(directory: Path) -> float:
-    """Seconds from the first to the last file of a stage: at most what its work took."""
-    times = [path.stat().st_mtime for path in directory.rglob("*") if path.is_file()]
+    """Seconds from the beginning of a stage to its end, or to its last checkpoint."""
+    ends = [directory / SUMS, *directory.glob("checkpoints/*")]
+    times = [path.stat().st_mtime for path in [directory / "inputs.json", *ends] if path.exists()]
     return max(times) - min(times) if times else 0.0
 
 
