@@ -15,7 +15,7 @@ from qmx.ledger import BudgetSpent, Ledger
 from qmx.metrics import top_k
 from qmx.progress import say
 from qmx.sharding import first
-from qmx.stages.answers import Answers, ask_about, read_scores, shows
+from qmx.stages.answers import Answers, ask_about, read_scores
 from qmx.stages.run import Run, needed
 from qmx.stages.select import Selection, chosen_up_front
 from qmx.stages.target import Target, target_query
@@ -30,7 +30,7 @@ def query(run: Run, target: Target | NotDone, selections: Iterable[Selection | N
     """
     target = needed(target)
     ids = np.unique(np.concatenate([needed(selection).ids for selection in selections]))
-    evaluation = run.data.evaluation
+    access, evaluation = run.config.target.access, run.data.evaluation
 
     def work(directory: Path) -> dict:
         refuse_beyond(run.config, len(ids), run.workdir)
@@ -43,7 +43,7 @@ def query(run: Run, target: Target | NotDone, selections: Iterable[Selection | N
             name = f"query for {purpose}"
             keys[purpose] = ask_about(run, target, ask, source, wanted, purpose, name)
             if purpose == "report":
-                scores = read_scores(run, target.identity, keys["report"])
+                scores = read_scores(run, target.identity, keys["report"], access)
                 measured = {f"top{k}": top_k(scores, evaluation.labels, k) for k in (1, 5)}
                 if warning := unexpected(run.config.target.expect, measured, evaluation.size):
                     say(f"warning: {warning}")
@@ -67,7 +67,7 @@ def query(run: Run, target: Target | NotDone, selections: Iterable[Selection | N
         "evaluation": run.data.evaluation_digest,
         **target.identity,
         "images": zlib.crc32(ids.tobytes()),
-        **shows(run),
+        **({"shows": access} if access != "logits" else {}),
     }
     result = run.stage("query", ".", inputs, work)
     rows = read_arrays(run.workdir / "query" / "keys.npz")

@@ -52,11 +52,6 @@ class Run(NamedTuple):
             refuse = f"--stage={self.only} needs {directory}, which --stage={kind} makes"
         return workdir.stage(directory, inputs, run, say, refuse)
 
-    @property
-    def save_seconds(self) -> float:
-        """Between two checkpoints of a training."""
-        return 60 * self.config.save_minutes
-
     def go_on(self, name: str, done: int, total: int) -> None:
         """Raise Stopped if a process was told to stop; all must ask at the same place."""
         if any_process(self.stopped()):
