@@ -77,7 +77,8 @@ def crop_and_resize(image: jax.Array, box: jax.Array, size: int) -> jax.Array:
     """Resize `box` = (top, left, height, width) of f32[H, W, C] to f32[size, size, C]."""
     rows = resize_weights(box[0], box[2], image.shape[0], size)
     columns = resize_weights(box[1], box[3], image.shape[1], size)
-    return _resample(rows, image, columns)
+    # In full float32: a GPU would use TF32, whose 10 bits are too few for a pixel's value.
+    return jnp.einsum("yh,hwc,xw->yxc", rows, image, columns, precision="highest")
 
 
 def grey(image: jax.Array) -> jax.Array:
@@ -147,11 +148,7 @@ def gaussian_blur(image: jax.Array, sigma: jax.Array, radius: int) -> jax.Array:
     """A separable Gaussian blur as two matrix products; taps beyond `radius` pixels are cut off."""
     rows = blur_weights(sigma, image.shape[0], radius)
     columns = blur_weights(sigma, image.shape[1], radius)
-    return _resample(rows, image, columns)
-
-
-def _resample(rows: jax.Array, image: jax.Array, columns: jax.Array) -> jax.Array:
-    # In full float32: a GPU would use TF32, whose 10 bits are too few for a pixel's value.
+    # In full float32, as in `crop_and_resize`.
     return jnp.einsum("yh,hwc,xw->yxc", rows, image, columns, precision="highest")
 
 

@@ -37,8 +37,9 @@ import json
 import os
 import runpy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -153,17 +154,14 @@ def parse(argv: list[str]) -> Arguments:
         lock_config=True,
         sys_argv=argv,
     )
-
-    def define(kind: Callable, name: str, default: object, meaning: str) -> None:
-        kind(name, default, meaning, flag_values=values)
-
-    text, number = flags.DEFINE_string, flags.DEFINE_integer
-    define(text, "workdir", None, "where everything is written and found again")
-    define(text, "stage", "all", "all, or one stage, see --help")
-    define(text, "coordinator", "", "HOST:PORT of the first of several processes")
-    define(number, "processes", 0, "how many processes there are; -1 in a Kubernetes job")
-    define(number, "process", -1, "which of them this is, from 0 on")
-    define(text, "update", "", "accept a workdir of another config: keep what fits")
+    text = partial(flags.DEFINE_string, flag_values=values)
+    number = partial(flags.DEFINE_integer, flag_values=values)
+    text("workdir", None, "where everything is written and found again")
+    text("stage", "all", "all, or one stage, see --help")
+    text("coordinator", "", "HOST:PORT of the first of several processes")
+    number("processes", 0, "how many processes there are; -1 in a Kubernetes job")
+    number("process", -1, "which of them this is, from 0 on")
+    text("update", "", "accept a workdir of another config: keep what fits")
     rest = values(["--update=keep" if word == "--update" else word for word in argv])
     if len(rest) > 1:
         raise ValueError(f"{rest[1]!r} is no flag; write --config.key=value")

@@ -34,7 +34,7 @@ from qmx.stages.pretrain import pretrain
 from qmx.stages.query import query
 from qmx.stages.report import report
 from qmx.stages.run import Run, handed_on
-from qmx.stages.select import chosen_up_front, needs_features, select
+from qmx.stages.select import chosen_by_features, chosen_up_front, select
 from qmx.stages.target import converted as converted_target
 from qmx.stages.target import target as target_stage
 
@@ -71,7 +71,12 @@ def run(
         start: handed_on(call, pretrain, *start) for start in starts if start not in brought
     }
     looks = {start: handed_on(call, monitor, encoder[start]) for start in starts}
-    by_features = {cell.start for cell in grid if needs_features(cell, data.pool.size)}
+    # Cells whose images are chosen, or whose answers are spread, by features of their encoder.
+    by_features = {
+        cell.start
+        for cell in grid
+        if chosen_by_features(cell, data.pool.size) or cell.use == "pool"
+    }
     feature = {
         start: handed_on(call, features, encoder[start]) for start in starts if start in by_features
     }

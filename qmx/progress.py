@@ -38,10 +38,10 @@ class Progress:
             self.bar.update(self.task, completed=done, text=f"{self._rate(done, now)} {text}")
         elif now - self.said > LINE_SECONDS and done < self.total:
             self.said = now
-            say(
-                f"{self.name}: {done}/{self.total} {self._rate(done, now)}"
-                f" {text}{self._left(done, now)}"
-            )
+            steps = done - (self.first or 0)
+            rest = (self.total - done) * (now - self.started)
+            left = f", {rest / steps:.0f} s left" if steps else ""
+            say(f"{self.name}: {done}/{self.total} {self._rate(done, now)} {text}{left}")
 
     def _rate(self, done: int, now: float) -> str:
         steps = done - (self.first or 0)
@@ -50,10 +50,6 @@ class Progress:
             if steps
             else ""
         )
-
-    def _left(self, done: int, now: float) -> str:
-        steps = done - (self.first or 0)
-        return f", {(self.total - done) * (now - self.started) / steps:.0f} s left" if steps else ""
 
 
 @contextmanager

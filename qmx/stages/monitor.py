@@ -10,8 +10,8 @@ from qmx.contract import Encoder
 from qmx.data.sources import take
 from qmx.metrics import held_out, held_out_knn, top_k
 from qmx.sharding import put_state
-from qmx.stages.pretrain import Pretrained, backbone, read_encoder
-from qmx.stages.run import Run, needed, outputs, plain, root_key
+from qmx.stages.pretrain import Pretrained, backbone
+from qmx.stages.run import Run, needed, outputs, plain, read_weights, root_key
 from qmx.stages.target import Labels
 from qmx.training import train
 from qmx.workdir import NotDone
@@ -30,7 +30,7 @@ def monitor(run: Run, encoder: Pretrained | NotDone) -> dict:
         return {"knn_top1": knn_top1(run, f"a random network, seed {seed}", variables)}
 
     def look(directory: Path) -> dict:
-        variables = read_encoder(run, encoder)
+        variables = read_weights(run, backbone(run), encoder.path)
         result = {"knn_top1": knn_top1(run, encoder.name, variables)}
         if keys.linear:
             result["linear_top1"] = linear_top1(run, variables, directory, encoder)
@@ -76,7 +76,7 @@ def linear_top1(run: Run, variables: Encoder, directory: Path, encoder: Pretrain
         steps=steps,
         seed=encoder.seed,
         drop_last=False,
-        save_seconds=run.save_seconds,
+        save_seconds=60 * run.config.save_minutes,
         stopped=run.stopped,
     )
     classifier = networks.classifier(arch, dtype, seen)

@@ -14,11 +14,11 @@ from qmx.grid import budget_keys, cells
 from qmx.ledger import BudgetSpent, Ledger
 from qmx.metrics import top_k
 from qmx.progress import say
-from qmx.sharding import first, from_first
-from qmx.stages.answers import Answers, ask_about, read_scores, shows
+from qmx.sharding import first
+from qmx.stages.answers import Answers, ask_about, read_scores
 from qmx.stages.run import Run, needed
 from qmx.stages.select import Selection, chosen_up_front
-from qmx.stages.target import Target, open_ledger, target_query
+from qmx.stages.target import Target, in_ledger, open_ledger, target_query
 from qmx.workdir import NotDone
 
 
@@ -30,7 +30,7 @@ def query(run: Run, target: Target | NotDone, selections: Iterable[Selection | N
     """
     target = needed(target)
     ids = np.unique(np.concatenate([needed(selection).ids for selection in selections]))
-    evaluation = run.data.evaluation
+    access, evaluation = run.config.target.access, run.data.evaluation
 
     def work(directory: Path) -> dict:
         refuse_beyond(run.config, len(ids), run.workdir)
@@ -43,7 +43,7 @@ def query(run: Run, target: Target | NotDone, selections: Iterable[Selection | N
             name = f"query for {purpose}"
             keys[purpose] = ask_about(run, target, ask, source, wanted, purpose, name)
             if purpose == "report":
-                scores = read_scores(run, target.identity, keys["report"])
+                scores = read_scores(run, target.identity, keys["report"], access)
                 measured = {f"top{k}": top_k(scores, evaluation.labels, k) for k in (1, 5)}
                 if warning := unexpected(run.config.target.expect, measured, evaluation.size):
                     say(f"warning: {warning}")
@@ -67,7 +67,7 @@ def query(run: Run, target: Target | NotDone, selections: Iterable[Selection | N
         "evaluation": run.data.evaluation_digest,
         **target.identity,
         "images": zlib.crc32(ids.tobytes()),
-        **shows(run),
+        **({"shows": access} if access != "logits" else {}),
     }
     note_calls(run, target)  # else what is asked now would hide what is gone
     result = run.stage("query", ".", inputs, work, lambda: lost_answers(run, target))
@@ -92,21 +92,19 @@ def note_calls(run: Run, target: Target) -> int:
     """Write down the calls in the ledger's account, so that a ledger that is lost or cut shrinks no
     account; returns the number of calls that are no longer in it."""
 
-    def note() -> int:
-        path = run.workdir / "account.json"
+    def note(ledger: Ledger) -> int:
+        path, calls = run.workdir / "account.json", ledger.account().calls
         try:
             told = read_json(path)
         except Unreadable:
             told = {}
         before = told.get(target.sha256, {"calls": 0, "lost": 0})
-        with open_ledger(run, target.identity) as ledger:
-            calls = ledger.account().calls
         lost = before["lost"] + max(before["calls"] - calls, 0)
         if {"calls": calls, "lost": lost} != before:
             write_json(path, {**told, target.sha256: {"calls": calls, "lost": lost}})
         return lost
 
-    return from_first(note)
+    return in_ledger(run, target.identity, note)
 
 
 def unexpected(expect: tuple[float, ...], measured: dict[str, float], size: int) -> str | None:

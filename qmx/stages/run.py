@@ -74,11 +74,6 @@ class Run(NamedTuple):
             lacking=lacking,
         )
 
-    @property
-    def save_seconds(self) -> float:
-        """Between two checkpoints of a training."""
-        return 60 * self.config.save_minutes
-
     def go_on(self, name: str, done: int, total: int) -> None:
         """Raise Stopped if a process was told to stop; all must ask at the same place."""
         if any_process(self.stopped()):

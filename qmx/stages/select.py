@@ -90,11 +90,6 @@ def chosen_by_features(cell: Cell, size: int) -> bool:
     return cell.select in BY_ANSWERS or (cell.select in BY_FEATURES and cell.queries < size)
 
 
-def needs_features(cell: Cell, size: int) -> bool:
-    """True if a cell's images are chosen, or its answers spread, by features of its encoder."""
-    return chosen_by_features(cell, size) or cell.use == "pool"
-
-
 def chosen_up_front(config: Any, data: Dataset) -> np.ndarray:
     """The pool's images that the grid asks about whatever the features and answers will be, i64[n],
     in order.

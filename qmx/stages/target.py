@@ -1,9 +1,10 @@
 """The target: trained here, made of weights that the user has, or elsewhere; and the questions to
 it."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from qmx.stages.run import Run, plain, read_weights, root_key
 from qmx.targets.query import Query, network_query
 from qmx.training import train
 
+T = TypeVar("T")
 SAME, NEW = "same-target", "new-target"  # what --update may say of a target that changed
 
 
@@ -123,7 +125,7 @@ def _train(run: Run, directory: Path) -> dict:
         steps=steps,
         seed=keys.seed,
         drop_last=False,
-        save_seconds=run.save_seconds,
+        save_seconds=60 * run.config.save_minutes,
         stopped=run.stopped,
     )
     digest = save_weights(directory / "target.safetensors", Encoder(ts.params, ts.state))
@@ -198,3 +200,14 @@ def open_ledger(run: Run, identity: dict[str, str]) -> Ledger:
     """Open the ledger of this target with the config's budget, in the first process only."""
     path, budget = run.workdir / "ledger.sqlite", run.config.budget
     return Ledger(path, **identity, budget=budget, dtype=run.config.ledger_dtype)
+
+
+def in_ledger(run: Run, identity: dict[str, str], work: Callable[[Ledger], T]) -> T:
+    """What `work` returns for the ledger of this target: it runs in the first process, and all of
+    them get it."""
+
+    def opened() -> T:
+        with open_ledger(run, identity) as ledger:
+            return work(ledger)
+
+    return from_first(opened)
