@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qmx import augment, losses, models, optim, selection
-    from qmx.checkpoint import load_encoder
     from qmx.contract import Batch, Encoder, Method, Network, View, chain
+    from qmx.encoders import encode, load_encoder
     from qmx.inference import predict
     from qmx.ledger import BudgetSpent, Ledger, Unavailable
     from qmx.methods import distill, fixmatch, linear, moco, rotation, simsiam
@@ -37,7 +37,7 @@ MODULES = {
 }
 # The module of each other name.
 PLACES = {
-    "load_encoder": "qmx.checkpoint",
+    **dict.fromkeys(("encode", "load_encoder"), "qmx.encoders"),
     **dict.fromkeys(("Batch", "Encoder", "Method", "Network", "View", "chain"), "qmx.contract"),
     "predict": "qmx.inference",
     **dict.fromkeys(("BudgetSpent", "Ledger", "Unavailable"), "qmx.ledger"),
@@ -63,6 +63,7 @@ __all__ = [
     "chain",
     "compare",
     "distill",
+    "encode",
     "fit",
     "fixmatch",
     "from_linen",

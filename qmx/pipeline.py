@@ -37,6 +37,7 @@ from qmx.stages.run import Run, handed_on
 from qmx.stages.select import chosen_by_features, chosen_up_front, select
 from qmx.stages.target import converted as converted_target
 from qmx.stages.target import target as target_stage
+from qmx.workdir import NotDone
 
 STAGES = ("target", "pretrain", "monitor", "select", "query", "distill", "evaluate", "report")
 
@@ -89,6 +90,9 @@ def run(
         rows.append(handed_on(call, evaluate, cell, student, answers))
     if not call.made:
         say(f"all of it was done before, in {directory}; nothing was trained or asked")
+    if only == "pretrain":
+        paths = [str(one.path) for one in encoder.values() if not isinstance(one, NotDone)]
+        return "\n".join([*paths, "qmx.load_encoder reads them; python -m qmx.embed uses them"])
     if only not in ("all", "report"):
         return f"stage {only} is done; --stage=report shows where things stand"
     pairs = [encoder[start] for start in starts], [looks[start] for start in starts]

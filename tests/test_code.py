@@ -13,9 +13,9 @@ from conftest import CONVOLUTIONS, ROOT
 LEVELS = (
     ("__main__",),
     ("main",),
-    ("pipeline", "keys", "shipped"),
+    ("pipeline", "keys", "shipped", "embed"),
     ("stages", "checks", "cautions"),
-    ("report", "training", "trainers", "ranges"),
+    ("report", "training", "trainers", "ranges", "encoders"),
     ("settings",),
     ("grid", "networks"),
     ("targets",),

@@ -17,7 +17,7 @@ from qmx.selection.propagate import propagate
 from qmx.stages.answers import Answers, read_scores
 from qmx.stages.features import Features
 from qmx.stages.pretrain import Pretrained, backbone
-from qmx.stages.run import Run, needed, plain, read_weights, root_key
+from qmx.stages.run import Run, facts, needed, plain, read_weights, root_key
 from qmx.stages.select import Selection
 from qmx.stages.target import Labels
 from qmx.training import train
@@ -96,9 +96,10 @@ def distill(
             save_seconds=60 * run.config.save_minutes,
             stopped=run.stopped,
         )
-        digest = save_weights(
-            directory / "student.safetensors", trainer.method.network(ts.params, ts.state)
-        )
+        standardize = keys.standardize
+        said = facts(run, cell.init, classes=run.data.classes, standardize=standardize)
+        variables = trainer.method.network(ts.params, ts.state)
+        digest = save_weights(directory / "student.safetensors", variables, said)
         return {
             "sha256": digest,
             "seconds": time.monotonic() - began,

@@ -10,7 +10,7 @@ from qmx.contract import Network
 from qmx.data import Dataset
 from qmx.diagnostics import watch
 from qmx.models import from_torch
-from qmx.stages.run import Run, plain, root_key
+from qmx.stages.run import Run, facts, plain, root_key
 from qmx.stages.target import check_channels
 from qmx.training import train
 
@@ -78,16 +78,15 @@ def _pretrain(run: Run, init: str, seed: int, directory: Path) -> dict:
         watch=watch(steps // int(keys.epochs), keys.get("features"), keys.get("queue_size")),
     )
     seconds = time.monotonic() - began
-    digest = save_weights(
-        directory / "encoder.safetensors", trainer.method.encoder(ts.params, ts.state)
-    )
+    encoder = trainer.method.encoder(ts.params, ts.state)
+    digest = save_weights(directory / "encoder.safetensors", encoder, facts(run, init))
     return {"sha256": digest, "seconds": seconds, "epochs": int(keys.epochs)}
 
 
 def _convert(run: Run, init: str, directory: Path) -> dict:
     began = time.monotonic()
     encoder = converted(run.config, init, run.data).backbone
-    digest = save_weights(directory / "encoder.safetensors", encoder)
+    digest = save_weights(directory / "encoder.safetensors", encoder, facts(run, init))
     return {
         "sha256": digest,
         "seconds": time.monotonic() - began,

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 
+from qmx import __version__ as version
 from qmx import networks, workdir
 from qmx.checkpoint import load_weights
 from qmx.contract import Encoder, Network
@@ -123,6 +124,26 @@ def needed(artefact: T | NotDone | None) -> T:
         raise artefact
     assert artefact is not None, "the plan hands on what a cell needs"
     return artefact
+
+
+def facts(run: Run, method: str, **more: Any) -> dict[str, Any]:
+    """What a file of weights says of itself, see `qmx.encoders.load_encoder`."""
+    data, student = run.data, run.config.student
+    photos = run.config.data.source in ("folder", "tfds")
+    return {
+        "qmx": version,
+        "method": method,
+        "arch": student.arch,
+        "dtype": student.dtype,
+        "shape": data.shape,
+        "mean": data.mean,
+        "std": data.std,
+        "resize": run.config.data.resize if photos else 0,
+        "classes": 0,
+        "class_names": data.class_names,
+        "standardize": False,
+        **more,
+    }
 
 
 def read_weights(run: Run, network: Network, path: Path) -> Encoder:

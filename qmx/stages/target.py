@@ -21,7 +21,7 @@ from qmx.ledger.file import looked_into
 from qmx.models import from_torch
 from qmx.sharding import from_first
 from qmx.stages import outside
-from qmx.stages.run import Run, plain, read_weights, root_key
+from qmx.stages.run import Run, facts, plain, read_weights, root_key
 from qmx.targets.query import Query, network_query
 from qmx.training import train
 
@@ -128,7 +128,9 @@ def _train(run: Run, directory: Path) -> dict:
         save_seconds=60 * run.config.save_minutes,
         stopped=run.stopped,
     )
-    digest = save_weights(directory / "target.safetensors", Encoder(ts.params, ts.state))
+    said = facts(run, "target", arch=keys.arch, classes=run.data.classes)
+    weights = Encoder(ts.params, ts.state)
+    digest = save_weights(directory / "target.safetensors", weights, said)
     return {"name": f"{keys.arch} trained on {run.data.name}", "arch": keys.arch, "sha256": digest}
 
 
@@ -139,7 +141,8 @@ def _convert(run: Run, directory: Path) -> dict:
         {"backbone": made.backbone.params, "head": made.head},
         {"backbone": made.backbone.stats, "head": {}},
     )
-    digest = save_weights(directory / "target.safetensors", weights)
+    said = facts(run, "target", arch=made.arch, classes=run.data.classes)
+    digest = save_weights(directory / "target.safetensors", weights, said)
     return {"name": f"{made.arch} from {Path(keys.path).name}", "arch": made.arch, "sha256": digest}
 
 
