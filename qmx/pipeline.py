@@ -23,7 +23,7 @@ from typing import Any
 
 from qmx.data import Dataset
 from qmx.grid import cells, encoders
-from qmx.progress import say
+from qmx.progress import counted, say
 from qmx.stages import outside, recorded
 from qmx.stages.distill import distill
 from qmx.stages.evaluate import evaluate
@@ -84,10 +84,13 @@ def run(
     chosen = {cell: handed_on(call, select, cell, feature.get(cell.start), target) for cell in grid}
     answers = handed_on(call, query, target, chosen.values())  # the last that sees the target
     rows = []
+    count = counted("student", len(grid))
     for cell in grid:
+        before = len(call.made)
         made = encoder.get(cell.start), feature.get(cell.start), chosen[cell], answers
         student = handed_on(call, distill, cell, *made)
         rows.append(handed_on(call, evaluate, cell, student, answers))
+        count(len(call.made) > before)
     if not call.made:
         say(f"all of it was done before, in {directory}; nothing was trained or asked")
     if only == "pretrain":

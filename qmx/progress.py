@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +23,7 @@ class Progress:
 
     def __init__(self, name: str, total: int, per_step: int, unit: str, bar: Any = None):
         self.name, self.total, self.per_step, self.unit, self.bar = name, total, per_step, unit, bar
-        self.task = bar.add_task(name, total=total, text="") if bar else None
+        self.task = bar.add_task(name, total=total, text="compiling") if bar else None
         self.started = self.said = time.monotonic()
         self.first: int | None = None
         self.text = ""
@@ -50,6 +50,35 @@ class Progress:
             if steps
             else ""
         )
+
+
+def counted(noun: str, total: int) -> Callable[[bool], None]:
+    """A function that is told of each of `total` things whether it was done now, or found done; it
+    says how many there are and how long the rest may take, every `LINE_SECONDS` at most."""
+    began = said = time.monotonic()
+    place = made = 0
+
+    def count(now: bool) -> None:
+        nonlocal place, made, said, began
+        place += 1
+        if not now and not made:
+            began = time.monotonic()
+        made += now
+        clock = time.monotonic()
+        if made and place < total and clock - said > LINE_SECONDS:
+            said = clock
+            say(
+                f"{noun} {place} of {total}, {about((total - place) * (clock - began) / made)} left"
+            )
+
+    return count
+
+
+def about(seconds: float) -> str:
+    """A time for people: "about 40 s", "about 4 min", "about 2.5 h"."""
+    if seconds < 90:
+        return f"about {seconds:.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
 
 
 @contextmanager
