@@ -22,8 +22,8 @@ class Loaded(NamedTuple):
     variables: Encoder
     view: View  # normalises uint8[B, H, W, C]
     shape: tuple[int, int, int]  # H, W, C of the images
-    # What the file says of itself: qmx, method, arch, dtype, shape, mean, std, resize, classes,
-    # class_names, standardize.
+    # What the file says of itself: qmx, method, arch, dtype, shape, mean, std, resize, size,
+    # classes, class_names, standardize.
     facts: dict[str, Any]
 
 
@@ -45,7 +45,8 @@ def load_encoder(path: Path | str) -> Loaded:
         network = chain(backbone=network, head=head)
     shape = tuple(facts["shape"])
     variables = load_weights(Path(path), variable_shapes(network, shape))
-    return Loaded(network, variables, plain_view(facts["mean"], facts["std"]), shape, facts)
+    view = plain_view(facts["mean"], facts["std"], facts["size"])
+    return Loaded(network, variables, view, shape, facts)
 
 
 def read_facts(path: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from qmx.stages.pretrain import Pretrained
 FACTS = {
     **{"qmx": "0", "method": "moco", "arch": "resnet8_narrow", "dtype": "float32"},
     **{"shape": (16, 16, 3), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3), "resize": 20},
+    "size": 0,
     **{"classes": 0, "class_names": (), "standardize": False},
 }
 

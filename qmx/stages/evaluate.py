@@ -41,6 +41,7 @@ def evaluate(run: Run, cell: Cell, student: Student | NotDone, answers: Answers 
     inputs = {
         "evaluation": run.data.evaluation_digest,
         "student": student.sha256,
+        "size": run.config.student.size,
         **answers.identity,
         **({"select": chose} if chose else {}),
         **({"shows": access} if access != "logits" else {}),

@@ -32,6 +32,7 @@ def features(run: Run, encoder: Pretrained | NotDone) -> Features:
         "pool": run.data.pool_digest,
         "encoder": encoder.sha256,
         "dtype": networks.evaluated_in(run.config.student.dtype),
+        "size": run.config.student.size,
     }
 
     def work(directory: Path) -> dict:

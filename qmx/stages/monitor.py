@@ -22,6 +22,7 @@ def monitor(run: Run, encoder: Pretrained | NotDone) -> dict:
     encoder = needed(encoder)
     keys, student, seed = run.config.monitor, run.config.student, encoder.seed
     arch, dtype = student.arch, networks.evaluated_in(student.dtype)
+    seen = {"size": student.size}
     neighbours = {"knn_k": keys.knn_k, "knn_temperature": keys.knn_temperature}
 
     def look_at_random(_: Path) -> dict:
@@ -37,9 +38,20 @@ def monitor(run: Run, encoder: Pretrained | NotDone) -> dict:
         return result
 
     # The random network is the same whatever the encoder: once a seed.
-    shared = {"pool": run.data.pool_digest, "arch": arch, "dtype": dtype, "monitor": neighbours}
+    shared = {
+        "pool": run.data.pool_digest,
+        "arch": arch,
+        "dtype": dtype,
+        "monitor": neighbours,
+        **seen,
+    }
     random = run.stage("monitor", f"random-seed{seed}", shared, look_at_random)
-    inputs = {"pool": run.data.pool_digest, "encoder": encoder.sha256, "monitor": neighbours}
+    inputs = {
+        "pool": run.data.pool_digest,
+        "encoder": encoder.sha256,
+        "monitor": neighbours,
+        **seen,
+    }
     if keys.linear:
         inputs |= {"probe": plain(keys.probe), "weak_view": plain(run.config.weak_view)}
     result = run.stage("monitor", encoder.name, inputs, look)

@@ -139,6 +139,7 @@ def facts(run: Run, method: str, **more: Any) -> dict[str, Any]:
         "mean": data.mean,
         "std": data.std,
         "resize": run.config.data.resize if photos else 0,
+        "size": student.size,
         "classes": 0,
         "class_names": data.class_names,
         "standardize": False,
@@ -160,7 +161,7 @@ def outputs(
     run: Run, name: str, network: Network, variables: Encoder, source: Source
 ) -> np.ndarray:
     """Outputs of a network for every image of a source, f32[n, D], with progress called `name`."""
-    view = networks.evaluation_view(networks.look(run.data))
+    view = networks.evaluation_view(networks.look(run.data), run.config.student.size)
     ids = ids_here(source.size)
     with progress(name, source.size) as shown:
 
