@@ -16,7 +16,7 @@ from conftest import ROOT
 from test_data import load
 from test_photos import WHOLE, encoded, photo
 
-from qmx.data import prepared
+from qmx.data import open_photos, prepared
 from qmx.data.photos import canvas, decode, shown
 
 PHOTOS = {  # split -> file name -> (the file, class)
@@ -119,6 +119,26 @@ def test_a_prepared_set_is_a_data_set():
             np.testing.assert_array_equal(rows["image"][row], canvas(image, 16)[0])
             np.testing.assert_array_equal(rows["size"][row], image.size[::-1])
             np.testing.assert_array_equal(pixels[row], shown(image, 24, 20))
+
+
+def test_photos_are_opened_first_and_left_out_by_name(tmp_path, monkeypatch):
+    """A record that is no whole photo is named; a name is a file's, on both sides."""
+    assert open_photos(load("tfds", "tiny_photos"), tmp_path / "w") == []
+    read = prepared.read_record
+
+    def damaged(name, split, i, of_file):
+        return WHOLE[:900] if (split, i) == ("validation", 2) else read(name, split, i, of_file)
+
+    monkeypatch.setattr(prepared, "read_record", damaged)
+    whole = load("tfds", "tiny_photos")
+    bad = f"tiny_photos/validation/{whole.evaluation.names[2]}"
+    with pytest.raises(ValueError, match=f"^1 of 16 photos cannot be read: {bad}: .*truncated"):
+        open_photos(whole, tmp_path / "w2")
+    data = load("tfds", "tiny_photos", leave_out=str(tmp_path / "w2" / "unreadable.txt"))
+    assert (data.pool.size, data.evaluation.size) == (12, 3)
+    assert data.pool_digest == whole.pool_digest
+    assert open_photos(data, tmp_path / "w2") == []
+    data.evaluation.shown(np.arange(3))
 
 
 def test_the_evaluation_split_is_chosen():
@@ -262,7 +282,7 @@ def test_unreadable_photos_have_their_name(tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     data = load("tfds", "tiny_broken")
     with pytest.raises(
-        ValueError, match="tiny_broken/train/n02_11.JPEG: .*--source=tfds tiny_broken CACHE"
+        ValueError, match="tiny_broken/train/n02_11.JPEG: .*data.leave_out=FILE.*n02_11.JPEG$"
     ):
         data.pool.read(np.arange(12))
 

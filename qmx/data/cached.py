@@ -19,7 +19,7 @@ import numpy as np
 
 from qmx.data.photos import Photos, decode, in_threads
 
-VERSION = 1
+VERSION = 2  # 2: 16 bits are scaled to 8
 MANIFEST = "manifest.json"
 KEYS = {"digest", "images", "side", "count", "broken", "shards"}
 SIZE = struct.Struct("<II")  # height, width

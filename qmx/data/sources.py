@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 from hashlib import sha256
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from qmx.data.photos import Photos
 
 
 class Source(NamedTuple):
@@ -22,6 +25,7 @@ class Source(NamedTuple):
     beside: "Beside | None" = None  # another source, whose examples come in the same batches
     # The arrays in memory that `read` reads; None if it reads files.
     held: "Held | None" = None
+    files: "Files | None" = None  # the photos that `read` and `shown` decode; None for arrays
 
     def all(self) -> dict[str, np.ndarray]:
         """Every example as `read` gives it, in order. All of them must fit in memory."""
@@ -37,6 +41,14 @@ class Held(NamedTuple):
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays.values())
+
+
+class Files(NamedTuple):
+    """Photos and a source's rows of them: example k is photo rows[k]."""
+
+    photos: "Photos"
+    rows: np.ndarray  # i64[n]
+    cached: bool  # a cache was made of them, so that each of them could be decoded
 
 
 class Beside(NamedTuple):
@@ -61,6 +73,7 @@ class Dataset(NamedTuple):
     pool_digest: str
     evaluation_digest: str
     class_names: tuple[str, ...] = ()  # wnids, where the source has them
+    left_out: tuple[str, ...] = ()  # the photos that are left out by name
 
     @property
     def digest(self) -> str:
@@ -92,6 +105,7 @@ def take(source: Source, ids: np.ndarray, **more: Any) -> Source:
         labels=source.labels[ids] if len(source.labels) else source.labels,
         names=tuple(source.names[i] for i in ids) if source.names else (),
         held=_held(source, ids, more),
+        files=source.files._replace(rows=source.files.rows[ids]) if source.files else None,
     )
 
 
