@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from qmx.data.photos import Photos, decode, in_threads
+from qmx.data.photos import decode, in_threads
+from qmx.data.sources import Photos
 
 VERSION = 2  # 2: 16 bits are scaled to 8
 MANIFEST = "manifest.json"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qmx.data.photos import Photos
+from qmx.data.sources import Photos
 
 
 def read_names(path: str) -> list[str]:

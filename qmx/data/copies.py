@@ -14,7 +14,8 @@ import sys
 import numpy as np
 
 from qmx.data import folder as folders
-from qmx.data.photos import Photos, in_threads
+from qmx.data.photos import in_threads
+from qmx.data.sources import Photos
 
 TAIL = 4096  # bytes at the end of a file, which differ between almost all photos
 

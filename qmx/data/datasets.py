@@ -14,8 +14,8 @@ from qmx.data.arrays import arrays, digits
 from qmx.data.cached import reader
 from qmx.data.chosen import leave_out as kept_and_dropped
 from qmx.data.classes import number_of
-from qmx.data.photos import Photos, photo_source
-from qmx.data.sources import Dataset, Source, take
+from qmx.data.photos import photo_source
+from qmx.data.sources import Dataset, Photos, Source, take
 from qmx.progress import say
 
 SOURCES = ("digits", "arrays", "folder", "tfds")

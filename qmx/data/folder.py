@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qmx.data.photos import Photos
+from qmx.data.sources import Photos
 from qmx.progress import say
 
 # Torchvision's.

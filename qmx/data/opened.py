@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from qmx.data.folder import first_few
-from qmx.data.photos import Photos, decode, in_threads, open_image
-from qmx.data.sources import Dataset, Files
+from qmx.data.photos import decode, in_threads, open_image
+from qmx.data.sources import Dataset, Files, Photos
 
 AT_ONCE = 256  # photos between two calls of `update`
 UNREADABLE = "unreadable.txt"

@@ -10,47 +10,14 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from qmx.data.sources import Files, Source
+from qmx.data.sources import Files, Photos, Source
 
 EXIF_ORIENTATION = 0x0112
 CHUNK = 4  # photos that a thread takes at a time; handing out single ones costs more
-
-
-def title(where: str, i: int, name: str) -> str:
-    """Name of a photo in messages: its file, or its number if it has no file."""
-    return f"{where}/{name}" if name else f"{where}, image {i}"
-
-
-class Photos(NamedTuple):
-    """Photos by number, undecoded."""
-
-    where: str  # the folder or the split, for messages
-    # (number, name) -> the file's bytes; picklable; its ValueError names the photo.
-    read: Callable[[int, str], bytes]
-    names: tuple[str, ...]  # of the files; () if there are no files
-    labels: np.ndarray  # i32[n]
-    class_names: tuple[str, ...]
-    digest: str  # SHA-256 of the listing, see the source
-    remake: str  # the arguments of qmx.data.cache that name these photos
-    sizes: np.ndarray | None = None  # i64[n], of the files in bytes; None if there are no files
-
-    @property
-    def size(self) -> int:
-        """Number of photos."""
-        return len(self.labels)
-
-    def title(self, i: int) -> str:
-        """Name of photo i in messages."""
-        return title(self.where, i, self.names[i] if self.names else "")
-
-    def load(self, i: int) -> bytes:
-        """The file of photo i."""
-        return self.read(i, self.names[i] if self.names else "")
 
 
 def open_image(data: bytes, name: str) -> Image.Image:

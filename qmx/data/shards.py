@@ -12,7 +12,8 @@ import PIL
 from PIL import Image
 
 from qmx.data.cached import MANIFEST, OF_SHARD, SIZE, check_facts, missing_or_resized, sha256
-from qmx.data.photos import Photos, canvas, decode, oddities, title
+from qmx.data.photos import canvas, decode, oddities
+from qmx.data.sources import Photos, title
 
 # Full colour resolution, because views exaggerate colour. It takes a quarter more bytes than 4:2:0;
 # the error is 2 dB lower (39.2 against 37.1 on 126 ImageNet photos at quality 90).

@@ -2,12 +2,9 @@
 
 from collections.abc import Callable
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from qmx.data.photos import Photos
 
 
 class Source(NamedTuple):
@@ -43,10 +40,42 @@ class Held(NamedTuple):
         return sum(array.nbytes for array in self.arrays.values())
 
 
+def title(where: str, i: int, name: str) -> str:
+    """Name of a photo in messages: its file, or its number if it has no file."""
+    return f"{where}/{name}" if name else f"{where}, image {i}"
+
+
+class Photos(NamedTuple):
+    """Photos by number, undecoded."""
+
+    where: str  # the folder or the split, for messages
+    # (number, name) -> the file's bytes; picklable; its ValueError names the photo.
+    read: Callable[[int, str], bytes]
+    names: tuple[str, ...]  # of the files; () if there are no files
+    labels: np.ndarray  # i32[n]
+    class_names: tuple[str, ...]
+    digest: str  # SHA-256 of the listing, see the source
+    remake: str  # the arguments of qmx.data.cache that name these photos
+    sizes: np.ndarray | None = None  # i64[n], of the files in bytes; None if there are no files
+
+    @property
+    def size(self) -> int:
+        """Number of photos."""
+        return len(self.labels)
+
+    def title(self, i: int) -> str:
+        """Name of photo i in messages."""
+        return title(self.where, i, self.names[i] if self.names else "")
+
+    def load(self, i: int) -> bytes:
+        """The file of photo i."""
+        return self.read(i, self.names[i] if self.names else "")
+
+
 class Files(NamedTuple):
     """Photos and a source's rows of them: example k is photo rows[k]."""
 
-    photos: "Photos"
+    photos: Photos
     rows: np.ndarray  # i64[n]
     cached: bool  # a cache was made of them, so that each of them could be decoded
 
