@@ -872,7 +872,10 @@ def test_evaluation_images_that_are_in_the_pool_are_counted_and_refused(tmp_path
         [OTHER["image"], GOOD["image"][[2]], GOOD["image"][[5]], GOOD["image"][[5]]]
     )
     mixed = save(tmp_path / "mixed.npz", image=images, label=np.zeros(6, int))
-    with pytest.raises(ValueError, match="^3 of 6 evaluation images are in the pool"):
+    with pytest.raises(
+        ValueError,
+        match="^3 of 6 evaluation images are in the pool too: number 3 is the pool's number 2;",
+    ):
         load("arrays", good, mixed)
     with pytest.raises(ValueError, match="^6 of 6 evaluation images"):
         load("arrays", good, good)

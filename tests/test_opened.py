@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from test_cache import make
 from test_data import load
-from test_photos import WHOLE, encoded, tree
+from test_photos import WHOLE, encoded, photo, tree
 
 from qmx.data import open_photos, photos
 from qmx.data.opened import AT_ONCE, count
@@ -62,6 +62,24 @@ def test_good_photos_are_opened_once(folders, tmp_path, monkeypatch):
     assert count(load("digits")) == 0 and opened(load("digits"), tmp_path / "w") == []
 
 
+def test_folders_with_one_listing_are_opened_each(tmp_path):
+    """Numbered photos of equal sizes: what is known of the pool says nothing of the others."""
+    names = [f"n{c}/{i}.bmp" for c in (1, 2) for i in range(3)]
+    sides = [
+        tree(
+            tmp_path / side,
+            {name: encoded(photo(30, 30, seed=seed + k), "BMP") for k, name in enumerate(names)},
+        )
+        for side, seed in (("train", 0), ("val", 50))
+    ]
+    bad = Path(sides[1], "n2/1.bmp")
+    bad.write_bytes(bytes(bad.stat().st_size))
+    for _ in range(2):
+        assert f"1 of 12 photos cannot be read: {bad}: " in opened(
+            load("folder", *sides), tmp_path / "w"
+        )
+
+
 def test_memory_that_is_damaged_is_no_memory(folders, tmp_path, monkeypatch):
     data, names = load("folder", *folders, **SIZES), decodes(monkeypatch)
     opened(data, tmp_path / "w")
@@ -112,7 +130,7 @@ def test_unreadable_photos_are_named_on_both_sides_and_the_cure_works(folders, t
     assert load("folder", *folders, **SIZES, leave_out=str(names)).pool.size == 10
 
 
-def test_a_side_that_loses_nothing_keeps_its_digest(folders, tmp_path):
+def test_a_side_that_loses_nothing_keeps_its_digest(folders, tmp_path, monkeypatch):
     pool, evaluation = folders
     whole = load("folder", *folders, **SIZES)
 
@@ -129,6 +147,8 @@ def test_a_side_that_loses_nothing_keeps_its_digest(folders, tmp_path):
     assert both.pool_digest != whole.pool_digest
     assert both.evaluation_digest == one.evaluation_digest
     assert without("").digest == whole.digest
+    monkeypatch.chdir(tmp_path)  # a path of the same photo
+    assert without("val/n2/1.JPEG").digest == one.digest
 
 
 @pytest.mark.parametrize(

@@ -112,12 +112,14 @@ def from_arrays(
     Raises:
       ValueError: an evaluation image is in the pool too, which would raise every figure.
     """
-    pool = {image.tobytes() for image in images}
-    both = sum(image.tobytes() in pool for image in eval_images)
-    if both:
+    pool = {image.tobytes(): i for i, image in enumerate(images)}
+    pairs = [
+        (i, pool[data]) for i, image in enumerate(eval_images) if (data := image.tobytes()) in pool
+    ]
+    if pairs:
         raise ValueError(
-            f"{both} of {len(eval_images)} evaluation images are in the pool too; "
-            "remove them from one side"
+            f"{len(pairs)} of {len(eval_images)} evaluation images are in the pool too: number"
+            f" {pairs[0][0]} is the pool's number {pairs[0][1]}; remove them from one side"
         )
     counts = np.stack(
         [np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])]

@@ -1,5 +1,6 @@
 """Photos that are left out by name, of the pool and of the evaluation images alike."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -32,22 +33,25 @@ def leave_out(path: str, *sides: Photos) -> list[tuple[np.ndarray, list[str]]]:
 
     Args:
       path: a text file. A line is a photo's name within its folder ("cat/1.jpg"), which leaves it
-        out on every side, or the name that messages have ("photos/val/cat/1.jpg", "SET/test,
-        image 3"), which says the side. "" leaves nothing out.
+        out on every side, or its path or the name that messages have ("photos/val/cat/1.jpg",
+        "SET/test, image 3"), which says the side. "" leaves nothing out.
       sides: the pool's and the evaluation's photos.
 
     Raises:
       ValueError: see `read_names`; a line that names no photo; a side of which nothing is left.
     """
-    wanted = set(read_names(path)) if path else set()
-    unknown, result = set(wanted), []
+    lines = read_names(path) if path else []
+    wanted = {os.path.abspath(line): line for line in lines} | {line: line for line in lines}
+    unknown, result = set(lines), []
     for photos in sides:
         kept, dropped = [], []
+        folder = os.path.abspath(photos.where)
         for i in range(photos.size) if wanted else ():
-            names = {photos.title(i), photos.names[i] if photos.names else photos.title(i)}
-            if names & wanted:
+            name = photos.names[i] if photos.names else photos.title(i)
+            matches = {wanted.get(key) for key in (name, photos.title(i), f"{folder}/{name}")}
+            if matches != {None}:
                 dropped.append(i)
-                unknown -= names
+                unknown -= matches
             else:
                 kept.append(i)
         if dropped and not kept:

@@ -1,5 +1,6 @@
 """Opening every photo that a run will read, before it spends anything."""
 
+import hashlib
 import os
 import zipfile
 from collections.abc import Callable
@@ -32,8 +33,8 @@ def open_photos(
     """Open and decode every photo of the pool and of the evaluation images, in threads.
 
     Of photos that a cache was made of, which decoded them, only the headers are read. Photos that
-    were found good are remembered in `folder` under their listing's digest (names and sizes in
-    bytes), and not opened again; a stopped call goes on from there.
+    were found good are remembered in `folder`, as long as their folder's listing (names and sizes
+    in bytes) stays as it is, and not opened again; a stopped call goes on from there.
 
     Args:
       data: images in memory have nothing to open.
@@ -78,7 +79,9 @@ def _open_side(files: Files, folder: Path, update: Callable[[int], None]) -> dic
     """The photos of a side that are not good: what is wrong with each, "" for one of one colour."""
     photos, whole = files.photos, not files.cached
     kind = "decoded" if whole else "headers"
-    memory = folder / f"{kind}-{photos.digest[:32]}.npz"
+    # Two folders may have the same listing.
+    key = hashlib.sha256(f"{photos.where}\0{photos.digest}".encode("utf-8", "surrogateescape"))
+    memory = folder / f"{kind}-{key.hexdigest()[:32]}.npz"
     state = _remembered(memory, photos.size)
     problems: dict[int, str] = {}
     left = files.rows[state[files.rows] == UNSEEN]

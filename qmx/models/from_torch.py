@@ -230,10 +230,15 @@ def main(argv: list[str] | None = None) -> int:
         f"{args.file}: {net.arch}{classes}\nsource SHA-256 {file_digest(file)}\nused"
         f" {net.used} tensors"
     )
-    for group, count in sorted(Counter(group_of(name, net.root) for name in net.dropped).items()):
-        print(f"dropped {count} tensors: {group}")
+    print(*dropped_lines(net), sep="\n", end="\n" * bool(net.dropped))
     print(f"wrote {args.out}, digest {digest}")
     return 0
+
+
+def dropped_lines(net: Converted) -> list[str]:
+    """A line for each part of a file that is dropped, "dropped 4 tensors: projector.*"."""
+    groups = Counter(group_of(name, net.root) for name in net.dropped)
+    return [f"dropped {count} tensors: {group}" for group, count in sorted(groups.items())]
 
 
 def group_of(name: str, root: str) -> str:
