@@ -465,6 +465,10 @@ def test_all_differences_at_once(small, tmp_path):
             "missing: module.encoder_q.layer2.0.bn1.bias$",
         ),
         (
+            lambda s: s.update({"renamed": s.pop("module.encoder_q.layer2.0.conv2.weight")}),
+            r"missing: module.encoder_q.layer2.0.conv2.weight; unexpected: renamed \(128, ",
+        ),
+        (
             lambda s: s.update({"module.encoder_q.layer1.0.se.fc1.weight": torch.ones(2)}),
             r"unexpected: module.encoder_q.layer1.0.se.fc1.weight \(2,\)$",
         ),

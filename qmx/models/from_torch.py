@@ -120,13 +120,21 @@ def convert_tables(
     kept = {at for name, at in names.items() if at in tensors} - counters
     # What qmx wrote has nothing beside the network.
     dropped = [at for at in tensors if at not in kept and (not ours or at in counters)]
+    # A kernel beside the network with the shape of one that is missing may be that one, renamed.
+    lacking = {wanted[name] for at, name in used.items() if at not in tensors}
+    elsewhere = {at for other in others for at in other.names.values()}
+    strays = {
+        at
+        for at in dropped
+        if at not in elsewhere and tensors[at].ndim > 1 and tensors[at].shape in lacking
+    }
     check(
         what,
         best,
         tensors,
         {at: wanted[name] for at, name in used.items()},
         missing=[],
-        dropped=set(dropped),
+        dropped=set(dropped) - strays,
     )
     check_values(what, {at: tensors[at] for at in sorted(used)})
     dropped += [
