@@ -193,6 +193,9 @@ def base() -> ConfigDict:
             arch="resnet50",  # the network of students and encoders, a name of qmx.models.ARCHS
             # of its convolutions: float64 (and everything else), float32, bfloat16
             dtype="float32",
+            # side of the images that encoders and students are evaluated on; 0 is their own. The
+            # views that they train on have theirs: strong_view.size, weak_view.size.
+            size=0,
         )
     )
 

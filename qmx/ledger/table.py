@@ -49,7 +49,11 @@ def load(path: Path) -> Recorded:
     """
     check_kind(path)
     try:
-        columns = _read_npz(path) if path.suffix == ".npz" else _read_parquet(path)
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                columns = {name: file[name] for name in COLUMNS}
+        else:
+            columns = _read_parquet(path)
     except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"{path} cannot be read as a table of answers with the columns {', '.join(COLUMNS)}: "
@@ -187,11 +191,6 @@ def _answers(file: File, target: str, preprocessing: str) -> tuple[Recorded, int
         ),
         views,
     )
-
-
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in COLUMNS}
 
 
 def _read_parquet(path: Path) -> dict[str, np.ndarray]:

@@ -47,7 +47,13 @@ def read(path: Path | str) -> dict[str, dict[str, np.ndarray]]:
     path = Path(path)
     magic = look(path)
     if is_safetensors(magic):
-        return {"": {name: f32(value) for name, value in read_safetensors(path).items()}}
+        arrays = {
+            name: value.astype(np.float32, copy=False)
+            if np.issubdtype(value.dtype, np.floating) or value.dtype == ml_dtypes.bfloat16
+            else value
+            for name, value in read_safetensors(path).items()
+        }
+        return {"": arrays}
     if not magic.startswith((b"PK\x03\x04", b"\x80")):
         words = next((words for start, words in FORMATS.items() if magic.startswith(start)), "")
         raise ValueError(
@@ -117,7 +123,7 @@ def array(torch: Any, value: Any, what: str) -> np.ndarray:
     if problem:
         raise ValueError(f"{what} is {problem}; {CURE}")
     value = value.detach().resolve_neg()
-    return f32((value.float() if value.is_floating_point() else value).numpy())
+    return (value.float() if value.is_floating_point() else value).numpy()
 
 
 def refuse_programs(path: Path) -> None:
@@ -175,12 +181,6 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     if not arrays:
         raise ValueError(f"{path} holds no tensors; download it again")
     return arrays
-
-
-def f32(value: np.ndarray) -> np.ndarray:
-    """Floats as f32, without a copy if they are f32 already; other types unchanged."""
-    floating = np.issubdtype(value.dtype, np.floating) or value.dtype == ml_dtypes.bfloat16
-    return value.astype(np.float32, copy=False) if floating else value
 
 
 def look(path: Path) -> bytes:

@@ -2,19 +2,17 @@
 on."""
 
 from functools import cache, partial
-from typing import Any
 
 import numpy as np
 from scipy.special import softmax
 
 from qmx.grid import Cell
-from qmx.ledger.access import as_logits
 from qmx.progress import say
 from qmx.selection.by_answers import BY_ANSWERS, shares
 from qmx.selection.orders import random_order
 from qmx.selection.propagate import propagate
 from qmx.sharding import from_first
-from qmx.stages.answers import afford, ask_about, read_answers
+from qmx.stages.answers import afford, ask_about, read_scores
 from qmx.stages.features import Features
 from qmx.stages.run import Run, plain
 from qmx.stages.target import Target, target_query
@@ -64,9 +62,7 @@ def in_rounds(run: Run, cell: Cell, features: Features, target: Target) -> np.nd
             f"query to select, {cell.init} {cell.select} {cell.access} "
             f"{cell.queries} seed {cell.seed}, round {number}",
         )
-        known = softmax(
-            as_logits(read_answers(run, target.identity, keys, cell.access), cell.access), axis=1
-        )
+        known = softmax(read_scores(run, target.identity, keys, cell.access), axis=1)
         spread = propagate(rows, ids, known, **run.config.propagation)
         # In one process: another machine's sums may round another way, and choose others.
         ids = np.concatenate([ids, from_first(partial(way, spread, ids, share))])
@@ -81,8 +77,3 @@ def inputs_of(run: Run, cell: Cell, target: Target) -> dict:
         "rounds": run.config.rounds,
         "propagation": plain(run.config.propagation),
     }
-
-
-def asked_to_choose(config: Any, cell: Cell) -> int:
-    """Number of a cell's images whose answers chose others: 0 for ways that read none."""
-    return sum(shares(cell.queries, config.rounds)[:-1]) if cell.select in BY_ANSWERS else 0
