@@ -122,22 +122,19 @@ def test_a_prepared_set_is_a_data_set():
 
 
 def test_photos_are_opened_first_and_left_out_by_name(tmp_path, monkeypatch):
-    """A record that is no whole photo is named; a name is a file's, on both sides."""
+    """A record that is no whole photo is named, and left out of its side alone."""
     assert open_photos(load("tfds", "tiny_photos"), tmp_path / "w") == []
-    read = prepared.read_record
-
-    def damaged(name, split, i, of_file):
-        return WHOLE[:900] if (split, i) == ("validation", 2) else read(name, split, i, of_file)
-
-    monkeypatch.setattr(prepared, "read_record", damaged)
-    whole = load("tfds", "tiny_photos")
-    bad = f"tiny_photos/validation/{whole.evaluation.names[2]}"
+    monkeypatch.setitem(PHOTOS["validation"], "val_2.JPEG", (WHOLE[:900], 2))
+    prepare("tiny_cut", tmp_path, ("train", "validation"))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    whole = load("tfds", "tiny_cut")
+    bad = "tiny_cut/validation/val_2.JPEG"
     with pytest.raises(ValueError, match=f"^1 of 16 photos cannot be read: {bad}: .*truncated"):
-        open_photos(whole, tmp_path / "w2")
-    data = load("tfds", "tiny_photos", leave_out=str(tmp_path / "w2" / "unreadable.txt"))
+        open_photos(whole, tmp_path / "w")
+    data = load("tfds", "tiny_cut", leave_out=str(tmp_path / "w" / "unreadable.txt"))
     assert (data.pool.size, data.evaluation.size) == (12, 3)
     assert data.pool_digest == whole.pool_digest
-    assert open_photos(data, tmp_path / "w2") == []
+    assert open_photos(data, tmp_path / "w") == []
     data.evaluation.shown(np.arange(3))
 
 
