@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from qmx.data import Dataset
+from qmx.data import Dataset, classes
 from qmx.grid import cells, encoders, recipe_of
 from qmx.trainers import fixmatch_steps
 
 
 def warnings(config: Any, data: Dataset) -> list[str]:
     """Settings that can be run and are likely to disappoint, a line each."""
-    found = []
+    found = classes.warnings(data)
     if "moco" in encoders(config) and not config.pretrain.moco.path:
         keys = config.pretrain.moco
         if keys.queue_size > data.pool.size:

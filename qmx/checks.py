@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ from qmx.data import Dataset
 from qmx.grid import USES, Cell, cells, columns, encoders, inits, recipe_name, recipe_of
 from qmx.ledger import access
 from qmx.metrics import held_out
+from qmx.models.from_torch import split_part
 from qmx.models.resnet import ARCHS
 from qmx.networks import look
 from qmx.ranges import choice, value_problems
@@ -64,7 +64,7 @@ def _problems(config: Any, data: Dataset) -> Iterator[str]:
         **{f"lists[{place}]": path for place, path in enumerate(config.lists)},
     }
     for key, path in files.items():
-        if path and not Path(path).is_file():
+        if path and not split_part(path)[0].is_file():
             yield f"{key} {path}: no such file"
     yield from _target_problems(config.target)
     for level in {column.access for column in shown}:

@@ -274,6 +274,7 @@ def start(arguments: Arguments) -> str:
         pipeline.check_weights(config, images)
         check_trainers(config, images)
     with locked(workdir):
+        pipeline.open_images(images, workdir)
         claim(workdir, json.loads(config.to_json()), bool(arguments.update), say)
         # So that a call after a kill compiles nothing anew.
         if jax.config.values["jax_compilation_cache_dir"] is None:

@@ -21,9 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qmx.data import Dataset
+from qmx.data import Dataset, open_photos, opened
 from qmx.grid import cells, encoders
-from qmx.progress import counted, say
+from qmx.progress import counted, progress, say
+from qmx.sharding import from_first
 from qmx.stages import outside, recorded
 from qmx.stages.distill import distill
 from qmx.stages.evaluate import evaluate
@@ -100,6 +101,22 @@ def run(
         return f"stage {only} is done; --stage=report shows where things stand"
     pairs = [encoder[start] for start in starts], [looks[start] for start in starts]
     return report(call, target, *pairs, answers, rows)
+
+
+def open_images(data: Dataset, directory: Path) -> None:
+    """Open every photo that the stages will read, and say what is odd.
+
+    Raises:
+      ValueError: some cannot be read; it names them, and the way to leave them out.
+    """
+
+    def look() -> list[str]:
+        with progress("photos opened", total, unit="photos") as shown:
+            return open_photos(data, directory / "photos", shown.update)
+
+    if total := opened.count(data):
+        for line in from_first(look):
+            say(line)
 
 
 def check_weights(config: Any, data: Dataset) -> None:

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qmx import networks, trainers
-from qmx.checkpoint import file_digest, save_weights
+from qmx.checkpoint import save_weights
 from qmx.contract import Network
 from qmx.data import Dataset
 from qmx.diagnostics import watch
 from qmx.models import from_torch
+from qmx.progress import say
 from qmx.stages.run import Run, facts, plain, root_key
-from qmx.stages.target import check_channels
+from qmx.stages.target import check_channels, source_of
 from qmx.training import train
 
 
@@ -37,7 +38,7 @@ def pretrain(run: Run, init: str, seed: int) -> Pretrained:
     keys, student = run.config.pretrain[init], run.config.student
     name = f"{init}-seed{seed}"
     if keys.path:
-        inputs = {"arch": student.arch, "file": file_digest(keys.path), "shape": run.data.shape}
+        inputs = {"arch": student.arch, **source_of(keys.path), "shape": run.data.shape}
         result = run.stage(
             "pretrain", name, inputs, lambda directory: _convert(run, init, directory)
         )
@@ -85,8 +86,10 @@ def _pretrain(run: Run, init: str, seed: int, directory: Path) -> dict:
 
 def _convert(run: Run, init: str, directory: Path) -> dict:
     began = time.monotonic()
-    encoder = converted(run.config, init, run.data).backbone
-    digest = save_weights(directory / "encoder.safetensors", encoder, facts(run, init))
+    made = converted(run.config, init, run.data)
+    for line in from_torch.dropped_lines(made):
+        say(f"{Path(run.config.pretrain[init].path).name}: {line}")
+    digest = save_weights(directory / "encoder.safetensors", made.backbone, facts(run, init))
     return {
         "sha256": digest,
         "seconds": time.monotonic() - began,

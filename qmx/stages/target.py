@@ -19,6 +19,7 @@ from qmx.ledger.access import one_hot_logits
 from qmx.ledger.accounts import answered_targets
 from qmx.ledger.file import looked_into
 from qmx.models import from_torch
+from qmx.progress import say
 from qmx.sharding import from_first
 from qmx.stages import outside
 from qmx.stages.run import Run, facts, plain, read_weights, root_key
@@ -59,7 +60,7 @@ def target(run: Run) -> Target:
         result = run.stage("target", ".", inputs, lambda _: outside.describe(keys, data), changed)
         return Target(**known_as(run, result))
     if keys.kind == "torch":
-        inputs = {"arch": keys.arch, "file": file_digest(keys.path), "classes": data.classes}
+        inputs = {"arch": keys.arch, **source_of(keys.path), "classes": data.classes}
         result = run.stage("target", ".", inputs, lambda directory: _convert(run, directory))
     else:
         inputs = {
@@ -137,6 +138,8 @@ def _train(run: Run, directory: Path) -> dict:
 def _convert(run: Run, directory: Path) -> dict:
     keys = run.config.target
     made = converted(keys, run.data)
+    for line in from_torch.dropped_lines(made):
+        say(f"{Path(keys.path).name}: {line}")
     weights = Encoder(
         {"backbone": made.backbone.params, "head": made.head},
         {"backbone": made.backbone.stats, "head": {}},
@@ -162,6 +165,12 @@ def converted(keys: Any, data: Dataset) -> from_torch.Converted:
             " the same classes in the same order"
         )
     return made
+
+
+def source_of(path: str) -> dict[str, str]:
+    """What a stage depends on that converts weights: the file's digest, and its part, if named."""
+    file, part = from_torch.split_part(path)
+    return {"file": file_digest(file), **({"part": part} if part else {})}
 
 
 def check_channels(made: from_torch.Converted, path: str, data: Dataset) -> None:

@@ -113,12 +113,10 @@ def prepare(images: np.ndarray, shown: Shown) -> np.ndarray:
             grey = [np.asarray(Image.fromarray(image).convert("L")) for image in images]
             images = np.stack(grey)[..., None]
     if shown.dtype != "uint8":
-        values = images.astype(np.float32) * np.float32(shown.scale / 255)
-        if shown.mean:
-            values = values - np.array(shown.mean, np.float32)
-        if shown.std:
-            values = values / np.array(shown.std, np.float32)
-        images = np.asarray(values, shown.dtype)
+        values: np.ndarray = images.astype(np.float32) * np.float32(shown.scale / 255)
+        mean, std = shown.mean or (0.0,), shown.std or (1.0,)
+        values = (values - np.array(mean, np.float32)) / np.array(std, np.float32)
+        images = values.astype(shown.dtype)
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2)) if shown.layout == "nchw" else images
 
 
