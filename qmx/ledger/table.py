@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qmx.ledger.access import ACCESS
-from qmx.ledger.content import checksum, keys_of_digests, unpacked
+from qmx.ledger.content import count_classes, is_whole, keys_of_digests, unpacked
 from qmx.ledger.file import Damaged, File, looked_into
 
 COLUMNS = ("image", "scores", "access", "target", "preprocessing")
@@ -140,6 +140,8 @@ def from_ledger(path: Path, target: str | None = None) -> tuple[Recorded, int]:
             "SELECT DISTINCT target, preprocessing FROM requests WHERE id IN "
             "(SELECT request FROM answers)"
         )
+        if not all(isinstance(text, str) for name in names for text in name):
+            raise Damaged(path, "the name of a target or a preprocessing is not a text")
         chosen = [name for name in names if name[0].startswith(target or "")]
         if len(chosen) != 1:
             what = f"{path} has {len(chosen)} targets with answers" + (
@@ -154,17 +156,18 @@ def from_ledger(path: Path, target: str | None = None) -> tuple[Recorded, int]:
 
 def _answers(file: File, target: str, preprocessing: str) -> tuple[Recorded, int]:
     images, access, scores, views = list[bytes](), list[str](), list[np.ndarray](), 0
+    widths = set[int | None]()
     for rows in file.stream(
         "SELECT key, image, access, dtype, checksum, scores FROM answers JOIN scores USING (row)"
         " JOIN requests ON request = id WHERE target = ? AND preprocessing = ? ORDER BY row",
         [target, preprocessing],
         CHUNK,
     ):
-        if any(
-            checksum(key, image, level, dtype, blob) != written
-            for key, image, level, dtype, written, blob in rows
-        ):
+        if not all(is_whole(*row) for row in rows):
             raise Damaged(file.path, "an answer is not as it was written")
+        widths |= {count_classes(len(row[5]), row[3]) for row in rows}
+        if len(widths) > 1:
+            raise Damaged(file.path, f"the answers have {len(widths)} numbers of classes")
         keys = keys_of_digests([row[1] for row in rows], target, preprocessing)
         whole = [row for row, key in zip(rows, keys, strict=True) if row[0] == key]
         views += len(rows) - len(whole)
