@@ -111,8 +111,8 @@ def test_too_many(path):
         with pytest.raises(
             TooManyRefused,
             match=r"^4 of 50 images have no answer, and target.max_refused=0.05 allows 2 \(image 4:"
-            r" the input is bad; image 5: the input is bad; photo 8: the scores are not finite; and 1"
-            r" more\). Raise target.max_refused .*python -m qmx.ledger forget",
+            r" the input is bad; image 5: the input is bad; photo 8: the scores are not finite; and"
+            r" 1 more\). Raise target.max_refused .*python -m qmx.ledger forget",
         ) as told:
             for start, name in ((0, "image"), (8, "photo")):
                 ledger.ask(
