@@ -173,6 +173,9 @@ def base() -> ConfigDict:
         # served, callable: further attempts at a batch, after 1, 2, 4 .. 60 seconds or what the
         # server says
         retries=5,
+        # share of the images asked about that it may refuse, or answer with numbers that are not
+        # finite; they are left out and not asked about again
+        max_refused=0.01,
         url="",  # served: http://HOST:PORT or https://
         model="",  # served: its name there
         version="",  # served: "" is the only one that there is

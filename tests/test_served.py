@@ -375,6 +375,9 @@ def busy(images):
 def lists(images):
     return [[0.1] * 10 for _ in images]
 
+def leaves(images):
+    raise SystemExit(0)
+
 number = 3
 """
 
@@ -394,6 +397,7 @@ def test_functions(tmp_path, monkeypatch):
         assert ledger.account().retried == 24
     for path, message in (
         (f"{file}:wrong", "own.py:wrong failed: IndexError: .*own.py, line 15"),
+        (f"{file}:leaves", "own.py:leaves failed: SystemExit: 0 .own.py, line 2"),
         (f"{file}:lists", "are probabilities.*target.access=probs"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -401,11 +405,13 @@ def test_functions(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"shape \[24, 10\], and it must be \[24, 9\]"):
         function.connect(f"{file}:scores", classes=9).query(IMAGES)
     (tmp_path / "broken.py").write_text("import nothing_like_this\n")
+    (tmp_path / "leaving.py").write_text("import sys\nsys.exit(0)\n")
     for path, message in (
         (f"{file}:number", "no function 'number'"),
         (f"{tmp_path}/no.py:f", "there is no file"),
         ("no.such:f", "there is no module no.such"),
         (file, "FILE.py:function"),
+        (f"{tmp_path}/leaving.py:f", "does not load: SystemExit: 0 .*leaving.py, line 2"),
         (f"{tmp_path}/broken.py:f", "does not load: ModuleNotFoundError.*broken.py, line 1"),
     ):
         with pytest.raises(ValueError, match=re.escape(message) if "*" not in message else message):
@@ -482,3 +488,51 @@ def test_the_command_with_a_function(command, tmp_path):
     (row,) = results["rows"]
     assert 0 < row["fidelity_top1"] <= 100 and np.isfinite(row["kl_target_student"])
     assert results["account"]["failed"] == 100 and results["target"]["precision"] is None
+
+
+@pytest.mark.slow
+def test_the_command_where_some_images_have_no_answer(command, tmp_path):
+    """Refused ones and such with NaN are left out, with their number said; none is asked about
+    twice. More of them than the config allows stop the run, and the cure in its line works.
+    """
+    (tmp_path / "own.py").write_text(
+        "import numpy as np\nfrom pathlib import Path\nfrom qmx.ledger import Refused\n"
+        "def scores(images):\n"
+        "    with open(Path(__file__).with_name('asked'), 'a') as log:\n"
+        "        log.write(f'{len(images)}\\n')\n"
+        "    sums = images.astype(int).sum((1, 2, 3))\n"
+        "    if (sums % 97 == 0).any():\n"
+        "        raise Refused('the input is bad')\n"
+        "    flat = images.reshape(len(images), -1)[:, 10:20].astype(float)\n"
+        "    flat[sums % 89 == 0] = np.nan\n"
+        "    return flat - 20\n"
+    )
+    words = [
+        *SHORT,
+        f"--workdir={tmp_path}/w",
+        "--config.target.kind=callable",
+        f"--config.target.path={tmp_path}/own.py:scores",
+    ]
+    status, _, err = command(*words)
+    assert status == 2 and "images have no answer, and target.max_refused=0.01 allows 3" in err, err
+    assert "(image " in err and "the input is bad" in err and "python -m qmx.ledger forget" in err
+    asked = (tmp_path / "asked").read_text()
+    status, _, err = command(*words)
+    assert status == 2 and (tmp_path / "asked").read_text() == asked, err
+    status, out, err = command(*words, "--config.target.max_refused=0.1", "--update")
+    assert status == 0, err
+    results = json.loads((tmp_path / "w/results.json").read_text())
+    account = results["account"]
+    assert account["refused"] > 4 and account["images"] == 71 + 360 - account["refused"]
+    assert f"{account['refused']} images were refused" in out
+    left_out = re.findall(r"query for \w+: (\d+) of (\d+) images have no answer", err)
+    assert {total for _, total in left_out} <= {"71", "360"}
+    assert sum(int(number) for number, _ in left_out) == account["refused"]
+    (row,) = results["rows"]
+    assert np.isfinite(row["kl_target_student"]) and 0 <= row["fidelity_top1"] <= 100
+    for path in (tmp_path / "w").glob("evaluate/*/result.json"):
+        path.unlink()
+    (tmp_path / "asked").unlink()
+    again = [*words, "--config.target.max_refused=0.1"]
+    assert command(*again)[0] == 0 and not (tmp_path / "asked").exists()
+    assert json.loads((tmp_path / "w/results.json").read_text())["rows"] == [row]

@@ -19,13 +19,21 @@ def account_notes(results: dict) -> list[str]:
         if price is None
         else f" At {price:g} per 1,000 calls that is {price * account['calls'] / 1000:.2f}."
     )
+    # Results of an older version have no such number.
+    refused = (
+        f" {account['refused']} images were refused, or answered with numbers that are not finite,"
+        " and are left out."
+        if account.get("refused")
+        else ""
+    )
     return [
         f"Target: {target['name']}, {measured}, sha256 {target['sha256'][:16]}.",
         f"Pool: {pool['size']} images of {pool['name']}; evaluated on {pool['evaluation']} others.",
         (
             f"Asked: {account['images']} distinct images ({used}), {account['views']} views,"
             f" {account['calls']} calls, {account['failed']} sent in requests that failed"
-            f" ({account['retried']} sent again), {account['unanswered']} without an answer.{paid}"
+            f" ({account['retried']} sent again), {account['unanswered']} without an answer."
+            f"{refused}{paid}"
         ),
         recipes_note(results) + " Figures are those of the last step.",
     ] + ([f"Warning: {target['warning']}."] if target["warning"] else [])

@@ -13,7 +13,7 @@ from qmx.grid import budget_keys
 from qmx.inference import ids_here
 from qmx.ledger import BudgetSpent, Unavailable, keys_of, pixel_digests
 from qmx.ledger.access import as_logits
-from qmx.progress import Progress, progress
+from qmx.progress import Progress, progress, say
 from qmx.sharding import first, from_first, gathered
 from qmx.stages import outside, recorded
 from qmx.stages.run import Run
@@ -46,6 +46,7 @@ def ask_about(
                 images,
                 purpose,
                 partial(_answered, run, shown, name, len(keys), len(ids)),
+                partial(_name, source, ids[len(keys) :]),
             )
             keys += keys_of(images, **target.identity)
             shown.update(len(keys))
@@ -55,6 +56,11 @@ def ask_about(
 def _enter(run: Run, identity: dict[str, str]) -> None:
     with open_ledger(run, identity) as ledger:
         recorded.enter(ledger, Path(run.config.target.path))
+
+
+def _name(source: Source, ids: np.ndarray, row: int) -> str:
+    """An image for people: its file, or its number in the pool or among the evaluation images."""
+    return source.names[ids[row]] if source.names else f"image {ids[row]}"
 
 
 def _answered(
@@ -84,6 +90,7 @@ def ask_together(
     images: np.ndarray,
     purpose: str,
     on_progress: Callable[[int, int], None],
+    name: Callable[[int], str],
 ) -> None:
     """Answers for a chunk of images into the ledger, which the first process keeps.
 
@@ -119,6 +126,9 @@ def ask_together(
                     waits=outside.waits(keys.retries),
                     pause=partial(outside.pause, run),
                     on_progress=on_progress,
+                    say=say,
+                    name=name,
+                    max_refused=keys.max_refused,
                 )
             except Unavailable as error:
                 raise Unavailable(
@@ -135,19 +145,35 @@ class Answers(NamedTuple):
     """Answers to everything that was asked about: the keys by which the ledger gives them."""
 
     identity: dict[str, str]  # of the target
-    ids: np.ndarray  # i64[n], the pool's images, ascending
+    ids: np.ndarray  # i64[n], the pool's images that have an answer, ascending
     train: np.ndarray  # uint8[n, 32], their keys
-    report: np.ndarray  # uint8[m, 32], keys of the evaluation images
+    evaluation: np.ndarray  # i64[m], the evaluation images that have an answer, ascending
+    report: np.ndarray  # uint8[m, 32], their keys
     top1: float  # the target's accuracy on these, in per cent
     top5: float
 
+    def there(self, ids: np.ndarray) -> np.ndarray:
+        """Those of some images of the pool that have an answer, in that order."""
+        return ids[np.isin(ids, self.ids)]
+
     def of_pool(self, ids: np.ndarray) -> list[bytes]:
-        """Keys of some images of the pool."""
+        """Keys of some images of the pool, all of which have an answer."""
         return [row.tobytes() for row in self.train[np.searchsorted(self.ids, ids)]]
 
     def of_evaluation(self) -> list[bytes]:
-        """Keys of the evaluation images."""
+        """Keys of the evaluation images that have an answer."""
         return [row.tobytes() for row in self.report]
+
+
+def answered(run: Run, identity: dict[str, str], keys: list[bytes]) -> np.ndarray:
+    """True for each image that was not refused, by its key, bool[n], in every process."""
+
+    def look() -> list[bool]:
+        with open_ledger(run, identity) as ledger:
+            without = ledger.refused(keys)
+        return [key not in without for key in keys]
+
+    return np.array(from_first(look), bool)
 
 
 def read_answers(run: Run, identity: dict[str, str], keys: list[bytes], access: str) -> np.ndarray:
