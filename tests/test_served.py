@@ -12,9 +12,9 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT, TINY
-from oip_server import scores_of
+from oip_server import refuses, scores_of
 
-from qmx.ledger import Ledger, Unavailable
+from qmx.ledger import Ledger, TooManyRefused, Unavailable
 from qmx.targets import function, served
 
 RNG = np.random.default_rng(0)
@@ -137,12 +137,9 @@ def test_refused_before_anything_is_paid(plain, model, changes, error, message):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("refusing", "answered 400 .the input is bad."),
         ("moved", "sends elsewhere, to http://example.invalid/v2"),
-        ("page", "no JSON object but begins with b'<html>"),
-        ("nested", "no JSON object"),
-        ("nan", "not finite for 1 of 8 images"),
-        ("null", "not finite for 1 of 8 images"),
+        ("page", 'not a JSON object but begins with "<html>'),
+        ("nested", "not a JSON object"),
         ("eleven", r"shape \[8, 11\], and it must be \[8, 10\]"),
         ("half", r"shape \[4, 10\]"),
         ("short", r"has 40 numbers and says that its shape is \[8, 10\]"),
@@ -167,6 +164,56 @@ def test_wrong_answers(plain, tmp_path, model, message):
             8,
             0,
         )
+
+
+@pytest.mark.parametrize(("model", "place"), [("nan", 1), ("null", 0)])
+def test_one_score_that_is_not_finite(plain, tmp_path, model, place):
+    """The others of its batch are paid for once."""
+    known = len(requests(plain, model))
+    with Ledger(tmp_path / "l", target="t") as ledger:
+        query = connect(plain, model).query
+        answers = ledger.ask(query, IMAGES, batch_size=24, max_refused=0.05)
+        good = np.delete(np.arange(24), place)
+        assert (
+            np.array_equal(answers[good], scores_of(IMAGES[good])) and ledger.account().refused == 1
+        )
+        ledger.ask(query, IMAGES, max_refused=0.05)
+        assert len(requests(plain, model)) == known + 1
+
+
+def test_images_that_are_refused(plain, tmp_path):
+    """A server that refuses the content of some: they are found, and the others answered."""
+    bad = refuses(IMAGES)
+    assert 0 < bad.sum() < 8
+    with Ledger(tmp_path / "l", target="t") as ledger:
+        query = connect(plain, "picky").query
+        answers = ledger.ask(query, IMAGES, batch_size=8, max_refused=0.5)
+        assert np.array_equal(answers[~bad], scores_of(IMAGES[~bad]))
+        assert np.isnan(answers[bad]).all() and ledger.account().refused == bad.sum()
+        asked = [digests for _, digests in requests(plain, "picky")]
+        sent = sum(map(len, asked))
+        assert sent == ledger.account().calls + ledger.account().failed
+        ledger.ask(query, IMAGES, max_refused=0.5)
+        assert len(requests(plain, "picky")) == len(asked)
+
+
+def test_one_that_refuses_all(plain, tmp_path):
+    """It is asked about one image alone, and no more; the line has the server's words."""
+    with Ledger(tmp_path / "l", target="t") as ledger:
+        with pytest.raises(TooManyRefused, match="1 of 24 .*image 0: .*400 .the input is bad."):
+            ledger.ask(connect(plain, "refusing").query, IMAGES, batch_size=8)
+        assert [len(digests) for _, digests in requests(plain, "refusing")] == [8, 4, 2, 1]
+
+
+def test_a_server_that_takes_four(plain, tmp_path):
+    """Larger batches are halved until they are small enough; then all are."""
+    said = []
+    with Ledger(tmp_path / "l", target="t") as ledger:
+        answers = ledger.ask(connect(plain, "four").query, IMAGES, batch_size=16, say=said.append)
+        assert np.array_equal(answers, scores_of(IMAGES)) and not ledger.account().refused
+    sizes = [len(digests) for _, digests in requests(plain, "four")]
+    assert sizes == [16, 8, 4, 4, 4, 4, 4, 4]
+    assert said == ["the target takes 4 images in a request, and not 8; set target.batch_size=4"]
 
 
 @pytest.mark.parametrize(
