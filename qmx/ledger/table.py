@@ -10,7 +10,6 @@ The columns, in an npz (a value for each row, or one for all) or a parquet file:
 """
 
 import os
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,10 +49,11 @@ def load(path: Path) -> Recorded:
     check_kind(path)
     try:
         columns = _read_npz(path) if path.suffix == ".npz" else _read_parquet(path)
-    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # the readers of damaged and foreign files raise what they like
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
             f"{path} cannot be read as a table of answers with the columns {', '.join(COLUMNS)}: "
-            f"{error}"
+            f"{reason}"
         ) from None
     image, scores = columns["image"], columns["scores"]
     if image.dtype != np.uint8 or image.ndim != 2 or image.shape[1] != 32:
@@ -65,6 +65,7 @@ def load(path: Path) -> Recorded:
         scores.dtype not in (np.float32, np.float16)
         or scores.shape[:1] != image.shape[:1]
         or scores.ndim != 2
+        or not scores.shape[1]
     ):
         raise ValueError(
             f"{path}: scores are {scores.dtype}{list(scores.shape)}; they must be float32 or"
@@ -74,6 +75,12 @@ def load(path: Path) -> Recorded:
         raise ValueError(f"{path} holds {len(image)} answers, and every one needs finite scores")
     if len(np.unique(image, axis=0)) < len(image):
         raise ValueError(f"{path} has several answers to one image; keep one of each")
+    for name in COLUMNS[2:]:
+        if columns[name].dtype.kind != "U" or columns[name].shape not in ((), (1,), (len(image),)):
+            raise ValueError(
+                f"{path}: {name} is {columns[name].dtype}{list(columns[name].shape)}; it must be a"
+                f" text, or {len(image)} of them"
+            )
     texts = {name: np.broadcast_to(columns[name], len(image)) for name in COLUMNS[2:]}
     for name in ("target", "preprocessing"):
         if len(values := np.unique(texts[name]).tolist()) > 1:
@@ -194,19 +201,25 @@ def _answers(file: File, target: str, preprocessing: str) -> tuple[Recorded, int
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in COLUMNS}
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError("it holds a single array")
+        return {name: np.asarray(file[name]) for name in COLUMNS}
 
 
 def _read_parquet(path: Path) -> dict[str, np.ndarray]:
     pyarrow = _pyarrow(path)
     table = pyarrow.parquet.read_table(path, columns=list(COLUMNS))
+    if empty := [name for name in COLUMNS if table[name].null_count]:
+        raise ValueError(f"{empty[0]} is missing in some rows")
     scores = table["scores"].combine_chunks()
-    width = {len(row) for row in scores}
-    if len(width) != 1 or scores.null_count:
-        raise ValueError(f"its rows have {sorted(width)} scores")
-    image = b"".join(table["image"].to_pylist())
+    widths = sorted({len(row) for row in scores})
+    if len(widths) != 1:
+        raise ValueError(f"its rows have {widths} scores")
+    images = table["image"].to_pylist()
+    if {len(row) for row in images} != {32}:
+        raise ValueError("some images are not SHA-256 digests of 32 bytes")
     return {
-        "image": np.frombuffer(image, np.uint8).reshape(len(table), -1),
+        "image": np.frombuffer(b"".join(images), np.uint8).reshape(len(table), -1),
         "scores": scores.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1),
         **{name: np.array(table[name].to_pylist(), str) for name in COLUMNS[2:]},
     }
