@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -583,3 +584,83 @@ def test_the_command_where_some_images_have_no_answer(command, tmp_path):
     again = [*words, "--config.target.max_refused=0.1"]
     assert command(*again)[0] == 0 and not (tmp_path / "asked").exists()
     assert json.loads((tmp_path / "w/results.json").read_text())["rows"] == [row]
+
+
+HELD = """
+import sqlite3, threading
+from pathlib import Path
+import numpy as np
+from qmx.ledger import file
+
+file.BUSY = 0.2  # seconds that SQLite waits
+here, held = Path(__file__).parent, []
+
+def scores(images):
+    with open(here / "asked", "a") as log:
+        log.write(f"{len(images)}\\n")
+    if not held:
+        held.append(sqlite3.connect(here / "w/ledger.sqlite", check_same_thread=False))
+        held[0].isolation_level = None
+        held[0].execute("BEGIN IMMEDIATE")
+        if not (here / "forever").exists():
+            threading.Timer(2, lambda: held[0].execute("ROLLBACK")).start()
+    return images.reshape(len(images), -1)[:, 10:20].astype(np.float32) - 20
+"""
+
+
+@pytest.mark.slow
+def test_the_command_while_another_program_writes(start, command, tmp_path):
+    """It waits with the answers in memory, and says so once; told to stop, it says what is lost."""
+    (tmp_path / "own.py").write_text(HELD)
+    words = [
+        *SHORT,
+        f"--workdir={tmp_path}/w",
+        "--config.target.kind=callable",
+        "--config.target.batch_size=100",
+        f"--config.target.path={tmp_path}/own.py:scores",
+        "--stage=query",
+    ]
+    (tmp_path / "forever").touch()
+    for stage in ("target", "select"):
+        assert command(*words[:-1], f"--stage={stage}")[0] == 0
+    process, said = start(*words), []
+    while "cannot be written" not in (line := process.stderr.readline()):
+        said.append(line)
+        assert line, said
+    assert "100 answers that came cannot be written: " in line and "locked" in line
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert "stopped; 100 answers that came cannot be written" in err.splitlines()[-1]
+    assert "they are lost; run the same command again to go on" in err.splitlines()[-1]
+    (tmp_path / "forever").unlink()
+    (tmp_path / "asked").unlink()
+    status, _, err = command(*words)
+    assert status == 0 and err.count("cannot be written") == 1 and "nothing is lost" in err, err
+    assert (tmp_path / "asked").read_text().split() == ["100", "100", "100", "60", "71"]
+
+
+@pytest.mark.slow
+def test_rounds_where_some_images_have_no_answer(command, tmp_path):
+    """A way that chooses by answers goes on with those that there are."""
+    (tmp_path / "own.py").write_text(
+        "import numpy as np\n"
+        "def scores(images):\n"
+        "    flat = images.reshape(len(images), -1)[:, 10:20].astype(float)\n"
+        "    flat[images.astype(int).sum((1, 2, 3)) % 9 == 0] = np.inf\n"
+        "    return flat - 20\n"
+    )
+    status, _, err = command(
+        *(word for word in SHORT if "inits" not in word),
+        "--config.inits=('rotation',)",
+        "--config.selects=('margin',)",
+        f"--workdir={tmp_path}/w",
+        "--config.target.kind=callable",
+        "--config.target.max_refused=0.5",
+        f"--config.target.path={tmp_path}/own.py:scores",
+    )
+    assert status == 0, err
+    results = json.loads((tmp_path / "w/results.json").read_text())
+    (row,) = results["rows"]
+    assert row["queries"]["train"] + row["queries"]["select"] == 71
+    assert results["account"]["refused"] > 30 and np.isfinite(row["kl_target_student"])
