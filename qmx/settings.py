@@ -101,7 +101,7 @@ def base() -> ConfigDict:
     config.price = config_dict.placeholder(float)
     # shares of the target's accuracy; the report says how many queries reach them
     config.reach = (0.5, 0.75, 0.9, 0.95)
-    # of the answers in the ledger; float16 halves the file, rounds to 3 digits, and ends at 65504
+    # of the answers in the ledger; float16 halves the file and rounds to 3 digits
     config.ledger_dtype = "float32"
     config.save_minutes = 10.0  # between two checkpoints of a training: what a kill may cost
 

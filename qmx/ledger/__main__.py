@@ -119,6 +119,7 @@ def _classes(path: Path, size: object, dtype: object) -> int:
 
 def forget(path: Path, target: str) -> int:
     """Forget the refused images of the targets whose digest or name begins with `target`."""
+    looked_into(path).close()  # another program's database gets no tables of ours
     with opened(path) as file:
         names = [name for (name,) in file.run("SELECT DISTINCT target FROM requests")]
         number = sum(refused.forget(file, name) for name in names if str(name).startswith(target))

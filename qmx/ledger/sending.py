@@ -209,8 +209,8 @@ def _patiently(asking: Asking, answers: int, write: Callable[[], None]) -> None:
 def check_room(file: File, answers: int, classes: int) -> None:
     """Raise OSError if the disk has no room for so many answers; looked at before they are paid."""
     need = answers * (8 * classes + ROW) + ROOM
-    free = shutil.disk_usage(file.path.parent).free
-    if free < need:
+    total, _, free = shutil.disk_usage(file.path.parent)
+    if total and free < need:  # some file systems do not say
         raise OSError(
             f"{file.path}: the disk has {free / 1e6:.1f} MB left, and {answers} answers may take"
             f" {need / 1e6:.1f}; nothing was sent. Make room, and the same command goes on"
