@@ -104,6 +104,28 @@ def test_a_target_that_takes_few_at_a_time(path):
     assert told == [(32, 96), (64, 96), (96, 96)]  # as in the other processes of a run
 
 
+def test_the_first_request_is_a_trial(path):
+    """Until a target has answered, two images are risked; later, and for another one, as usual."""
+
+    def wrong(pixels):
+        sizes.append(len(pixels))
+        raise ValueError("probabilities, and not logits")
+
+    sizes, target = [], Picky()
+    with Ledger(path, target="t") as ledger:
+        with pytest.raises(ValueError):
+            ledger.ask(wrong, images(*range(40)), batch_size=20, trial=2)
+        assert sizes == [2] and ledger.account().failed == 2
+        for some in (range(40), range(80)):
+            answers = ledger.ask(target, images(*some), batch_size=20, trial=2)
+            np.testing.assert_array_equal(answers, logits_of(*some))
+        assert [len(numbers) for numbers in target.requests] == [2, 18, 20, 20, 20]
+        ledger.ask(target, images(81), trial=2)
+    with Ledger(path, target="u") as ledger:
+        ledger.ask(target, images(0), trial=2)
+        assert [len(numbers) for numbers in target.requests[5:]] == [1, 1]
+
+
 def test_too_many(path):
     """One line with the numbers, the first images and the cures; both cures work."""
     target = Picky(refuses=(4, 5), not_finite=(8, 9))
@@ -142,7 +164,7 @@ def test_a_target_that_refuses_everything(path):
     """It is left after one image, and not asked about every one."""
     target = Picky(refuses=range(64))
     with Ledger(path, target="t") as ledger:
-        with pytest.raises(TooManyRefused, match="1 of 64 images have no answer"):
+        with pytest.raises(TooManyRefused, match="1 of 64 images .*answered none so far.*forget"):
             ledger.ask(target, images(*range(64)), max_refused=0.01)
     assert [len(numbers) for numbers in target.requests] == [64, 32, 16, 8, 4, 2, 1]
 

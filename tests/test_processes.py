@@ -160,6 +160,7 @@ def test_same_ledger(workdirs):
             "failed": 0,
             "retried": 0,
             "purposes": {"train": 1437 - select, "select": select, "report": 360},
+            "refused": 0,
         }
     assert answers[0].keys() == answers[1].keys() and len(answers[0]) == 1797
     for image, scores in answers[0].items():

@@ -127,6 +127,7 @@ class Ledger:
         say: Callable[[str], None] = lambda text: None,
         name: Callable[[int], str] = lambda row: f"image {row}",
         max_refused: float = 0.0,
+        trial: int = 0,
     ) -> np.ndarray:
         """Answers to images: from the ledger where it has them, else from the target, once.
 
@@ -151,6 +152,8 @@ class Ledger:
           say: gets lines for people.
           name: of an image, by its row in `images`, for people.
           max_refused: the share of all images asked about that may have no answer.
+          trial: most images in the first request to a target that has not answered yet, so that a
+            mistake in what it answers costs no whole batch; 0 is no limit.
 
         Returns:
           f32[n, N], rows in the order of `images`, at level `access`. Images without an answer have
@@ -203,12 +206,13 @@ class Ledger:
         if without:
             refused.check(self._file, self.target, asking.total, max_refused)
         most = batch_size
+        first = trial if stored.classes(self._file, self.target) is None else 0
         for start in range(0, len(rows), batch_size):
             some = rows[start : start + batch_size]
             batch = Batch(
                 some, images[some], [keys[row] for row in some], [sources[row] for row in some]
             )
-            most = sending.ask(asking, batch, most)
+            most = sending.ask(asking, batch, most, first if start == 0 else 0)
             if on_progress:
                 on_progress(min(start + batch_size, len(rows)), len(rows))
         if new := self.refused(keys) - without:

@@ -4,6 +4,7 @@ They are written down with the reason, and are not asked about again. A run goes
 while they are few.
 """
 
+from qmx.ledger import stored
 from qmx.ledger.file import File
 from qmx.ledger.stored import FEW, blocks
 
@@ -88,9 +89,13 @@ def check(file: File, target: str, total: int, allowed: float) -> None:
     bad = count(file, target)
     if bad <= allowed * total:
         return
+    cure = (
+        "Raise target.max_refused to go on without them; or, once the target is mended"
+        if stored.classes(file, target)
+        else "It has answered none so far, so a setting of it is likely to be wrong; when it is right"
+    )
     raise TooManyRefused(
         f"{bad} of {total} images have no answer, and target.max_refused={allowed:g} allows"
-        f" {int(allowed * total)} ({_listed(first(file, target), bad)}). Raise"
-        " target.max_refused to go on without them; or, once the target is mended, let them be"
-        f" asked about again: python -m qmx.ledger forget {file.path}"
+        f" {int(allowed * total)} ({_listed(first(file, target), bad)}). {cure}, let them be asked"
+        f" about again: python -m qmx.ledger forget {file.path}"
     )

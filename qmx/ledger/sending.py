@@ -70,7 +70,7 @@ class Batch(NamedTuple):
         return Batch(self.rows[some], self.images[some], self.keys[some], self.sources[some])
 
 
-def ask(asking: Asking, batch: Batch, most: int) -> int:
+def ask(asking: Asking, batch: Batch, most: int, first: int = 0) -> int:
     """Bring the answers to a batch into the file, in parts where the target refuses it.
 
     A refused batch is halved, and each half asked about once, until it is answered or is one image.
@@ -78,6 +78,7 @@ def ask(asking: Asking, batch: Batch, most: int) -> int:
 
     Args:
       most: images that a request may have.
+      first: images that the first request may have; 0 is no limit.
 
     Returns:
       `most`, or fewer if the target takes fewer at a time.
@@ -85,7 +86,10 @@ def ask(asking: Asking, batch: Batch, most: int) -> int:
     Raises:
       TooManyRefused: too many images have no answer.
     """
-    todo: list[tuple[Batch, list[int]]] = [(batch, [])]  # each with the halves taken of its whole
+    size = len(batch.rows)
+    parts = [batch.part(first, size), batch.part(0, first)] if 0 < first < size else [batch]
+    # Each with the halves taken of its whole.
+    todo: list[tuple[Batch, list[int]]] = [(part, []) for part in parts]
     while todo:
         part, taken = todo.pop()
         size = len(part.rows)

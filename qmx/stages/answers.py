@@ -22,6 +22,7 @@ from qmx.targets.query import Query
 
 CHUNK = 4096  # images between two looks at the budget, 0.6 GB of them at 224 pixels
 BATCH = 256  # images in one request to a target that is computed here
+TRIAL = 2  # images in the first request to another one
 
 
 def ask_about(
@@ -129,6 +130,7 @@ def ask_together(
                     say=say,
                     name=name,
                     max_refused=keys.max_refused,
+                    trial=TRIAL if elsewhere else 0,
                 )
             except Unavailable as error:
                 raise Unavailable(
