@@ -92,7 +92,7 @@ def check(file: File, target: str, total: int, allowed: float) -> None:
     cure = (
         "Raise target.max_refused to go on without them; or, once the target is mended"
         if stored.classes(file, target)
-        else "It has answered none so far, so a setting of it is likely to be wrong; when it is right"
+        else "It has answered none so far: a setting of it is likely to be wrong; when it is right"
     )
     raise TooManyRefused(
         f"{bad} of {total} images have no answer, and target.max_refused={allowed:g} allows"
