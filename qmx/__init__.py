@@ -11,18 +11,43 @@ F features, D embedding, K queue, N classes, G groups of batch statistics, n exa
 
 __version__ = "0.2.0"
 
-from qmx import augment, losses, models, optim, selection
-from qmx.checkpoint import load_encoder
-from qmx.contract import Batch, Encoder, Method, Network, View, chain
-from qmx.inference import predict
-from qmx.ledger import BudgetSpent, Ledger, Unavailable
-from qmx.methods import distill, fixmatch, linear, moco, rotation, simsiam
-from qmx.metrics import compare, knn
-from qmx.models import from_linen
-from qmx.selection.propagate import propagate
-from qmx.sharding import put_batch, put_state
-from qmx.targets.query import network_query
-from qmx.train import TrainState, fit, init_state, make_step
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qmx import augment, losses, models, optim, selection
+    from qmx.contract import Batch, Encoder, Method, Network, View, chain
+    from qmx.encoders import encode, load_encoder
+    from qmx.inference import predict
+    from qmx.ledger import BudgetSpent, Ledger, Unavailable
+    from qmx.methods import distill, fixmatch, linear, moco, rotation, simsiam
+    from qmx.metrics import compare, knn
+    from qmx.models import from_linen
+    from qmx.selection.propagate import propagate
+    from qmx.sharding import put_batch, put_state
+    from qmx.targets.query import network_query
+    from qmx.train import TrainState, fit, init_state, make_step
+
+MODULES = {
+    **{name: f"qmx.{name}" for name in ("augment", "losses", "models", "optim", "selection")},
+    **{
+        name: f"qmx.methods.{name}"
+        for name in ("distill", "fixmatch", "linear", "moco", "rotation", "simsiam")
+    },
+}
+# The module of each other name.
+PLACES = {
+    **dict.fromkeys(("encode", "load_encoder"), "qmx.encoders"),
+    **dict.fromkeys(("Batch", "Encoder", "Method", "Network", "View", "chain"), "qmx.contract"),
+    "predict": "qmx.inference",
+    **dict.fromkeys(("BudgetSpent", "Ledger", "Unavailable"), "qmx.ledger"),
+    **dict.fromkeys(("compare", "knn"), "qmx.metrics"),
+    "from_linen": "qmx.models",
+    "propagate": "qmx.selection.propagate",
+    **dict.fromkeys(("put_batch", "put_state"), "qmx.sharding"),
+    "network_query": "qmx.targets.query",
+    **dict.fromkeys(("TrainState", "fit", "init_state", "make_step"), "qmx.train"),
+}
 
 __all__ = [
     "Batch",
@@ -38,6 +63,7 @@ __all__ = [
     "chain",
     "compare",
     "distill",
+    "encode",
     "fit",
     "fixmatch",
     "from_linen",
@@ -59,3 +85,17 @@ __all__ = [
     "selection",
     "simsiam",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, imported at its first use: jax and flax take a second, in which the command
+    can already be stopped."""
+    if name in MODULES:
+        return importlib.import_module(MODULES[name])
+    if name in PLACES:
+        return getattr(importlib.import_module(PLACES[name]), name)
+    raise AttributeError(f"module 'qmx' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -7,6 +7,7 @@ uint8 between operations.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +78,8 @@ def crop_and_resize(image: jax.Array, box: jax.Array, size: int) -> jax.Array:
     """Resize `box` = (top, left, height, width) of f32[H, W, C] to f32[size, size, C]."""
     rows = resize_weights(box[0], box[2], image.shape[0], size)
     columns = resize_weights(box[1], box[3], image.shape[1], size)
-    return _resample(rows, image, columns)
+    # In full float32: a GPU would use TF32, whose 10 bits are too few for a pixel's value.
+    return jnp.einsum("yh,hwc,xw->yxc", rows, image, columns, precision="highest")
 
 
 def grey(image: jax.Array) -> jax.Array:
@@ -147,11 +149,7 @@ def gaussian_blur(image: jax.Array, sigma: jax.Array, radius: int) -> jax.Array:
     """A separable Gaussian blur as two matrix products; taps beyond `radius` pixels are cut off."""
     rows = blur_weights(sigma, image.shape[0], radius)
     columns = blur_weights(sigma, image.shape[1], radius)
-    return _resample(rows, image, columns)
-
-
-def _resample(rows: jax.Array, image: jax.Array, columns: jax.Array) -> jax.Array:
-    # In full float32: a GPU would use TF32, whose 10 bits are too few for a pixel's value.
+    # In full float32, as in `crop_and_resize`.
     return jnp.einsum("yh,hwc,xw->yxc", rows, image, columns, precision="highest")
 
 
@@ -255,33 +253,28 @@ def make_view(
     return view
 
 
-def weak_view(
-    size: int,
-    *,
-    crop_scale: tuple[float, float] = (0.08, 1.0),
-    flip_p: float = 0.5,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
+def weak_view(size: int, *, crop_scale: tuple[float, float] = (0.08, 1.0), **keywords: Any) -> View:
+    """Random resized crop and flip only, as in supervised training; `flip_p`, `mean` and `std` as
+    in `make_view`."""
+    return make_view(size, crop_scale=crop_scale, jitter_p=0, grey_p=0, blur_p=0, **keywords)
+
+
+def plain_view(
+    mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD, size: int = 0
 ) -> View:
-    """Random resized crop and flip only, as in supervised training; see `make_view`."""
-    return make_view(
-        size,
-        crop_scale=crop_scale,
-        jitter_p=0,
-        grey_p=0,
-        blur_p=0,
-        flip_p=flip_p,
-        mean=mean,
-        std=std,
-    )
+    """The whole image, normalised, for evaluations. The key is not used.
 
-
-def plain_view(mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> View:
-    """The whole image, normalised, for evaluations. The key is not used."""
+    Args:
+      size: the side of the square that the image is resized to, as in `make_view`; 0 leaves it.
+    """
 
     def view(rng: jax.Array, batch: Batch) -> jax.Array:
         del rng
-        return normalize(batch["image"] / 255.0, mean, std)
+        images = batch["image"] / 255.0
+        if size and images.shape[1:3] != (size, size):
+            box = jnp.array([0.0, 0.0, *images.shape[1:3]])
+            images = jax.vmap(lambda image: crop_and_resize(image, box, size))(images)
+        return normalize(images, mean, std)
 
     return view
 

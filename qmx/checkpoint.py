@@ -7,6 +7,7 @@ restore that goes from the newest to the first good one and removes what it pass
 """
 
 import hashlib
+import json
 import logging
 import os
 import sys
@@ -21,7 +22,7 @@ from typing import Any, Self
 import jax
 import numpy as np
 
-from qmx.contract import Encoder, Network, PyTree, by_path, check_shapes, variable_shapes
+from qmx.contract import PyTree, by_path, check_shapes
 from qmx.sharding import first
 from qmx.train import TrainState
 
@@ -177,9 +178,13 @@ def _hush() -> None:
     sys.unraisablehook = hook
 
 
-def save_weights(path: Path, tree: PyTree) -> str:
+def save_weights(path: Path, tree: PyTree, facts: dict[str, Any] | None = None) -> str:
     """Write a tree as safetensors, whole or not at all, in the first process; returns its
-    `weights_digest`."""
+    `weights_digest`.
+
+    Args:
+      facts: JSON about the weights, into the file's metadata; see `qmx.encoders.load_encoder`.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
@@ -189,7 +194,10 @@ def save_weights(path: Path, tree: PyTree) -> str:
     arrays = {name: np.ascontiguousarray(leaf) for name, leaf in by_path(tree).items()}
     part = path.with_suffix(".part")
     try:
-        save_file(arrays, part)
+        save_file(arrays, part, {"qmx": json.dumps(facts)} if facts else None)
+        umask = os.umask(0)  # which Python tells in no other way
+        os.umask(umask)
+        part.chmod(0o666 & ~umask)  # safetensors lets nobody else read
     except SafetensorError as error:
         part.unlink(missing_ok=True)
         raise OSError(f"{path} cannot be written: {error}") from None
@@ -208,20 +216,6 @@ def load_weights(path: Path, like: PyTree) -> PyTree:
     arrays = load_file(path)
     check_shapes(arrays, by_path(like), str(path))
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in by_path(like)])
-
-
-def load_encoder(path: Path | str, network: Network, shape: tuple[int, int, int]) -> Encoder:
-    """The variables of a backbone from a file that qmx wrote; nothing in it is executed.
-
-    Args:
-      path: a safetensors file, as WORKDIR/pretrain/<init>-seed<s>/encoder.safetensors.
-      network: that they are of, f32[B, H, W, C] -> f32[B, F] (`qmx.models.backbone`).
-      shape: H, W, C of its images.
-
-    Raises:
-      ValueError: a variable is missing, left over, or of another shape; all of them are listed.
-    """
-    return load_weights(Path(path), variable_shapes(network, shape))
 
 
 def weights_digest(tree: PyTree) -> str:

@@ -87,6 +87,12 @@ def _problems(config: Any, data: Dataset) -> Iterator[str]:
         trained["monitor.probe"] = config.monitor.probe
     for name, keys in {**trained, **recipes}.items():
         yield from _training_problems(name, keys, data, whole_epochs=name.startswith("pretrain"))
+    size = config.student.size
+    if size and config.weak_view.size != size:
+        yield (
+            f"student.size {size} needs weak_view.size={size}, on which students train, and not"
+            f" {config.weak_view.size}; strong_view.size is the encoders'"
+        )
     for name in ("strong_view", "weak_view"):
         yield from _view_problems(name, config[name], data)
 

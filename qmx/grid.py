@@ -89,12 +89,17 @@ def columns(config: Any) -> list[Column]:
         for axes in product(*(config[axis] for axis in ("inits", "selects", "accesses", "uses")))
     ]
     also = [_column(words, config) for words in config["also"]]
-    if impossible := [" + ".join(column) for column in also if not _possible(column)]:
+    featureless = {
+        column
+        for column in (*grid, *also)
+        if column.init == "none" and (column.select in NEED_FEATURES or column.use == "pool")
+    }
+    if impossible := [" + ".join(column) for column in also if column in featureless]:
         raise ValueError(
             f"also has {impossible[0]}, which needs an encoder; name one first, as in"
             " 'moco+typiclust'"
         )
-    found = [*dict.fromkeys([*filter(_possible, grid), *also])]
+    found = [*dict.fromkeys(column for column in (*grid, *also) if column not in featureless)]
     if not found:
         raise ValueError(
             f"the grid is empty: of inits {config['inits']} none has the features that selects "
@@ -111,10 +116,6 @@ def inits(config: Any) -> tuple[str, ...]:
 def encoders(config: Any) -> list[str]:
     """The inits that some column starts from and that are not "none"."""
     return [*dict.fromkeys(column.init for column in columns(config) if column.init != "none")]
-
-
-def _possible(column: Column) -> bool:
-    return column.init != "none" or (column.select not in NEED_FEATURES and column.use != "pool")
 
 
 def _column(words: str, config: Any) -> Column:

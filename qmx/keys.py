@@ -7,6 +7,7 @@ import io
 import re
 import tokenize
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from qmx import settings
@@ -25,13 +26,11 @@ def keys() -> list[Key]:
     found = [
         Key(name, value, said.get(name, "")) for name, value in settings.leaves(settings.base())
     ]
-    return sorted(found, key=lambda key: [place[name] for name in (*groups(key), key.name)])
-
-
-def groups(key: Key) -> list[str]:
-    """The groups that a key is in, from the outermost on."""
-    parts = key.name.split(".")
-    return [".".join(parts[:n]) for n in range(1, len(parts))]
+    # By the groups that a key is in, from the outermost on; then by its own name.
+    return sorted(
+        found,
+        key=lambda key: [place[name] for name in accumulate(key.name.split("."), "{}.{}".format)],
+    )
 
 
 def listing() -> str:
@@ -40,10 +39,10 @@ def listing() -> str:
     lines = ["# --config.KEY=VALUE changes a key. These are the defaults; a config has its own."]
     heads: list[str] = []
     for key in keys():
-        for group in groups(key)[-1:]:
-            if group not in heads:
-                heads.append(group)
-                lines += ["", f"# {group}" + (f": {said[group]}" if said.get(group) else "")]
+        group = key.name.rpartition(".")[0]
+        if group and group not in heads:
+            heads.append(group)
+            lines += ["", f"# {group}" + (f": {said[group]}" if said.get(group) else "")]
         lines.append(line(key))
     return "\n".join(lines)
 

@@ -8,7 +8,10 @@
   --workdir=DIRECTORY          where everything is written, and found again by a second call
   --stage=STAGE                one stage; default all
   --update                     accept a workdir of another config or version: keep what fits, redo
-                               the rest
+                               the rest, however long it took
+  --update=same-target         the same; and the target, whose file or server changed, is still the
+                               model that was asked: go on with its answers
+  --update=new-target          the same; and it is another model: ask it everything
   --keys                       print every key with its default and its remark
   --coordinator=HOST:PORT --processes=P --process=I
                                one of several processes that run as one, the same command in each;
@@ -34,10 +37,11 @@ import json
 import os
 import runpy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
@@ -45,6 +49,8 @@ from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 from qmx import keys
 from qmx.settings import leaves
 from qmx.shipped import config_file, own_configs, with_files
+from qmx.signals import end_on_signals, stop_on_signals
+from qmx.terminal import DONE, MISTAKE, explain, fail, show
 
 
 class Arguments(NamedTuple):
@@ -56,7 +62,7 @@ class Arguments(NamedTuple):
     coordinator: str
     processes: int
     process: int
-    update: bool
+    update: str
 
 
 # What --help shows of the keys.
@@ -77,7 +83,14 @@ MOST_USED = (
     "pretrain.moco.epochs",
 )
 
-DONE, MISTAKE, SPENT, STOPPED = 0, 2, 3, 75  # exit statuses
+SPENT, STOPPED = 3, 75  # exit statuses, beside those of qmx/terminal.py
+
+OUT_OF_MEMORY = (
+    "out of memory; data.limit takes fewer images, data.crop and data.canvas smaller ones"
+)
+
+# What may be said of a workdir of something else, by --update or --update=WORD.
+UPDATES = ("", "keep", "same-target", "new-target")
 
 # XLA hands convolutions on CPUs to a library that runs several shapes on one core; this gives them
 # back to Eigen, which takes all cores: about 1.8 times the speed on two.
@@ -97,14 +110,13 @@ def main(argv: list[str]) -> int:
     """Run what the command line says; returns the exit status. Mistakes are one line, no
     traceback."""
     if {"--help", "-h"} & set(argv):
-        print(usage())
-        return DONE
+        return show(usage())
     if "--keys" in argv:
-        print(keys.listing())
-        return DONE
+        return show(keys.listing())
     try:
         arguments = parse(with_files(argv))
-    except Exception as error:  # absl, ml_collections and the config file raise what they like
+    # absl, ml_collections and the config file raise what they like.
+    except (Exception, SystemExit) as error:
         return fail(explain(error), MISTAKE)
 
     from qmx.ledger import BudgetSpent
@@ -120,9 +132,11 @@ def main(argv: list[str]) -> int:
         return fail(f"{error}; run the same command again to go on", STOPPED)
     except (ValueError, LookupError, FloatingPointError, OSError) as error:
         return fail(explain(error), MISTAKE)
-    if first():
-        print(text)
-    return DONE
+    except MemoryError as error:
+        return fail(str(error) or OUT_OF_MEMORY, MISTAKE)
+    except SystemExit as error:  # of a file of the user's
+        return fail(f"the target's own code ended the program, by sys.exit({error.code})", MISTAKE)
+    return show(text) if first() else DONE
 
 
 def parse(argv: list[str]) -> Arguments:
@@ -140,18 +154,15 @@ def parse(argv: list[str]) -> Arguments:
         lock_config=True,
         sys_argv=argv,
     )
-
-    def define(kind: Callable, name: str, default: object, meaning: str) -> None:
-        kind(name, default, meaning, flag_values=values)
-
-    text, number, switch = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_bool
-    define(text, "workdir", None, "where everything is written and found again")
-    define(text, "stage", "all", "all, or one stage, see --help")
-    define(text, "coordinator", "", "HOST:PORT of the first of several processes")
-    define(number, "processes", 0, "how many processes there are; -1 in a Kubernetes job")
-    define(number, "process", -1, "which of them this is, from 0 on")
-    define(switch, "update", False, "accept a workdir of another config: keep what fits")
-    rest = values(argv)
+    text = partial(flags.DEFINE_string, flag_values=values)
+    number = partial(flags.DEFINE_integer, flag_values=values)
+    text("workdir", None, "where everything is written and found again")
+    text("stage", "all", "all, or one stage, see --help")
+    text("coordinator", "", "HOST:PORT of the first of several processes")
+    number("processes", 0, "how many processes there are; -1 in a Kubernetes job")
+    number("process", -1, "which of them this is, from 0 on")
+    text("update", "", "accept a workdir of another config: keep what fits")
+    rest = values(["--update=keep" if word == "--update" else word for word in argv])
     if len(rest) > 1:
         raise ValueError(f"{rest[1]!r} is no flag; write --config.key=value")
     if config.value is None or not values.workdir:
@@ -159,6 +170,8 @@ def parse(argv: list[str]) -> Arguments:
             "--config=NAME, or FILE.py, and --workdir=DIRECTORY are needed, as in "
             "python -m qmx.main --config=digits --workdir=runs/digits"
         )
+    if values.update not in UPDATES:
+        raise ValueError(f"--update={values.update} is none of {', '.join(UPDATES[1:])}")
     return Arguments(
         FrozenConfigDict(config.value),
         Path(values.workdir).absolute(),
@@ -184,7 +197,7 @@ def load_file(name: str) -> ConfigDict:
     path, _, argument = config_file(name).partition(":")
     try:
         return runpy.run_path(path)["get_config"](*[argument] if argument else [])
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # ml_collections goes on with the whole config.
         reason = str(error).partition(" Other fields present")[0]
         raise ValueError(
@@ -236,9 +249,8 @@ def start(arguments: Arguments) -> str:
     from qmx.checks import check_trainers, validate
     from qmx.progress import say
     from qmx.ranges import value_problems
-    from qmx.signals import stop_on_signals
     from qmx.stages.query import check_budget
-    from qmx.workdir import claim
+    from qmx.workdir import claim, locked
 
     config, workdir, stage = arguments.config, arguments.workdir, arguments.stage
     if stage not in ("all", *pipeline.STAGES):
@@ -261,38 +273,23 @@ def start(arguments: Arguments) -> str:
     if not (workdir / "config.json").exists():
         pipeline.check_weights(config, images)
         check_trainers(config, images)
-    claim(workdir, json.loads(config.to_json()), arguments.update)
-    # So that a call after a kill compiles nothing anew.
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
-        compilation_cache.reset_cache()  # a program compiled before this would have ruled it out
-    several = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    say(
-        f"{jax.device_count()} {jax.devices()[0].platform} device(s){several}, jax"
-        f" {jax.__version__}; writing to {workdir}"
-    )
-    for warning in warnings(config, images):
-        say(f"warning: {warning}")
-    with stop_on_signals() as stopped:
-        return pipeline.run(config, workdir, images, stage, stopped)
-
-
-def explain(error: BaseException) -> str:
-    """An error in one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) < 2000 else text[:2000] + " ..."
-
-
-def fail(message: str, status: int) -> int:
-    """One line on standard error; returns the status."""
-    print(f"qmx: {message}", file=sys.stderr)
-    return status
-
-
-def run() -> NoReturn:
-    """The command `qmx`."""
-    sys.exit(main(sys.argv))
+    with locked(workdir):
+        claim(workdir, json.loads(config.to_json()), bool(arguments.update), say)
+        # So that a call after a kill compiles nothing anew.
+        if jax.config.values["jax_compilation_cache_dir"] is None:
+            jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
+            compilation_cache.reset_cache()  # what was compiled before would have ruled it out
+        several = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+        say(
+            f"{jax.device_count()} {jax.devices()[0].platform} device(s){several}, jax"
+            f" {jax.__version__}; writing to {workdir}"
+        )
+        for warning in warnings(config, images):
+            say(f"warning: {warning}")
+        with stop_on_signals() as stopped:
+            return pipeline.run(config, workdir, images, stage, stopped, arguments.update)
 
 
 if __name__ == "__main__":
-    run()
+    with end_on_signals():
+        sys.exit(main(sys.argv))

@@ -80,6 +80,7 @@ def variables(network: Network, seen: Look) -> Encoder:
 
 
 @cache
-def evaluation_view(seen: Look) -> View:
-    """The view of a network that is evaluated or asked: the image, normalised."""
-    return plain_view(seen.mean, seen.std)
+def evaluation_view(seen: Look, size: int = 0) -> View:
+    """The view of a network that is evaluated or asked: the image, normalised, and resized to
+    `size` if that is not 0."""
+    return plain_view(seen.mean, seen.std, size)

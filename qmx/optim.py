@@ -52,15 +52,12 @@ def schedule(
     """
     if name not in SCHEDULES:
         raise ValueError(f"schedule {name!r} is unknown; choose one of {', '.join(SCHEDULES)}")
-
-    def first_steps(whole_epochs: Iterable[float]) -> np.ndarray:
+    if name in ("cosine_by_epoch", "step"):
+        changes: Iterable[float] = (
+            range(1, math.ceil(epochs)) if name == "cosine_by_epoch" else milestones
+        )
         # Whole steps in float64: in float32, on the device, they would be off by some steps.
-        return np.ceil(np.round(np.array(list(whole_epochs)) * steps / epochs, 6)).astype(np.int32)
-
-    if name == "cosine_by_epoch":
-        boundaries = first_steps(range(1, math.ceil(epochs)))
-    elif name == "step":
-        boundaries = first_steps(milestones)
+        boundaries = np.ceil(np.round(np.array(list(changes)) * steps / epochs, 6)).astype(np.int32)
 
     def rate(step: jax.Array) -> jax.Array:
         done = jnp.asarray(step, jnp.float32) / steps

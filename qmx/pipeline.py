@@ -23,7 +23,7 @@ from typing import Any
 
 from qmx.data import Dataset
 from qmx.grid import cells, encoders
-from qmx.progress import say
+from qmx.progress import counted, say
 from qmx.stages import outside, recorded
 from qmx.stages.distill import distill
 from qmx.stages.evaluate import evaluate
@@ -34,14 +34,22 @@ from qmx.stages.pretrain import pretrain
 from qmx.stages.query import query
 from qmx.stages.report import report
 from qmx.stages.run import Run, handed_on
-from qmx.stages.select import chosen_up_front, needs_features, select
+from qmx.stages.select import chosen_by_features, chosen_up_front, select
 from qmx.stages.target import converted as converted_target
 from qmx.stages.target import target as target_stage
+from qmx.workdir import NotDone
 
 STAGES = ("target", "pretrain", "monitor", "select", "query", "distill", "evaluate", "report")
 
 
-def run(config: Any, directory: Path, data: Dataset, only: str, stopped: Callable[[], bool]) -> str:
+def run(
+    config: Any,
+    directory: Path,
+    data: Dataset,
+    only: str,
+    stopped: Callable[[], bool],
+    update: str = "",
+) -> str:
     """All stages, or one; returns the text for standard out.
 
     Each stage is given the artefacts that it reads. One that is not this call's to do is read from
@@ -53,7 +61,7 @@ def run(config: Any, directory: Path, data: Dataset, only: str, stopped: Callabl
       NotDone: one stage was asked for whose inputs are missing.
       ValueError: weights that do not fit; found before anything is trained.
     """
-    call = Run(config, directory, data, only, stopped, [])
+    call = Run(config, directory, data, only, stopped, [], update)
     grid = cells(config, data.pool.size)
     starts = [(init, seed) for init in encoders(config) for seed in config.seeds]
     # Files that are brought along come first: a wrong one is found before anything is trained.
@@ -64,19 +72,30 @@ def run(config: Any, directory: Path, data: Dataset, only: str, stopped: Callabl
         start: handed_on(call, pretrain, *start) for start in starts if start not in brought
     }
     looks = {start: handed_on(call, monitor, encoder[start]) for start in starts}
-    by_features = {cell.start for cell in grid if needs_features(cell, data.pool.size)}
+    # Cells whose images are chosen, or whose answers are spread, by features of their encoder.
+    by_features = {
+        cell.start
+        for cell in grid
+        if chosen_by_features(cell, data.pool.size) or cell.use == "pool"
+    }
     feature = {
         start: handed_on(call, features, encoder[start]) for start in starts if start in by_features
     }
     chosen = {cell: handed_on(call, select, cell, feature.get(cell.start), target) for cell in grid}
     answers = handed_on(call, query, target, chosen.values())  # the last that sees the target
     rows = []
+    count = counted("student", len(grid))
     for cell in grid:
+        before = len(call.made)
         made = encoder.get(cell.start), feature.get(cell.start), chosen[cell], answers
         student = handed_on(call, distill, cell, *made)
         rows.append(handed_on(call, evaluate, cell, student, answers))
+        count(len(call.made) > before)
     if not call.made:
         say(f"all of it was done before, in {directory}; nothing was trained or asked")
+    if only == "pretrain":
+        paths = [str(one.path) for one in encoder.values() if not isinstance(one, NotDone)]
+        return "\n".join([*paths, "qmx.load_encoder reads them; python -m qmx.embed uses them"])
     if only not in ("all", "report"):
         return f"stage {only} is done; --stage=report shows where things stand"
     pairs = [encoder[start] for start in starts], [looks[start] for start in starts]

@@ -2,11 +2,12 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from qmx.sharding import first
+from qmx.terminal import tell
 
 LINE_SECONDS = 10  # between the lines of one stage where there is no terminal
 
@@ -14,7 +15,7 @@ LINE_SECONDS = 10  # between the lines of one stage where there is no terminal
 def say(message: str) -> None:
     """One line for the user, from the first process."""
     if first():
-        print(message, file=sys.stderr, flush=True)
+        tell(message)
 
 
 class Progress:
@@ -22,7 +23,7 @@ class Progress:
 
     def __init__(self, name: str, total: int, per_step: int, unit: str, bar: Any = None):
         self.name, self.total, self.per_step, self.unit, self.bar = name, total, per_step, unit, bar
-        self.task = bar.add_task(name, total=total, text="") if bar else None
+        self.task = bar.add_task(name, total=total, text="compiling") if bar else None
         self.started = self.said = time.monotonic()
         self.first: int | None = None
         self.text = ""
@@ -37,10 +38,10 @@ class Progress:
             self.bar.update(self.task, completed=done, text=f"{self._rate(done, now)} {text}")
         elif now - self.said > LINE_SECONDS and done < self.total:
             self.said = now
-            say(
-                f"{self.name}: {done}/{self.total} {self._rate(done, now)}"
-                f" {text}{self._left(done, now)}"
-            )
+            steps = done - (self.first or 0)
+            rest = (self.total - done) * (now - self.started)
+            left = f", {rest / steps:.0f} s left" if steps else ""
+            say(f"{self.name}: {done}/{self.total} {self._rate(done, now)} {text}{left}")
 
     def _rate(self, done: int, now: float) -> str:
         steps = done - (self.first or 0)
@@ -50,9 +51,34 @@ class Progress:
             else ""
         )
 
-    def _left(self, done: int, now: float) -> str:
-        steps = done - (self.first or 0)
-        return f", {(self.total - done) * (now - self.started) / steps:.0f} s left" if steps else ""
+
+def counted(noun: str, total: int) -> Callable[[bool], None]:
+    """A function that is told of each of `total` things whether it was done now, or found done; it
+    says how many there are and how long the rest may take, every `LINE_SECONDS` at most."""
+    began = said = time.monotonic()
+    place = made = 0
+
+    def count(now: bool) -> None:
+        nonlocal place, made, said, began
+        place += 1
+        if not now and not made:
+            began = time.monotonic()
+        made += now
+        clock = time.monotonic()
+        if made and place < total and clock - said > LINE_SECONDS:
+            said = clock
+            say(
+                f"{noun} {place} of {total}, {about((total - place) * (clock - began) / made)} left"
+            )
+
+    return count
+
+
+def about(seconds: float) -> str:
+    """A time for people: "about 40 s", "about 4 min", "about 2.5 h"."""
+    if seconds < 90:
+        return f"about {seconds:.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
 
 
 @contextmanager
@@ -65,7 +91,7 @@ def progress(name: str, total: int, per_step: int = 1, unit: str = "images") -> 
       per_step: how many `unit`s one step is, for the rate.
     """
     began = time.monotonic()
-    if sys.stderr.isatty() and first():
+    if sys.stderr is not None and sys.stderr.isatty() and first():
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar

@@ -170,11 +170,9 @@ def base() -> ConfigDict:
         # of its answers: float64 (its training's too), float32, tf32, bfloat16
         precision="float32",
         access="logits",  # served, callable, recorded: what it answers with: logits, probs, label
-        # served, callable: further attempts at a batch, after 1, 2, 4 .. 60 seconds or what the
-        # server says
+        # served, callable: more attempts at a batch, after 1, 2, 4 .. 60 s or as the server says
         retries=5,
-        # share of the images asked about that it may refuse, or answer with numbers that are not
-        # finite; they are left out and not asked about again
+        # share of the images that it may refuse or answer with NaN; they are left out
         max_refused=0.01,
         url="",  # served: http://HOST:PORT or https://
         model="",  # served: its name there
@@ -193,6 +191,9 @@ def base() -> ConfigDict:
             arch="resnet50",  # the network of students and encoders, a name of qmx.models.ARCHS
             # of its convolutions: float64 (and everything else), float32, bfloat16
             dtype="float32",
+            # side of the images that encoders and students are evaluated on; 0 is their own. The
+            # views that they train on have theirs: strong_view.size, weak_view.size.
+            size=0,
         )
     )
 

@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qmx.contract import PyTree
+from qmx.terminal import tell
 
 # The launchers' variables for a job's number of processes: SLURM's srun, Open MPI's mpirun. Not
 # SLURM_NTASKS, which is also set in an allocation's shell, where there is one process.
@@ -36,8 +37,9 @@ class FirstFailed(ValueError):
 def connect(coordinator: str = "", processes: int = 0, index: int = -1) -> None:
     """Join the processes of one job, before any other use of jax.
 
-    Without arguments, jax finds them if SLURM or Open MPI started several processes, or in a
-    Kubernetes job (processes -1, needs the package `kubernetes`); otherwise there is one process. A
+    Each says what it waits for. Without arguments, jax finds them if SLURM or Open MPI started
+    several processes, or in a Kubernetes job (processes -1, needs the package `kubernetes`);
+    otherwise there is one process, as there is with `processes` 1 whatever launcher is around it. A
     process uses every device that it sees. But if SLURM or Open MPI started several processes on
     one machine, each uses the GPU of its own number there.
 
@@ -55,6 +57,7 @@ def connect(coordinator: str = "", processes: int = 0, index: int = -1) -> None:
                 f"--coordinator={coordinator} needs --processes, 1 and more, and --process, from 0"
                 f" on and below it, not {processes} and {index}"
             )
+        tell(f"process {index} of {processes} waits for the others at {coordinator}")
         jax.distributed.initialize(
             coordinator,
             processes,
@@ -63,16 +66,28 @@ def connect(coordinator: str = "", processes: int = 0, index: int = -1) -> None:
             heartbeat_timeout_seconds=PATIENCE_SECONDS,
             shutdown_timeout_seconds=PATIENCE_SECONDS,
         )
+    elif processes == 1 and index <= 0:
+        pass  # alone, whatever launcher is around it
     elif processes > 0 or index >= 0:
         raise ValueError(
             "--processes and --process need --coordinator=HOST:PORT, the same for all of them"
         )
-    elif processes == -1 or any(int(os.environ.get(name, "1")) > 1 for name in LAUNCHERS):
+    elif processes == -1 or (launched := _launched()) > 1:
+        if processes != -1:
+            tell(
+                f"this is one of {launched} processes that a launcher started, and waits for the"
+                " others; --processes=1 runs alone"
+            )
         jax.distributed.initialize(
             local_device_ids=None if _share_machines() else EVERY_DEVICE,
             heartbeat_timeout_seconds=PATIENCE_SECONDS,
             shutdown_timeout_seconds=PATIENCE_SECONDS,
         )
+
+
+def _launched() -> int:
+    """Number of processes that SLURM or Open MPI started."""
+    return max(int(os.environ.get(name, "1")) for name in LAUNCHERS)
 
 
 def _share_machines() -> bool:

@@ -1,4 +1,4 @@
-"""Signals that stop a run after it has saved."""
+"""What SIGTERM and SIGINT do: end the program at once, or stop a run after it has saved."""
 
 import os
 import signal
@@ -8,20 +8,44 @@ from contextlib import contextmanager
 
 
 @contextmanager
+def end_on_signals() -> Iterator[None]:
+    """The first signal ends the program, with one line and the status that a shell gives it; also
+    amid an import or a call into compiled code. For the time before a run has anything to save."""
+
+    def end(number: int) -> None:
+        os.write(2, b"qmx: stopped before anything was begun\n")
+        os._exit(128 + number)
+
+    with _watched(end):
+        yield
+
+
+@contextmanager
 def stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """A function that says whether SIGTERM or SIGINT came; the second one ends the program at
-    once. On leaving, signals do what they did before."""
+    """A function that says whether a signal came; the second one ends the program at once. On
+    leaving, signals do what they did before."""
     seen: list[int] = []
+
+    def note(number: int) -> None:
+        if seen:
+            os._exit(128 + number)
+        seen.append(number)
+
+    with _watched(note):
+        yield lambda: bool(seen)
+
+
+@contextmanager
+def _watched(react: Callable[[int], None]) -> Iterator[None]:
+    """Call `react` with each signal, in a thread of its own: a thread learns of a signal while the
+    program compiles; a handler only when that is over."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 
     def watch() -> None:
         while number := os.read(reader, 1):
-            if seen:
-                os._exit(128 + number[0])  # as a shell reports it
-            seen.append(number[0])
+            react(number[0])
 
-    # A thread learns of a signal while the program compiles; a handler only when that is over.
     handlers = {
         number: signal.signal(number, lambda number, frame: None)
         for number in (signal.SIGTERM, signal.SIGINT)
@@ -30,7 +54,7 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
     thread = threading.Thread(target=watch, name="watch for signals", daemon=True)
     thread.start()
     try:
-        yield lambda: bool(seen)
+        yield
     finally:
         signal.set_wakeup_fd(before)
         for number, handler in handlers.items():

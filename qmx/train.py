@@ -59,10 +59,12 @@ def make_step(
             **metrics,
         }
 
-    def several(
-        ts: TrainState, rows: Rows, rng: jax.Array
+    def step(
+        ts: TrainState, batch: Batch | Rows, rng: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        most = len(rows.ids[""])
+        if not isinstance(batch, Rows):
+            return one(ts, batch, rng)
+        rows, most = batch, len(batch.ids[""])
         if most == 1:  # no loop around it
             ts, metrics = one(ts, rows.batch(jnp.int32(0)), rng)
             return ts, jax.tree.map(lambda value: value[None], metrics)
@@ -78,11 +80,6 @@ def make_step(
         # A number of steps that is data: one compilation serves a remainder and a run that goes on
         # amid one.
         return jax.lax.fori_loop(0, rows.steps, next_one, (ts, unfilled))
-
-    def step(
-        ts: TrainState, batch: Batch | Rows, rng: jax.Array
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
-        return several(ts, batch, rng) if isinstance(batch, Rows) else one(ts, batch, rng)
 
     return jax.jit(step, donate_argnums=0, compiler_options=compiler_options)
 

@@ -112,25 +112,23 @@ def _moco(keys: Any, net: Callable[..., Network], view: View) -> Method:
     )
 
 
-def _simsiam(keys: Any, net: Callable[..., Network], view: View) -> Method:
-    projector = models.simsiam_projector(keys.features, keys.layers)
-    return simsiam.make(net(zero_init=True), projector, models.simsiam_predictor(keys.hidden), view)
-
-
-def _rotation(keys: Any, net: Callable[..., Network], view: View) -> Method:
-    return rotation.make(net(), models.classifier(4), view)
-
-
 # By the name in `config.inits` and `config.pretrain`. A new method is one file in qmx/methods, a
 # line here, and its keys in qmx/settings.py.
 PRETRAINING: dict[str, Pretraining] = {
     "moco": Pretraining(_moco),
     "simsiam": Pretraining(
-        _simsiam,
+        lambda keys, net, view: simsiam.make(
+            net(zero_init=True),
+            models.simsiam_projector(keys.features, keys.layers),
+            models.simsiam_predictor(keys.hidden),
+            view,
+        ),
         parts=("backbone", "head", "predictor"),
         constant=lambda keys: ("predictor",) if keys.fix_predictor_rate else (),
     ),
-    "rotation": Pretraining(_rotation, view="weak_view"),
+    "rotation": Pretraining(
+        lambda keys, net, view: rotation.make(net(), models.classifier(4), view), view="weak_view"
+    ),
 }
 
 

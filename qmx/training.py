@@ -3,7 +3,6 @@ them."""
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
@@ -14,10 +13,10 @@ from qmx.checkpoint import Checkpoints
 from qmx.contract import Rows
 from qmx.data import Source
 from qmx.data.batches import feed
+from qmx.files import write_text
 from qmx.progress import progress, say
-from qmx.sharding import any_process, first, from_first, put_state
+from qmx.sharding import any_process, first, put_state
 from qmx.train import TrainState, fit
-from qmx.workdir import write_text
 
 
 def train(
@@ -40,7 +39,8 @@ def train(
     """Train to the end, from the newest good checkpoint if an earlier call left one.
 
     Args:
-      directory: gets metrics.jsonl, a line for each step, and while it trains checkpoints/.
+      directory: gets metrics.jsonl, a line for each step, and checkpoints/, which the caller
+        removes when the result is safe.
       name: for the progress.
       step, rng: see `qmx.train.make_step`.
       ts: the state before the first step.
@@ -100,7 +100,6 @@ def train(
                 last = checkpoints.newest()
                 saved = f"the last good state is {last}" if last else "no state was saved before"
                 raise FloatingPointError(f"{name}: {error}; {saved}") from None
-    from_first(lambda: shutil.rmtree(directory / "checkpoints", ignore_errors=True))
     return ts
 
 
@@ -109,13 +108,18 @@ def _log(path: Path, start: int) -> TextIO:
     process alone."""
     if not first():
         return open(os.devnull, "w")
-    kept = (
-        [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= start]
-        if start
-        else []
-    )
+    text = path.read_text(errors="replace") if start and path.exists() else ""
+    kept = [line for line in text.splitlines() if 0 < _step(line) <= start]
     write_text(path, "".join(line + "\n" for line in kept))
     return open(path, "a", buffering=1)
+
+
+def _step(line: str) -> int:
+    """The step of a line of the metrics; 0 if a kill or a full disk cut it."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, LookupError):
+        return 0
 
 
 ASK_EVERY = 10  # steps: a question costs all processes a round

@@ -827,6 +827,16 @@ def test_plain_view_is_the_normalised_image():
     np.testing.assert_allclose(got, (single / 255 - 0.5) / 0.25, atol=1e-5)
 
 
+def test_plain_view_of_another_size():
+    """Resized as Pillow does it, which rounds to whole levels."""
+    image = np.random.default_rng(0).integers(0, 256, (37, 52, 3), np.uint8)
+    got = views(plain_view((0, 0, 0), (1, 1, 1), size=16), image[None])[0] * 255
+    want = Image.fromarray(image).resize((16, 16), Image.Resampling.BILINEAR)
+    assert got.shape == (16, 16, 3) and np.abs(got - np.asarray(want)).max() < 1.01
+    same = views(plain_view((0, 0, 0), (1, 1, 1), size=37), image[None, :, :37])[0] * 255
+    np.testing.assert_allclose(same, image[:, :37], atol=1e-4)
+
+
 @pytest.mark.parametrize("view", [make_view(12), weak_view(12), plain_view()])
 def test_views_in_double_precision(view):
     """Where jax is set to it: the same draws, and every product after them in float64, whose sums

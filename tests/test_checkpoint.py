@@ -15,12 +15,13 @@ from conftest import ROOT
 from safetensors.numpy import load_file, save_file
 
 import qmx
-from qmx import models, optim
+from qmx import optim
 from qmx.checkpoint import Checkpoints, load_weights, save_weights
 from qmx.contract import by_path
+from qmx.files import write_text
 from qmx.sharding import put_state
 from qmx.train import TrainState
-from qmx.workdir import Mismatch, NotDone, claim, differences, stage, write_text
+from qmx.workdir import Mismatch, NotDone, claim, differences, stage
 
 
 def state(step):
@@ -304,17 +305,3 @@ def test_files_are_whole(tmp_path):
     assert (tmp_path / "f").read_text() == "new" and [path.name for path in tmp_path.iterdir()] == [
         "f"
     ]
-
-
-def test_an_encoder_by_its_file(tmp_path):
-    """Its features are those from before; of another network it is refused with what differs."""
-    net = models.backbone("resnet8_narrow")
-    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), np.uint8)
-    encoder = qmx.Encoder(*net.init(jax.random.key(0), jnp.zeros((2, 8, 8, 1))))
-    save_weights(tmp_path / "encoder.safetensors", encoder)
-    read = qmx.load_encoder(tmp_path / "encoder.safetensors", net, (8, 8, 1))
-    view = qmx.augment.plain_view((0.5,), (0.25,))
-    before, after = (qmx.predict(net, *variables, view, images) for variables in (encoder, read))
-    np.testing.assert_array_equal(before, after)
-    with pytest.raises(ValueError, match="encoder.safetensors is of another network: .*conv1"):
-        qmx.load_encoder(tmp_path / "encoder.safetensors", models.backbone("resnet8"), (8, 8, 1))

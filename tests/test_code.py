@@ -13,17 +13,17 @@ from conftest import CONVOLUTIONS, ROOT
 LEVELS = (
     ("__main__",),
     ("main",),
-    ("pipeline", "keys", "shipped", "signals"),
+    ("pipeline", "keys", "shipped", "embed"),
     ("stages", "checks", "cautions"),
-    ("report", "training", "trainers", "ranges"),
+    ("report", "training", "trainers", "ranges", "encoders"),
     ("settings",),
     ("grid", "networks"),
     ("targets",),
     ("ledger", "selection", "methods", "models", "diagnostics"),
     ("data", "metrics", "inference", "checkpoint", "workdir"),
-    ("progress", "train", "losses", "augment", "optim"),
+    ("progress", "train", "losses", "augment", "optim", "files"),
     ("sharding",),
-    ("contract",),
+    ("contract", "terminal", "signals"),
 )
 LEVEL = {name: place for place, names in enumerate(LEVELS) for name in names}
 

@@ -241,7 +241,7 @@ def test_both_commands(environment, tmp_path, module):
 def test_what_is_installed():
     """The command, and the configs inside the package, as pyproject.toml describes them."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert project["project"]["scripts"] == {"qmx": "qmx.main:run"}
+    assert project["project"]["scripts"] == {"qmx": "qmx.__main__:run"}
     wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert wheel["only-include"] == ["qmx", "configs"]
     assert wheel["sources"] == {"configs": "qmx/configs"}

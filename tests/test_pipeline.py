@@ -371,6 +371,7 @@ def test_nothing_was_asked_twice(finished):
         "calls": 1797,
         "images": 1797,
         "views": 1797,
+        "lost": 0,
         "unanswered": 0,
         "failed": 0,
         "retried": 0,

@@ -190,7 +190,13 @@ def test_same_table_from_recorded_answers(finished, command, tmp_path, capsys):
         finished,
         tmp_path / "w",
         ignore=shutil.ignore_patterns(
-            "ledger.sqlite*", "target", "query", "distill", "evaluate", "results.json"
+            "ledger.sqlite*",
+            "account.json",
+            "target*",
+            "query",
+            "distill",
+            "evaluate",
+            "results.json",
         ),
     )
     recorded = [*TINY, "--config.target.kind=recorded", f"--workdir={tmp_path}/w", "--update"]

@@ -26,9 +26,9 @@ def test_nothing_is_looked_up_twice(finished, monkeypatch, capsys):
     the twelve cells, of which four columns share the images that are drawn at random."""
     looks, stage = Counter(), workdir.stage
 
-    def counting(directory, *arguments):
+    def counting(directory, *arguments, **options):
         looks[str(directory.relative_to(finished))] += 1
-        return stage(directory, *arguments)
+        return stage(directory, *arguments, **options)
 
     monkeypatch.setattr(workdir, "stage", counting)
     config = tiny()

@@ -146,7 +146,7 @@ def feed(
     )
     held = {prefix: part.held for prefix, (part, _) in parts.items() if part.held}
     if len(held) < len(parts) or not fits_everywhere(
-        sum(arrays.nbytes for arrays in held.values())
+        sum(array.nbytes for arrays, _ in held.values() for array in arrays.values())
     ):
         yield from batches(
             source, batch_size, steps=steps, seed=seed, start=start, drop_last=drop_last

@@ -82,22 +82,17 @@ def listing(path: str) -> tuple[Photos, np.ndarray]:
     labels = np.repeat(
         np.arange(len(classes), dtype=np.int32), [len(of_class) for of_class in files]
     )
+    lines = "".join(f"{name}\0{size}\n" for name, size in zip(names, sizes.tolist(), strict=True))
     photos = Photos(
         path.rstrip("/") or path,
         partial(read_file, path),
         names,
         labels,
         classes,
-        digest(names, sizes),
+        hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest(),
         path,
     )
     return photos, sizes
-
-
-def digest(names: tuple[str, ...], sizes: np.ndarray) -> str:
-    """SHA-256 over relative names and sizes in bytes."""
-    lines = "".join(f"{name}\0{size}\n" for name, size in zip(names, sizes.tolist(), strict=True))
-    return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def first_few(names: list[str], most: int = 3) -> str:

@@ -201,15 +201,10 @@ def photo_source(
       kept: i64[n], the photos to use, by default all; example k of the source is photo kept[k].
     """
     ids_of = np.arange(photos.size) if kept is None else kept
-    labels = photos.labels[ids_of]
-    if squashed is None:
-        from_files = canvases(photos, canvas)
-
-        def squashed(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            return from_files(ids_of[ids])
+    labels, from_files = photos.labels[ids_of], canvases(photos, canvas)
 
     def read(ids: np.ndarray) -> dict[str, np.ndarray]:
-        images, sizes = squashed(ids)
+        images, sizes = squashed(ids) if squashed else from_files(ids_of[ids])
         return {"image": images, "label": labels[ids], "size": sizes}
 
     def show(ids: np.ndarray) -> np.ndarray:

@@ -34,10 +34,6 @@ class Held(NamedTuple):
     arrays: dict[str, np.ndarray]  # of equal length
     rows: np.ndarray  # i64[n], each at most once
 
-    @property
-    def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.arrays.values())
-
 
 class Beside(NamedTuple):
     """Another source, read in its own order beside the first one; see `qmx.data.batches`."""
@@ -101,17 +97,9 @@ def _held(source: Source, ids: np.ndarray, more: dict[str, Any]) -> Held | None:
         return None
     rows = source.held.rows[ids]
     length = len(next(iter(source.held.arrays.values())))
-
-    def spread_out(values: np.ndarray) -> np.ndarray:
-        whole = np.zeros((length, *values.shape[1:]), values.dtype)
-        whole[rows] = values
-        return whole
-
-    everything = np.arange(len(ids))
-    return Held(
-        {
-            **source.held.arrays,
-            **{name: spread_out(array[everything]) for name, array in more.items()},
-        },
-        rows,
-    )
+    arrays, everything = {**source.held.arrays}, np.arange(len(ids))
+    for name, array in more.items():
+        values = array[everything]
+        arrays[name] = np.zeros((length, *values.shape[1:]), values.dtype)
+        arrays[name][rows] = values
+    return Held(arrays, rows)

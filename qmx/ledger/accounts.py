@@ -40,9 +40,9 @@ class Account(NamedTuple):
 # COUNT(DISTINCT).
 
 
-def spent(file: File, target: str) -> int:
-    """Distinct images asked about for "train" and "select"."""
-    return len(_paid(file, target))
+def paid(file: File, target: str) -> set[bytes]:
+    """Distinct images asked about for "train" and "select", by their `pixel_digests`."""
+    return {image for rows in file.stream(PAID, [target], MANY) for (image,) in rows}
 
 
 def asked(file: File, target: str) -> int:
@@ -90,6 +90,17 @@ def account(file: File, target: str) -> Account:
     )
 
 
+def answered_targets(file: File) -> dict[str, int]:
+    """Number of answers by target, the one that was asked last at the end; without those that are
+    recorded and not used."""
+    rows = file.run(
+        "SELECT target, COUNT(*) FROM answers JOIN requests ON request = id WHERE purpose != ?"
+        " GROUP BY target ORDER BY MAX(id)",
+        [RECORDED],
+    )
+    return dict(rows)
+
+
 def check_budget(file: File, target: str, images: set[bytes], budget: int) -> None:
     """Raise BudgetSpent if images, by their `pixel_digests`, are more than the budget has left."""
     if (
@@ -97,14 +108,10 @@ def check_budget(file: File, target: str, images: set[bytes], budget: int) -> No
         or file.run(f"SELECT COUNT(*) FROM ({PAID})", [target])[0][0] + len(images) <= budget
     ):
         return  # a count is enough: no need to read every paid image
-    known = _paid(file, target)
+    known = paid(file, target)
     new = len(images - known)
     if new and len(known) + new > budget:
         raise BudgetSpent(
             f"{len(known)} of {budget} queries are spent and {new} more are asked for; "
             "nothing was sent. Raise the budget or ask for fewer images"
         )
-
-
-def _paid(file: File, target: str) -> set[bytes]:
-    return {image for rows in file.stream(PAID, [target], MANY) for (image,) in rows}

@@ -272,7 +272,7 @@ class Ledger:
 
     def spent(self) -> int:
         """Number of distinct images asked about for "train" and "select", as the budget counts."""
-        return accounts.spent(self._file, self.target)
+        return len(accounts.paid(self._file, self.target))
 
     def account(self) -> accounts.Account:
         """Counts of what everybody who used this file has asked this target so far."""

@@ -6,7 +6,7 @@ while they are few.
 
 from qmx.ledger import stored
 from qmx.ledger.file import File
-from qmx.ledger.stored import FEW, blocks
+from qmx.ledger.stored import FEW
 
 NOT_FINITE = "the scores are not finite"
 SHOWN = 3  # images that a message names
@@ -22,8 +22,9 @@ def find(file: File, keys: list[bytes]) -> set[bytes]:
     """Those of the keys whose images were refused."""
     if not file.run("SELECT 1 FROM refused LIMIT 1"):
         return set()
-    found = set[bytes]()
-    for few in blocks(sorted(set(keys)), FEW):
+    found, distinct = set[bytes](), sorted(set(keys))
+    for start in range(0, len(distinct), FEW):
+        few = distinct[start : start + FEW]
         places = ",".join("?" * len(few))
         rows = file.run(f"SELECT key FROM refused WHERE key IN ({places})", few)
         found.update(key for (key,) in rows)

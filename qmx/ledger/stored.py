@@ -1,6 +1,5 @@
 """Answers in the ledger's file: lookup by key, reading and writing."""
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -26,8 +25,9 @@ def find(file: File, keys: list[bytes]) -> dict[bytes, Known]:
     Raises:
       Damaged: a level is none.
     """
-    answers = {}
-    for few in blocks(sorted(set(keys)), FEW):  # neighbours in the index
+    answers, distinct = {}, sorted(set(keys))  # neighbours in the index
+    for start in range(0, len(distinct), FEW):
+        few = distinct[start : start + FEW]
         rows = file.run(
             "SELECT key, row, access, purpose FROM answers JOIN requests ON request = id "
             f"WHERE key IN ({','.join('?' * len(few))})",
@@ -58,12 +58,14 @@ def missing(
 
 def count(file: File, keys: list[bytes]) -> int:
     """Number of the keys, sorted and no two alike, that have an answer."""
-    return sum(
-        file.run(f"SELECT COUNT(*) FROM answers WHERE key IN ({','.join('?' * len(few))})", few)[0][
-            0
-        ]
-        for few in blocks(keys, FEW)
-    )
+    found = 0
+    for start in range(0, len(keys), FEW):
+        few = keys[start : start + FEW]
+        ((number,),) = file.run(
+            f"SELECT COUNT(*) FROM answers WHERE key IN ({','.join('?' * len(few))})", few
+        )
+        found += number
+    return found
 
 
 def read(
@@ -173,8 +175,3 @@ def classes(file: File, target: str) -> int | None:
     if (number := count_classes(*first[0])) is None:
         raise Damaged(file.path, f"an answer has {first[0][0]} bytes of {first[0][1]!r}")
     return number
-
-
-def blocks(keys: list[bytes], size: int) -> Iterator[list[bytes]]:
-    """The keys in lists of at most `size`."""
-    return (keys[start : start + size] for start in range(0, len(keys), size))

@@ -1,7 +1,7 @@
 """Check of a ledger's file, and recovery of its whole answers into a new file."""
 
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,11 +59,15 @@ def problems(
                 if path.with_name(path.name + "-wal").exists() or _has_answers(path):
                     return [*lines, f"SQLite: {error}"]
                 raise ValueError(f"{path} cannot be used as a ledger: {error}") from None
-            lines += [
-                f"SQLite: {line}"
-                for line in _first(line for (line,) in db.execute("PRAGMA integrity_check(100)"))
-                if line != "ok"
+            found = [
+                line
+                for (text,) in db.execute("PRAGMA integrity_check(100)")
+                for line in text.splitlines()
+                if not line.startswith("***")
             ]
+            lines += [f"SQLite: {line}" for line in found[:SHOWN] if line != "ok"]
+            if len(found) > SHOWN:
+                lines.append(f"SQLite: and {len(found) - SHOWN} more of this kind")
             lines += _wrong_answers(db, on_progress)
         finally:
             db.close()
@@ -153,12 +157,6 @@ def _wrong_answers(db: sqlite3.Connection, on_progress: Callable[[int, int], Non
             " they are"
         )
     return lines
-
-
-def _first(lines: Iterator[str]) -> list[str]:
-    every = [line for text in lines for line in text.splitlines() if not line.startswith("***")]
-    more = [f"and {len(every) - SHOWN} more of this kind"] if len(every) > SHOWN else []
-    return every[:SHOWN] + more
 
 
 def _collect(db: sqlite3.Connection, path: Path, on_progress: Callable[[int, int], None]) -> int:

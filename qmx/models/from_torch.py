@@ -142,7 +142,8 @@ def convert(tensors: dict[str, np.ndarray], arch: str = "", *, what: str = "the 
         for name in tensor_shapes.keys() | discarded
         if name.endswith("running_mean")
     }
-    dropped = [name for name in tensors if belongs(name, layout.dropped)]
+    prefixes = tuple(name for name in layout.dropped if name.endswith("."))
+    dropped = [name for name in tensors if name in layout.dropped or name.startswith(prefixes)]
     dropped += [prefix + name for name in have if name in discarded]
     dropped += [
         name
@@ -182,26 +183,18 @@ def convert(tensors: dict[str, np.ndarray], arch: str = "", *, what: str = "the 
     )
 
 
-def belongs(name: str, names: tuple[str, ...]) -> bool:
-    """True if `name` is one of `names`, or begins with one of them that ends with a dot."""
-    return any(name == known or (known.endswith(".") and name.startswith(known)) for known in names)
-
-
 def layout_of(tensors: dict[str, np.ndarray]) -> Layout:
     """Layout with the most backbone tensors under its prefix, or under "module." and its prefix."""
-
-    def with_root(layout: Layout, root: str) -> Layout:
-        return Layout(
-            root + layout.prefix, tuple(root + name for name in layout.dropped), layout.heads
-        )
-
-    def count(layout: Layout) -> int:
+    layouts = [
+        Layout(root + layout.prefix, tuple(root + name for name in layout.dropped), layout.heads)
+        for root in ("", "module.")
+        for layout in LAYOUTS
+    ]
+    counts = []
+    for layout in layouts:
         pattern = re.compile(re.escape(layout.prefix) + r"(conv1|bn1|layer\d+\.\d+)\.")
-        return sum(pattern.match(name) is not None for name in tensors)
-
-    return max(
-        (with_root(layout, root) for root in ("", "module.") for layout in LAYOUTS), key=count
-    )
+        counts.append(sum(pattern.match(name) is not None for name in tensors))
+    return layouts[counts.index(max(counts))]
 
 
 def recognise(
@@ -212,13 +205,11 @@ def recognise(
     every = {name: shapes(known, stem[1] if len(stem) == 4 else 3) for name, known in ARCHS.items()}
     known_names = set().union(*every.values())
     ours = {name: shape for name, shape in have.items() if name in known_names}
-
-    def differing(name: str) -> int:
-        return len(ours.keys() ^ every[name].keys()) + sum(
-            every[name].get(k, v) != v for k, v in ours.items()
-        )
-
-    best = min(ARCHS, key=lambda name: (differing(name), name != arch))
+    differing = {
+        name: len(ours.keys() ^ theirs.keys()) + sum(theirs.get(k, v) != v for k, v in ours.items())
+        for name, theirs in every.items()
+    }
+    best = min(ARCHS, key=lambda name: (differing[name], name != arch))
     if 2 * sum(every[best].get(name) == shape for name, shape in ours.items()) < len(every[best]):
         raise ValueError(
             f"{what} holds {len(have)} tensors ({', '.join(sorted(have)[:3])}, ...), which are"

@@ -151,7 +151,8 @@ def fold(params: PyTree, stats: PyTree) -> Encoder:
         result: dict[str, Any] = {}
         for name, value in params.items():
             if "kernel" in value:
-                norm = norm_of(name)
+                # The batch norm that follows it in a backbone.
+                norm = "downsample_1" if name == "downsample_0" else re.sub("^conv", "bn", name)
                 if norm not in stats or norm not in params or "bias" in value:
                     raise ValueError(
                         f"{path}{name} has no batch norm {norm} to fold; give the variables of a "
@@ -173,8 +174,3 @@ def fold(params: PyTree, stats: PyTree) -> Encoder:
         return result
 
     return Encoder(walk(params, stats, ""), {})
-
-
-def norm_of(conv: str) -> str:
-    """Name of the batch norm that follows a convolution in a backbone."""
-    return "downsample_1" if conv == "downsample_0" else re.sub("^conv", "bn", conv)

@@ -24,7 +24,12 @@ def read(path: Path | str) -> dict[str, np.ndarray]:
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        return {name: f32(value) for name, value in read_safetensors(path).items()}
+        return {
+            name: value.astype(np.float32, copy=False)
+            if np.issubdtype(value.dtype, np.floating) or value.dtype == ml_dtypes.bfloat16
+            else value
+            for name, value in read_safetensors(path).items()
+        }
     magic = look(path)
     if not magic.startswith((b"PK\x03\x04", b"\x80")):
         raise ValueError(f"{path} is neither a PyTorch file nor .safetensors; download it again")
@@ -57,7 +62,7 @@ def read(path: Path | str) -> dict[str, np.ndarray]:
                     f"{path}: {name} is sparse, quantised or complex; save plain tensors"
                 )
             value = value.detach()
-            tensors[name] = f32((value.float() if value.is_floating_point() else value).numpy())
+            tensors[name] = (value.float() if value.is_floating_point() else value).numpy()
     if not tensors:
         raise ValueError(
             f"{path} holds no tensors by name, but a {type(content).__name__}; save a state_dict"
@@ -84,12 +89,6 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     if not arrays:
         raise ValueError(f"{path} holds no tensors; download it again")
     return arrays
-
-
-def f32(value: np.ndarray) -> np.ndarray:
-    """Floats as f32, without a copy if they are f32 already; other types unchanged."""
-    floating = np.issubdtype(value.dtype, np.floating) or value.dtype == ml_dtypes.bfloat16
-    return value.astype(np.float32, copy=False) if floating else value
 
 
 def look(path: Path) -> bytes:

@@ -11,9 +11,26 @@ from typing import Any
 import numpy as np
 
 from qmx.contract import Encoder, PyTree, by_path
-from qmx.models.layout import torch_name
+from qmx.models.layout import shapes, torch_name
 from qmx.models.norm import EPSILON
 from qmx.models.read_torch import import_torch, read_safetensors
+from qmx.models.resnet import ARCHS
+
+# Names of torchvision.models; of the others its class takes the widths.
+TORCHVISION = {
+    name: f"torchvision.models.{name}"
+    for name in (
+        *("resnet18", "resnet34", "resnet50", "resnet101"),
+        *("resnext50_32x4d", "resnext101_32x8d"),
+    )
+}
+OTHERS = {
+    f"resnext101_32x{width}d": (
+        "functools.partial(torchvision.models.ResNet, torchvision.models.resnet.Bottleneck,"
+        f" [3, 4, 23, 3], groups=32, width_per_group={width})"
+    )
+    for width in (4, 16, 32, 48)
+}
 
 
 def to_torch(params: PyTree, stats: PyTree) -> dict[str, np.ndarray]:
@@ -99,6 +116,35 @@ def unflatten(arrays: dict[str, np.ndarray]) -> Encoder:
     return Encoder(tree["params"], tree["stats"])
 
 
+def loader(variables: Encoder) -> str:
+    """What loads these variables' state dict strictly, as Python.
+
+    Raises:
+      ValueError: no class of torchvision does.
+    """
+    backbone = variables.params.get("backbone", variables.params)
+    have = {name: value.shape for name, value in names(backbone, {}).items()}
+    channels = backbone["conv1"]["kernel"].shape[2]
+    arch = next(
+        (
+            name
+            for name, arch in ARCHS.items()
+            if have.items() <= shapes(arch, channels).items() and arch.stem == "large"
+        ),
+        None,
+    )
+    if not arch or channels != 3:
+        raise ValueError(
+            "no class of torchvision loads this network (its stem is 3 x 3, it has fewer stages, or"
+            " it takes grey images); --anyway writes torchvision's names for a class of your own"
+        )
+    made = TORCHVISION.get(arch, OTHERS.get(arch))
+    if "backbone" not in variables.params:
+        return f"net = {made}(); net.fc = torch.nn.Identity(); net.load_state_dict(...)"
+    classes = variables.params["head"]["fc"]["kernel"].shape[1]
+    return f"net = {made}(num_classes={classes}); net.load_state_dict(...)"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status, 2 for a mistake."""
     parser = argparse.ArgumentParser(
@@ -111,6 +157,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "out", type=Path, help="to write: .safetensors, or .pth (which needs the extra qmx[torch])"
     )
+    parser.add_argument(
+        "--anyway", action="store_true", help="also a network that no class of torchvision loads"
+    )
     args = parser.parse_args(argv)
     try:
         if not args.out.parent.is_dir() or args.out.suffix not in (".safetensors", ".pth"):
@@ -118,7 +167,9 @@ def main(argv: list[str] | None = None) -> int:
                 f"cannot write {args.out}; give a name that ends with .safetensors or .pth in a"
                 " directory that exists"
             )
-        tensors = to_torch(*unflatten(read_safetensors(args.weights)))
+        variables = unflatten(read_safetensors(args.weights))
+        tensors = to_torch(*variables)
+        how = "torchvision's names" if args.anyway else loader(variables)
         part = args.out.with_name(args.out.name + ".part")
         if args.out.suffix == ".pth":
             torch = import_torch(args.out)
@@ -131,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print("to_torch:", *str(error).split(), file=sys.stderr)
         return 2
-    print(f"wrote {len(tensors)} tensors to {args.out}")
+    print(f"wrote {len(tensors)} tensors to {args.out}: {how}")
     return 0
 
 

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
+from qmx.files import write_bytes, write_json, write_text
 from qmx.report.curve import curve
 from qmx.report.notes import account_notes
 from qmx.report.page import markdown, page
 from qmx.report.tables import aligned, result_tables
-from qmx.workdir import write_bytes, write_json, write_text
 
 
 def write(directory: Path, results: dict) -> str:

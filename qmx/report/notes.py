@@ -1,7 +1,7 @@
 """Lines above the tables: target, pool, and account of the queries."""
 
 from qmx.grid import columns
-from qmx.report.tables import asked, budget_label
+from qmx.report.tables import budget_label
 
 
 def account_notes(results: dict) -> list[str]:
@@ -13,11 +13,14 @@ def account_notes(results: dict) -> list[str]:
         else (f"top-1 / top-5 {target['top1']:.1f} / {target['top5']:.1f} on the evaluation images")
     )
     used = ", ".join(f"{count} for {purpose}" for purpose, count in account["purposes"].items())
-    price = results["config"]["price"]
+    price, calls = results["config"]["price"], account["calls"] + account["lost"]
     paid = (
         ""
         if price is None
-        else f" At {price:g} per 1,000 calls that is {price * account['calls'] / 1000:.2f}."
+        else f" At {price:g} per 1,000 calls that is {price * calls / 1000:.2f}."
+    )
+    lost = (
+        f" {account['lost']} of the calls are no longer in the ledger." if account["lost"] else ""
     )
     # Results of an older version have no such number.
     refused = (
@@ -31,8 +34,8 @@ def account_notes(results: dict) -> list[str]:
         f"Pool: {pool['size']} images of {pool['name']}; evaluated on {pool['evaluation']} others.",
         (
             f"Asked: {account['images']} distinct images ({used}), {account['views']} views,"
-            f" {account['calls']} calls, {account['failed']} sent in requests that failed"
-            f" ({account['retried']} sent again), {account['unanswered']} without an answer."
+            f" {calls} calls, {account['failed']} sent in requests that failed"
+            f" ({account['retried']} sent again), {account['unanswered']} without an answer.{lost}"
             f"{refused}{paid}"
         ),
         recipes_note(results) + " Figures are those of the last step.",
@@ -44,7 +47,9 @@ def recipes_note(results: dict) -> str:
     config = results["config"]
     used = {
         budget_label(results, budget): {
-            row["recipe"] for row in results["rows"] if asked(row) == budget["queries"]
+            row["recipe"]
+            for row in results["rows"]
+            if row["queries"]["train"] + row["queries"]["select"] == budget["queries"]
         }
         for budget in results["pool"]["budgets"]
     }

@@ -30,10 +30,6 @@ div { overflow-x: auto; }
 
 def page(tables: list[Table], notes: list[str], picture: bytes) -> str:
     """Text of report.html, with the picture inside."""
-
-    def row(cells: list[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
     body = [
         "<h1>How many queries copy this model?</h1>",
         "<ul>" + "".join(f"<li>{html.escape(note)}</li>" for note in notes) + "</ul>",
@@ -43,11 +39,12 @@ def page(tables: list[Table], notes: list[str], picture: bytes) -> str:
         ),
     ]
     for table in tables:
-        body.append(
-            f"<h2>{html.escape(table.title)}</h2><div><table>{row(table.header, 'th')}"
-            + "".join(row(cells, "td") for cells in table.rows)
-            + "</table></div>"
+        lines = [("th", table.header), *(("td", cells) for cells in table.rows)]
+        rows = "".join(
+            "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+            for tag, cells in lines
         )
+        body.append(f"<h2>{html.escape(table.title)}</h2><div><table>{rows}</table></div>")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>qmx report</title>'
         f"<style>{STYLE}</style></head><body>{''.join(body)}</body></html>\n"

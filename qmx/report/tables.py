@@ -36,17 +36,13 @@ def budget_label(results: dict, budget: dict) -> str:
     return f"{budget['queries']} ({percent(share if exact else float(f'{share:.2g}'))})"
 
 
-def asked(row: dict) -> int:
-    """Budget of a row, in images."""
-    return row["queries"]["train"] + row["queries"]["select"]
-
-
 def values(results: dict, column: Column, queries: int, metric: str) -> list[float]:
     """Values of a metric in one cell, one for each seed that was run."""
     return [
         row[metric]
         for row in results["rows"]
-        if Column(*(row[axis] for axis in Column._fields)) == column and asked(row) == queries
+        if Column(*(row[axis] for axis in Column._fields)) == column
+        and row["queries"]["train"] + row["queries"]["select"] == queries
     ]
 
 

@@ -18,7 +18,8 @@ def margin(probabilities: np.ndarray, asked: np.ndarray, number: int) -> np.ndar
     Scheffer et al. 2001, *Active Hidden Markov Models for Information Extraction*.
     """
     second, best = np.partition(probabilities.astype(np.float64), (-2, -1), axis=1)[:, -2:].T
-    return _lowest(best - second, asked, number)
+    order = np.argsort(best - second, kind="stable")
+    return order[~np.isin(order, asked)][:number]
 
 
 def entropy(probabilities: np.ndarray, asked: np.ndarray, number: int) -> np.ndarray:
@@ -29,11 +30,7 @@ def entropy(probabilities: np.ndarray, asked: np.ndarray, number: int) -> np.nda
     """
     from scipy.special import entr  # a sixth of the time of `import qmx`
 
-    return _lowest(-entr(probabilities.astype(np.float64)).sum(1), asked, number)
-
-
-def _lowest(certainty: np.ndarray, asked: np.ndarray, number: int) -> np.ndarray:
-    order = np.argsort(certainty, kind="stable")
+    order = np.argsort(-entr(probabilities.astype(np.float64)).sum(1), kind="stable")
     return order[~np.isin(order, asked)][:number]
 
 

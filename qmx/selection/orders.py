@@ -95,8 +95,13 @@ def from_list(path: str, names: Sequence[str]) -> np.ndarray:
     by_file: dict[str, list[int]] = {}
     for i, name in enumerate(names):
         by_file.setdefault(name.rpartition("/")[2], []).append(i)
+    # Two names are the same, or one is the end of the other without some folders.
     found = [
-        [i for i in by_file.get(line.rpartition("/")[2], ()) if _same(line, names[i])]
+        [
+            i
+            for i in by_file.get(line.rpartition("/")[2], ())
+            if line == names[i] or line.endswith("/" + names[i]) or names[i].endswith("/" + line)
+        ]
         for line in lines
     ]
     ids = [i for few in found for i in few]
@@ -113,8 +118,3 @@ def from_list(path: str, names: Sequence[str]) -> np.ndarray:
                 f"{path}: {len(those)} of {len(lines)} names {problem}: {', '.join(those[:3])}"
             )
     return np.array(ids, np.int64)
-
-
-def _same(one: str, other: str) -> bool:
-    """True if two names are the same, or one is the end of the other without some folders."""
-    return one == other or one.endswith("/" + other) or other.endswith("/" + one)

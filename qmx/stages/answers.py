@@ -11,13 +11,13 @@ from qmx.data import Source
 from qmx.data.batches import ahead
 from qmx.grid import budget_keys
 from qmx.inference import ids_here
-from qmx.ledger import BudgetSpent, Unavailable, keys_of, pixel_digests
+from qmx.ledger import BudgetSpent, Ledger, Unavailable, keys_of, pixel_digests
 from qmx.ledger.access import as_logits
 from qmx.progress import Progress, progress, say
-from qmx.sharding import first, from_first, gathered
+from qmx.sharding import first, gathered
 from qmx.stages import outside, recorded
 from qmx.stages.run import Run
-from qmx.stages.target import Target, open_ledger
+from qmx.stages.target import Target, in_ledger, open_ledger
 from qmx.targets.query import Query
 
 CHUNK = 4096  # images between two looks at the budget, 0.6 GB of them at 224 pixels
@@ -37,7 +37,8 @@ def ask_about(
     """Bring answers for a source's images into the ledger, with progress `name`; return keys."""
     keys: list[bytes] = []
     if run.config.target.kind == "recorded":
-        from_first(partial(_enter, run, target.identity))
+        table = Path(run.config.target.path)
+        in_ledger(run, target.identity, lambda ledger: recorded.enter(ledger, table))
     with progress(name, len(ids), unit="images") as shown:
         for images in read_together(source.shown, ids):
             ask_together(
@@ -52,11 +53,6 @@ def ask_about(
             keys += keys_of(images, **target.identity)
             shown.update(len(keys))
     return keys
-
-
-def _enter(run: Run, identity: dict[str, str]) -> None:
-    with open_ledger(run, identity) as ledger:
-        recorded.enter(ledger, Path(run.config.target.path))
 
 
 def _name(source: Source, ids: np.ndarray, row: int) -> str:
@@ -102,12 +98,7 @@ def ask_together(
     who, keys = target.identity, run.config.target
     elsewhere = target.path is None
     size = keys.batch_size if elsewhere else BATCH
-
-    def unanswered() -> list[int]:
-        with open_ledger(run, who) as ledger:
-            return ledger.unanswered(images, keys.access)
-
-    rows = from_first(unanswered)
+    rows = in_ledger(run, who, lambda ledger: ledger.unanswered(images, keys.access))
     if rows and keys.kind == "recorded":
         raise ValueError(
             f"{keys.path} has no answer to {len(rows)} of {len(images)} images that are asked about"
@@ -158,46 +149,18 @@ class Answers(NamedTuple):
         """Those of some images of the pool that have an answer, in that order."""
         return ids[np.isin(ids, self.ids)]
 
-    def of_pool(self, ids: np.ndarray) -> list[bytes]:
-        """Keys of some images of the pool, all of which have an answer."""
-        return [row.tobytes() for row in self.train[np.searchsorted(self.ids, ids)]]
-
-    def of_evaluation(self) -> list[bytes]:
-        """Keys of the evaluation images that have an answer."""
-        return [row.tobytes() for row in self.report]
-
 
 def answered(run: Run, identity: dict[str, str], keys: list[bytes]) -> np.ndarray:
     """True for each image that was not refused, by its key, bool[n], in every process."""
-
-    def look() -> list[bool]:
-        with open_ledger(run, identity) as ledger:
-            without = ledger.refused(keys)
-        return [key not in without for key in keys]
-
-    return np.array(from_first(look), bool)
+    without = in_ledger(run, identity, lambda ledger: ledger.refused(keys))
+    return np.array([key not in without for key in keys], bool)
 
 
-def read_answers(run: Run, identity: dict[str, str], keys: list[bytes], access: str) -> np.ndarray:
-    """Answers to images by their keys, f32[n, N], in every process."""
-
-    def read() -> np.ndarray:
-        with open_ledger(run, identity) as ledger:
-            return ledger.read_keys(keys, access)
-
-    return from_first(read)
-
-
-def read_scores(run: Run, identity: dict[str, str], keys: list[bytes]) -> np.ndarray:
-    """The target's answers by the images' keys, f32[n, N], as unnormalised log-probabilities."""
-    access = run.config.target.access
-    return as_logits(read_answers(run, identity, keys, access), access)
-
-
-def shows(run: Run) -> dict:
-    """Inputs of a stage that calls `read_scores`, beside the target."""
-    access = run.config.target.access
-    return {"shows": access} if access != "logits" else {}
+def read_scores(run: Run, identity: dict[str, str], keys: list[bytes], access: str) -> np.ndarray:
+    """The target's answers by the images' keys, as an interface of level `access` would have given
+    them: f32[n, N], unnormalised log-probabilities, in every process."""
+    scores = in_ledger(run, identity, lambda ledger: ledger.read_keys(keys, access))
+    return as_logits(scores, access)
 
 
 def afford(run: Run, target: Target, source: Source, ids: np.ndarray) -> None:
@@ -212,13 +175,12 @@ def afford(run: Run, target: Target, source: Source, ids: np.ndarray) -> None:
         digest for images in read_together(source.shown, ids) for digest in pixel_digests(images)
     }
 
-    def refusal() -> str:
-        with open_ledger(run, target.identity) as ledger:
-            try:
-                ledger.check_budget(digests)
-            except BudgetSpent as error:
-                return str(error)
+    def refusal(ledger: Ledger) -> str:
+        try:
+            ledger.check_budget(digests)
+        except BudgetSpent as error:
+            return str(error)
         return ""
 
-    if refused := from_first(refusal):
+    if refused := in_ledger(run, target.identity, refusal):
         raise BudgetSpent(refused)

@@ -14,10 +14,10 @@ from qmx.data.sources import Beside, take
 from qmx.grid import Cell, recipe_name, recipe_of
 from qmx.ledger.access import as_logits
 from qmx.selection.propagate import propagate
-from qmx.stages.answers import Answers, read_answers
+from qmx.stages.answers import Answers, read_scores
 from qmx.stages.features import Features
-from qmx.stages.pretrain import Pretrained, read_encoder
-from qmx.stages.run import Run, needed, plain, root_key
+from qmx.stages.pretrain import Pretrained, backbone
+from qmx.stages.run import Run, facts, needed, plain, read_weights, root_key
 from qmx.stages.select import Selection
 from qmx.stages.target import Labels
 from qmx.training import train
@@ -79,7 +79,8 @@ def distill(
         rng = root_key(cell.seed, "student")
         ts = trainer.init(rng)
         if encoder:
-            params, state = trainer.method.start(ts.params, ts.state, read_encoder(run, encoder))
+            variables = read_weights(run, backbone(run), encoder.path)
+            params, state = trainer.method.start(ts.params, ts.state, variables)
             ts = ts._replace(params=params, state=state)
         began = time.monotonic()
         ts = train(
@@ -94,12 +95,13 @@ def distill(
             steps=steps,
             seed=cell.seed,
             drop_last=False,
-            save_seconds=run.save_seconds,
+            save_seconds=60 * run.config.save_minutes,
             stopped=run.stopped,
         )
-        digest = save_weights(
-            directory / "student.safetensors", trainer.method.network(ts.params, ts.state)
-        )
+        standardize = keys.standardize
+        said = facts(run, cell.init, classes=run.data.classes, standardize=standardize)
+        variables = trainer.method.network(ts.params, ts.state)
+        digest = save_weights(directory / "student.safetensors", variables, said)
         return {
             "sha256": digest,
             "seconds": time.monotonic() - began,
@@ -125,8 +127,8 @@ def transfer_set(
     else:
         answers = needed(answers)
         ids = answers.there(ids)
-        keys = answers.of_pool(ids)
-        scores = as_logits(read_answers(run, answers.identity, keys, cell.access), cell.access)
+        keys = [row.tobytes() for row in answers.train[np.searchsorted(answers.ids, ids)]]
+        scores = read_scores(run, answers.identity, keys, cell.access)
     if cell.use == "pool":
         known = softmax(scores[np.arange(len(ids))], axis=1)
         rows = propagate(needed(features).read(), ids, known, **run.config.propagation)

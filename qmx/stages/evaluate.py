@@ -5,9 +5,9 @@ from pathlib import Path
 from qmx import networks
 from qmx.grid import Cell, recipe_of
 from qmx.metrics import compare
-from qmx.stages.answers import Answers, read_scores, shows
+from qmx.selection.by_answers import BY_ANSWERS, shares
+from qmx.stages.answers import Answers, read_scores
 from qmx.stages.distill import Student
-from qmx.stages.rounds import asked_to_choose
 from qmx.stages.run import Run, needed, outputs, read_weights
 from qmx.workdir import NotDone
 
@@ -18,7 +18,11 @@ def evaluate(run: Run, cell: Cell, student: Student | NotDone, answers: Answers 
     Evaluation images without an answer are left out of all figures, so that all are of the same.
     """
     student, answers = needed(student), needed(answers)
-    chose, evaluation = asked_to_choose(run.config, cell), run.data.evaluation
+    access, evaluation = run.config.target.access, run.data.evaluation
+    # Images whose answers chose others.
+    chose = 0
+    if cell.select in BY_ANSWERS:
+        chose = sum(shares(cell.queries, run.config.rounds)[:-1])
 
     def work(_: Path) -> dict:
         keys, standardize = run.config.student, recipe_of(run.config, cell).standardize
@@ -26,7 +30,8 @@ def evaluate(run: Run, cell: Cell, student: Student | NotDone, answers: Answers 
         network = networks.classifier(keys.arch, dtype, facts, standardize=standardize)
         weights = read_weights(run, network, student.path)
         scores = outputs(run, f"evaluate {cell.name}", network, weights, evaluation)
-        target = read_scores(run, answers.identity, answers.of_evaluation())
+        about = [row.tobytes() for row in answers.report]
+        target = read_scores(run, answers.identity, about, access)
         there = answers.evaluation
         queries = {"train": cell.queries - chose, "select": chose, "report": len(target)}
         return {
@@ -41,9 +46,10 @@ def evaluate(run: Run, cell: Cell, student: Student | NotDone, answers: Answers 
     inputs = {
         "evaluation": run.data.evaluation_digest,
         "student": student.sha256,
+        "size": run.config.student.size,
         **answers.identity,
         **({"select": chose} if chose else {}),
-        **shows(run),
+        **({"shows": access} if access != "logits" else {}),
         **({"without_answer": left_out} if left_out else {}),
     }
     # Of a row the queries are told by purpose.

@@ -6,11 +6,12 @@ from typing import NamedTuple
 import numpy as np
 
 from qmx import networks
+from qmx.files import read_arrays, write_arrays
 from qmx.selection.by_features import unit
 from qmx.sharding import first
-from qmx.stages.pretrain import Pretrained, backbone, read_encoder
-from qmx.stages.run import Run, needed, outputs
-from qmx.workdir import NotDone, read_arrays, write_arrays
+from qmx.stages.pretrain import Pretrained, backbone
+from qmx.stages.run import Run, needed, outputs, read_weights
+from qmx.workdir import NotDone
 
 
 class Features(NamedTuple):
@@ -31,12 +32,13 @@ def features(run: Run, encoder: Pretrained | NotDone) -> Features:
         "pool": run.data.pool_digest,
         "encoder": encoder.sha256,
         "dtype": networks.evaluated_in(run.config.student.dtype),
+        "size": run.config.student.size,
     }
 
     def work(directory: Path) -> dict:
-        variables = read_encoder(run, encoder)
-        name = f"features of {encoder.name}"
-        rows = unit(outputs(run, name, backbone(run), variables, run.data.pool))
+        network, name = backbone(run), f"features of {encoder.name}"
+        variables = read_weights(run, network, encoder.path)
+        rows = unit(outputs(run, name, network, variables, run.data.pool))
         if first():
             write_arrays(directory / "features.npz", features=rows.astype(np.float32))
         return {"images": len(rows), "dimension": rows.shape[1]}

@@ -10,8 +10,8 @@ from qmx.contract import Encoder
 from qmx.data.sources import take
 from qmx.metrics import held_out, held_out_knn, top_k
 from qmx.sharding import put_state
-from qmx.stages.pretrain import Pretrained, backbone, read_encoder
-from qmx.stages.run import Run, needed, outputs, plain, root_key
+from qmx.stages.pretrain import Pretrained, backbone
+from qmx.stages.run import Run, needed, outputs, plain, read_weights, root_key
 from qmx.stages.target import Labels
 from qmx.training import train
 from qmx.workdir import NotDone
@@ -22,6 +22,7 @@ def monitor(run: Run, encoder: Pretrained | NotDone) -> dict:
     encoder = needed(encoder)
     keys, student, seed = run.config.monitor, run.config.student, encoder.seed
     arch, dtype = student.arch, networks.evaluated_in(student.dtype)
+    seen = {"size": student.size}
     neighbours = {"knn_k": keys.knn_k, "knn_temperature": keys.knn_temperature}
 
     def look_at_random(_: Path) -> dict:
@@ -30,16 +31,27 @@ def monitor(run: Run, encoder: Pretrained | NotDone) -> dict:
         return {"knn_top1": knn_top1(run, f"a random network, seed {seed}", variables)}
 
     def look(directory: Path) -> dict:
-        variables = read_encoder(run, encoder)
+        variables = read_weights(run, backbone(run), encoder.path)
         result = {"knn_top1": knn_top1(run, encoder.name, variables)}
         if keys.linear:
             result["linear_top1"] = linear_top1(run, variables, directory, encoder)
         return result
 
     # The random network is the same whatever the encoder: once a seed.
-    shared = {"pool": run.data.pool_digest, "arch": arch, "dtype": dtype, "monitor": neighbours}
+    shared = {
+        "pool": run.data.pool_digest,
+        "arch": arch,
+        "dtype": dtype,
+        "monitor": neighbours,
+        **seen,
+    }
     random = run.stage("monitor", f"random-seed{seed}", shared, look_at_random)
-    inputs = {"pool": run.data.pool_digest, "encoder": encoder.sha256, "monitor": neighbours}
+    inputs = {
+        "pool": run.data.pool_digest,
+        "encoder": encoder.sha256,
+        "monitor": neighbours,
+        **seen,
+    }
     if keys.linear:
         inputs |= {"probe": plain(keys.probe), "weak_view": plain(run.config.weak_view)}
     result = run.stage("monitor", encoder.name, inputs, look)
@@ -76,7 +88,7 @@ def linear_top1(run: Run, variables: Encoder, directory: Path, encoder: Pretrain
         steps=steps,
         seed=encoder.seed,
         drop_last=False,
-        save_seconds=run.save_seconds,
+        save_seconds=60 * run.config.save_minutes,
         stopped=run.stopped,
     )
     classifier = networks.classifier(arch, dtype, seen)

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 from qmx import networks, trainers
 from qmx.checkpoint import file_digest, save_weights
-from qmx.contract import Encoder, Network
+from qmx.contract import Network
 from qmx.data import Dataset
 from qmx.diagnostics import watch
 from qmx.models import from_torch
-from qmx.stages.run import Run, plain, read_weights, root_key
+from qmx.stages.run import Run, facts, plain, root_key
 from qmx.stages.target import check_channels
 from qmx.training import train
 
@@ -73,21 +73,20 @@ def _pretrain(run: Run, init: str, seed: int, directory: Path) -> dict:
         steps=steps,
         seed=seed,
         drop_last=True,
-        save_seconds=run.save_seconds,
+        save_seconds=60 * run.config.save_minutes,
         stopped=run.stopped,
         watch=watch(steps // int(keys.epochs), keys.get("features"), keys.get("queue_size")),
     )
     seconds = time.monotonic() - began
-    digest = save_weights(
-        directory / "encoder.safetensors", trainer.method.encoder(ts.params, ts.state)
-    )
+    encoder = trainer.method.encoder(ts.params, ts.state)
+    digest = save_weights(directory / "encoder.safetensors", encoder, facts(run, init))
     return {"sha256": digest, "seconds": seconds, "epochs": int(keys.epochs)}
 
 
 def _convert(run: Run, init: str, directory: Path) -> dict:
     began = time.monotonic()
     encoder = converted(run.config, init, run.data).backbone
-    digest = save_weights(directory / "encoder.safetensors", encoder)
+    digest = save_weights(directory / "encoder.safetensors", encoder, facts(run, init))
     return {
         "sha256": digest,
         "seconds": time.monotonic() - began,
@@ -109,8 +108,3 @@ def backbone(run: Run) -> Network:
     return networks.backbone(
         student.arch, networks.evaluated_in(student.dtype), networks.look(run.data)
     )
-
-
-def read_encoder(run: Run, encoder: Pretrained) -> Encoder:
-    """Variables of an encoder, on the devices."""
-    return read_weights(run, backbone(run), encoder.path)

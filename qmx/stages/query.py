@@ -1,6 +1,5 @@
 """Asking the target, once all selections are made; and the budget of a grid."""
 
-import json
 import zlib
 from collections.abc import Iterable
 from functools import cache
@@ -10,16 +9,17 @@ from typing import Any
 import numpy as np
 
 from qmx.data import Dataset
+from qmx.files import Unreadable, read_arrays, read_json, write_arrays, write_json
 from qmx.grid import budget_keys, cells
 from qmx.ledger import BudgetSpent, Ledger
 from qmx.metrics import top_k
 from qmx.progress import say
 from qmx.sharding import first
-from qmx.stages.answers import Answers, answered, ask_about, read_scores, shows
+from qmx.stages.answers import Answers, answered, ask_about, read_scores
 from qmx.stages.run import Run, needed
 from qmx.stages.select import Selection, chosen_up_front
-from qmx.stages.target import Target, target_query
-from qmx.workdir import NotDone, read_arrays, write_arrays
+from qmx.stages.target import Target, in_ledger, open_ledger, target_query
+from qmx.workdir import NotDone
 
 
 def query(run: Run, target: Target | NotDone, selections: Iterable[Selection | NotDone]) -> Answers:
@@ -30,7 +30,7 @@ def query(run: Run, target: Target | NotDone, selections: Iterable[Selection | N
     """
     target = needed(target)
     ids = np.unique(np.concatenate([needed(selection).ids for selection in selections]))
-    evaluation = run.data.evaluation
+    access, evaluation = run.config.target.access, run.data.evaluation
 
     def work(directory: Path) -> dict:
         refuse_beyond(run.config, len(ids), run.workdir)
@@ -49,7 +49,7 @@ def query(run: Run, target: Target | NotDone, selections: Iterable[Selection | N
             if not has.all():
                 say(f"{name}: {(~has).sum()} of {len(has)} images have no answer and are left out")
             if purpose == "report":
-                scores = read_scores(run, target.identity, keys["report"])
+                scores = read_scores(run, target.identity, keys["report"], access)
                 labels = evaluation.labels[there["report"]]
                 measured = {f"top{k}": top_k(scores, labels, k) for k in (1, 5)}
                 if warning := unexpected(run.config.target.expect, measured, evaluation.size):
@@ -74,12 +74,45 @@ def query(run: Run, target: Target | NotDone, selections: Iterable[Selection | N
         "evaluation": run.data.evaluation_digest,
         **target.identity,
         "images": zlib.crc32(ids.tobytes()),
-        **shows(run),
+        **({"shows": access} if access != "logits" else {}),
     }
-    result = run.stage("query", ".", inputs, work)
+    note_calls(run, target)  # else what is asked now would hide what is gone
+    result = run.stage("query", ".", inputs, work, lambda: lost_answers(run, target))
+    note_calls(run, target)
     rows = read_arrays(run.workdir / "query" / "keys.npz")
     rows.setdefault("evaluation", np.arange(len(rows["report"])))  # an older file has all
     return Answers(target.identity, **rows, top1=result["top1"], top5=result["top5"])
+
+
+def lost_answers(run: Run, target: Target) -> str | None:
+    """What is gone of the answers that the stage left, as when its ledger was replaced by one that
+    was recovered; None if nothing is."""
+    rows = read_arrays(run.workdir / "query" / "keys.npz")
+    keys = [row.tobytes() for name in ("train", "report") for row in rows[name]]
+    with open_ledger(run, target.identity) as ledger:
+        missing = ledger.count_missing_keys(keys)
+    if not missing:
+        return None
+    return f"{missing} of {len(set(keys))} answers that it had are no longer in {ledger.path}"
+
+
+def note_calls(run: Run, target: Target) -> int:
+    """Write down the calls in the ledger's account, so that a ledger that is lost or cut shrinks no
+    account; returns the number of calls that are no longer in it."""
+
+    def note(ledger: Ledger) -> int:
+        path, calls = run.workdir / "account.json", ledger.account().calls
+        try:
+            told = read_json(path)
+        except Unreadable:
+            told = {}
+        before = told.get(target.sha256, {"calls": 0, "lost": 0})
+        lost = before["lost"] + max(before["calls"] - calls, 0)
+        if {"calls": calls, "lost": lost} != before:
+            write_json(path, {**told, target.sha256: {"calls": calls, "lost": lost}})
+        return lost
+
+    return in_ledger(run, target.identity, note)
 
 
 def unexpected(expect: tuple[float, ...], measured: dict[str, float], size: int) -> str | None:
@@ -116,7 +149,7 @@ def refuse_beyond(config: Any, images: int, directory: Path) -> None:
         spent = 0
         done = directory / "target" / "result.json"
         if done.exists() and (directory / "ledger.sqlite").exists():
-            sha256 = json.loads(done.read_text())["sha256"]
+            sha256 = read_json(done)["sha256"]
             with Ledger(directory / "ledger.sqlite", target=sha256) as ledger:
                 spent = ledger.spent()
         raise BudgetSpent(

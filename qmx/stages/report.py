@@ -10,9 +10,9 @@ from qmx.sharding import from_first
 from qmx.stages import outside
 from qmx.stages.answers import Answers
 from qmx.stages.pretrain import Pretrained
-from qmx.stages.query import unexpected
+from qmx.stages.query import note_calls, unexpected
 from qmx.stages.run import Run, needed, plain
-from qmx.stages.target import Target, open_ledger
+from qmx.stages.target import Target, in_ledger
 from qmx.workdir import NotDone
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "pillow")
@@ -38,10 +38,7 @@ def report(
         accuracy |= measured
         warning = unexpected(keys.expect, measured, data.evaluation.size)
 
-    def account() -> dict:
-        with open_ledger(run, target.identity) as ledger:
-            return ledger.account()._asdict()
-
+    account = in_ledger(run, target.identity, lambda ledger: ledger.account()._asdict())
     results = {
         "schema": 1,
         "target": {
@@ -60,7 +57,7 @@ def report(
             "budgets": [budget._asdict() for budget in budgets(run.config, data.pool.size)],
         },
         "rows": [row for row in rows if not isinstance(row, NotDone)],
-        "account": from_first(account),
+        "account": {**account, "lost": note_calls(run, target)},
         "monitors": [
             {"init": encoder.init, "seed": encoder.seed, **encoder.facts, **look}
             for encoder, look in zip(encoders, monitors, strict=True)

@@ -2,19 +2,17 @@
 on."""
 
 from functools import cache, partial
-from typing import Any
 
 import numpy as np
 from scipy.special import softmax
 
 from qmx.grid import Cell
-from qmx.ledger.access import as_logits
 from qmx.progress import say
 from qmx.selection.by_answers import BY_ANSWERS, shares
 from qmx.selection.orders import random_order
 from qmx.selection.propagate import propagate
 from qmx.sharding import from_first
-from qmx.stages.answers import afford, answered, ask_about, read_answers
+from qmx.stages.answers import afford, answered, ask_about, read_scores
 from qmx.stages.features import Features
 from qmx.stages.run import Run, plain
 from qmx.stages.target import Target, target_query
@@ -66,8 +64,8 @@ def in_rounds(run: Run, cell: Cell, features: Features, target: Target) -> np.nd
         )
         has = answered(run, target.identity, keys)
         some = [keys[place] for place in np.flatnonzero(has)]
-        scores = as_logits(read_answers(run, target.identity, some, cell.access), cell.access)
-        spread = propagate(rows, ids[has], softmax(scores, axis=1), **run.config.propagation)
+        known = softmax(read_scores(run, target.identity, some, cell.access), axis=1)
+        spread = propagate(rows, ids[has], known, **run.config.propagation)
         # In one process: another machine's sums may round another way, and choose others.
         ids = np.concatenate([ids, from_first(partial(way, spread, ids, share))])
     return ids
@@ -81,8 +79,3 @@ def inputs_of(run: Run, cell: Cell, target: Target) -> dict:
         "rounds": run.config.rounds,
         "propagation": plain(run.config.propagation),
     }
-
-
-def asked_to_choose(config: Any, cell: Cell) -> int:
-    """Number of a cell's images whose answers chose others: 0 for ways that read none."""
-    return sum(shares(cell.queries, config.rounds)[:-1]) if cell.select in BY_ANSWERS else 0

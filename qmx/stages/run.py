@@ -1,6 +1,7 @@
 """The call of the program that all stages belong to, and the artefacts that they hand on."""
 
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 
+from qmx import __version__ as version
 from qmx import networks, workdir
 from qmx.checkpoint import load_weights
 from qmx.contract import Encoder, Network
 from qmx.data import Dataset, Source
 from qmx.data.batches import ahead
+from qmx.files import check_file
 from qmx.inference import ids_here, predict_batches
 from qmx.progress import progress, say
 from qmx.sharding import any_process, put_state
@@ -32,8 +35,16 @@ class Run(NamedTuple):
     only: str  # a stage, or "all"
     stopped: Callable[[], bool]
     made: list[str]  # what this call did and did not find done
+    update: str = ""  # what the user said of a workdir of something else, see `qmx.main`
 
-    def stage(self, kind: str, name: str, inputs: dict, work: Callable[[Path], dict]) -> dict:
+    def stage(
+        self,
+        kind: str,
+        name: str,
+        inputs: dict,
+        work: Callable[[Path], dict],
+        lacking: Callable[[], str | None] = lambda: None,
+    ) -> dict:
         """Result of a stage, done now if it is this call's to do; see `qmx.workdir.stage`."""
         directory = self.workdir / kind / name
 
@@ -41,6 +52,10 @@ class Run(NamedTuple):
             self.made.append(f"{kind}/{name}")
             try:
                 return work(directory)
+            except (MemoryError, jax.errors.JaxRuntimeError) as error:
+                if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                    raise out_of_memory(kind, name, error) from None
+                raise
             except OSError as error:
                 # Who wrote knows only that it failed.
                 if error.filename is None and type(error) is OSError:
@@ -50,17 +65,47 @@ class Run(NamedTuple):
         refuse = None
         if self.only not in ("all", kind):
             refuse = f"--stage={self.only} needs {directory}, which --stage={kind} makes"
-        return workdir.stage(directory, inputs, run, say, refuse)
-
-    @property
-    def save_seconds(self) -> float:
-        """Between two checkpoints of a training."""
-        return 60 * self.config.save_minutes
+        return workdir.stage(
+            directory,
+            inputs,
+            run,
+            say,
+            refuse=refuse,
+            update=bool(self.update),
+            lacking=lacking,
+        )
 
     def go_on(self, name: str, done: int, total: int) -> None:
         """Raise Stopped if a process was told to stop; all must ask at the same place."""
         if any_process(self.stopped()):
             raise Stopped(f"{name} stopped after {min(done, total)} of {total} images")
+
+
+# What makes each stage's arrays smaller.
+SMALLER = {
+    "target": "target.batch_size, or data.crop",
+    "pretrain": "the method's batch_size, as pretrain.moco.batch_size, or strong_view.size",
+    "monitor": "data.crop, or student.arch to a smaller network",
+    "select": "data.crop, or student.arch to a smaller network",
+    "query": "data.crop, or target.precision to bfloat16",
+    "distill": "the recipe's batch_size, as distill.batch_size, or fixmatch.mu",
+    "evaluate": "data.crop, or student.arch to a smaller network",
+}
+
+
+def out_of_memory(kind: str, name: str, error: BaseException) -> MemoryError:
+    """The error in one line: which stage, on what device, how much it wanted, what to lower."""
+    text = " ".join(str(error).split())
+    amount = re.search(r"allocat\w+ (\d+)(?: bytes|\b)", text) or re.search(
+        r"([\d.]+ ?[KMGT]i?B)", text
+    )
+    wanted = f" for {amount[1]}{' bytes' if amount[1].isdigit() else ''}" if amount else ""
+    device = jax.devices()[0]
+    where = "the machine" if isinstance(error, MemoryError) else f"{device.platform} {device.id}"
+    return MemoryError(
+        f"{where} has no memory left{wanted} in {kind}/{name}; lower {SMALLER[kind]} (the same"
+        " command with --update goes on from what is done)"
+    )
 
 
 def handed_on(run: Run, stage: Callable[..., T], *artefacts: Any) -> T | NotDone:
@@ -81,8 +126,34 @@ def needed(artefact: T | NotDone | None) -> T:
     return artefact
 
 
+def facts(run: Run, method: str, **more: Any) -> dict[str, Any]:
+    """What a file of weights says of itself, see `qmx.encoders.load_encoder`."""
+    data, student = run.data, run.config.student
+    photos = run.config.data.source in ("folder", "tfds")
+    return {
+        "qmx": version,
+        "method": method,
+        "arch": student.arch,
+        "dtype": student.dtype,
+        "shape": data.shape,
+        "mean": data.mean,
+        "std": data.std,
+        "resize": run.config.data.resize if photos else 0,
+        "size": student.size,
+        "classes": 0,
+        "class_names": data.class_names,
+        "standardize": False,
+        **more,
+    }
+
+
 def read_weights(run: Run, network: Network, path: Path) -> Encoder:
-    """Weights of a network from a file of the workdir onto the devices."""
+    """Weights of a network from a file of the workdir onto the devices.
+
+    Raises:
+      Unreadable: the file is not as it was written.
+    """
+    check_file(path)
     return put_state(load_weights(path, networks.variables(network, networks.look(run.data))))
 
 
@@ -90,7 +161,7 @@ def outputs(
     run: Run, name: str, network: Network, variables: Encoder, source: Source
 ) -> np.ndarray:
     """Outputs of a network for every image of a source, f32[n, D], with progress called `name`."""
-    view = networks.evaluation_view(networks.look(run.data))
+    view = networks.evaluation_view(networks.look(run.data), run.config.student.size)
     ids = ids_here(source.size)
     with progress(name, source.size) as shown:
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qmx.data import Dataset
+from qmx.files import read_arrays, write_arrays
 from qmx.grid import Cell, cells
 from qmx.progress import say
 from qmx.selection.by_answers import BY_ANSWERS
@@ -18,7 +19,7 @@ from qmx.stages.features import Features
 from qmx.stages.rounds import in_rounds, inputs_of
 from qmx.stages.run import Run, needed
 from qmx.stages.target import Target
-from qmx.workdir import NotDone, read_arrays, write_arrays
+from qmx.workdir import NotDone
 
 
 class Selection(NamedTuple):
@@ -87,11 +88,6 @@ def chosen_by_features(cell: Cell, size: int) -> bool:
       size: number of the pool's images; where all are asked about, none is chosen by features.
     """
     return cell.select in BY_ANSWERS or (cell.select in BY_FEATURES and cell.queries < size)
-
-
-def needs_features(cell: Cell, size: int) -> bool:
-    """True if a cell's images are chosen, or its answers spread, by features of its encoder."""
-    return chosen_by_features(cell, size) or cell.use == "pool"
 
 
 def chosen_up_front(config: Any, data: Dataset) -> np.ndarray:

@@ -1,8 +1,10 @@
 """The target: trained here, made of weights that the user has, or elsewhere; and the questions to
 it."""
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -11,21 +13,29 @@ from qmx.checkpoint import file_digest, save_weights
 from qmx.contract import Encoder
 from qmx.data import Dataset
 from qmx.data.sources import take
+from qmx.files import Unreadable, read_json, write_json
 from qmx.ledger import Ledger
 from qmx.ledger.access import one_hot_logits
+from qmx.ledger.accounts import answered_targets
+from qmx.ledger.file import looked_into
 from qmx.models import from_torch
+from qmx.sharding import from_first
 from qmx.stages import outside
-from qmx.stages.run import Run, plain, read_weights, root_key
+from qmx.stages.run import Run, facts, plain, read_weights, root_key
 from qmx.targets.query import Query, network_query
 from qmx.training import train
+
+T = TypeVar("T")
+SAME, NEW = "same-target", "new-target"  # what --update may say of a target that changed
 
 
 class Target(NamedTuple):
     """The target, as the ledger and the later stages know it."""
 
     name: str  # for people
-    sha256: str  # of its weights, or what stands for them
+    sha256: str  # of its weights, or what stands for them: what the ledger knows it by
     preprocessing: str  # between the pixels sent and the answer; a name for the ledger
+    found: str  # the same of what is there now; another where the user said that it is the same
     path: Path | None = None  # of its weights; None where others compute it
     arch: str = ""
 
@@ -40,7 +50,14 @@ def target(run: Run) -> Target:
     keys, data = run.config.target, run.data
     if keys.kind in outside.KINDS:
         inputs = {**outside.inputs_of(keys), "shape": data.shape, "classes": data.classes}
-        return Target(**run.stage("target", ".", inputs, lambda _: outside.describe(keys, data)))
+
+        def changed() -> str | None:
+            # What a server says of itself is in no input.
+            asked_for = run.update in (SAME, NEW)
+            return f"--update={run.update} looks at it again" if asked_for else None
+
+        result = run.stage("target", ".", inputs, lambda _: outside.describe(keys, data), changed)
+        return Target(**known_as(run, result))
     if keys.kind == "torch":
         inputs = {"arch": keys.arch, "file": file_digest(keys.path), "classes": data.classes}
         result = run.stage("target", ".", inputs, lambda directory: _convert(run, directory))
@@ -55,7 +72,43 @@ def target(run: Run) -> Target:
         result = run.stage("target", ".", inputs, lambda directory: _train(run, directory))
     preprocessing = f"mean {data.mean}, std {data.std}, {keys.precision}"
     path = run.workdir / "target" / "target.safetensors"
-    return Target(**result, preprocessing=preprocessing, path=path)
+    return Target(**known_as(run, result), preprocessing=preprocessing, path=path)
+
+
+def known_as(run: Run, result: dict) -> dict:
+    """The result of the stage with the digest by which the ledger knows this target.
+
+    Raises:
+      ValueError: the ledger has answers of another one alone, and the user did not say which of the
+        two this is. One that is trained here is another whenever it is trained another way.
+    """
+    path, found = run.workdir / "target.json", result["sha256"]
+
+    def name() -> str:
+        try:
+            told = read_json(path)
+        except Unreadable:
+            told = {}
+        if told.get("found") == found and "known_as" in told and run.update != NEW:
+            return told["known_as"]
+        ledger = run.workdir / "ledger.sqlite"
+        with looked_into(ledger) if ledger.exists() else nullcontext() as file:
+            paid = answered_targets(file) if file else {}
+        known = found
+        if paid and found not in paid and run.config.target.kind != "train":
+            last, answers = [*paid.items()][-1]
+            if run.update == SAME:
+                known = last
+            elif run.update != NEW:
+                raise ValueError(
+                    f"the target {result['name']} is not what it was when {ledger} got its"
+                    f" {answers} answers; --update={SAME} goes on with them, --update={NEW} asks"
+                    " it everything"
+                )
+        write_json(path, {"found": found, "known_as": known})
+        return known
+
+    return {**result, "sha256": from_first(name), "found": found}
 
 
 def _train(run: Run, directory: Path) -> dict:
@@ -74,10 +127,12 @@ def _train(run: Run, directory: Path) -> dict:
         steps=steps,
         seed=keys.seed,
         drop_last=False,
-        save_seconds=run.save_seconds,
+        save_seconds=60 * run.config.save_minutes,
         stopped=run.stopped,
     )
-    digest = save_weights(directory / "target.safetensors", Encoder(ts.params, ts.state))
+    said = facts(run, "target", arch=keys.arch, classes=run.data.classes)
+    weights = Encoder(ts.params, ts.state)
+    digest = save_weights(directory / "target.safetensors", weights, said)
     return {"name": f"{keys.arch} trained on {run.data.name}", "arch": keys.arch, "sha256": digest}
 
 
@@ -88,7 +143,8 @@ def _convert(run: Run, directory: Path) -> dict:
         {"backbone": made.backbone.params, "head": made.head},
         {"backbone": made.backbone.stats, "head": {}},
     )
-    digest = save_weights(directory / "target.safetensors", weights)
+    said = facts(run, "target", arch=made.arch, classes=run.data.classes)
+    digest = save_weights(directory / "target.safetensors", weights, said)
     return {"name": f"{made.arch} from {Path(keys.path).name}", "arch": made.arch, "sha256": digest}
 
 
@@ -137,7 +193,7 @@ def target_query(run: Run, target: Target) -> Query:
     """The query function around the target's weights, or around what is elsewhere."""
     keys, facts = run.config.target, networks.look(run.data)
     if target.path is None:
-        return outside.query_of(keys, run.data, target.sha256)
+        return outside.query_of(keys, run.data, target.found)
     network = networks.classifier(target.arch, networks.evaluated_in(keys.precision), facts)
     weights = read_weights(run, network, target.path)
     folded, weights = networks.for_inference(target.arch, keys.precision, facts, weights)
@@ -149,3 +205,14 @@ def open_ledger(run: Run, identity: dict[str, str]) -> Ledger:
     """Open the ledger of this target with the config's budget, in the first process only."""
     path, budget = run.workdir / "ledger.sqlite", run.config.budget
     return Ledger(path, **identity, budget=budget, dtype=run.config.ledger_dtype)
+
+
+def in_ledger(run: Run, identity: dict[str, str], work: Callable[[Ledger], T]) -> T:
+    """What `work` returns for the ledger of this target: it runs in the first process, and all of
+    them get it."""
+
+    def opened() -> T:
+        with open_ledger(run, identity) as ledger:
+            return work(ledger)
+
+    return from_first(opened)
