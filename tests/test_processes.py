@@ -239,7 +239,7 @@ def test_target_elsewhere(launch, tmp_path):
     assert [status for status, _, _ in done] == [0, 0], done
     asked = [line.split() for line in (tmp_path / "asked").read_text().splitlines()]
     assert {process for process, _ in asked} == {str(running[0].pid)}
-    assert [int(images) for _, images in asked] == [64] * 5 + [40, 64, 7]
+    assert [int(images) for _, images in asked] == [2, 62, *[64] * 4, 40, 64, 7]
 
 
 @pytest.mark.slow

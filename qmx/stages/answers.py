@@ -152,8 +152,12 @@ class Answers(NamedTuple):
 
 def answered(run: Run, identity: dict[str, str], keys: list[bytes]) -> np.ndarray:
     """True for each image that was not refused, by its key, bool[n], in every process."""
-    without = in_ledger(run, identity, lambda ledger: ledger.refused(keys))
-    return np.array([key not in without for key in keys], bool)
+
+    def look(ledger: Ledger) -> np.ndarray:
+        without = ledger.refused(keys)
+        return np.array([key not in without for key in keys], bool)
+
+    return in_ledger(run, identity, look)
 
 
 def read_scores(run: Run, identity: dict[str, str], keys: list[bytes], access: str) -> np.ndarray:
