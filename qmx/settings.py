@@ -111,6 +111,9 @@ def base() -> ConfigDict:
             # the pool: npz file (arrays), class folders (folder), name (tfds)
             path="",
             eval_path="",  # the evaluation images, in the same form; tfds: name of the split
+            # folder, tfds: a text file with the names of photos that are not used, one a line, of
+            # the pool and of the evaluation images
+            leave_out="",
             cache="",  # folder, tfds: what `python -m qmx.data.cache` wrote of the pool
             # so many images of the pool, and of the evaluation's, spread evenly; 0 takes all
             limit=0,

@@ -400,6 +400,84 @@ def test_a_damaged_manifest_is_refused(cached, tmp_path, text):
         cached()
 
 
+def edited(**facts):
+    """A change of a manifest's text: facts by name, None to leave one out."""
+
+    def edit(text):
+        manifest = {**json.loads(text), **facts}
+        return json.dumps({key: fact for key, fact in manifest.items() if fact is not None})
+
+    return edit
+
+
+def shards_edited(**facts):
+    """As `edited`, for the facts of the second shard."""
+
+    def edit(text):
+        manifest = json.loads(text)
+        manifest["shards"][1] |= facts
+        return json.dumps(manifest)
+
+    return edit
+
+
+EDITS = {
+    "cut": lambda text: text[: len(text) // 2],
+    "zeroed": lambda text: "\0" * len(text),
+    "deep": lambda text: "[" * 100_000,
+    "version as text": edited(version="2"),
+    "no digest": edited(digest=None),
+    "digest as number": edited(digest=5),
+    "images as text": edited(images="21"),
+    "images as truth": edited(images=True),
+    "many images": edited(images=10**12, count=10**12),
+    "negative count": edited(count=-1),
+    "side as list": edited(side=[32]),
+    "shards as text": edited(shards="all"),
+    "shards as numbers": edited(shards=[1, 2]),
+    "no shards": edited(shards=[]),
+    "broken as numbers": edited(broken=[1, 2]),
+    "broken elsewhere": edited(broken=[[99, "x", "y"]]),
+    "a shard's count": shards_edited(count=4),
+    "a shard's count as text": shards_edited(count="5"),
+    "a shard's size as text": shards_edited(bytes="many"),
+    "a shard elsewhere": shards_edited(file="../shard-00001.array_record"),
+    "a shard's name as number": shards_edited(file=1),
+    "a shard's digest": shards_edited(sha256=None),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_an_edited_manifest_is_named_and_the_cure_works(cached, pool, tmp_path, capsys, edit):
+    """One line, for reading and for verifying; and the command that it names mends it."""
+    path = tmp_path / "cache" / "manifest.json"
+    text = path.read_text()
+    path.write_text(edit(text))
+    with pytest.raises(ValueError) as error:
+        cached()
+    said = str(error.value)
+    assert str(path) in said and len(said.splitlines()) == 1 and len(said) < 800
+    command = re.search("remove it and run (python -m qmx.data.cache .*)", said)[1]
+    refused(capsys, "manifest.json: ", "--verify", tmp_path / "cache")
+    path.unlink()
+    assert main([*command.split()[3:], "--processes=1", "--shard=5"]) == 0
+    assert path.read_text() == text
+    assert cached().pool.size == 21
+
+
+@pytest.mark.parametrize("text", ["", "[]", "5", '{"file": 1}', "\0\0", '{"broken": 3}'])
+def test_a_damaged_json_of_a_shard_is_written_again(pool, tmp_path, text):
+    make(pool, tmp_path / "cache")
+    want = files(tmp_path / "cache")
+    path = tmp_path / "cache" / "shard-00001.json"
+    path.write_text(text)
+    make(pool, tmp_path / "cache")
+    facts = json.loads(want[path.name]) | {"count": "5"}
+    path.write_text(json.dumps(facts))
+    make(pool, tmp_path / "cache")
+    assert files(tmp_path / "cache") == want
+
+
 def test_missing_and_short_shards_are_named_at_once(cached, tmp_path):
     shard = tmp_path / "cache" / "shard-00002.array_record"
     shard.write_bytes(shard.read_bytes()[:-1])

@@ -17,6 +17,7 @@ from qmx import data as qmx_data
 from qmx.contract import Rows
 from qmx.data import SOURCES, batches, epoch_steps
 from qmx.data.batches import BESIDE, ahead, batch_ids, feed
+from qmx.data.classes import warnings as class_warnings
 from qmx.data.sources import Beside, in_memory, take
 from qmx.selection.orders import (
     class_balanced_order,
@@ -37,6 +38,7 @@ def keys(source, path="", eval_path="", **more):
         "canvas": 256,
         "resize": 256,
         "crop": 224,
+        "leave_out": "",
         "cache": "",
         "mean": (),
         "std": (),
@@ -769,10 +771,11 @@ def test_a_broken_file_is_refused_by_name(tmp_path, other, content, message):
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_damage_anywhere_is_refused_or_harmless(tmp_path, other, compression):
+def test_damage_anywhere_is_refused_or_harmless(tmp_path, compression):
     """Each byte of a file turned over, and the file cut off at each: the same data, or one line
     with the path."""
-    small = dict(image=GOOD["image"][:1], label=GOOD["label"][:1])
+    small = dict(image=GOOD["image"][:2, :2], label=GOOD["label"][:2])
+    other = save(tmp_path / "small.npz", image=OTHER["image"][:, :2], label=OTHER["label"])
     whole = zipped(compression, **{name: npy(array) for name, array in small.items()})
     bad = tmp_path / "damaged.npz"
     wrong = []
@@ -829,6 +832,34 @@ def test_pickled_objects_are_refused_and_not_executed(tmp_path, other, name):
     assert mark.exists()
 
 
+@pytest.mark.parametrize("label", [9, 10**6, 10**9])
+def test_more_classes_than_images_are_a_mistake(tmp_path, good, label):
+    """They would take gigabytes; and one class an image is none."""
+    labels = OTHER["label"].copy()
+    labels[1] = label
+    bad = save(tmp_path / "bad.npz", image=OTHER["image"], label=labels)
+    said = rf"label {label} of image 1 would make {label + 1} classes, and there are 9 images"
+    refused(bad, said, bad, good)
+    refused(bad, said, good, bad)
+    labels[1] = 8
+    assert load("arrays", good, save(bad, image=OTHER["image"], label=labels)).classes == 9
+
+
+def test_class_numbers_that_no_image_has_are_said(tmp_path, good):
+    """Images of either side count; a folder's classes have their names."""
+    labels = OTHER["label"].copy()
+    labels[1] = 8
+    gaps = save(tmp_path / "gaps.npz", image=OTHER["image"], label=labels)
+    data = load("arrays", good, gaps)
+    have = {*GOOD["label"].tolist(), *labels.tolist()}
+    lacking = [str(number) for number in range(9) if number not in have]
+    (line,) = class_warnings(data)
+    assert f"{len(lacking)} of 9 classes have no image: {', '.join(lacking[:5])}" in line
+    (line,) = class_warnings(data, most=2)
+    assert f": {', '.join(lacking[:2])} and {len(lacking) - 2} more;" in line
+    assert class_warnings(load("digits")) == []
+
+
 def test_the_two_files_must_have_images_of_one_shape(tmp_path, good):
     small = save(tmp_path / "small.npz", image=OTHER["image"][:, :4], label=OTHER["label"])
     refused(small, r"\(5, 4, 3\).*\(4, 4, 3\)", good, small)
@@ -841,7 +872,10 @@ def test_evaluation_images_that_are_in_the_pool_are_counted_and_refused(tmp_path
         [OTHER["image"], GOOD["image"][[2]], GOOD["image"][[5]], GOOD["image"][[5]]]
     )
     mixed = save(tmp_path / "mixed.npz", image=images, label=np.zeros(6, int))
-    with pytest.raises(ValueError, match="^3 of 6 evaluation images are in the pool"):
+    with pytest.raises(
+        ValueError,
+        match="^3 of 6 evaluation images are in the pool too: number 3 is the pool's number 2;",
+    ):
         load("arrays", good, mixed)
     with pytest.raises(ValueError, match="^6 of 6 evaluation images"):
         load("arrays", good, good)

@@ -209,12 +209,14 @@ def test_training_mode(resnet50):
     )
 
 
-@pytest.mark.parametrize("arch", ["resnet8", "resnet18_small", "resnet34", "resnext50_32x4d"])
+@pytest.mark.parametrize(
+    "arch", ["resnet8", "resnet18_small", "resnet18_small_pool", "resnet34", "resnext50_32x4d"]
+)
 def test_other_networks(arch):
     """Recognised by their shapes and right: small stems, an odd number of channels, few classes,
     narrow groups."""
     net = reference.released(ARCHS[arch], 7, channels=2, side=32)
-    found = from_torch.convert(numpy(net.state_dict()))
+    found = from_torch.convert(numpy(net.state_dict()), arch if "small" in arch else "")
     assert found.arch == arch and found.used == len(
         [n for n in net.state_dict() if "tracked" not in n]
     )
@@ -458,15 +460,27 @@ def test_all_differences_at_once(small, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda s: s.pop("module.encoder_q.fc.2.bias"), "missing: module.encoder_q.fc.2.bias$"),
         (
-            lambda s: s.update({"module.encoder_q.fc.4.weight": torch.ones(2)}),
-            r"unexpected: module.encoder_q.fc.4.weight \(2,\)$",
+            lambda s: s.pop("module.encoder_q.layer2.0.bn1.bias"),
+            "missing: module.encoder_q.layer2.0.bn1.bias$",
         ),
-        (lambda s: s.update({"extra": torch.ones(2)}), r"unexpected: extra \(2,\)$"),
         (
-            lambda s: s.update({"module.encoder_q.bn9.num_batches_tracked": torch.ones(())}),
-            r"unexpected: module.encoder_q.bn9.num_batches_tracked \(\)$",
+            lambda s: s.update({"renamed": s.pop("module.encoder_q.layer2.0.conv2.weight")}),
+            r"missing: module.encoder_q.layer2.0.conv2.weight; unexpected: renamed \(128, ",
+        ),
+        (
+            lambda s: s.update({"module.encoder_q.layer1.0.se.fc1.weight": torch.ones(2)}),
+            r"unexpected: module.encoder_q.layer1.0.se.fc1.weight \(2,\)$",
+        ),
+        (
+            lambda s: s.update({"module.encoder_q.layer5.0.conv1.weight": torch.ones(2)}),
+            r"unexpected: module.encoder_q.layer5.0.conv1.weight \(2,\)$",
+        ),
+        (
+            lambda s: s.update(
+                {"module.encoder_q.layer1.0.bn9.num_batches_tracked": torch.ones(())}
+            ),
+            r"unexpected: module.encoder_q.layer1.0.bn9.num_batches_tracked \(\)$",
         ),
         (
             lambda s: s.update({"module.encoder_q.bn1.weight": torch.ones(64, dtype=torch.int32)}),
@@ -517,9 +531,9 @@ def test_many_differences(small):
     """A long list is cut, with the number of the rest."""
     state = numpy(small[1])
     with pytest.raises(
-        ValueError, match="unexpected: (extra.. [^ ]*, ){9}extra19 .2,. and 10 more$"
+        ValueError, match="unexpected: (conv1.x.. [^ ]*, ){9}conv1.x19 .2,. and 10 more$"
     ):
-        from_torch.convert(state | {f"extra{i}": np.ones(2, "f") for i in range(10, 30)})
+        from_torch.convert(state | {f"conv1.x{i}": np.ones(2, "f") for i in range(10, 30)})
 
 
 def test_other_architecture(small, resnet50):
@@ -662,7 +676,7 @@ def test_round_trip(small, tmp_path):
         assert run("to_torch", tmp_path / "ours.safetensors", tmp_path / name)[::2] == (0, "")
         fresh = reference.Released(ARCHS["resnet18"], 10)
         fresh.load_state_dict(
-            {k: torch.from_numpy(v) for k, v in read(tmp_path / name).items()}, strict=True
+            {k: torch.from_numpy(v) for k, v in read(tmp_path / name)[""].items()}, strict=True
         )
         x, _ = images(4, 32)
         assert torch.equal(fresh.eval()(x), net(x))
@@ -710,7 +724,7 @@ def test_standardised_head(small, tmp_path):
     assert run("to_torch", tmp_path / "student.safetensors", tmp_path / "net.pth")[0] == 0
     theirs = reference.Released(ARCHS["resnet18"], 10)
     theirs.load_state_dict(
-        {k: torch.from_numpy(v) for k, v in read(tmp_path / "net.pth").items()}, strict=True
+        {k: torch.from_numpy(v) for k, v in read(tmp_path / "net.pth")[""].items()}, strict=True
     )
     np.testing.assert_allclose(
         their_logits(theirs.eval(), x), want, rtol=1e-5, atol=1e-5 * np.abs(want).max()

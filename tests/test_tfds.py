@@ -16,7 +16,7 @@ from conftest import ROOT
 from test_data import load
 from test_photos import WHOLE, encoded, photo
 
-from qmx.data import prepared
+from qmx.data import open_photos, prepared
 from qmx.data.photos import canvas, decode, shown
 
 PHOTOS = {  # split -> file name -> (the file, class)
@@ -119,6 +119,23 @@ def test_a_prepared_set_is_a_data_set():
             np.testing.assert_array_equal(rows["image"][row], canvas(image, 16)[0])
             np.testing.assert_array_equal(rows["size"][row], image.size[::-1])
             np.testing.assert_array_equal(pixels[row], shown(image, 24, 20))
+
+
+def test_photos_are_opened_first_and_left_out_by_name(tmp_path, monkeypatch):
+    """A record that is no whole photo is named, and left out of its side alone."""
+    assert open_photos(load("tfds", "tiny_photos"), tmp_path / "w") == []
+    monkeypatch.setitem(PHOTOS["validation"], "val_2.JPEG", (WHOLE[:900], 2))
+    prepare("tiny_cut", tmp_path, ("train", "validation"))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    whole = load("tfds", "tiny_cut")
+    bad = "tiny_cut/validation/val_2.JPEG"
+    with pytest.raises(ValueError, match=f"^1 of 16 photos cannot be read: {bad}: .*truncated"):
+        open_photos(whole, tmp_path / "w")
+    data = load("tfds", "tiny_cut", leave_out=str(tmp_path / "w" / "unreadable.txt"))
+    assert (data.pool.size, data.evaluation.size) == (12, 3)
+    assert data.pool_digest == whole.pool_digest
+    assert open_photos(data, tmp_path / "w") == []
+    data.evaluation.shown(np.arange(3))
 
 
 def test_the_evaluation_split_is_chosen():
@@ -262,7 +279,7 @@ def test_unreadable_photos_have_their_name(tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     data = load("tfds", "tiny_broken")
     with pytest.raises(
-        ValueError, match="tiny_broken/train/n02_11.JPEG: .*--source=tfds tiny_broken CACHE"
+        ValueError, match="tiny_broken/train/n02_11.JPEG: .*data.leave_out=FILE.*n02_11.JPEG$"
     ):
         data.pool.read(np.arange(12))
 

@@ -168,7 +168,7 @@ class ResNet(nn.Module):
     ):
         super().__init__()
         norm = norm or partial(SplitBatchNorm, groups=splits)
-        self.stages, self.large = len(blocks), stem == "large"
+        self.stages, self.large, self.pooled = len(blocks), stem == "large", stem != "small"
         self.conv1 = (
             nn.Conv2d(channels, width, 7, 2, 3, bias=False)
             if self.large
@@ -190,7 +190,7 @@ class ResNet(nn.Module):
 
     def forward(self, x):
         x = self.relu(self.bn1(self.conv1(x)))
-        x = self.maxpool(x) if self.large else x
+        x = self.maxpool(x) if self.pooled else x
         for stage in range(self.stages):
             x = getattr(self, f"layer{stage + 1}")(x)
         return x.mean((2, 3))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qmx.data.classes import number_of
 from qmx.data.sources import Dataset, in_memory
 
 
@@ -28,7 +29,8 @@ def arrays(path: str, eval_path: str) -> Dataset:
     """Two npz files, each with "image" uint8[n, H, W, C] (or [n, H, W]) and "label" int[n].
 
     Raises:
-      ValueError: a path is missing, or what is wrong with a file; images in both files.
+      ValueError: a path is missing, or what is wrong with a file; images in both files; more
+        classes than images.
     """
     if not path or not eval_path:
         raise ValueError(
@@ -41,6 +43,7 @@ def arrays(path: str, eval_path: str) -> Dataset:
             f"images are {pool[0].shape[1:]} in {path} and {evaluation[0].shape[1:]} in"
             f" {eval_path}; they must have one shape"
         )
+    number_of({path: pool[1], eval_path: evaluation[1]})
     return from_arrays(Path(path).stem, *pool, *evaluation)
 
 
@@ -109,12 +112,14 @@ def from_arrays(
     Raises:
       ValueError: an evaluation image is in the pool too, which would raise every figure.
     """
-    pool = {image.tobytes() for image in images}
-    both = sum(image.tobytes() in pool for image in eval_images)
-    if both:
+    pool = {image.tobytes(): i for i, image in enumerate(images)}
+    pairs = [
+        (i, pool[data]) for i, image in enumerate(eval_images) if (data := image.tobytes()) in pool
+    ]
+    if pairs:
         raise ValueError(
-            f"{both} of {len(eval_images)} evaluation images are in the pool too; "
-            "remove them from one side"
+            f"{len(pairs)} of {len(eval_images)} evaluation images are in the pool too: number"
+            f" {pairs[0][0]} is the pool's number {pairs[0][1]}; remove them from one side"
         )
     counts = np.stack(
         [np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])]
@@ -126,7 +131,7 @@ def from_arrays(
         name=name,
         pool=in_memory(image=images, label=labels.astype(np.int32)),
         evaluation=in_memory(image=eval_images, label=eval_labels.astype(np.int32)),
-        classes=int(max(labels.max(), eval_labels.max())) + 1,
+        classes=number_of({f"{name}, pool": labels, f"{name}, evaluation": eval_labels}),
         shape=images.shape[1:],
         mean=tuple(map(float, mean)),
         std=tuple(map(float, std)),

@@ -28,8 +28,8 @@ from typing import Any
 from qmx.data import folder as folders
 from qmx.data import prepared
 from qmx.data.cached import MANIFEST, VERSION, verify
-from qmx.data.photos import Photos
 from qmx.data.shards import LOCK, finished_shards, save, write_shard
+from qmx.data.sources import Photos
 from qmx.progress import progress, say
 
 

@@ -17,11 +17,25 @@ from typing import Any
 
 import numpy as np
 
-from qmx.data.photos import Photos, decode, in_threads
+from qmx.data.photos import decode, in_threads
+from qmx.data.sources import Photos
 
-VERSION = 1
+VERSION = 2  # 2: 16 bits are scaled to 8
 MANIFEST = "manifest.json"
-KEYS = {"digest", "images", "side", "count", "broken", "shards"}
+# The facts of a manifest, and of a shard in it, with their types.
+FACTS = {
+    "version": int,
+    "digest": str,
+    "images": int,
+    "side": int,
+    "quality": int,
+    "shard": int,
+    "count": int,
+    "odd": dict,
+    "broken": list,
+    "shards": list,
+}
+OF_SHARD = {"file": str, "count": int, "bytes": int, "sha256": str}
 SIZE = struct.Struct("<II")  # height, width
 
 Read = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -38,20 +52,59 @@ def read_manifest(folder: str, made_by: str) -> dict[str, Any]:
     path = Path(folder, MANIFEST)
     try:
         manifest = json.loads(path.read_text())
-        if not isinstance(manifest, dict) or "version" not in manifest:
+        if not isinstance(manifest, dict) or not isinstance(manifest.get("version"), int):
             raise ValueError("not a manifest")
+        if manifest["version"] != VERSION:
+            raise OtherVersion(manifest["version"])
+        check_manifest(manifest)
     except FileNotFoundError:
         raise ValueError(f"{folder}: no finished cache in it; run {made_by}") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: {error}; run {made_by} again") from None
-    if manifest.get("version") != VERSION:
+    except OtherVersion as other:
         raise ValueError(
-            f"{path}: version {manifest.get('version')}, and this is {VERSION}; run {made_by} into"
-            " a new folder"
-        )
-    if lacking := KEYS - set(manifest):
-        raise ValueError(f"{path}: no {min(lacking)} in it; run {made_by} again")
+            f"{path}: version {other}, and this is {VERSION}; run {made_by} into a new folder"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}; remove it and run {made_by}") from None
     return manifest
+
+
+class OtherVersion(Exception):
+    """A manifest of another version."""
+
+
+def check_facts(facts: Any, types: dict[str, type], what: str) -> None:
+    """Raise ValueError unless `facts` is a dict with values of these types, numbers from 0 on."""
+    if not isinstance(facts, dict):
+        raise ValueError(f"{what} is not a table of facts")
+    for key, kind in types.items():
+        if key not in facts:
+            raise ValueError(f"no {key} in {what}")
+        # True is an int to Python.
+        if type(facts[key]) is not kind or (kind is int and facts[key] < 0):
+            text = repr(facts[key])
+            raise ValueError(f"{key} of {what} is {text[:60]}{'...' if len(text) > 60 else ''}")
+
+
+def check_manifest(manifest: dict[str, Any]) -> None:
+    """Raise ValueError unless the facts have their types and their numbers agree."""
+    check_facts(manifest, FACTS, "it")
+    for number, shard in enumerate(manifest["shards"]):
+        check_facts(shard, OF_SHARD, f"shard {number}")
+        if shard["file"] != f"shard-{number:05d}.array_record":
+            raise ValueError(f"file of shard {number} is {shard['file']!r}")
+    for entry in manifest["broken"]:
+        if (
+            not (isinstance(entry, list) and [type(fact) for fact in entry] == [int, str, str])
+            or not 0 <= entry[0] < manifest["images"]
+        ):
+            raise ValueError(f"{str(entry)[:60]!r} is no broken image")
+    records = sum(shard["count"] for shard in manifest["shards"])
+    broken = len({i for i, _, _ in manifest["broken"]})
+    if not records == manifest["count"] == manifest["images"] - broken:
+        raise ValueError(
+            f"{manifest['images']} images, {broken} broken, count {manifest['count']} and"
+            f" {records} records in the shards do not agree"
+        )
 
 
 def missing_or_resized(folder: Path, shards: list[dict[str, Any]]) -> list[str]:
@@ -104,7 +157,7 @@ def reader(folder: str, photos: Photos, side: int) -> tuple[np.ndarray, Read, li
     """
     made_by = f"python -m qmx.data.cache {photos.remake} {folder} --side={side}"
     manifest = read_manifest(folder, made_by)
-    if manifest["digest"] != photos.digest:
+    if (manifest["digest"], manifest["images"]) != (photos.digest, photos.size):
         raise ValueError(
             f"data.cache {folder} was made of other photos than {photos.where}, or these have"
             f" changed since; remove it and run {made_by}"

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 
 from qmx.augment import IMAGENET_MEAN, IMAGENET_STD
-from qmx.data import folder, prepared
+from qmx.data import copies, folder, prepared
 from qmx.data.arrays import arrays, digits
 from qmx.data.cached import reader
-from qmx.data.photos import Photos, photo_source
-from qmx.data.sources import Dataset, Source, take
+from qmx.data.chosen import leave_out as kept_and_dropped
+from qmx.data.classes import number_of
+from qmx.data.photos import photo_source
+from qmx.data.sources import Dataset, Photos, Source, take
 from qmx.progress import say
 
 SOURCES = ("digits", "arrays", "folder", "tfds")
@@ -24,6 +26,7 @@ def load(
     *,
     path: str = "",
     eval_path: str = "",
+    leave_out: str = "",
     cache: str = "",
     canvas: int = 256,
     resize: int = 256,
@@ -38,6 +41,8 @@ def load(
       source: one of `SOURCES`.
       path, eval_path: the pool and the evaluation images: npz files (arrays), class folders
         (folder), the name of a prepared set and of its split (tfds). Not for "digits".
+      leave_out: a text file with the names of photos that are not used, one a line, of the pool
+        and of the evaluation images alike; see `qmx.data.chosen.leave_out`. "" uses all.
       cache: folder that qmx.data.cache wrote from the pool's photos, "" to decode the files.
       canvas: side of the square that photos are squashed onto for training. Arrays do not use it.
       resize, crop: short side and centre of the pixels that a target gets of a photo.
@@ -49,11 +54,12 @@ def load(
     """
     if source not in SOURCES:
         raise ValueError(f"data.source {source!r} is unknown; choose one of {', '.join(SOURCES)}")
-    if cache and source in ("digits", "arrays"):
-        raise ValueError(
-            f"data.cache is not read by data.source={source}, whose images are in memory;"
-            " leave it out"
-        )
+    for key, value in {"cache": cache, "leave_out": leave_out}.items():
+        if value and source in ("digits", "arrays"):
+            raise ValueError(
+                f"data.{key} is not read by data.source={source}, whose images are in memory;"
+                f" remove data.{key}"
+            )
     if limit < 0:
         raise ValueError(f"data.limit {limit} must be a number of images, or 0 for all")
     if source == "digits" and (path or eval_path):
@@ -68,7 +74,12 @@ def load(
     else:
         find = folder.photos if source == "folder" else prepared.photos
         data = photographs(
-            *find(path, eval_path), cache=cache, canvas=canvas, resize=resize, crop=crop
+            *find(path, eval_path),
+            leave_out=leave_out,
+            cache=cache,
+            canvas=canvas,
+            resize=resize,
+            crop=crop,
         )
     mean = channels("mean", mean, 0.0, data.shape[-1]) or data.mean
     std = channels("std", std, 1e-6, data.shape[-1]) or data.std
@@ -87,6 +98,7 @@ def photographs(
     pool: Photos,
     evaluation: Photos,
     *,
+    leave_out: str = "",
     cache: str,
     canvas: int,
     resize: int,
@@ -94,37 +106,57 @@ def photographs(
 ) -> Dataset:
     """A data set of photos; the pool's canvases come from a cache if one is given. See `load`.
 
-    A side's digest is over its listing and the sizes. The pool's is also over the use of a cache,
-    because a cache's canvases differ from the files' in the last bits.
+    A side's digest is over its listing, the photos that are left out of it, and the sizes. The
+    pool's is also over the use of a cache, because a cache's canvases differ from the files' in the
+    last bits.
+
+    Raises:
+      ValueError: see `load`; an evaluation photo is in the pool too.
     """
     for key, pixels in {"canvas": canvas, "resize": resize, "crop": crop}.items():
         if pixels < 1:
             raise ValueError(f"data.{key} {pixels} is no number of pixels; use 224 or 256")
     sized = partial(photo_source, canvas=canvas, resize=resize, crop=crop)
-    left_out: list[str] = []
+    (kept, dropped), (eval_kept, eval_dropped) = kept_and_dropped(leave_out, pool, evaluation)
+    left_out = (*titles(pool, kept), *titles(evaluation, eval_kept))
+    if left_out:
+        say(f"{len(left_out):,} photos are left out by data.leave_out")
+    if pool.sizes is not None and evaluation.sizes is not None:
+        copies.refuse(pool, evaluation, kept, eval_kept)
     if cache:
-        kept, squashed, left_out = reader(cache, pool, canvas)
-        source = sized(pool, squashed=squashed, kept=kept if left_out else None)
-        if left_out:
+        in_cache, squashed, broken = reader(cache, pool, canvas)
+        places = np.flatnonzero(np.isin(in_cache, kept))  # a photo's place in the cache
+        kept = in_cache[places]
+        source = sized(pool, squashed=lambda ids: squashed(places[ids]), kept=kept)
+        if broken:
             say(
-                f"{len(left_out):,} of {pool.size:,} images are unreadable and left out:"
-                f" {folder.first_few(left_out)}"
+                f"{len(broken):,} of {pool.size:,} images are unreadable and left out:"
+                f" {folder.first_few(broken)}"
             )
+        dropped = [*broken, *(name for name in dropped if name not in broken)]
     else:
-        source = sized(pool)
-    classes = len(pool.class_names) or int(max(pool.labels.max(), evaluation.labels.max())) + 1
+        source = sized(pool, kept=kept if dropped else None)
+    classes = len(pool.class_names) or number_of(
+        {pool.where: pool.labels, evaluation.where: evaluation.labels}
+    )
     return Dataset(
         name,
         source,
-        sized(evaluation),
+        sized(evaluation, kept=eval_kept if eval_dropped else None),
         classes,
         (crop, crop, 3),
         IMAGENET_MEAN,
         IMAGENET_STD,
-        digest_of(pool.digest, bool(cache), left_out, canvas, resize, crop),
-        digest_of(evaluation.digest, resize, crop),
+        digest_of(pool.digest, bool(cache), dropped, canvas, resize, crop),
+        digest_of(evaluation.digest, resize, crop, *([eval_dropped] if eval_dropped else ())),
         pool.class_names,
+        left_out,
     )
+
+
+def titles(photos: Photos, kept: np.ndarray) -> list[str]:
+    """The photos that are not kept, as messages name them."""
+    return [photos.title(i) for i in np.setdiff1d(np.arange(photos.size), kept)]
 
 
 def channels(name: str, given: Sequence[float], least: float, count: int) -> tuple[float, ...]:

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from qmx.data.photos import Photos
+from qmx.data.sources import Photos
+from qmx.progress import say
 
 # Torchvision's.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+# Of systems and editors, beside all whose names begin with a dot.
+HIDDEN = ("__MACOSX", "Thumbs.db", "desktop.ini")
 LISTING_THREADS = 16  # a listing mostly waits, above all on network file systems
 
 
@@ -25,13 +28,23 @@ def read_file(root: str, i: int, name: str) -> bytes:
         raise ValueError(f"{root}/{name}: {error.strerror or error}") from None
 
 
-def walk(path: str, prefix: str) -> Iterator[tuple[str, list[tuple[str, int]]]]:
-    """Yield (folder, [(photo, bytes), ...]) for a folder and all below; names get `prefix`."""
+def hidden(name: str) -> bool:
+    """True for a file or folder that users do not see as theirs: "._x.jpg", "__MACOSX"."""
+    return name.startswith(".") or name in HIDDEN
+
+
+def walk(path: str, prefix: str, skipped: list[str]) -> Iterator[tuple[str, list[tuple[str, int]]]]:
+    """Yield (folder, [(photo, bytes), ...]) for a folder and all below; names get `prefix`.
+
+    The names of hidden files and folders are added to `skipped`.
+    """
     files = []
     with os.scandir(path) as entries:
         for entry in entries:
-            if entry.is_dir():
-                yield from walk(entry.path, f"{prefix}/{entry.name}")
+            if hidden(entry.name):
+                skipped.append(f"{prefix}/{entry.name}")
+            elif entry.is_dir():
+                yield from walk(entry.path, f"{prefix}/{entry.name}", skipped)
             elif entry.name.lower().endswith(EXTENSIONS):
                 try:
                     files.append((f"{prefix}/{entry.name}", entry.stat().st_size))
@@ -44,7 +57,8 @@ def listing(path: str) -> tuple[Photos, np.ndarray]:
     """The photos of a folder and their sizes in bytes, i64[n].
 
     Classes are the subfolders in sorted order; files come class by class, folder by folder, sorted
-    by code point: the order of torchvision's ImageFolder (0.29). Other files are ignored. The
+    by code point: the order of torchvision's ImageFolder (0.29). Other files are ignored. Hidden
+    files and folders are skipped, which ImageFolder does not do, and one line says how many. The
     digest is over the relative names and the sizes in bytes, and not over the contents.
 
     Raises:
@@ -55,7 +69,9 @@ def listing(path: str) -> tuple[Photos, np.ndarray]:
         raise ValueError(f"{path}: {'not a folder' if root.exists() else 'no such folder'}")
     try:
         with os.scandir(root) as entries:
-            inside = sorted((entry.name, entry.is_dir()) for entry in entries)
+            everything = sorted((entry.name, entry.is_dir()) for entry in entries)
+        skipped = [name for name, _ in everything if hidden(name)]
+        inside = [entry for entry in everything if not hidden(entry[0])]
         classes = tuple(name for name, is_folder in inside if is_folder)
         if not classes:
             loose = sum(name.lower().endswith(EXTENSIONS) for name, _ in inside)
@@ -65,7 +81,9 @@ def listing(path: str) -> tuple[Photos, np.ndarray]:
             )
         with ThreadPoolExecutor(LISTING_THREADS) as threads:
             folders = list(
-                threads.map(lambda name: sorted(walk(os.path.join(path, name), name)), classes)
+                threads.map(
+                    lambda name: sorted(walk(os.path.join(path, name), name, skipped)), classes
+                )
             )
     except OSError as error:
         raise ValueError(f"{error.filename or path}: {error.strerror or error}") from None
@@ -76,6 +94,11 @@ def listing(path: str) -> tuple[Photos, np.ndarray]:
     if empty:
         raise ValueError(
             f"{path}: no image in class folder {first_few(empty)}; remove it, or fill it"
+        )
+    if skipped:
+        say(
+            f"{path}: {len(skipped)} hidden files and folders are skipped:"
+            f" {first_few(sorted(skipped))}"
         )
     names = tuple(name for of_class in files for name, _ in of_class)
     sizes = np.array([size for of_class in files for _, size in of_class], np.int64)
@@ -91,6 +114,7 @@ def listing(path: str) -> tuple[Photos, np.ndarray]:
         classes,
         hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest(),
         path,
+        sizes,
     )
     return photos, sizes
 
@@ -101,11 +125,10 @@ def first_few(names: list[str], most: int = 3) -> str:
 
 
 def photos(path: str, eval_path: str) -> tuple[str, Photos, Photos]:
-    """(name, pool, evaluation photos) of two folders, checked against each other.
+    """(name, pool, evaluation photos) of two folders with the same classes.
 
     Raises:
-      ValueError: see `listing`; the classes differ; one folder lies within the other; a photo with
-        the same relative name and size is in both.
+      ValueError: see `listing`; the classes differ; one folder lies within the other.
     """
     if not path or not eval_path:
         raise ValueError(
@@ -118,7 +141,7 @@ def photos(path: str, eval_path: str) -> tuple[str, Photos, Photos]:
             f"data.path {path} and data.eval_path {eval_path} are one folder, or one is"
             " inside the other; evaluate on images outside the pool"
         )
-    (pool, sizes), (evaluation, eval_sizes) = listing(path), listing(eval_path)
+    (pool, _), (evaluation, _) = listing(path), listing(eval_path)
     for (one, first), (other, second) in (
         ((pool, path), (evaluation, eval_path)),
         ((evaluation, eval_path), (pool, path)),
@@ -129,15 +152,4 @@ def photos(path: str, eval_path: str) -> tuple[str, Photos, Photos]:
                 f"{len(lacking)} class folders of {first} are not in {second}:"
                 f" {first_few(lacking)}; both must have the same classes"
             )
-    pool_sizes = dict(zip(pool.names, sizes.tolist(), strict=True))
-    both = [
-        name
-        for name, size in zip(evaluation.names, eval_sizes.tolist(), strict=True)
-        if pool_sizes.get(name) == size
-    ]
-    if both:
-        raise ValueError(
-            f"{len(both)} of {evaluation.size} evaluation images are in the pool too, by name and"
-            f" size: {first_few(both)}; remove them from one side"
-        )
     return "/".join(here.parts[-2:]), pool, evaluation

@@ -10,46 +10,14 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from qmx.data.sources import Source
+from qmx.data.sources import Files, Photos, Source
 
 EXIF_ORIENTATION = 0x0112
 CHUNK = 4  # photos that a thread takes at a time; handing out single ones costs more
-
-
-def title(where: str, i: int, name: str) -> str:
-    """Name of a photo in messages: its file, or its number if it has no file."""
-    return f"{where}/{name}" if name else f"{where}, image {i}"
-
-
-class Photos(NamedTuple):
-    """Photos by number, undecoded."""
-
-    where: str  # the folder or the split, for messages
-    # (number, name) -> the file's bytes; picklable; its ValueError names the photo.
-    read: Callable[[int, str], bytes]
-    names: tuple[str, ...]  # of the files; () if there are no files
-    labels: np.ndarray  # i32[n]
-    class_names: tuple[str, ...]
-    digest: str  # SHA-256 of the listing, see the source
-    remake: str  # the arguments of qmx.data.cache that name these photos
-
-    @property
-    def size(self) -> int:
-        """Number of photos."""
-        return len(self.labels)
-
-    def title(self, i: int) -> str:
-        """Name of photo i in messages."""
-        return title(self.where, i, self.names[i] if self.names else "")
-
-    def load(self, i: int) -> bytes:
-        """The file of photo i."""
-        return self.read(i, self.names[i] if self.names else "")
 
 
 def open_image(data: bytes, name: str) -> Image.Image:
@@ -65,32 +33,53 @@ def open_image(data: bytes, name: str) -> Image.Image:
 
 
 def decode(data: bytes, name: str) -> Image.Image:
-    """A file's pixels in RGB, as `PIL.Image.open(file).convert("RGB")` has them.
+    """A file's pixels in RGB, as `PIL.Image.open(file).convert("RGB")` has them, 16 bits apart.
 
-    Grey, CMYK, palettes and 16 bits are converted. The content decides the format, not the file's
-    name. EXIF orientation is *not* applied. torchvision's loader does not apply it either, so the
-    target was trained on the pixels as stored, and must be asked about the same. So are students.
+    Grey, CMYK and palettes are converted. Grey of 16 bits is divided by 257, so that 65535 becomes
+    255; Pillow and torchvision's loader clip it at 255. The content decides the format, not the
+    file's name. EXIF orientation is *not* applied. torchvision's loader does not apply it either,
+    so the target was trained on the pixels as stored, and must be asked about the same. So are
+    students.
 
     Args:
       data: the file.
       name: for the message.
 
     Raises:
-      ValueError: the file is empty, cut off, damaged, suspiciously large, or not an image.
+      ValueError: the file is empty, cut off, damaged, suspiciously large, or not an image; its
+        pixels are floats or 32-bit integers, whose range no file says.
     """
     image = open_image(data, name)
     try:
         image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")  # convert() always copies
+        return as_rgb(image)
     except Exception as error:  # OSError, SyntaxError, EOFError, struct.error, zlib.error ...
         raise ValueError(f"{name}: {' '.join(str(error).split()) or repr(error)}") from None
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A loaded image in RGB; ValueError if the range of its pixels is unknown. See `decode`."""
+    deep = image.mode.startswith("I")
+    # Pillow reads a PGM of 16 bits as 32, and scales it to 0..65535.
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PPM", "PNG")):
+        kind = "floating-point" if image.mode == "F" else "32-bit"
+        low, high = image.getextrema()
+        raise ValueError(
+            f"{kind} pixels, {low:g} .. {high:g}, of unknown range; scale them to 0 .. 255 and save"
+            " them with 8 bits"
+        )
+    if deep:
+        image = Image.fromarray(np.round(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")  # convert() always copies
 
 
 def oddities(data: bytes, name: str) -> tuple[str, ...]:
     """Oddities of a file that can be decoded, in words, for a count of each."""
     image = open_image(data, name)
     words = [
-        {"L": "greyscale", "P": "palette", "I;16": "16-bit greyscale"}.get(image.mode, image.mode)
+        {"L": "greyscale", "P": "palette"}.get(image.mode, image.mode)
+        if not image.mode.startswith("I")
+        else "16-bit greyscale"
     ]
     if image.mode == "RGB":
         words = []
@@ -177,8 +166,8 @@ def usable(photos: Photos, i: int) -> Image.Image:
         return decode(photos.load(i), photos.title(i))
     except ValueError as error:
         raise ValueError(
-            f"{error}; remove it, or leave out all that cannot be read with "
-            f"python -m qmx.data.cache {photos.remake} CACHE and data.cache=CACHE"
+            f"{error}; repair it, or leave it out with data.leave_out=FILE, a text file that holds"
+            f" {photos.title(i)}"
         ) from None
 
 
@@ -201,6 +190,7 @@ def photo_source(
       kept: i64[n], the photos to use, by default all; example k of the source is photo kept[k].
     """
     ids_of = np.arange(photos.size) if kept is None else kept
+    files = Files(photos, ids_of, squashed is not None)
     labels, from_files = photos.labels[ids_of], canvases(photos, canvas)
 
     def read(ids: np.ndarray) -> dict[str, np.ndarray]:
@@ -221,4 +211,4 @@ def photo_source(
         if photos.names and kept is not None
         else photos.names
     )
-    return Source(len(ids_of), read, show, labels, names)
+    return Source(len(ids_of), read, show, labels, names, files=files)

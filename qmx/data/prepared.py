@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from qmx.data.photos import Photos
+from qmx.data.sources import Photos
 
 PREPARE = "pip install tensorflow-datasets tensorflow && tfds build {} --file_format=array_record"
 

@@ -22,6 +22,7 @@ class Source(NamedTuple):
     beside: "Beside | None" = None  # another source, whose examples come in the same batches
     # The arrays in memory that `read` reads; None if it reads files.
     held: "Held | None" = None
+    files: "Files | None" = None  # the photos that `read` and `shown` decode; None for arrays
 
     def all(self) -> dict[str, np.ndarray]:
         """Every example as `read` gives it, in order. All of them must fit in memory."""
@@ -33,6 +34,46 @@ class Held(NamedTuple):
 
     arrays: dict[str, np.ndarray]  # of equal length
     rows: np.ndarray  # i64[n], each at most once
+
+
+def title(where: str, i: int, name: str) -> str:
+    """Name of a photo in messages: its file, or its number if it has no file."""
+    return f"{where}/{name}" if name else f"{where}, image {i}"
+
+
+class Photos(NamedTuple):
+    """Photos by number, undecoded."""
+
+    where: str  # the folder or the split, for messages
+    # (number, name) -> the file's bytes; picklable; its ValueError names the photo.
+    read: Callable[[int, str], bytes]
+    names: tuple[str, ...]  # of the files; () if there are no files
+    labels: np.ndarray  # i32[n]
+    class_names: tuple[str, ...]
+    digest: str  # SHA-256 of the listing, see the source
+    remake: str  # the arguments of qmx.data.cache that name these photos
+    sizes: np.ndarray | None = None  # i64[n], of the files in bytes; None if there are no files
+
+    @property
+    def size(self) -> int:
+        """Number of photos."""
+        return len(self.labels)
+
+    def title(self, i: int) -> str:
+        """Name of photo i in messages."""
+        return title(self.where, i, self.names[i] if self.names else "")
+
+    def load(self, i: int) -> bytes:
+        """The file of photo i."""
+        return self.read(i, self.names[i] if self.names else "")
+
+
+class Files(NamedTuple):
+    """Photos and a source's rows of them: example k is photo rows[k]."""
+
+    photos: Photos
+    rows: np.ndarray  # i64[n]
+    cached: bool  # a cache was made of them, so that each of them could be decoded
 
 
 class Beside(NamedTuple):
@@ -57,6 +98,7 @@ class Dataset(NamedTuple):
     pool_digest: str
     evaluation_digest: str
     class_names: tuple[str, ...] = ()  # wnids, where the source has them
+    left_out: tuple[str, ...] = ()  # the photos that are left out by name
 
     @property
     def digest(self) -> str:
@@ -88,6 +130,7 @@ def take(source: Source, ids: np.ndarray, **more: Any) -> Source:
         labels=source.labels[ids] if len(source.labels) else source.labels,
         names=tuple(source.names[i] for i in ids) if source.names else (),
         held=_held(source, ids, more),
+        files=source.files._replace(rows=source.files.rows[ids]) if source.files else None,
     )
 
 

@@ -1,12 +1,12 @@
 """Released PyTorch weights: `python -m qmx.models.from_torch FILE OUT.safetensors`.
 
-It knows ResNets and ResNeXts with torchvision's names, alone or as MoCo, SimSiam, mmselfsup and
-OpenSelfSup save them. Files are read as data alone (safetensors, or torch with
-`weights_only=True`). Every tensor is used, dropped by name, or an error.
+It knows ResNets and ResNeXts with torchvision's, transformers' and kuangliu's names, wherever they
+stand in a file: `qmx/models/roots.py`. Files are read as data alone (safetensors, or torch with
+`weights_only=True`). Every tensor is used, dropped by name, or an error. FILE#PART is one of
+several networks in a file, as in net.pth.tar#state_dict_ema.
 """
 
 import argparse
-import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -17,9 +17,10 @@ import numpy as np
 from qmx.checkpoint import file_digest, save_weights
 from qmx.contract import Encoder, PyTree
 from qmx.models.check_torch import check, check_values
-from qmx.models.layout import features, our_path, shapes
+from qmx.models.layout import features, known, nearest, our_path, shapes
 from qmx.models.read_torch import read
 from qmx.models.resnet import ARCHS
+from qmx.models.roots import Tables, classifiers, clean, find
 from qmx.models.to_torch import to_torch, unflatten
 
 
@@ -31,141 +32,121 @@ class Converted(NamedTuple):
     head: PyTree | None  # {"fc": {"kernel", "bias"}}, or None if the file has no classifier
     used: int  # number of tensors in the network
     dropped: tuple[str, ...]  # names of the tensors outside the network
+    root: str = ""  # of the network's names in the file, without wrappers, such as "backbone."
 
 
-class Layout(NamedTuple):
-    """Names under which a code base saves a backbone."""
-
-    prefix: str  # of the backbone's names
-    # The other tensors of the file: names, or prefixes that end with a dot.
-    dropped: tuple[str, ...] = ()
-    heads: tuple[frozenset[str], ...] = ()  # dropped heads: the names after "fc."
-
-
-def head(*layers: str) -> frozenset[str]:
-    """Names of a head's tensors; "1:bn" is an index and a kind of layer."""
-    kinds = {
-        "linear": ("weight", "bias"),
-        "no bias": ("weight",),
-        "stats": ("running_mean", "running_var"),
-        "bn": ("weight", "bias", "running_mean", "running_var"),
-    }
-    pairs = [layer.rpartition(":")[::2] for layer in layers]
-    return frozenset(
-        f"{at}.{kind}".removeprefix(".") for at, layer in pairs for kind in kinds[layer]
-    )
-
-
-MOCO = (head(":linear"), head("0:linear", "2:linear"))  # v1, v2
-SIMSIAM = (
-    head("0:no bias", "1:bn", "3:no bias", "4:bn", "6:linear", "7:stats"),
-    head("0:no bias", "1:bn", "3:linear", "4:stats"),
-)  # ImageNet's, CIFAR's
-
-# DataParallel puts "module." before all names. OpenSelfSup keeps the backbone under two names.
-LAYOUTS = (
-    Layout(""),
-    Layout("encoder_q.", ("encoder_k.", "queue", "queue_ptr"), MOCO),  # moco/builder.py
-    Layout("encoder.", ("predictor.",), SIMSIAM),  # simsiam/builder.py
-    Layout(
-        "backbone.",
-        ("neck.", "head.", "encoder_q.", "encoder_k.", "encoder.", "queue", "queue_ptr"),
-    ),
-)
+def split_part(path: Path | str) -> tuple[Path, str]:
+    """(file, part) of FILE#PART, which chooses one of the networks in a file; ("" if no part)."""
+    file, _, part = str(path).rpartition("#")
+    return (Path(path), "") if Path(path).is_file() or not file else (Path(file), part)
 
 
 def load(path: Path | str, arch: str = "") -> Converted:
-    """Read and convert a file.
+    """Read and convert a file, or a part of it: "net.pth#state_dict_ema".
 
     Raises:
       ValueError: see `read` and `convert`.
     """
-    return convert(read(path), arch, what=str(path))
+    file, part = split_part(path)
+    return convert_tables(read(file), arch, part, what=str(path))
 
 
 def convert(tensors: dict[str, np.ndarray], arch: str = "", *, what: str = "the file") -> Converted:
-    """Convert torch's tensors, or tensors under qmx's own names, to a network.
+    """Convert torch's tensors, or tensors under qmx's own names; see `convert_tables`."""
+    return convert_tables({"": tensors}, arch, what=what)
+
+
+def convert_tables(
+    tables: Tables, arch: str = "", part: str = "", *, what: str = "the file"
+) -> Converted:
+    """Convert the network of a file.
 
     Args:
-      tensors: by name, as `read` returns them.
-      arch: one of `ARCHS`, which the tensors must be; "" for the one that the shapes show.
+      tables: tensors by name, in dicts by name, as `read` returns them.
+      arch: one of `ARCHS`, which the network must be; "" for the one that the shapes show.
+      part: which one, if the file holds several networks; see `qmx.models.roots.find`.
       what: name of the file in errors.
 
     Returns:
       f32 arrays: convolutions OIHW -> HWIO (also grouped ones, whose I counts one group), dense
       (out, in) -> (in, out), batch norm's four arrays renamed, `num_batches_tracked` dropped.
+      Tensors beside the network are dropped, and named.
 
     Raises:
-      ValueError: another architecture; tensors that are missing, unexpected or of the wrong shape,
+      ValueError: another architecture, or two that the shapes do not tell apart; several networks,
+        or classifiers; tensors of the network that are missing, unexpected or of the wrong shape,
         each by name; values that are not finite; a variance below zero.
     """
     if arch and arch not in ARCHS:
         raise ValueError(f"network {arch!r} is unknown; choose one of {', '.join(ARCHS)}")
-    if any(name.startswith("params/") for name in tensors):
+    ours = any(name.startswith("params/") for name in tables.get("", {}))
+    if ours:
         try:
-            ours = to_torch(*unflatten(tensors))
+            tables = {"": to_torch(*unflatten(tables[""]))}
         except ValueError as error:
             raise ValueError(f"{what}: {error}") from None
-        tensors = {
-            name: value for name, value in ours.items() if not name.endswith("num_batches_tracked")
-        }
 
-    layout = layout_of(tensors)
-    prefix = layout.prefix
-    have = {
-        name[len(prefix) :]: tuple(value.shape)
-        for name, value in tensors.items()
-        if name.startswith(prefix)
-    }
-    best, tensor_shapes = recognise(have, arch, what)
-    if layout.heads:
-        names = {
-            name[3:]
-            for name in have
-            if name.startswith("fc.") and not name.endswith("num_batches_tracked")
-        }
-        nearest = min(
-            [frozenset[str](), *layout.heads], key=lambda head_names: len(names ^ head_names)
+    network, others = find(tables, part, what)
+    tensors = tables[network.table]
+    have = {name: tuple(tensors[at].shape) for name, at in network.names.items()}
+    best = recognise(have, arch, what, len(tensors), sorted(tensors))
+    stem = have.get("conv1.weight", ())
+    wanted = shapes(ARCHS[best], stem[1] if len(stem) == 4 else 3)
+    names = dict(network.names)
+
+    layers = classifiers(network, tensors, features(ARCHS[best]))
+    if len(layers) > 1:
+        several = ", ".join(next(iter(layer.values())) for layer in layers)
+        raise ValueError(
+            f"{what} holds {len(layers)} classifiers: {several}; save the network with one of them"
         )
-        discarded = {f"fc.{name}" for name in nearest}
-    else:
-        discarded = set()
-        if {"fc.weight", "fc.bias"} & have.keys():
-            classes = (*have.get("fc.bias", ()), *have.get("fc.weight", ()))[:1]
-            tensor_shapes = tensor_shapes | {
-                "fc.weight": (*classes, features(ARCHS[best])),
-                "fc.bias": classes,
-            }
+    if layers:
+        names |= layers[0]
+        sizes = [size for at in layers[0].values() for size in tensors[at].shape[:1]]
+        # The larger one, so that half a layer shows by its name.
+        wanted |= {"fc.weight": (*sizes[:1], features(ARCHS[best])), "fc.bias": (*sizes[:1],)}
 
-    norms = {
-        name.rpartition(".")[0]
-        for name in tensor_shapes.keys() | discarded
-        if name.endswith("running_mean")
+    # Names that the file would have for tensors that it lacks.
+    before = {at.removesuffix(name) for name, at in network.names.items() if at.endswith(name)}
+    prefix = min(before, key=len, default=network.root)
+    names = {name: prefix + name for name in wanted} | names
+    norms = {name.rpartition(".")[0] for name in wanted if name.endswith("running_mean")}
+    counters = {
+        at
+        for name, at in names.items()
+        if name.endswith(".num_batches_tracked") and name.rpartition(".")[0] in norms
     }
-    prefixes = tuple(name for name in layout.dropped if name.endswith("."))
-    dropped = [name for name in tensors if name in layout.dropped or name.startswith(prefixes)]
-    dropped += [prefix + name for name in have if name in discarded]
-    dropped += [
-        name
-        for name in tensors
-        if name.startswith(prefix)
-        and name.endswith(".num_batches_tracked")
-        and name[len(prefix) :].rpartition(".")[0] in norms
-    ]
-    used = {prefix + name for name in tensor_shapes}
+    used = {names[name]: name for name in wanted}
+    kept = {at for name, at in names.items() if at in tensors} - counters
+    # What qmx wrote has nothing beside the network.
+    dropped = [at for at in tensors if at not in kept and (not ours or at in counters)]
+    # A kernel beside the network with the shape of one that is missing may be that one, renamed.
+    lacking = {wanted[name] for at, name in used.items() if at not in tensors}
+    elsewhere = {at for other in others for at in other.names.values()}
+    strays = {
+        at
+        for at in dropped
+        if at not in elsewhere and tensors[at].ndim > 1 and tensors[at].shape in lacking
+    }
     check(
         what,
         best,
         tensors,
-        {prefix + name: shape for name, shape in tensor_shapes.items()},
-        missing=[prefix + name for name in sorted(discarded - have.keys())],
-        dropped=set(dropped),
+        {at: wanted[name] for at, name in used.items()},
+        missing=[],
+        dropped=set(dropped) - strays,
     )
-    check_values(what, {name: tensors[name] for name in sorted(used)})
+    check_values(what, {at: tensors[at] for at in sorted(used)})
+    dropped += [
+        f"{other.table}.{at}"
+        for other in others
+        if other.table != network.table
+        for at in other.names.values()
+    ]
 
     trees: dict[str, dict[str, Any]] = {"params": {}, "stats": {}, "head": {}}
-    for name in tensor_shapes:
-        value = tensors[prefix + name]
+    for at_file, name in used.items():
+        value = tensors[at_file]
         path = our_path(name, value.ndim)
         value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
         at = trees[
@@ -179,47 +160,37 @@ def convert(tensors: dict[str, np.ndarray], arch: str = "", *, what: str = "the 
         Encoder(trees["params"], trees["stats"]),
         trees["head"] or None,
         len(used),
-        tuple(dropped),
+        () if ours else tuple(dropped),  # to_torch adds counters, which no file of ours has
+        network.root,
     )
 
 
-def layout_of(tensors: dict[str, np.ndarray]) -> Layout:
-    """Layout with the most backbone tensors under its prefix, or under "module." and its prefix."""
-    layouts = [
-        Layout(root + layout.prefix, tuple(root + name for name in layout.dropped), layout.heads)
-        for root in ("", "module.")
-        for layout in LAYOUTS
-    ]
-    counts = []
-    for layout in layouts:
-        pattern = re.compile(re.escape(layout.prefix) + r"(conv1|bn1|layer\d+\.\d+)\.")
-        counts.append(sum(pattern.match(name) is not None for name in tensors))
-    return layouts[counts.index(max(counts))]
-
-
 def recognise(
-    have: dict[str, tuple[int, ...]], arch: str, what: str
-) -> tuple[str, dict[str, tuple[int, ...]]]:
-    """The one of `ARCHS` that differs from `have` in the fewest tensors, and its shapes."""
-    stem = have.get("conv1.weight", ())
-    every = {name: shapes(known, stem[1] if len(stem) == 4 else 3) for name, known in ARCHS.items()}
-    known_names = set().union(*every.values())
-    ours = {name: shape for name, shape in have.items() if name in known_names}
-    differing = {
-        name: len(ours.keys() ^ theirs.keys()) + sum(theirs.get(k, v) != v for k, v in ours.items())
-        for name, theirs in every.items()
-    }
-    best = min(ARCHS, key=lambda name: (differing[name], name != arch))
-    if 2 * sum(every[best].get(name) == shape for name, shape in ours.items()) < len(every[best]):
+    have: dict[str, tuple[int, ...]], arch: str, what: str, count: int, names: list[str]
+) -> str:
+    """The one of `ARCHS` with the shapes `have`, which must be `arch` if one is given.
+
+    Args:
+      have: by torchvision's names.
+      what, count, names: the file, and its tensors, in errors.
+    """
+    if not known(have):
         raise ValueError(
-            f"{what} holds {len(have)} tensors ({', '.join(sorted(have)[:3])}, ...), which are"
+            f"{what} holds {count} tensors ({', '.join(names[:3])}, ...), which are"
             f" not those of any network known here; known are {', '.join(ARCHS)}"
         )
-    if arch and best != arch:
+    matches, _ = nearest(have)
+    if arch and arch not in matches:
         raise ValueError(
-            f"{what} holds {best} and not {arch}; set arch to {best}, or give another file"
+            f"{what} holds {' or '.join(matches)} and not {arch}; set arch to {matches[0]}, or give"
+            " another file"
         )
-    return best, every[best]
+    if not arch and len(matches) > 1:
+        raise ValueError(
+            f"{what} has the shapes of {' and of '.join(matches)}, which differ in a max-pool"
+            f" behind the first layer; say which, as in arch={matches[0]} (--arch={matches[0]})"
+        )
+    return arch or matches[0]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -229,7 +200,10 @@ def main(argv: list[str] | None = None) -> int:
         description="Convert released PyTorch weights of a ResNet or ResNeXt, once and strictly.",
     )
     parser.add_argument(
-        "file", type=Path, help=".safetensors, or .pth, .pth.tar, ... (these need qmx[torch])"
+        "file",
+        type=Path,
+        help=".safetensors, or .pth, .pth.tar, ... (these need qmx[torch]); FILE#PART for one of"
+        " several networks in it",
     )
     parser.add_argument("out", type=Path, help="to write, .safetensors")
     parser.add_argument(
@@ -242,7 +216,8 @@ def main(argv: list[str] | None = None) -> int:
                 f"cannot write {args.out}; give a name that ends with .safetensors, in a directory"
                 " that exists"
             )
-        if args.out.exists() and args.file.exists() and args.out.samefile(args.file):
+        file, _ = split_part(args.file)
+        if args.out.exists() and file.exists() and args.out.samefile(file):
             raise ValueError(f"{args.out} is the file to convert; give another name to write to")
         net = load(args.file, args.arch)
         tree = net.backbone
@@ -260,25 +235,29 @@ def main(argv: list[str] | None = None) -> int:
         else ", no classifier"
     )
     print(
-        f"{args.file}: {net.arch}{classes}\nsource SHA-256 {file_digest(args.file)}\nused"
+        f"{args.file}: {net.arch}{classes}\nsource SHA-256 {file_digest(file)}\nused"
         f" {net.used} tensors"
     )
-    for group, count in sorted(Counter(map(group_of, net.dropped)).items()):
-        print(f"dropped {count} tensors: {group}")
+    print(*dropped_lines(net), sep="\n", end="\n" * bool(net.dropped))
     print(f"wrote {args.out}, digest {digest}")
     return 0
 
 
-def group_of(name: str) -> str:
-    """Name of the part that a dropped tensor belongs to."""
+def dropped_lines(net: Converted) -> list[str]:
+    """A line for each part of a file that is dropped, "dropped 4 tensors: projector.*"."""
+    groups = Counter(group_of(name, net.root) for name in net.dropped)
+    return [f"dropped {count} tensors: {group}" for group, count in sorted(groups.items())]
+
+
+def group_of(name: str, root: str) -> str:
+    """Name of the part that a dropped tensor belongs to, "encoder_q.fc.*" under that root."""
     if name.endswith("num_batches_tracked"):
         return "num_batches_tracked"
-    name = name.removeprefix("module.")
-    return (
-        name
-        if name.startswith("queue")
-        else re.sub(r"^(encoder_q\.fc|encoder\.fc|[^.]+)\..*", r"\1.*", name)
-    )
+    parts, own = clean(name).split("."), root.split(".")[:-1]
+    shared = 0
+    while shared < min(len(own), len(parts) - 1) and parts[shared] == own[shared]:
+        shared += 1
+    return ".".join(parts[: shared + 1]) + (".*" if len(parts) > shared + 1 else "")
 
 
 if __name__ == "__main__":

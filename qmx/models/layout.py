@@ -1,8 +1,9 @@
 """Names and shapes of torchvision's `models/resnet.py`, and our names for them."""
 
 import re
+from functools import cache
 
-from qmx.models.resnet import Arch
+from qmx.models.resnet import ARCHS, Arch
 
 KINDS = {
     "kernel": "weight",
@@ -66,6 +67,40 @@ def shapes(arch: Arch, channels: int = 3) -> dict[str, tuple[int, ...]]:
                 conv(f"{at}.downsample.0", f"{at}.downsample.1", out, entering, 1)
             entering = out
     return result
+
+
+@cache
+def every_shapes(channels: int) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The shapes of each of `ARCHS`, for images of so many channels."""
+    return {name: shapes(arch, channels) for name, arch in ARCHS.items()}
+
+
+def nearest(have: dict[str, tuple[int, ...]]) -> tuple[list[str], int]:
+    """(those of `ARCHS` that differ from `have` in the fewest tensors, how many are as they say).
+
+    Several are the nearest if shapes cannot tell them apart.
+    """
+    stem = have.get("conv1.weight", ())
+    every = every_shapes(stem[1] if len(stem) == 4 else 3)
+    ours = {name: shape for name, shape in have.items() if not name.endswith("num_batches_tracked")}
+
+    def differing(name: str) -> int:
+        return len(ours.keys() ^ every[name].keys()) + sum(
+            every[name].get(k, v) != v for k, v in ours.items()
+        )
+
+    best = min(every, key=differing)
+    return (
+        [name for name in every if every[name] == every[best]],
+        sum(every[best].get(name) == shape for name, shape in ours.items()),
+    )
+
+
+def known(have: dict[str, tuple[int, ...]]) -> bool:
+    """True if half of the tensors of one of `ARCHS` are among `have`."""
+    stem = have.get("conv1.weight", ())
+    (best, *_), right = nearest(have)
+    return 2 * right >= len(every_shapes(stem[1] if len(stem) == 4 else 3)[best])
 
 
 def features(arch: Arch) -> int:

@@ -3,6 +3,7 @@
 import importlib
 import re
 import warnings
+import zipfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,36 +11,66 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+FORMATS = {  # how files of other kinds begin
+    b"\x89HDF": "an HDF5 file, as Keras writes them",
+    b"\x93NUMPY": "an array of NumPy",
+    b"\x1f\x8b": "compressed by gzip; unpack it",
+    b"GGUF": "a GGUF file",
+}
+# A tensor that is read; of safetensors and of torch.
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+WHOLE = {
+    f"{kind[0].upper()}{bits}": f"{kind}{bits}"
+    for kind in ("int", "uint")
+    for bits in (8, 16, 32, 64)
+}
+TYPES = FLOATS | WHOLE | {"BOOL": "bool"}
+CURE = "load it in PyTorch and save dense tensors of float32"
+DEPTH = 8  # of dicts in dicts
 
-def read(path: Path | str) -> dict[str, np.ndarray]:
-    """Read every tensor of a file by its name; floats of other widths become f32.
 
-    `.safetensors` is read without torch. Other files go through `torch.load(weights_only=True)`, in
-    the zip or in the older format. If the content is a dict with a "state_dict" or a "model", only
-    that entry is read.
+def read(path: Path | str) -> dict[str, dict[str, np.ndarray]]:
+    """Read every tensor of a file; floats of other widths become f32.
+
+    The content decides the format, not the file's name. safetensors are read without torch. Other
+    files go through `torch.load(weights_only=True)`, in the zip or in the older format.
+
+    Returns:
+      Tensors by name, for each dict in the file that has some: "" for the content itself,
+      "state_dict", "model.teacher" for dicts in it. Optimisers' are left out.
 
     Raises:
       ValueError: torch is absent or too old; or the file is missing, empty, cut short, text, of
-        another format, or holds more than tensors.
+        another format, or holds more than tensors; a tensor that is sparse, nested, quantised,
+        expanded, without values, or of a type that NumPy has not.
     """
     path = Path(path)
-    if path.suffix == ".safetensors":
-        return {
+    magic = look(path)
+    if is_safetensors(magic):
+        arrays = {
             name: value.astype(np.float32, copy=False)
             if np.issubdtype(value.dtype, np.floating) or value.dtype == ml_dtypes.bfloat16
             else value
             for name, value in read_safetensors(path).items()
         }
-    magic = look(path)
+        return {"": arrays}
     if not magic.startswith((b"PK\x03\x04", b"\x80")):
-        raise ValueError(f"{path} is neither a PyTorch file nor .safetensors; download it again")
+        words = next((words for start, words in FORMATS.items() if magic.startswith(start)), "")
+        raise ValueError(
+            f"{path} is {words or 'neither a PyTorch file nor .safetensors; download it again'}"
+            + (", and not weights of PyTorch" if words else "")
+        )
+    if magic.startswith(b"PK"):
+        refuse_programs(path)
     torch = import_torch(path)
     try:
-        with warnings.catch_warnings():
+        # A mapped file takes memory only for the parts in use; the older format has no map. torch
+        # goes by the name ".safetensors", and has no map of files without a name.
+        mapped = magic.startswith(b"PK") and path.suffix != ".safetensors"
+        with warnings.catch_warnings(), path.open("rb") as file:
             warnings.simplefilter("ignore")  # torch warns of files that it then refuses
-            # A mapped file takes memory only for the parts in use; the older format has no map.
             content = torch.load(
-                str(path), map_location="cpu", weights_only=True, mmap=magic.startswith(b"PK")
+                str(path) if mapped else file, map_location="cpu", weights_only=True, mmap=mapped
             )
     except Exception as error:  # torch raises many kinds for damaged files
         text = " ".join(str(error).split())
@@ -48,44 +79,105 @@ def read(path: Path | str) -> dict[str, np.ndarray]:
                 f"{path} holds more than tensors, which could run code, and is not read "
                 f"({refused[1] or refused[2]}); save its state_dict alone"
             ) from None
+        if "nested jag" in text:
+            raise ValueError(f"{path} holds nested tensors; {CURE}") from None
         raise ValueError(
             f"{path} cannot be read; it is damaged or cut short ({text[:100]}); download it again"
         ) from None
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    tensors = {}
-    for name, value in content.items() if isinstance(content, dict) else ():
-        if isinstance(name, str) and isinstance(value, torch.Tensor):
-            if value.layout != torch.strided or value.is_quantized or value.is_complex():
-                raise ValueError(
-                    f"{path}: {name} is sparse, quantised or complex; save plain tensors"
-                )
-            value = value.detach()
-            tensors[name] = (value.float() if value.is_floating_point() else value).numpy()
-    if not tensors:
+    tables: dict[str, dict[str, np.ndarray]] = {}
+
+    def add(found: Any, at: str, depth: int) -> None:
+        for name, value in found.items():
+            if isinstance(value, torch.Tensor) and isinstance(name, str):
+                tables.setdefault(at, {})[name] = array(torch, value, f"{path}: {name}")
+            if isinstance(value, dict) and depth and not str(name).startswith("optim"):
+                add(value, f"{at}.{name}" if at else str(name), depth - 1)
+
+    if isinstance(content, dict):
+        add(content, "", DEPTH)
+    if not tables:
         raise ValueError(
             f"{path} holds no tensors by name, but a {type(content).__name__}; save a state_dict"
         )
-    return tensors
+    return tables
+
+
+def array(torch: Any, value: Any, what: str) -> np.ndarray:
+    """A tensor of torch, floats as f32; ValueError unless it is dense and plain."""
+    kind = str(value.dtype).removeprefix("torch.")
+    problem = ""
+    if value.is_nested:
+        problem = "nested"
+    elif value.layout != torch.strided:
+        problem = "sparse"
+    elif value.is_quantized:
+        problem = "quantised"
+    elif value.device.type == "meta":
+        raise ValueError(f"{what} has a shape and no values (meta); save a network with weights")
+    elif kind not in TYPES.values():
+        problem = f"of type {kind}"
+    elif any(
+        step == 0 and size > 1 for step, size in zip(value.stride(), value.shape, strict=True)
+    ):
+        problem = "expanded, one value for many"
+    if problem:
+        raise ValueError(f"{what} is {problem}; {CURE}")
+    value = value.detach().resolve_neg()
+    return (value.float() if value.is_floating_point() else value).numpy()
+
+
+def refuse_programs(path: Path) -> None:
+    """Raise ValueError, with the cure, for zips that torch writes and that are not weights."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return  # torch.load names the damage
+    where = repr(str(path))
+    if any("/code/" in name or name.endswith("/constants.pkl") for name in names):
+        raise ValueError(
+            f"{path} is a TorchScript program and not weights; save them with"
+            f" torch.save(torch.jit.load({where}).state_dict(), 'weights.pth')"
+        )
+    if any(name.endswith(("archive_format", "serialized_exported_program.json")) for name in names):
+        raise ValueError(
+            f"{path} is a program of torch.export and not weights; save them with"
+            f" torch.save(torch.export.load({where}).state_dict, 'weights.pth')"
+        )
+    if not any(name.endswith("data.pkl") for name in names):
+        raise ValueError(
+            f"{path} is a zip of {', '.join(names[:3]) or 'nothing'} and not a PyTorch file; give"
+            " the weights in it"
+        )
+
+
+def is_safetensors(start: bytes) -> bool:
+    """True if a file begins with the length of a JSON header and the header."""
+    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 2**32
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     """Read the arrays as they are.
 
     Raises:
-      ValueError: the file is missing, empty, cut short, text, or of another format.
+      ValueError: the file is missing, empty, cut short, text, or of another format; a type that
+        NumPy has not.
     """
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.numpy import load_file
 
     look(path)
     try:
-        arrays = load_file(path)
+        with safe_open(path, "numpy") as file:
+            types = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is not .safetensors, or is cut short ({error}); download it again"
         ) from None
+    for name, kind in types.items():
+        if kind not in TYPES:
+            raise ValueError(f"{path}: {name} is of type {kind}; {CURE}")
+    arrays = load_file(path)
     if not arrays:
         raise ValueError(f"{path} holds no tensors; download it again")
     return arrays

@@ -28,7 +28,8 @@ class Arch(NamedTuple):
     width: int = 64  # planes of the first stage, doubled at each next one
     groups: int = 1  # of the 3x3 convolutions; 32 in ResNeXt
     width_per_group: int = 64
-    # "large": 7x7 stride 2 and max-pool; "small": 3x3 stride 1 (32 px and less).
+    # "large": 7x7 stride 2 and max-pool; "small": 3x3 stride 1 (32 px and less); "small_pool":
+    # that and the max-pool (64 or 96 px).
     stem: str = "large"
 
 
@@ -39,10 +40,13 @@ ARCHS = {
     "resnet8_narrow": Arch((1, 1, 1), bottleneck=False, width=8, stem="small"),
     "resnet18": Arch((2, 2, 2, 2), bottleneck=False),
     "resnet18_small": Arch((2, 2, 2, 2), bottleneck=False, stem="small"),
+    "resnet18_small_pool": Arch((2, 2, 2, 2), bottleneck=False, stem="small_pool"),
     "resnet34": Arch((3, 4, 6, 3), bottleneck=False),
     "resnet34_small": Arch((3, 4, 6, 3), bottleneck=False, stem="small"),
+    "resnet34_small_pool": Arch((3, 4, 6, 3), bottleneck=False, stem="small_pool"),
     "resnet50": Arch((3, 4, 6, 3), bottleneck=True),
     "resnet50_small": Arch((3, 4, 6, 3), bottleneck=True, stem="small"),
+    "resnet50_small_pool": Arch((3, 4, 6, 3), bottleneck=True, stem="small_pool"),
     "resnet101": Arch((3, 4, 23, 3), bottleneck=True),
     "resnext50_32x4d": Arch((3, 4, 6, 3), bottleneck=True, groups=32, width_per_group=4),
     "resnext101_32x4d": Arch((3, 4, 23, 3), bottleneck=True, groups=32, width_per_group=4),
@@ -151,7 +155,7 @@ class ResNet(nn.Module):
         else:
             x = convolution(self.arch.width, 3, name="conv1")(x)
         x = nn.relu(norm(name="bn1")(x, train))
-        if self.arch.stem == "large":
+        if self.arch.stem != "small":
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         for stage, blocks in enumerate(self.arch.blocks):
             for index in range(blocks):
