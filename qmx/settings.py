@@ -175,8 +175,7 @@ def base() -> ConfigDict:
         access="logits",  # served, callable, recorded: what it answers with: logits, probs, label
         # served, callable: more attempts at a batch, after 1, 2, 4 .. 60 s or as the server says
         retries=5,
-        # share of the images that it may refuse or answer with NaN; they are left out
-        max_refused=0.01,
+        max_refused=0.01,  # share of the images that it may refuse or answer with NaN; left out
         url="",  # served: http://HOST:PORT or https://
         model="",  # served: its name there
         version="",  # served: "" is the only one that there is

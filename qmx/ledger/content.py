@@ -64,7 +64,7 @@ def count_classes(size: object, dtype: object) -> int | None:
     """N of stored scores of `size` bytes; None if damage made this meaningless."""
     if not isinstance(dtype, str) or dtype not in DTYPES or not isinstance(size, int) or size < 1:
         return None
-    classes, rest = divmod(size, np.dtype(DTYPES[dtype]).itemsize)
+    classes, rest = divmod(size, int(DTYPES[dtype][-1]))
     return None if rest else classes
 
 
