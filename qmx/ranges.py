@@ -77,6 +77,7 @@ RANGES = {
     "target.batch_size": FROM_1,
     "expect": Range(0, 100, why="a top-1 and a top-5 accuracy in per cent, or ()"),
     "retries": FROM_0,
+    "max_refused": SHARE,
     "timeout": ABOVE_0,
     "rate": FROM_0,
     # Of the methods.

@@ -101,7 +101,7 @@ def base() -> ConfigDict:
     config.price = config_dict.placeholder(float)
     # shares of the target's accuracy; the report says how many queries reach them
     config.reach = (0.5, 0.75, 0.9, 0.95)
-    # of the answers in the ledger; float16 halves the file, rounds to 3 digits, and ends at 65504
+    # of the answers in the ledger; float16 halves the file and rounds to 3 digits
     config.ledger_dtype = "float32"
     config.save_minutes = 10.0  # between two checkpoints of a training: what a kill may cost
 
@@ -173,9 +173,9 @@ def base() -> ConfigDict:
         # of its answers: float64 (its training's too), float32, tf32, bfloat16
         precision="float32",
         access="logits",  # served, callable, recorded: what it answers with: logits, probs, label
-        # served, callable: further attempts at a batch, after 1, 2, 4 .. 60 seconds or what the
-        # server says
+        # served, callable: more attempts at a batch, after 1, 2, 4 .. 60 s or as the server says
         retries=5,
+        max_refused=0.01,  # share of the images that it may refuse or answer with NaN; left out
         url="",  # served: http://HOST:PORT or https://
         model="",  # served: its name there
         version="",  # served: "" is the only one that there is

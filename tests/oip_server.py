@@ -29,6 +29,11 @@ def scores_of(images):
     return (-(distance**2).mean(2) / 300).astype(np.float32)
 
 
+def refuses(images):
+    """True for the images that the model "picky" refuses; uint8[b, 8, 8, 1] -> bool[b]."""
+    return images[:, 0, 0, 0] % 7 == 0
+
+
 def means():
     """The ten mean images, drawn with a fixed seed: no labels are needed to be a target."""
     return np.random.default_rng(0).integers(0, 256, (10, 64)).astype(np.float32)
@@ -130,6 +135,10 @@ class Handler(BaseHTTPRequestHandler):
         )
         time.sleep(self.server.delay)
         self.server.met[model] += 1
+        if model == "picky" and refuses(images).any():
+            return self.reply({"error": "the input is bad"}, 422)
+        if model == "four" and len(images) > 4:
+            return self.reply({"error": "the batch is larger than max_batch_size 4"}, 400)
         self.answer(model, request, scores_of(images))
 
     def answer(self, model, request, scores):

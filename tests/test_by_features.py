@@ -4,6 +4,7 @@ see."""
 import numpy as np
 import pytest
 
+from qmx.selection import by_features
 from qmx.selection.by_features import (
     BY_FEATURES,
     balanced,
@@ -115,3 +116,24 @@ def test_duplicates():
     for way in BY_FEATURES:
         ids = chosen(way, features, 60)
         assert len(set(ids.tolist())) == 60, way
+
+
+def test_typiclust_takes_large_clusters_first(monkeypatch):
+    """The cluster with the fewest images so far, of those the largest; small ones come last. As
+    the reference, by a plain loop over the clusters, also when the budget goes round several times.
+    """
+    monkeypatch.setattr(by_features, "MAX_CLUSTERS", 5)
+    features, of = blobs(count=5, size=40)
+    features = np.concatenate(
+        [features[of == blob][:size] for blob, size in enumerate((12, 40, 4, 31, 20))]
+    )
+    clusters = k_means(features, 5, np.random.default_rng(2))
+    sizes = np.bincount(clusters)
+    assert sorted(sizes) == [4, 12, 20, 31, 40]
+    ids = typiclust(features, 20, np.random.default_rng(2))
+    taken = np.zeros(5, int)
+    for number in clusters[ids]:
+        best = min(range(5), key=lambda c: (sizes[c] <= 5, taken[c], -sizes[c]))
+        assert number == best, (number, best, taken)
+        taken[number] += 1
+    assert sizes[clusters[ids[:4]]].tolist() == [40, 31, 20, 12]

@@ -63,17 +63,23 @@ def test_float16_halves_the_file_and_rounds_once(tmp_path):
     assert 0.45 < sizes["float16"] / sizes["float32"] < 0.6
 
 
-def test_a_score_beyond_float16_is_refused(path):
-    """It would be infinite. What came before is kept, and the request is on record as failed."""
+def test_a_score_beyond_float16_stays_float32(path):
+    """It would be infinite. Its row alone is wider, and says so."""
+    scores = np.array([[0, 0, 0, 1.0001], [0, 0, 1.0001, -70000]], np.float32)
     with Ledger(path, target="t", dtype="float16") as ledger:
         ledger.ask(lambda pixels: np.full((len(pixels), 4), 65504.0), images(0))
-        with pytest.raises(
-            ValueError,
-            match=r"1 of 2 images go up to 70000 and float16 ends at 65504.*ledger_dtype",
-        ):
-            ledger.ask(lambda pixels: np.array([[0, 0, 0, 1], [0, 0, 0, -70000]]), images(1, 2))
-        assert ledger.account()[:6] == (1, 1, 1, 0, 2, 0)
+        answers = ledger.ask(lambda pixels: scores, images(1, 2))
+        np.testing.assert_array_equal(answers, [scores[0].astype(np.float16), scores[1]])
+        assert ledger.account()[:6] == (3, 3, 3, 0, 0, 0)
         np.testing.assert_array_equal(ledger.read(images(0)), np.full((1, 4), 65504.0))
+    with sqlite3.connect(path) as db:
+        assert [*db.execute("SELECT dtype FROM answers ORDER BY row")] == [
+            ("float16",),
+            ("float16",),
+            ("float32",),
+        ]
+    db.close()
+    assert command("verify", path)[0] == 0
     with pytest.raises(ValueError, match="float8"):
         Ledger(path, target="t", dtype="float8")
 
@@ -425,6 +431,8 @@ def test_export(path, tmp_path, kind):
         (["summary", "foreign"], "cannot be used as a ledger"),
         (["verify", "foreign"], "cannot be used as a ledger"),
         (["fun", "x"], "invalid choice"),
+        (["forget", "foreign"], "cannot be used as a ledger"),
+        (["forget", "text"], "damaged"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, words, message):
@@ -438,5 +446,5 @@ def test_mistakes_are_one_line(tmp_path, words, message):
     if words[:1] == ["verify"] and words[1] == "text":
         assert status == 1 and "0 of 0 answers" in out
     else:
-        assert status == 2 and len(lines) == 1 and message in lines[0]
+        assert status == 1 + (message != "damaged") and len(lines) == 1 and message in lines[0]
     assert (tmp_path / "foreign").read_bytes() == before

@@ -376,6 +376,7 @@ def test_nothing_was_asked_twice(finished):
         "failed": 0,
         "retried": 0,
         "purposes": {"train": 1437, "select": 0, "report": 360},
+        "refused": 0,
     }
     with sqlite3.connect(finished / "ledger.sqlite") as db:
         assert db.execute("SELECT COUNT(*), COUNT(DISTINCT image) FROM answers").fetchone() == (

@@ -160,6 +160,7 @@ def test_same_ledger(workdirs):
             "failed": 0,
             "retried": 0,
             "purposes": {"train": 1437 - select, "select": select, "report": 360},
+            "refused": 0,
         }
     assert answers[0].keys() == answers[1].keys() and len(answers[0]) == 1797
     for image, scores in answers[0].items():
@@ -238,7 +239,7 @@ def test_target_elsewhere(launch, tmp_path):
     assert [status for status, _, _ in done] == [0, 0], done
     asked = [line.split() for line in (tmp_path / "asked").read_text().splitlines()]
     assert {process for process, _ in asked} == {str(running[0].pid)}
-    assert [int(images) for _, images in asked] == [64] * 5 + [40, 64, 7]
+    assert [int(images) for _, images in asked] == [2, 62, *[64] * 4, 40, 64, 7]
 
 
 @pytest.mark.slow

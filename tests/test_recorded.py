@@ -77,6 +77,12 @@ BAD = {
     "twice": (dict(image=DIGESTS[[0] * 20]), "several answers to one image"),
     "two targets": (dict(target=np.array(["a", "b"] * 10)), "several targets, 'a' and 'b'"),
     "access": (dict(access=np.array("topk")), "unknown access 'topk'"),
+    "no class": (dict(scores=TABLE.scores[:, :0]), r"scores are float32\[20, 0\]"),
+    "one score": (dict(scores=np.array(1.5, np.float32)), r"scores are float32\[\]"),
+    "numbers for levels": (dict(access=np.arange(20)), r"access is int64\[20\]; it must be a text"),
+    "bytes for a target": (dict(target=np.array(b"t")), r"target is .S1\[\]; it must be a text"),
+    "texts too few": (dict(target=np.array(["t"] * 7)), r"target is <U1\[7\]"),
+    "texts in a square": (dict(access=np.array([["logits"] * 20])), r"access is <U6\[1, 20\]"),
     "pickle": (dict(target=np.array([{"a": 1}], object)), "cannot be read"),
 }
 
@@ -93,6 +99,73 @@ def test_bad_tables_are_refused(tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as caught:
         load(tmp_path / "t.npz")
     assert "t.npz" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def parquet(path, **changes):
+    """A table of two answers in a file, with other columns in the place of some."""
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    columns = {
+        "image": [row.tobytes() for row in DIGESTS[:2]],
+        "scores": pa.array([[1.0, 2.0], [3.0, 4.0]], pa.list_(pa.float32())),
+        "access": ["logits"] * 2,
+        "target": ["t"] * 2,
+        "preprocessing": ["as-is"] * 2,
+        **changes,
+    }
+    pq.write_table(pa.table({name: c for name, c in columns.items() if c is not None}), path)
+
+
+ODD_PARQUET = {
+    "numbers for scores": dict(scores=[1.0, 2.0]),
+    "texts for scores": dict(scores=["ab", "cd"]),
+    "uneven scores": dict(scores=[[1.0], [2.0, 3.0]]),
+    "no score": dict(scores=[[1.0, 2.0], None]),
+    "a hole in the scores": dict(scores=[[1.0, 2.0], [None, 3.0]]),
+    "words for scores": dict(scores=[["a"], ["b"]]),
+    "images of other lengths": dict(image=[b"a" * 31, b"b" * 33]),
+    "texts for images": dict(image=["a" * 32, "b" * 32]),
+    "numbers for images": dict(image=[1, 2]),
+    "no image": dict(image=[bytes(32), None]),
+    "no level": dict(access=["logits", None]),
+    "a missing column": dict(target=None),
+}
+
+
+@pytest.mark.parametrize("changes", ODD_PARQUET.values(), ids=ODD_PARQUET)
+def test_odd_parquet_files(tmp_path, changes):
+    parquet(tmp_path / "good.parquet")
+    assert len(load(tmp_path / "good.parquet").image) == 2
+    parquet(tmp_path / "t.parquet", **changes)
+    with pytest.raises(ValueError, match="t.parquet") as told:
+        load(tmp_path / "t.parquet")
+    assert "\n" not in str(told.value)
+
+
+def test_odd_npz_files(tmp_path):
+    """A single array, an encrypted member, a header that promises too much, flipped bits."""
+    path = tmp_path / "t.npz"
+    np.savez(path, **TABLE._asdict())
+    whole = path.read_bytes()
+    bad = [whole[:cut] for cut in (30, len(whole) // 2, len(whole) - 5)]
+    with open(tmp_path / "single", "wb") as file:
+        np.save(file, TABLE.scores)
+    bad.append((tmp_path / "single").read_bytes())
+    bad.append(whole.replace(b"'shape': (20, 4)", b"'shape': (9**9,)"))
+    encrypted = bytearray(whole)
+    encrypted[whole.index(b"PK\x01\x02") + 8] |= 1
+    bad.append(bytes(encrypted))
+    rng = np.random.default_rng(0)
+    for at in rng.integers(0, len(whole), 200).tolist():
+        bad.append(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+    for number, content in enumerate(bad):
+        path.write_bytes(content)
+        try:
+            table = load(path)
+        except ValueError as error:
+            assert "t.npz" in str(error) and "\n" not in str(error)
+        else:  # a bit that nobody reads
+            assert number > 5 and np.array_equal(table.scores, TABLE.scores)
 
 
 @pytest.mark.parametrize("name", ["t.npz", "t.parquet"])

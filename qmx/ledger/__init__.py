@@ -6,7 +6,9 @@ One SQLite file. `python -m qmx.ledger` looks into it, checks it, and exports it
 from qmx.ledger.accounts import PURPOSES, Account, BudgetSpent
 from qmx.ledger.content import keys_of, keys_of_digests, pixel_digests
 from qmx.ledger.file import Damaged
-from qmx.ledger.ledger import Ledger, Unavailable
+from qmx.ledger.ledger import Ledger
+from qmx.ledger.refused import TooManyRefused
+from qmx.ledger.sending import Refused, Unavailable, Unwritten
 
 __all__ = [
     "PURPOSES",
@@ -14,7 +16,10 @@ __all__ = [
     "BudgetSpent",
     "Damaged",
     "Ledger",
+    "Refused",
+    "TooManyRefused",
     "Unavailable",
+    "Unwritten",
     "keys_of",
     "keys_of_digests",
     "pixel_digests",

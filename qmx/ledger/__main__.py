@@ -7,8 +7,11 @@
   python -m qmx.ledger export FILE OUT.npz|OUT.parquet [--target=BEGINNING]
       the answers of one target as a table, see qmx/ledger/table.py
 
-FILE is only read. Exit status: 0 done, and the file is whole; 1 it is damaged; 2 a mistake, which
-one line explains.
+  python -m qmx.ledger forget FILE [--target=BEGINNING]
+      forget which images the target refused, so that a run asks about them again
+
+FILE is only read, but by forget. Exit status: 0 done, and the file is whole; 1 it is damaged; 2 a
+mistake, which one line explains.
 """
 
 import argparse
@@ -17,10 +20,11 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from qmx.ledger import refused
 from qmx.ledger import table as recorded
 from qmx.ledger.accounts import account
-from qmx.ledger.content import DTYPES
-from qmx.ledger.file import Damaged, looked_into
+from qmx.ledger.content import count_classes
+from qmx.ledger.file import Damaged, looked_into, opened
 from qmx.ledger.verify import problems, recover
 from qmx.progress import progress
 
@@ -42,7 +46,7 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    for name in ("summary", "verify", "export"):
+    for name in ("summary", "verify", "export", "forget"):
         command = commands.add_parser(
             name, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
         )
@@ -51,6 +55,7 @@ def main(argv: list[str]) -> int:
             command.add_argument("--out", type=Path)
         if name == "export":
             command.add_argument("out", type=Path)
+        if name in ("export", "forget"):
             command.add_argument("--target")
     args = parser.parse_args(argv)
     try:
@@ -61,11 +66,13 @@ def main(argv: list[str]) -> int:
             return WHOLE
         if args.command == "verify":
             return verify(args.file, args.out or args.file.with_name(args.file.name + ".recovered"))
+        if args.command == "forget":
+            return forget(args.file, args.target or "")
         return export(args.file, args.out, args.target)
     except Damaged as error:
         return fail(str(error), DAMAGED)
     except (ValueError, OSError, sqlite3.Error) as error:
-        return fail(" ".join(str(error).split()), MISTAKE)
+        return fail(str(error), MISTAKE)
 
 
 def summary(path: Path) -> str:
@@ -82,7 +89,7 @@ def summary(path: Path) -> str:
             used = ", ".join(f"{count} for {purpose}" for purpose, count in asked.purposes.items())
             lines += [f"target {target}"]
             lines += [
-                f"  {count} answers for {purpose}: {access} of {size // int(DTYPES[dtype][-1])}"
+                f"  {count} answers for {purpose}: {access} of {_classes(path, size, dtype)}"
                 f" classes in {dtype}; preprocessing {preprocessing}"
                 for owner, preprocessing, purpose, access, dtype, size, count in kinds
                 if owner == target
@@ -97,7 +104,27 @@ def summary(path: Path) -> str:
                     f"{asked.unanswered} without an answer"
                 ),
             ]
+            if asked.refused:
+                lines.append(
+                    f"  {asked.refused} images refused: {'; '.join(refused.first(file, target))}"
+                )
     return "\n".join(lines)
+
+
+def _classes(path: Path, size: object, dtype: object) -> int:
+    if (number := count_classes(size, dtype)) is None:
+        raise Damaged(path, f"an answer has {size} bytes of {dtype!r}")
+    return number
+
+
+def forget(path: Path, target: str) -> int:
+    """Forget the refused images of the targets whose digest or name begins with `target`."""
+    looked_into(path).close()  # another program's database gets no tables of ours
+    with opened(path) as file:
+        names = [name for (name,) in file.run("SELECT DISTINCT target FROM requests")]
+        number = sum(refused.forget(file, name) for name in names if str(name).startswith(target))
+    print(f"{number} images without an answer will be asked about again")
+    return WHOLE
 
 
 def verify(path: Path, out: Path) -> int:
@@ -145,7 +172,9 @@ def export(path: Path, out: Path, target: str | None) -> int:
 
 def fail(message: str, status: int) -> int:
     """Print one line on standard error, and return the status."""
-    print(f"qmx: {message}", file=sys.stderr)
+    # A message may repeat parts of a damaged file.
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
+    print(f"qmx: {line}", file=sys.stderr)
     return status
 
 

@@ -79,9 +79,9 @@ def received(answer: np.ndarray, rows: int, classes: int, access: str) -> np.nda
       answer: numbers [rows, N]; for "label" class numbers, [rows] or [rows, 1], or one-hot rows.
 
     Raises:
-      ValueError: the number of images or classes is wrong, a score is not finite, or the numbers do
-        not fit the level: "probs" that are negative or do not sum to 1 in each row (within 5 %,
-        because some interfaces round), or "logits" that are probabilities.
+      ValueError: the number of images or classes is wrong, or the numbers do not fit the level:
+        "probs" that are negative or do not sum to 1 in each row (within 5 %, because some
+        interfaces round), or "logits" that are probabilities. Rows that are not finite stay so.
     """
     if (
         access == "label"
@@ -102,23 +102,21 @@ def received(answer: np.ndarray, rows: int, classes: int, access: str) -> np.nda
         )
     with np.errstate(over="ignore"):
         scores = answer.astype(np.float32)
-    bad = int((~np.isfinite(scores)).any(1).sum())
-    if bad:
-        raise ValueError(
-            f"the target's scores are not finite for {bad} of {rows} images; nothing of this batch"
-            " is kept"
-        )
-    off = np.abs(scores.sum(1) - 1).max()
-    if access == "label" and not (np.isin(scores, (0, 1)).all() and off == 0):
+    finite = scores[np.isfinite(scores).all(1)]
+    if not len(finite):
+        return scores
+    with np.errstate(over="ignore"):
+        off = np.abs(finite.sum(1) - 1).max()
+    if access == "label" and not (np.isin(finite, (0, 1)).all() and off == 0):
         raise ValueError(
             "the target's answers are no labels but scores; set target.access to logits or probs"
         )
-    if access == "probs" and (scores.min() < 0 or off > 0.05):
+    if access == "probs" and (finite.min() < 0 or off > 0.05):
         raise ValueError(
-            f"the target's answers are no probabilities: the least is {scores.min():.4g}, and the"
+            f"the target's answers are no probabilities: the least is {finite.min():.4g}, and the"
             f" sum of a row is {off:.4g} away from 1; set target.access=logits if they are logits"
         )
-    if access == "logits" and classes > 1 and scores.min() >= 0 and off < 1e-3:
+    if access == "logits" and classes > 1 and finite.min() >= 0 and off < 1e-3:
         raise ValueError(
             "the target's answers are probabilities, for they are positive and each row sums to 1;"
             " set target.access=probs"

@@ -2,13 +2,16 @@
 
 from typing import NamedTuple
 
-from qmx.ledger.file import File
+from qmx.ledger import refused
+from qmx.ledger.file import Damaged, File
 
 PURPOSES = ("train", "select", "report")
 RECORDED = "recorded"  # purpose of answers that the owner handed out, until they are used
-PAID = (
-    "answers WHERE request IN "
-    f"(SELECT id FROM requests WHERE target = ? AND purpose NOT IN ('report', '{RECORDED}'))"
+# Images that count against the budget: an image without an answer was asked about, too.
+PAID = " UNION ALL ".join(
+    f"SELECT image FROM {table} WHERE request IN "
+    f"(SELECT id FROM requests WHERE target = ?1 AND purpose NOT IN ('report', '{RECORDED}'))"
+    for table in ("answers", "refused")
 )
 MANY = 65536  # rows that are looked at together
 
@@ -29,6 +32,8 @@ class Account(NamedTuple):
     retried: int  # images sent again in requests that repeated a failed one
     # Distinct images by the purpose of their first answer; "report" gives way to the others.
     purposes: dict[str, int]
+    # Images that the target refused, or whose scores were not finite; they are not asked again.
+    refused: int = 0
 
 
 # Python's sets count distinct images: for a million rows they take a fifth of the time of SQLite's
@@ -36,12 +41,20 @@ class Account(NamedTuple):
 
 
 def paid(file: File, target: str) -> set[bytes]:
-    """Distinct images answered for "train" and "select", by their `pixel_digests`."""
-    return {
-        image
-        for rows in file.stream(f"SELECT image FROM {PAID}", [target], MANY)
-        for (image,) in rows
-    }
+    """Distinct images asked about for "train" and "select", by their `pixel_digests`."""
+    return {image for rows in file.stream(PAID, [target], MANY) for (image,) in rows}
+
+
+def asked(file: File, target: str) -> int:
+    """Images, or views of them, that a target answered or refused."""
+    return sum(
+        file.run(
+            f"SELECT COUNT(*) FROM {table} WHERE request IN"
+            " (SELECT id FROM requests WHERE target = ?)",
+            [target],
+        )[0][0]
+        for table in ("answers", "refused")
+    )
 
 
 def account(file: File, target: str) -> Account:
@@ -62,6 +75,8 @@ def account(file: File, target: str) -> Account:
     ):
         views += len(rows)
         for purpose, image in rows:
+            if purpose not in used:
+                raise Damaged(file.path, f"a request has the unknown purpose {purpose!r}")
             used[purpose].add(image)
     return Account(
         calls,
@@ -71,6 +86,7 @@ def account(file: File, target: str) -> Account:
         failed,
         retried,
         {name: len(keys) for name, keys in used.items()},
+        refused.count(file, target),
     )
 
 
@@ -89,7 +105,7 @@ def check_budget(file: File, target: str, images: set[bytes], budget: int) -> No
     """Raise BudgetSpent if images, by their `pixel_digests`, are more than the budget has left."""
     if (
         not images
-        or file.run(f"SELECT COUNT(*) FROM {PAID}", [target])[0][0] + len(images) <= budget
+        or file.run(f"SELECT COUNT(*) FROM ({PAID})", [target])[0][0] + len(images) <= budget
     ):
         return  # a count is enough: no need to read every paid image
     known = paid(file, target)

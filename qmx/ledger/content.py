@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from qmx.ledger.access import ACCESS
+
 # Types of the stored scores: our name -> NumPy's name for the bytes in the file.
 DTYPES = {"float32": "<f4", "float16": "<f2"}
 
@@ -42,9 +44,38 @@ def checksum(key: bytes, image: bytes, access: str, dtype: str, scores: bytes) -
     )
 
 
-def checked(answer: np.ndarray, rows: int, classes: int | None, dtype: str) -> np.ndarray:
-    """The query's answer [rows, classes] as it is stored; ValueError says what is wrong."""
-    scores = np.asarray(answer, np.float32)
+def is_whole(
+    key: object, image: object, access: object, dtype: object, written: object, scores: object
+) -> bool:
+    """True if an answer is as it was written; damage may have made anything of its values."""
+    return (
+        isinstance(key, bytes)
+        and isinstance(image, bytes)
+        and isinstance(scores, bytes)
+        and isinstance(access, str)
+        and isinstance(dtype, str)
+        and access in ACCESS
+        and dtype in DTYPES
+        and checksum(key, image, access, dtype, scores) == written
+    )
+
+
+def count_classes(size: object, dtype: object) -> int | None:
+    """N of stored scores of `size` bytes; None if damage made this meaningless."""
+    if not isinstance(dtype, str) or dtype not in DTYPES or not isinstance(size, int) or size < 1:
+        return None
+    classes, rest = divmod(size, int(DTYPES[dtype][-1]))
+    return None if rest else classes
+
+
+def checked(answer: np.ndarray, rows: int, classes: int | None) -> np.ndarray:
+    """The query's answer as f32[rows, classes]; a row that is not finite stays so.
+
+    Raises:
+      ValueError: the shape is another one.
+    """
+    with np.errstate(over="ignore"):
+        scores = np.asarray(answer, np.float32)
     if (
         scores.ndim != 2
         or len(scores) != rows
@@ -54,36 +85,31 @@ def checked(answer: np.ndarray, rows: int, classes: int | None, dtype: str) -> n
             f"the query answered {rows} images with shape {scores.shape}; it must be "
             f"[{rows}, {classes or 'N'}]. Nothing of this batch was kept"
         )
-    bad = int((~np.isfinite(scores)).any(1).sum())
-    if bad:
-        raise ValueError(
-            f"the query's scores are not finite for {bad} of {rows} images; "
-            "nothing of this batch was kept"
-        )
-    return packed(scores, dtype)
+    return scores
 
 
-def packed(scores: np.ndarray, dtype: str) -> np.ndarray:
-    """Scores f32[n, N] as they are stored.
+def packed(scores: np.ndarray, dtype: str) -> list[tuple[str, bytes]]:
+    """Dtype and bytes of each row of finite scores f32[n, N], as they are stored.
 
-    Raises:
-      ValueError: a score beyond float16's largest number, 65504.
+    A row with a score beyond float16's largest number, 65504, stays float32.
     """
     with np.errstate(over="ignore"):
         stored = scores.astype(DTYPES[dtype])
-    bad = int((~np.isfinite(stored)).any(1).sum())
-    if bad:
-        raise ValueError(
-            f"the scores of {bad} of {len(scores)} images go up to {np.abs(scores).max():g} and"
-            f" {dtype} ends at 65504; keep them in a ledger of float32"
-            " (ledger_dtype=float32). Nothing of this batch was kept"
-        )
-    return stored
+    return [
+        (dtype, row.tobytes())
+        if np.isfinite(row).all()
+        else ("float32", whole.astype(DTYPES["float32"]).tobytes())
+        for row, whole in zip(stored, scores, strict=True)
+    ]
 
 
 def unpacked(scores: Sequence[bytes], dtypes: Sequence[str]) -> np.ndarray:
-    """Stored scores of n answers, each with its dtype, as f32[n, N]."""
-    if len(set(dtypes)) == 1:
+    """Stored scores of n answers, each with its dtype, as f32[n, N].
+
+    Raises:
+      ValueError: the answers differ in N.
+    """
+    if len(set(dtypes)) == 1 and len(set(map(len, scores))) == 1:
         return (
             np.frombuffer(b"".join(scores), DTYPES[dtypes[0]])
             .reshape(len(scores), -1)

@@ -3,6 +3,7 @@
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,22 @@ CREATE TABLE IF NOT EXISTS scores (     -- apart: answers can be found without r
   scores BLOB NOT NULL                  -- little-endian
 );
 """
+# Images that were sent and have no answer. Older files have no such table.
+REFUSED = """
+CREATE {}TABLE IF NOT EXISTS refused (
+  key BLOB PRIMARY KEY,
+  image BLOB NOT NULL,
+  request INTEGER NOT NULL,
+  why TEXT NOT NULL                     -- the image's name, and what the target said
+);
+"""
+BUSY = 30.0  # seconds; another writer may hold the file, and none of our commits takes so long
 
 COLUMNS = {
     "requests": "id, target, preprocessing, purpose, views, retry, answered, failed",
     "answers": "row, key, image, request, access, dtype, checksum",
     "scores": "row, scores",
+    "refused": "key, image, request, why",
 }
 
 
@@ -52,6 +64,7 @@ class Damaged(ValueError):
     """Raised for a ledger's file that is no longer as it was written."""
 
     def __init__(self, path: Path, what: object):
+        self.what = what
         super().__init__(
             f"{path} is damaged ({what}); python -m qmx.ledger verify {path} says how far, and "
             "recovers the answers that are whole"
@@ -108,13 +121,24 @@ class File:
             self.run("COMMIT")
         except BaseException:
             if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
+                self.run("ROLLBACK")
             raise
+
+    @contextmanager
+    def without_waiting_for_the_disk(self) -> Iterator[None]:
+        """For what a kill must not lose, and a power cut may."""
+        self.run("PRAGMA synchronous = NORMAL")
+        try:
+            yield
+        finally:
+            self.run("PRAGMA synchronous = FULL")
 
     def _told(self, work: Callable[[], Any]) -> Any:
         try:
             return work()
         except sqlite3.OperationalError as error:
+            if "Could not decode" in str(error):  # a text that damage has changed
+                raise Damaged(self.path, "a text is not UTF-8") from None
             raise OSError(f"{self.path}: {error}") from None
         except sqlite3.DatabaseError as error:
             raise Damaged(self.path, error) from None
@@ -127,12 +151,11 @@ def opened(path: Path) -> File:
       ValueError: the file is not a ledger.
     """
     try:
-        # Another writer may hold the file; half a minute is longer than any of our commits.
-        db = sqlite3.connect(path, timeout=30, isolation_level=None)
-        _patiently(lambda: db.executescript(SCHEMA))
+        db = sqlite3.connect(path, timeout=BUSY, isolation_level=None)
+        _patiently(lambda: db.executescript(SCHEMA + REFUSED.format("")))
         check_tables(db)
     except sqlite3.DatabaseError as error:
-        raise ValueError(f"{path} cannot be used as a ledger: {error}") from None
+        raise ValueError(_unusable(path, error)) from None
     return File(path, db)
 
 
@@ -147,7 +170,7 @@ def looked_into(path: Path) -> File:
         db = read_only(path)
         check_tables(db)
     except sqlite3.OperationalError as error:
-        raise ValueError(f"{path} cannot be used as a ledger: {error}") from None
+        raise ValueError(_unusable(path, error)) from None
     except sqlite3.DatabaseError as error:
         raise Damaged(path, error) from None
     return File(path, db)
@@ -157,13 +180,25 @@ def read_only(path: Path) -> sqlite3.Connection:
     """A connection that changes nothing. It reads a write-ahead log too, if there is one."""
     log = path.with_name(path.name + "-wal")
     how = "mode=ro" if log.exists() and log.stat().st_size else "immutable=1"
-    return sqlite3.connect(f"{path.absolute().as_uri()}?{how}", uri=True, timeout=30)
+    return sqlite3.connect(f"{path.absolute().as_uri()}?{how}", uri=True, timeout=BUSY)
 
 
 def check_tables(db: sqlite3.Connection) -> None:
-    """Raise sqlite3.OperationalError unless the tables are those of a ledger."""
+    """Raise sqlite3.OperationalError unless the tables are those of a ledger.
+
+    An older file, open to be read only, gets an empty table of refused images for the time.
+    """
+    if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'refused'").fetchone():
+        db.execute(REFUSED.format("TEMP "))
     for table, columns in COLUMNS.items():
         db.execute(f"SELECT {columns} FROM {table} LIMIT 0")
+
+
+def _unusable(path: Path, error: sqlite3.Error) -> str:
+    return (
+        f"{path} cannot be used as a ledger: {error}; if it was one, python -m qmx.ledger verify"
+        f" {path} recovers the answers that are whole"
+    )
 
 
 def _patiently(work: Callable[[], object]) -> None:

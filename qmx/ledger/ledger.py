@@ -13,25 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from qmx.ledger import access as levels
-from qmx.ledger import accounts, stored
+from qmx.ledger import accounts, refused, sending, stored
 from qmx.ledger.accounts import PURPOSES, RECORDED
 from qmx.ledger.content import DTYPES, checked, keys_of, keys_of_digests, pixel_digests
 from qmx.ledger.file import opened
+from qmx.ledger.sending import Asking, Batch
 
 MANY = 65536  # keys that are looked up before their rows are written down
-
-
-class Unavailable(OSError):
-    """Raised by a query function: the target gave no answer, and asking again may help.
-
-    Args:
-      message: what happened, for people.
-      wait: seconds to wait, if the target named them; else None.
-    """
-
-    def __init__(self, message: str, wait: float | None = None):
-        super().__init__(message)
-        self.wait = wait
 
 
 class Ledger:
@@ -104,13 +92,20 @@ class Ledger:
             known = stored.find(self._file, block)
             rows[start : start + MANY] = [known[key].row if key in known else 0 for key in block]
         if missing := int((rows == 0).sum()):
+            without = len(self.refused(keys))
+            cure = f"{without} were refused" if without else "ask for them first"
             raise LookupError(
-                f"{missing} of {len(keys)} images have no answer in {self.path}; ask for them first"
+                f"{missing} of {len(keys)} images have no answer in {self.path}; {cure}"
             )
         answers = np.empty((len(keys), stored.classes(self._file, self.target) or 0), np.float32)
         order = np.argsort(rows, kind="stable")  # as they lie in the file
         for places in np.split(order, range(stored.FEW, len(order), stored.FEW)):
-            bought, scores = stored.read(self._file, rows[places].tolist())
+            bought, scores = stored.read(
+                self._file,
+                rows[places].tolist(),
+                [keys[place] for place in places],
+                answers.shape[1],
+            )
             for have in np.unique(bought):
                 some = np.flatnonzero(bought == have)
                 own = [keys[place] for place in places[some]]
@@ -127,10 +122,19 @@ class Ledger:
         of: np.ndarray | None = None,
         batch_size: int = 256,
         waits: Sequence[float] = (),
-        pause: Callable[[float, Unavailable], None] = lambda seconds, _: time.sleep(seconds),
+        pause: Callable[[float, OSError], None] = lambda seconds, _: time.sleep(seconds),
         on_progress: Callable[[int, int], None] | None = None,
+        say: Callable[[str], None] = lambda text: None,
+        name: Callable[[int], str] = lambda row: f"image {row}",
+        max_refused: float = 0.0,
+        trial: int = 0,
     ) -> np.ndarray:
         """Answers to images: from the ledger where it has them, else from the target, once.
+
+        An answer that came is never thrown away: if it cannot be written, because another process
+        holds the file or the disk is full, writing is tried until it works. If the query raises
+        `Refused`, the batch is asked about in halves. A single image that is refused, or whose
+        scores are not finite, is written down as such and not asked about again.
 
         Args:
           query: uint8[b, H, W, C] -> f32[b, N], one call for each batch of images without an
@@ -142,18 +146,27 @@ class Ledger:
             default each view is an image.
           waits: seconds before each further attempt at a batch, after `query` raised Unavailable;
             longer if the target asked for more. Each attempt is a request of its own.
-          pause: waits the given number of seconds. It gets the error too, and may raise to give up.
+          pause: waits the given number of seconds. It gets the error too, `Unavailable`, or
+            `Unwritten` before a further attempt to write answers. It may raise to give up.
           on_progress: called with (images answered, images to ask) after each batch.
+          say: gets lines for people.
+          name: of an image, by its row in `images`, for people.
+          max_refused: the share of all images asked about that may have no answer.
+          trial: most images in the first request to a target that has not answered yet, so that a
+            mistake in what it answers costs no whole batch; 0 is no limit.
 
         Returns:
-          f32[n, N], rows in the order of `images`, at level `access`.
+          f32[n, N], rows in the order of `images`, at level `access`. Images without an answer have
+          NaN.
 
         Raises:
           BudgetSpent: the budget does not cover the missing images; nothing was sent.
           Unavailable: from the query, after all `waits`. The ledger records the request as failed
             before it raises this, or any other error of the query. Earlier answers are kept.
-          ValueError: unknown purpose or level, or the query's answer has a wrong shape or is not
-            finite. That batch is not kept; earlier answers are.
+          TooManyRefused: a ValueError; more images have no answer than `max_refused` allows.
+          ValueError: unknown purpose or level, or the query's answer has a wrong shape. That batch
+            is not kept; earlier answers are.
+          OSError: the disk has no room for the answers to a batch, which was not sent.
         """
         if purpose not in PURPOSES:
             raise ValueError(f"purpose {purpose!r} is unknown; choose one of {', '.join(PURPOSES)}")
@@ -161,62 +174,57 @@ class Ledger:
         digests = pixel_digests(images)
         sources = digests if of is None else pixel_digests(of)
         keys = keys_of_digests(digests, self.target, self.preprocessing)
-        known = stored.find(self._file, keys)
-        rows = _missing(keys, known, access)
+        known, without = stored.find(self._file, keys), self.refused(keys)
+        rows = stored.missing(keys, known, without, access)
         if purpose != "report":
             self.check_budget(
                 {
                     source
                     for key, source in zip(keys, sources, strict=True)
-                    if key not in known or known[key].purpose in ("report", RECORDED)
+                    if (key not in known or known[key].purpose in ("report", RECORDED))
+                    and key not in without
                 }
             )
         gives_way = (RECORDED,) if purpose == "report" else (RECORDED, "report")
         if freed := [answer.row for answer in known.values() if answer.purpose in gives_way]:
             stored.assign(self._file, freed, self._request(purpose, views=0, retry=0))
 
-        classes = stored.classes(self._file, self.target)
+        asking = Asking(
+            file=self._file,
+            target=self.target,
+            query=query,
+            request=lambda views, retry: self._request(purpose, views=views, retry=retry),
+            access=access,
+            dtype=self.dtype,
+            waits=waits,
+            pause=pause,
+            say=say,
+            name=name,
+            total=accounts.asked(self._file, self.target) + len(rows),
+            max_refused=max_refused,
+        )
+        if without:
+            refused.check(self._file, self.target, asking.total, max_refused)
+        most = batch_size
+        first = trial if stored.classes(self._file, self.target) is None else 0
         for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
-            request, scores = self._send(query, images[batch], purpose, classes, waits, pause)
-            classes = scores.shape[1]
-            stored.keep(
-                self._file,
-                request,
-                [keys[row] for row in batch],
-                [sources[row] for row in batch],
-                scores,
-                access,
-                self.dtype,
+            some = rows[start : start + batch_size]
+            batch = Batch(
+                some, images[some], [keys[row] for row in some], [sources[row] for row in some]
             )
+            most = sending.ask(asking, batch, most, first if start == 0 else 0)
             if on_progress:
                 on_progress(min(start + batch_size, len(rows)), len(rows))
-        return self.read_keys(keys, access)
-
-    def _send(
-        self,
-        query: Callable[[np.ndarray], np.ndarray],
-        batch: np.ndarray,
-        purpose: str,
-        classes: int | None,
-        waits: Sequence[float],
-        pause: Callable[[float, Unavailable], None],
-    ) -> tuple[int, np.ndarray]:
-        """Number of the request that succeeded, for `ask` to mark as answered, and its scores."""
-        for attempt in range(len(waits) + 1):
-            # A kill must not lose the record of a request; a power cut may. Only answers wait for
-            # the disk.
-            self._file.run("PRAGMA synchronous = NORMAL")
-            request = self._request(purpose, views=len(batch), retry=int(attempt > 0))
-            self._file.run("PRAGMA synchronous = FULL")
-            try:
-                return request, checked(query(batch), len(batch), classes, self.dtype)
-            except Exception as error:
-                self._file.run("UPDATE requests SET failed = 1 WHERE id = ?", (request,))
-                if not isinstance(error, Unavailable) or attempt == len(waits):
-                    raise
-                pause(max(waits[attempt], error.wait or 0), error)
-        raise AssertionError("the last attempt returns or raises")
+        if new := self.refused(keys) - without:
+            say(refused.left_out(self._file, new, len(rows)))
+        without |= new
+        there = [key not in without for key in keys]
+        answers = self.read_keys([key for key in keys if key not in without], access)
+        if all(there):
+            return answers
+        every = np.full((len(keys), answers.shape[1]), np.nan, np.float32)
+        every[there] = answers
+        return every
 
     def record(self, images: list[bytes], scores: np.ndarray, access: str) -> None:
         """Enter answers that the owner handed out. The budget counts them once `ask` uses them.
@@ -231,7 +239,9 @@ class Ledger:
         """
         levels.check(access)
         keys = keys_of_digests(images, self.target, self.preprocessing)
-        scores = checked(scores, len(keys), stored.classes(self._file, self.target), self.dtype)
+        scores = checked(scores, len(keys), stored.classes(self._file, self.target))
+        if bad := int((~np.isfinite(scores)).any(1).sum()):
+            raise ValueError(f"the scores of {bad} of {len(keys)} images are not finite")
         stored.keep(
             self._file,
             self._request(RECORDED, views=0, retry=0),
@@ -245,7 +255,11 @@ class Ledger:
     def unanswered(self, images: np.ndarray, access: str = "logits") -> list[int]:
         """The rows of uint8[n, H, W, C] that `ask` would send, in its order."""
         keys = self.keys(images)
-        return _missing(keys, stored.find(self._file, keys), access)
+        return stored.missing(keys, stored.find(self._file, keys), self.refused(keys), access)
+
+    def refused(self, keys: list[bytes]) -> set[bytes]:
+        """Those of the keys whose images were asked about and have no answer."""
+        return refused.find(self._file, keys)
 
     def count_missing(self, images: np.ndarray) -> int:
         """Number of distinct images of uint8[n, H, W, C] without an answer yet."""
@@ -257,7 +271,7 @@ class Ledger:
         return len(distinct) - stored.count(self._file, distinct)
 
     def spent(self) -> int:
-        """Number of distinct images answered for "train" and "select", as the budget counts."""
+        """Number of distinct images asked about for "train" and "select", as the budget counts."""
         return len(accounts.paid(self._file, self.target))
 
     def account(self) -> accounts.Account:
@@ -281,15 +295,3 @@ class Ledger:
                 "retry": retry,
             },
         )
-
-
-def _missing(keys: list[bytes], known: dict[bytes, stored.Known], access: str) -> list[int]:
-    """The first row of each key that has no answer, or a poorer one than `access`."""
-    rank = levels.ACCESS.index(access)
-    return sorted(
-        {
-            key: row
-            for row, key in reversed(list(enumerate(keys)))
-            if key not in known or levels.ACCESS.index(known[key].access) > rank
-        }.values()
-    )

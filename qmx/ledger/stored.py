@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from qmx.ledger.access import ACCESS
-from qmx.ledger.content import DTYPES, checksum, unpacked
+from qmx.ledger.content import checksum, count_classes, is_whole, packed, unpacked
 from qmx.ledger.file import Damaged, File
 
 FEW = 500  # below SQLite's oldest limit on parameters
@@ -20,7 +20,11 @@ class Known(NamedTuple):
 
 
 def find(file: File, keys: list[bytes]) -> dict[bytes, Known]:
-    """Row, level and purpose of every key that has an answer."""
+    """Row, level and purpose of every key that has an answer.
+
+    Raises:
+      Damaged: a level is none.
+    """
     answers, distinct = {}, sorted(set(keys))  # neighbours in the index
     for start in range(0, len(distinct), FEW):
         few = distinct[start : start + FEW]
@@ -30,7 +34,26 @@ def find(file: File, keys: list[bytes]) -> dict[bytes, Known]:
             few,
         )
         answers.update({key: Known(row, access, purpose) for key, row, access, purpose in rows})
+    if unknown := {answer.access for answer in answers.values()}.difference(ACCESS):
+        raise Damaged(file.path, f"an answer has the unknown access {unknown.pop()!r}")
     return answers
+
+
+def missing(
+    keys: list[bytes], known: dict[bytes, Known], without: set[bytes], access: str
+) -> list[int]:
+    """The first row of each key that has no answer, or a poorer one than `access`.
+
+    Refused ones are left out.
+    """
+    rank = ACCESS.index(access)
+    return sorted(
+        {
+            key: row
+            for row, key in reversed(list(enumerate(keys)))
+            if (key not in known or ACCESS.index(known[key].access) > rank) and key not in without
+        }.values()
+    )
 
 
 def count(file: File, keys: list[bytes]) -> int:
@@ -45,24 +68,35 @@ def count(file: File, keys: list[bytes]) -> int:
     return found
 
 
-def read(file: File, rows: list[int]) -> tuple[np.ndarray, np.ndarray]:
+def read(
+    file: File, rows: list[int], keys: list[bytes], classes: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Levels str[n] and scores f32[n, N] of the answers in `rows`, at most `FEW`, in that order.
 
+    Args:
+      keys: of the answers, n. The index that gave the rows may be damaged, so each row's own key is
+        looked at.
+      classes: N.
+
     Raises:
-      Damaged: one of them is not as it was written.
+      Damaged: one of them is not as it was written, or is the answer to another key.
     """
     answers = {}
-    for row, key, image, access, dtype, written, scores in file.run(
+    for row, *content in file.run(
         "SELECT row, key, image, access, dtype, checksum, scores FROM answers JOIN scores USING"
         f" (row) WHERE row IN ({','.join('?' * len(rows))})",
         rows,
     ):
-        if checksum(key, image, access, dtype, scores) != written:
+        key, _, access, dtype, _, scores = content
+        if not is_whole(*content) or count_classes(len(scores), dtype) != classes:
             raise Damaged(file.path, f"the answer in row {row} is not as it was written")
-        answers[row] = access, dtype, scores
+        answers[row] = key, access, dtype, scores
     if lost := len({*rows} - answers.keys()):
         raise Damaged(file.path, f"the scores of {lost} answers are not there")
-    access, dtypes, scores = zip(*(answers[row] for row in rows), strict=True)
+    for row, key in zip(rows, keys, strict=True):
+        if answers[row][0] != key:
+            raise Damaged(file.path, f"its index leads to row {row}, the answer to another image")
+    _, access, dtypes, scores = zip(*(answers[row] for row in rows), strict=True)
     return np.array(access), unpacked(scores, dtypes)
 
 
@@ -74,32 +108,27 @@ def keep(
     scores: np.ndarray,
     access: str,
     dtype: str,
+    refused: dict[bytes, tuple[bytes, str]] | None = None,
 ) -> None:
-    """Write a request's answers, `packed` [n, N], whole and durable.
+    """Write a request's answers, finite f32[n, N], whole and durable.
 
     A stored answer that is as rich stays as it is.
+
+    Args:
+      refused: the image and the reason for each key that was sent and got no answer.
     """
-    blobs, rank = [row.tobytes() for row in scores], ACCESS.index(access)
+    blobs, rank = packed(scores, dtype), ACCESS.index(access)
 
     def write() -> None:
         known = find(file, keys)  # inside the transaction: another process may have been quicker
         row, answers, rows = file.run("SELECT COALESCE(MAX(row), 0) FROM answers")[0][0], [], []
-        for key, image, blob in zip(keys, images, blobs, strict=True):
+        for key, image, (stored, blob) in zip(keys, images, blobs, strict=True):
             if key in known and ACCESS.index(known[key].access) <= rank:
                 continue
             row += key not in known
             place = known[key].row if key in known else row
-            answers.append(
-                (
-                    place,
-                    key,
-                    image,
-                    request,
-                    access,
-                    dtype,
-                    checksum(key, image, access, dtype, blob),
-                )
-            )
+            written = checksum(key, image, access, stored, blob)
+            answers.append((place, key, image, request, access, stored, written))
             rows.append((place, blob))
         file.run_many(
             "INSERT INTO answers (row, key, image, request, access, dtype, checksum) "
@@ -108,6 +137,11 @@ def keep(
             answers,
         )
         file.run_many("INSERT OR REPLACE INTO scores (row, scores) VALUES (?, ?)", rows)
+        file.run_many(
+            "INSERT OR REPLACE INTO refused (key, image, request, why) VALUES (?, ?, ?, ?)",
+            [(key, image, request, why) for key, (image, why) in (refused or {}).items()],
+        )
+        file.run_many("DELETE FROM refused WHERE key = ?", [(answer[1],) for answer in answers])
         file.run("UPDATE requests SET answered = 1 WHERE id = ?", [request])
 
     file.together(write)
@@ -126,10 +160,18 @@ def assign(file: File, rows: list[int], request: int) -> None:
 
 
 def classes(file: File, target: str) -> int | None:
-    """N of a target's answers; None if there are none yet."""
+    """N of a target's answers; None if there are none yet.
+
+    Raises:
+      Damaged: the first answer's length or dtype makes no sense.
+    """
     first = file.run(
         "SELECT LENGTH(scores), dtype FROM answers JOIN scores USING (row) WHERE request IN "
         "(SELECT id FROM requests WHERE target = ?) LIMIT 1",
         [target],
     )
-    return first[0][0] // np.dtype(DTYPES[first[0][1]]).itemsize if first else None
+    if not first:
+        return None
+    if (number := count_classes(*first[0])) is None:
+        raise Damaged(file.path, f"an answer has {first[0][0]} bytes of {first[0][1]!r}")
+    return number

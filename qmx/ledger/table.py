@@ -10,14 +10,13 @@ The columns, in an npz (a value for each row, or one for all) or a parquet file:
 """
 
 import os
-import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from qmx.ledger.access import ACCESS
-from qmx.ledger.content import checksum, keys_of_digests, unpacked
+from qmx.ledger.content import count_classes, is_whole, keys_of_digests, unpacked
 from qmx.ledger.file import Damaged, File, looked_into
 
 COLUMNS = ("image", "scores", "access", "target", "preprocessing")
@@ -49,15 +48,12 @@ def load(path: Path) -> Recorded:
     """
     check_kind(path)
     try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                columns = {name: file[name] for name in COLUMNS}
-        else:
-            columns = _read_parquet(path)
-    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        columns = _read_npz(path) if path.suffix == ".npz" else _read_parquet(path)
+    except Exception as error:  # the readers of damaged and foreign files raise what they like
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
             f"{path} cannot be read as a table of answers with the columns {', '.join(COLUMNS)}: "
-            f"{error}"
+            f"{reason}"
         ) from None
     image, scores = columns["image"], columns["scores"]
     if image.dtype != np.uint8 or image.ndim != 2 or image.shape[1] != 32:
@@ -69,6 +65,7 @@ def load(path: Path) -> Recorded:
         scores.dtype not in (np.float32, np.float16)
         or scores.shape[:1] != image.shape[:1]
         or scores.ndim != 2
+        or not scores.shape[1]
     ):
         raise ValueError(
             f"{path}: scores are {scores.dtype}{list(scores.shape)}; they must be float32 or"
@@ -78,6 +75,12 @@ def load(path: Path) -> Recorded:
         raise ValueError(f"{path} holds {len(image)} answers, and every one needs finite scores")
     if len(np.unique(image, axis=0)) < len(image):
         raise ValueError(f"{path} has several answers to one image; keep one of each")
+    for name in COLUMNS[2:]:
+        if columns[name].dtype.kind != "U" or columns[name].shape not in ((), (1,), (len(image),)):
+            raise ValueError(
+                f"{path}: {name} is {columns[name].dtype}{list(columns[name].shape)}; it must be a"
+                f" text, or {len(image)} of them"
+            )
     texts = {name: np.broadcast_to(columns[name], len(image)) for name in COLUMNS[2:]}
     for name in ("target", "preprocessing"):
         if len(values := np.unique(texts[name]).tolist()) > 1:
@@ -144,6 +147,8 @@ def from_ledger(path: Path, target: str | None = None) -> tuple[Recorded, int]:
             "SELECT DISTINCT target, preprocessing FROM requests WHERE id IN "
             "(SELECT request FROM answers)"
         )
+        if not all(isinstance(text, str) for name in names for text in name):
+            raise Damaged(path, "the name of a target or a preprocessing is not a text")
         chosen = [name for name in names if name[0].startswith(target or "")]
         if len(chosen) != 1:
             what = f"{path} has {len(chosen)} targets with answers" + (
@@ -158,17 +163,18 @@ def from_ledger(path: Path, target: str | None = None) -> tuple[Recorded, int]:
 
 def _answers(file: File, target: str, preprocessing: str) -> tuple[Recorded, int]:
     images, access, scores, views = list[bytes](), list[str](), list[np.ndarray](), 0
+    widths = set[int | None]()
     for rows in file.stream(
         "SELECT key, image, access, dtype, checksum, scores FROM answers JOIN scores USING (row)"
         " JOIN requests ON request = id WHERE target = ? AND preprocessing = ? ORDER BY row",
         [target, preprocessing],
         CHUNK,
     ):
-        if any(
-            checksum(key, image, level, dtype, blob) != written
-            for key, image, level, dtype, written, blob in rows
-        ):
+        if not all(is_whole(*row) for row in rows):
             raise Damaged(file.path, "an answer is not as it was written")
+        widths |= {count_classes(len(row[5]), row[3]) for row in rows}
+        if len(widths) > 1:
+            raise Damaged(file.path, f"the answers have {len(widths)} numbers of classes")
         keys = keys_of_digests([row[1] for row in rows], target, preprocessing)
         whole = [row for row, key in zip(rows, keys, strict=True) if row[0] == key]
         views += len(rows) - len(whole)
@@ -193,16 +199,27 @@ def _answers(file: File, target: str, preprocessing: str) -> tuple[Recorded, int
     )
 
 
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as file:
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError("it holds a single array")
+        return {name: np.asarray(file[name]) for name in COLUMNS}
+
+
 def _read_parquet(path: Path) -> dict[str, np.ndarray]:
     pyarrow = _pyarrow(path)
     table = pyarrow.parquet.read_table(path, columns=list(COLUMNS))
+    if empty := [name for name in COLUMNS if table[name].null_count]:
+        raise ValueError(f"{empty[0]} is missing in some rows")
     scores = table["scores"].combine_chunks()
-    width = {len(row) for row in scores}
-    if len(width) != 1 or scores.null_count:
-        raise ValueError(f"its rows have {sorted(width)} scores")
-    image = b"".join(table["image"].to_pylist())
+    widths = sorted({len(row) for row in scores})
+    if len(widths) != 1:
+        raise ValueError(f"its rows have {widths} scores")
+    images = table["image"].to_pylist()
+    if {len(row) for row in images} != {32}:
+        raise ValueError("some images are not SHA-256 digests of 32 bytes")
     return {
-        "image": np.frombuffer(image, np.uint8).reshape(len(table), -1),
+        "image": np.frombuffer(b"".join(images), np.uint8).reshape(len(table), -1),
         "scores": scores.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1),
         **{name: np.array(table[name].to_pylist(), str) for name in COLUMNS[2:]},
     }

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from qmx.ledger.access import ACCESS
 from qmx.ledger.accounts import PURPOSES, RECORDED
-from qmx.ledger.content import DTYPES, checksum, keys_of_digests
-from qmx.ledger.file import SCHEMA, check_tables, read_only
+from qmx.ledger.content import is_whole, keys_of_digests
+from qmx.ledger.file import REFUSED, SCHEMA, check_tables, read_only
 from qmx.ledger.pages import records
 
 SHOWN = 5  # problems of one kind that are listed one by one
@@ -19,6 +19,11 @@ CREATE TEMP TABLE found_answers (row INTEGER, key BLOB, image BLOB, request INTE
                                  dtype TEXT, checksum INTEGER);
 CREATE TEMP TABLE found_scores (row INTEGER, scores BLOB);
 """
+
+
+# Types of the values in a record.
+ANSWER = (None, bytes, bytes, int, str, str, int)
+REFUSAL = (bytes, bytes, int, str)
 
 
 class Recovered(NamedTuple):
@@ -50,8 +55,8 @@ def problems(
             try:
                 check_tables(db)
             except sqlite3.OperationalError as error:
-                # The tables may lie behind the damage.
-                if path.with_name(path.name + "-wal").exists():
+                # The tables may lie behind the damage, or be called something else by it.
+                if path.with_name(path.name + "-wal").exists() or _has_answers(path):
                     return [*lines, f"SQLite: {error}"]
                 raise ValueError(f"{path} cannot be used as a ledger: {error}") from None
             found = [
@@ -92,7 +97,10 @@ def recover(
     try:
         db = sqlite3.connect(part, isolation_level=None)
         db.executescript(
-            SCHEMA.replace("WAL", "DELETE") + FOUND + "PRAGMA synchronous = OFF; BEGIN;"
+            SCHEMA.replace("WAL", "DELETE")
+            + REFUSED.format("")
+            + FOUND
+            + "PRAGMA synchronous = OFF; BEGIN;"
         )
         highest = _collect(db, path, on_progress)
         lost = _keep_whole(db)
@@ -118,15 +126,19 @@ def _cut(path: Path) -> list[str]:
     return [f"the file ends after {have} of {whole} bytes"] if have < whole else []
 
 
+def _has_answers(path: Path) -> bool:
+    return any(_fits(values, *ANSWER) for _, values in records(path))
+
+
 def _wrong_answers(db: sqlite3.Connection, on_progress: Callable[[int, int], None]) -> list[str]:
     total = db.execute("SELECT COUNT(*) FROM answers").fetchone()[0]
     wrong, checked = list[int](), 0
-    for row, written, *content in db.execute(
-        "SELECT row, checksum, key, image, access, dtype, scores FROM answers JOIN scores USING"
+    for row, *content in db.execute(
+        "SELECT row, key, image, access, dtype, checksum, scores FROM answers JOIN scores USING"
         " (row) ORDER BY row"
     ):
         checked += 1
-        if checksum(*content) != written:
+        if not is_whole(*content):
             wrong.append(row)
         if checked % 4096 == 0:
             on_progress(checked, total)
@@ -149,8 +161,12 @@ def _wrong_answers(db: sqlite3.Connection, on_progress: Callable[[int, int], Non
 
 def _collect(db: sqlite3.Connection, path: Path, on_progress: Callable[[int, int], None]) -> int:
     """Collect the records that look like ours; returns the highest row number of an answer."""
-    highest = 0
+    log = path.with_name(path.name + "-wal")
+    # A row takes more than a byte, so that a greater number is garbage.
+    most, highest = path.stat().st_size + (log.stat().st_size if log.exists() else 0), 0
     for row, values in records(path, on_progress):
+        if not 0 < row <= most:
+            continue
         if _fits(values, None, str, str, str, int, int, int, int) and values[3] in (
             *PURPOSES,
             RECORDED,
@@ -159,13 +175,11 @@ def _collect(db: sqlite3.Connection, path: Path, on_progress: Callable[[int, int
                 "INSERT OR REPLACE INTO requests VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 [row, *values[1:]],
             )
-        elif (
-            _fits(values, None, bytes, bytes, int, str, str, int)
-            and values[4] in ACCESS
-            and values[5] in DTYPES
-        ):
+        elif _fits(values, *ANSWER):
             db.execute("INSERT INTO found_answers VALUES (?, ?, ?, ?, ?, ?, ?)", [row, *values[1:]])
             highest = max(highest, row)
+        elif _fits(values, *REFUSAL) and len(values[0]) == len(values[1]) == 32:
+            db.execute("INSERT OR REPLACE INTO refused VALUES (?, ?, ?, ?)", values)
         elif _fits(values, None, bytes):
             db.execute("INSERT INTO found_scores VALUES (?, ?)", [row, values[1]])
             highest = max(highest, row)
@@ -190,7 +204,7 @@ def _keep_whole(db: sqlite3.Connection) -> int:
     )
     rows, lost, invented = dict[bytes, tuple[int, str]](), 0, set[int]()
     for _, key, image, request, access, dtype, written, scores in candidates:
-        if checksum(key, image, access, dtype, scores) != written:
+        if not is_whole(key, image, access, dtype, written, scores):
             continue
         if request not in requests:
             owner = [names for names in targets if keys_of_digests([image], *names) == [key]]
@@ -208,9 +222,11 @@ def _keep_whole(db: sqlite3.Connection) -> int:
             continue
         lost += request in invented
         rows[key] = place, access
+        db.execute("DELETE FROM refused WHERE key = ?", [key])
         db.execute(
             "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?)",
             [place, key, image, request, access, dtype, written],
         )
         db.execute("INSERT OR REPLACE INTO scores VALUES (?, ?)", [place, scores])
+    db.execute("DELETE FROM refused WHERE request NOT IN (SELECT id FROM requests)")
     return lost

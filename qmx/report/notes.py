@@ -22,6 +22,13 @@ def account_notes(results: dict) -> list[str]:
     lost = (
         f" {account['lost']} of the calls are no longer in the ledger." if account["lost"] else ""
     )
+    # Results of an older version have no such number.
+    refused = (
+        f" {account['refused']} images were refused, or answered with numbers that are not finite,"
+        " and are left out."
+        if account.get("refused")
+        else ""
+    )
     return [
         f"Target: {target['name']}, {measured}, sha256 {target['sha256'][:16]}.",
         f"Pool: {pool['size']} images of {pool['name']}; evaluated on {pool['evaluation']} others.",
@@ -29,7 +36,7 @@ def account_notes(results: dict) -> list[str]:
             f"Asked: {account['images']} distinct images ({used}), {account['views']} views,"
             f" {calls} calls, {account['failed']} sent in requests that failed"
             f" ({account['retried']} sent again), {account['unanswered']} without an answer.{lost}"
-            f"{paid}"
+            f"{refused}{paid}"
         ),
         recipes_note(results) + " Figures are those of the last step.",
     ] + ([f"Warning: {target['warning']}."] if target["warning"] else [])

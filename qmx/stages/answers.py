@@ -13,7 +13,7 @@ from qmx.grid import budget_keys
 from qmx.inference import ids_here
 from qmx.ledger import BudgetSpent, Ledger, Unavailable, keys_of, pixel_digests
 from qmx.ledger.access import as_logits
-from qmx.progress import Progress, progress
+from qmx.progress import Progress, progress, say
 from qmx.sharding import first, gathered
 from qmx.stages import outside, recorded
 from qmx.stages.run import Run
@@ -22,6 +22,7 @@ from qmx.targets.query import Query
 
 CHUNK = 4096  # images between two looks at the budget, 0.6 GB of them at 224 pixels
 BATCH = 256  # images in one request to a target that is computed here
+TRIAL = 2  # images in the first request to another one
 
 
 def ask_about(
@@ -47,10 +48,16 @@ def ask_about(
                 images,
                 purpose,
                 partial(_answered, run, shown, name, len(keys), len(ids)),
+                partial(_name, source, ids[len(keys) :]),
             )
             keys += keys_of(images, **target.identity)
             shown.update(len(keys))
     return keys
+
+
+def _name(source: Source, ids: np.ndarray, row: int) -> str:
+    """An image for people: its file, or its number in the pool or among the evaluation images."""
+    return source.names[ids[row]] if source.names else f"image {ids[row]}"
 
 
 def _answered(
@@ -80,6 +87,7 @@ def ask_together(
     images: np.ndarray,
     purpose: str,
     on_progress: Callable[[int, int], None],
+    name: Callable[[int], str],
 ) -> None:
     """Answers for a chunk of images into the ledger, which the first process keeps.
 
@@ -110,6 +118,10 @@ def ask_together(
                     waits=outside.waits(keys.retries),
                     pause=partial(outside.pause, run),
                     on_progress=on_progress,
+                    say=say,
+                    name=name,
+                    max_refused=keys.max_refused,
+                    trial=TRIAL if elsewhere else 0,
                 )
             except Unavailable as error:
                 raise Unavailable(
@@ -126,11 +138,26 @@ class Answers(NamedTuple):
     """Answers to everything that was asked about: the keys by which the ledger gives them."""
 
     identity: dict[str, str]  # of the target
-    ids: np.ndarray  # i64[n], the pool's images, ascending
+    ids: np.ndarray  # i64[n], the pool's images that have an answer, ascending
     train: np.ndarray  # uint8[n, 32], their keys
-    report: np.ndarray  # uint8[m, 32], keys of the evaluation images
+    evaluation: np.ndarray  # i64[m], the evaluation images that have an answer, ascending
+    report: np.ndarray  # uint8[m, 32], their keys
     top1: float  # the target's accuracy on these, in per cent
     top5: float
+
+    def there(self, ids: np.ndarray) -> np.ndarray:
+        """Those of some images of the pool that have an answer, in that order."""
+        return ids[np.isin(ids, self.ids)]
+
+
+def answered(run: Run, identity: dict[str, str], keys: list[bytes]) -> np.ndarray:
+    """True for each image that was not refused, by its key, bool[n], in every process."""
+
+    def look(ledger: Ledger) -> np.ndarray:
+        without = ledger.refused(keys)
+        return np.array([key not in without for key in keys], bool)
+
+    return in_ledger(run, identity, look)
 
 
 def read_scores(run: Run, identity: dict[str, str], keys: list[bytes], access: str) -> np.ndarray:

@@ -63,6 +63,8 @@ def distill(
     }
     if keys.learn_from != "labels":
         inputs |= needed(answers).identity
+        if left_out := len(selection.ids) - len(needed(answers).there(selection.ids)):
+            inputs["without_answer"] = left_out
     if cell.use == "pool":
         inputs["propagation"] = plain(config.propagation)
     if cell.use == "fixmatch":
@@ -124,6 +126,7 @@ def transfer_set(
         scores = Labels(pool.labels[ids], run.data.classes)
     else:
         answers = needed(answers)
+        ids = answers.there(ids)
         keys = [row.tobytes() for row in answers.train[np.searchsorted(answers.ids, ids)]]
         scores = read_scores(run, answers.identity, keys, cell.access)
     if cell.use == "pool":

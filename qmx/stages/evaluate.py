@@ -13,7 +13,10 @@ from qmx.workdir import NotDone
 
 
 def evaluate(run: Run, cell: Cell, student: Student | NotDone, answers: Answers | NotDone) -> dict:
-    """A cell's row, from its last step (never the best one)."""
+    """A cell's row, from its last step (never the best one).
+
+    Evaluation images without an answer are left out of all figures, so that all are of the same.
+    """
     student, answers = needed(student), needed(answers)
     access, evaluation = run.config.target.access, run.data.evaluation
     # Images whose answers chose others.
@@ -29,15 +32,17 @@ def evaluate(run: Run, cell: Cell, student: Student | NotDone, answers: Answers 
         scores = outputs(run, f"evaluate {cell.name}", network, weights, evaluation)
         about = [row.tobytes() for row in answers.report]
         target = read_scores(run, answers.identity, about, access)
+        there = answers.evaluation
         queries = {"train": cell.queries - chose, "select": chose, "report": len(target)}
         return {
             "queries": queries,
             "calls": sum(queries.values()),
-            **compare(scores, target, evaluation.labels),
+            **compare(scores[there], target, evaluation.labels[there]),
             "seconds": student.seconds,
             "recipe": student.recipe,
         }
 
+    left_out = evaluation.size - len(answers.evaluation)
     inputs = {
         "evaluation": run.data.evaluation_digest,
         "student": student.sha256,
@@ -45,6 +50,7 @@ def evaluate(run: Run, cell: Cell, student: Student | NotDone, answers: Answers 
         **answers.identity,
         **({"select": chose} if chose else {}),
         **({"shows": access} if access != "logits" else {}),
+        **({"without_answer": left_out} if left_out else {}),
     }
     # Of a row the queries are told by purpose.
     return {**cell._asdict(), **run.stage("evaluate", cell.name, inputs, work)}

@@ -8,7 +8,7 @@ import numpy as np
 
 from qmx.checkpoint import file_digest
 from qmx.data import Dataset
-from qmx.ledger import Unavailable
+from qmx.ledger import Unwritten
 from qmx.progress import say
 from qmx.sharding import from_first
 from qmx.stages import recorded
@@ -104,11 +104,20 @@ def waits(retries: int) -> list[float]:
     return [*WAITS, *[WAITS[-1]] * retries][:retries]
 
 
-def pause(run: Run, seconds: float, why: Unavailable) -> None:
-    """Wait, and say why. Raises Stopped when this process is told to stop meanwhile."""
-    say(f"{why} (asked again in {seconds:g} s)")
+def pause(run: Run, seconds: float, why: OSError) -> None:
+    """Wait for the target, and say why; or, silently, until answers can be written.
+
+    Raises:
+      Stopped: this process is told to stop meanwhile.
+    """
+    if not isinstance(why, Unwritten):
+        say(f"{why} (asked again in {seconds:g} s)")
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0:
         if run.stopped():
-            raise Stopped(f"stopped while waiting for the target ({why})")
+            raise Stopped(
+                f"stopped; {why}; they are lost"
+                if isinstance(why, Unwritten)
+                else f"stopped while waiting for the target ({why})"
+            )
         time.sleep(min(left, 0.2))

@@ -15,7 +15,7 @@ from qmx.ledger import BudgetSpent, Ledger
 from qmx.metrics import top_k
 from qmx.progress import say
 from qmx.sharding import first
-from qmx.stages.answers import Answers, ask_about, read_scores
+from qmx.stages.answers import Answers, answered, ask_about, read_scores
 from qmx.stages.run import Run, needed
 from qmx.stages.select import Selection, chosen_up_front
 from qmx.stages.target import Target, in_ledger, open_ledger, target_query
@@ -35,16 +35,23 @@ def query(run: Run, target: Target | NotDone, selections: Iterable[Selection | N
     def work(directory: Path) -> dict:
         refuse_beyond(run.config, len(ids), run.workdir)
         keys: dict[str, list[bytes]] = {}
+        there: dict[str, np.ndarray] = {}  # the images that have an answer
         ask = cache(lambda: target_query(run, target))
         for purpose, source, wanted in (
             ("report", evaluation, np.arange(evaluation.size)),
             ("train", run.data.pool, ids),
         ):
             name = f"query for {purpose}"
-            keys[purpose] = ask_about(run, target, ask, source, wanted, purpose, name)
+            every = ask_about(run, target, ask, source, wanted, purpose, name)
+            has = answered(run, target.identity, every)
+            keys[purpose] = [every[place] for place in np.flatnonzero(has)]
+            there[purpose] = wanted[has]
+            if not has.all():
+                say(f"{name}: {(~has).sum()} of {len(has)} images have no answer and are left out")
             if purpose == "report":
                 scores = read_scores(run, target.identity, keys["report"], access)
-                measured = {f"top{k}": top_k(scores, evaluation.labels, k) for k in (1, 5)}
+                labels = evaluation.labels[there["report"]]
+                measured = {f"top{k}": top_k(scores, labels, k) for k in (1, 5)}
                 if warning := unexpected(run.config.target.expect, measured, evaluation.size):
                     say(f"warning: {warning}")
         both = len(set(keys["report"]) & set(keys["train"]))
@@ -59,8 +66,8 @@ def query(run: Run, target: Target | NotDone, selections: Iterable[Selection | N
         }
         if first():
             path = directory / "keys.npz"
-            write_arrays(path, ids=ids, train=rows["train"], report=rows["report"])
-        return {"images": len(ids), **measured}
+            write_arrays(path, ids=there["train"], evaluation=there["report"], **rows)
+        return {"images": len(there["train"]), **measured}
 
     inputs = {
         "pool": run.data.pool_digest,
@@ -73,6 +80,7 @@ def query(run: Run, target: Target | NotDone, selections: Iterable[Selection | N
     result = run.stage("query", ".", inputs, work, lambda: lost_answers(run, target))
     note_calls(run, target)
     rows = read_arrays(run.workdir / "query" / "keys.npz")
+    rows.setdefault("evaluation", np.arange(len(rows["report"])))  # an older file has all
     return Answers(target.identity, **rows, top1=result["top1"], top5=result["top5"])
 
 

@@ -12,7 +12,7 @@ from qmx.selection.by_answers import BY_ANSWERS, shares
 from qmx.selection.orders import random_order
 from qmx.selection.propagate import propagate
 from qmx.sharding import from_first
-from qmx.stages.answers import afford, ask_about, read_scores
+from qmx.stages.answers import afford, answered, ask_about, read_scores
 from qmx.stages.features import Features
 from qmx.stages.run import Run, plain
 from qmx.stages.target import Target, target_query
@@ -62,8 +62,10 @@ def in_rounds(run: Run, cell: Cell, features: Features, target: Target) -> np.nd
             f"query to select, {cell.init} {cell.select} {cell.access} "
             f"{cell.queries} seed {cell.seed}, round {number}",
         )
-        known = softmax(read_scores(run, target.identity, keys, cell.access), axis=1)
-        spread = propagate(rows, ids, known, **run.config.propagation)
+        has = answered(run, target.identity, keys)
+        some = [keys[place] for place in np.flatnonzero(has)]
+        known = softmax(read_scores(run, target.identity, some, cell.access), axis=1)
+        spread = propagate(rows, ids[has], known, **run.config.propagation)
         # In one process: another machine's sums may round another way, and choose others.
         ids = np.concatenate([ids, from_first(partial(way, spread, ids, share))])
     return ids

@@ -63,9 +63,11 @@ def target(run: Run) -> Target:
         inputs = {"arch": keys.arch, **source_of(keys.path), "classes": data.classes}
         result = run.stage("target", ".", inputs, lambda directory: _convert(run, directory))
     else:
+        # A share of its answers is nothing that it is trained with.
+        trained = {key: value for key, value in plain(keys).items() if key != "max_refused"}
         inputs = {
             "pool": data.pool_digest,
-            "target": plain(keys),
+            "target": trained,
             "weak_view": plain(run.config.weak_view),
         }
         result = run.stage("target", ".", inputs, lambda directory: _train(run, directory))

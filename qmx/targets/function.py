@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qmx.ledger import Refused
 from qmx.ledger.access import received
 from qmx.targets.query import Outside
 
@@ -17,7 +18,7 @@ def connect(path: str, *, classes: int, access: str = "logits") -> Outside:
     """A query function around the user's function, uint8[b, H, W, C] -> numbers [b, N].
 
     The user's function may raise `qmx.ledger.Unavailable`, with the seconds to wait, to be called
-    again.
+    again, and `qmx.ledger.Refused` for images that it cannot answer, to be called with fewer.
 
     The digest is of the file and the function's name, and is part of the ledger's keys. A changed
     file is therefore another target, and everything is asked again. A change in other files that
@@ -41,9 +42,9 @@ def connect(path: str, *, classes: int, access: str = "logits") -> Outside:
         try:
             answer = np.asarray(function(images))
             numeric = answer.dtype.kind in "biuf"
-        except OSError:  # Unavailable is one
+        except (OSError, Refused):  # Unavailable is an OSError
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ValueError(f"target.path {path} failed: {_place(error)}") from error
         if not numeric:
             raise ValueError(f"target.path {path} returned {answer.dtype}, and it must be numbers")
@@ -82,7 +83,7 @@ def _load(file: str, name: str, path: str) -> Callable[[np.ndarray], object]:
         names = (
             runpy.run_path(file) if file.endswith(".py") else vars(importlib.import_module(file))
         )
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"target.path {path} does not load: {_place(error)}") from error
     function = names.get(name)
     if not callable(function):
@@ -90,7 +91,7 @@ def _load(file: str, name: str, path: str) -> Callable[[np.ndarray], object]:
     return function
 
 
-def _place(error: Exception) -> str:
+def _place(error: BaseException) -> str:
     """An error of the user's code, with the line where it was raised."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({Path(last.filename).name}, line {last.lineno})"

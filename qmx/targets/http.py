@@ -4,16 +4,21 @@ Errors that are likely to pass are raised as `Unavailable`, so that the ledger a
 ValueError.
 """
 
+import contextlib
 import json
+import logging
+import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Mapping
-from urllib.parse import urlsplit
+from typing import Any
 
 import urllib3
 
-from qmx.ledger import Unavailable
+from qmx.ledger import Refused, Unavailable
 from qmx.targets.address import bearer, check_address
+from qmx.targets.said import shown, without
 
 # (method, path, body, headers) -> the body and the headers of the answer.
 Send = Callable[[str, str, bytes | None, dict[str, str]], tuple[bytes, Mapping[str, str]]]
@@ -22,6 +27,8 @@ Send = Callable[[str, str, bytes | None, dict[str, str]], tuple[bytes, Mapping[s
 # takes the next attempt.
 PASSING = (408, 429, 500, 502, 503, 504)
 LONGEST_WAIT = 600.0  # seconds; rather than wait longer, the run stops and can be run again
+# Such a status is about the content of a request: with fewer images it may be answered.
+CONTENT = (400, 413, 422)
 LARGEST = 1 << 28  # bytes of an answer: 256 x 21,841 classes (ImageNet-21k) as JSON are half of it
 CHUNK = 1 << 16
 CURES = {
@@ -44,7 +51,7 @@ def client(
       token_env: name of an environment variable; its value is sent as `Authorization: Bearer`. It
         is read again for each request, and no message shows it.
       ca_file: PEM certificates to trust in place of the system's.
-      timeout: seconds for the connection, and again for the whole answer.
+      timeout: seconds for the connection, and again for the whole answer with its headers.
       rate: most requests in a second; 0 is no limit.
 
     Raises:
@@ -65,12 +72,21 @@ def client(
     pool = urllib3.PoolManager(
         ssl_context=trusted, timeout=urllib3.Timeout(connect=timeout, read=timeout)
     )
+    pool.pool_classes_by_scheme = {"http": _HttpPool, "https": _HttpsPool}
+    logging.getLogger("urllib3").setLevel(logging.CRITICAL)  # it repeats headers
     pause = limiter(rate)
 
     def send(
         method: str, path: str, body: bytes | None, headers: dict[str, str]
     ) -> tuple[bytes, Mapping[str, str]]:
-        where, token = url.rstrip("/") + path, bearer(token_env)
+        token = bearer(token_env)
+        with without(token):
+            return exchange(method, path, body, headers, token)
+
+    def exchange(
+        method: str, path: str, body: bytes | None, headers: dict[str, str], token: str
+    ) -> tuple[bytes, Mapping[str, str]]:
+        where = url.rstrip("/") + path
         allowed = {"Authorization": f"Bearer {token}"} if token else {}
         pause()
         try:
@@ -89,7 +105,7 @@ def client(
                 # After a complete answer its connection is back in the pool, and stays open.
                 response.close()
         except urllib3.exceptions.HTTPError as error:
-            reason = _reason(error, timeout)
+            reason = shown(_reason(error, timeout), token)
             if "CERTIFICATE_VERIFY_FAILED" in str(error):
                 raise ValueError(
                     f"{url} has a certificate that is not trusted ({reason}); target.ca_file names"
@@ -101,8 +117,9 @@ def client(
                 ) from None
             raise Unavailable(f"{where} gave no whole answer: {reason}") from None
         if response.status != 200:
-            message = _said(answer).replace(token, "***") if token else _said(answer)
-            raise _refusal(where, response.status, response.headers, message)
+            to = shown(response.headers.get("Location", ""), token)
+            message = shown(_said(answer), token)
+            raise _refusal(where, response.status, response.headers, to, message)
         return answer, response.headers
 
     return send
@@ -123,17 +140,84 @@ def limiter(rate: float) -> Callable[[], None]:
 
 def _read(response: urllib3.BaseHTTPResponse, where: str, timeout: float) -> bytes:
     """The whole body. The time-out covers it all, also where a server sends a byte now and then."""
-    body, deadline = bytearray(), time.monotonic() + timeout
-    while chunk := response.read1(CHUNK):
-        body += chunk
-        if len(body) > LARGEST:
-            raise ValueError(f"{where} answers with more than {LARGEST >> 20} MiB; {CURES[413]}")
-        if time.monotonic() > deadline:
-            raise Unavailable(f"{where} did not end its answer within {timeout:g} s")
+    body, watch = bytearray(), getattr(response, "watch", None)
+    assert isinstance(watch, _Watch)
+    try:
+        while chunk := response.read1(CHUNK):
+            body += chunk
+            if len(body) > LARGEST:
+                raise ValueError(
+                    f"{where} answers with more than {LARGEST >> 20} MiB; {CURES[413]}"
+                )
+    except urllib3.exceptions.HTTPError:
+        if not watch.late:
+            raise
+    finally:
+        watch.end()
+    if watch.late:
+        raise Unavailable(f"{where} did not end its answer within {timeout:g} s")
     return bytes(body)
 
 
-def _refusal(where: str, status: int, headers: Mapping[str, str], message: str) -> Exception:
+class _Watch:
+    """Ends a connection when an answer, its headers included, is not whole after some seconds.
+
+    A time-out of the socket alone begins anew with each byte that comes.
+    """
+
+    def __init__(self, sock: socket.socket, seconds: float):
+        self.late, self._sock = False, sock
+        self._timer = threading.Timer(seconds, self._end_it)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def end(self) -> None:
+        """Stop watching."""
+        self._timer.cancel()
+
+    def _end_it(self) -> None:
+        self.late = True
+        with contextlib.suppress(OSError):
+            # As a plain socket: TLS would talk to the server once more.
+            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
+
+
+class _Watched:
+    """Part of a connection that watches over the answer."""
+
+    def getresponse(self) -> Any:
+        """The answer's status and headers; its `watch` goes on until the body is read."""
+        watch = _Watch(self.sock, self.timeout)  # type: ignore[attr-defined]
+        try:
+            response = super().getresponse()  # type: ignore[misc]
+        except BaseException:
+            watch.end()
+            if watch.late:
+                raise TimeoutError from None
+            raise
+        response.watch = watch
+        return response
+
+
+class _Http(_Watched, urllib3.connection.HTTPConnection):
+    pass
+
+
+class _Https(_Watched, urllib3.connection.HTTPSConnection):
+    pass
+
+
+class _HttpPool(urllib3.HTTPConnectionPool):
+    ConnectionCls = _Http
+
+
+class _HttpsPool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = _Https
+
+
+def _refusal(
+    where: str, status: int, headers: Mapping[str, str], location: str, message: str
+) -> Exception:
     """The error for a status other than 200."""
     text = f"{where} answered {status}{f' ({message})' if message else ''}"
     if status in PASSING:
@@ -145,19 +229,20 @@ def _refusal(where: str, status: int, headers: Mapping[str, str], message: str) 
             )
         return Unavailable(text, wait)
     if 300 <= status < 400:
-        to = urlsplit(headers.get("Location", ""))
+        to = location.partition("?")[0].partition("#")[0]
         return ValueError(
-            f"{text}: it sends elsewhere, to {to.scheme}://{to.hostname}{to.path}, which is not "
-            "followed; if that is the right place, make it the target.url"
+            f"{text}: it sends elsewhere, to {to}, which is not followed; if that is the right"
+            " place, make it the target.url"
         )
-    return ValueError(f"{text}; {CURES.get(status, 'the same request would be refused again')}")
+    kind = Refused if status in CONTENT else ValueError
+    return kind(f"{text}; {CURES.get(status, 'the same request would be refused again')}")
 
 
 def _retry_after(value: str | None) -> float | None:
     """Seconds until a Retry-After, which may be a date."""
     try:
         return None if value is None else urllib3.Retry(0).parse_retry_after(value)
-    except urllib3.exceptions.InvalidHeader:
+    except (urllib3.exceptions.InvalidHeader, ValueError, OverflowError):
         return None
 
 
@@ -165,11 +250,9 @@ def _said(body: bytes) -> str:
     """Message of a server about an error: the protocol's "error", else the start of the text."""
     text = body[:2000].decode(errors="replace")
     try:
-        text = str(json.loads(text)["error"])
-    except (ValueError, KeyError, TypeError):
-        pass
-    text = " ".join(text.split())
-    return text if len(text) < 200 else text[:200] + " ..."
+        return str(json.loads(text)["error"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return text
 
 
 def _reason(error: BaseException, timeout: float) -> str:
