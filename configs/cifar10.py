@@ -26,7 +26,8 @@ On two CPU cores one MoCo epoch takes about twenty minutes.
 
 from ml_collections import ConfigDict
 
-from qmx.settings import base, chosen, recipe
+from qmx.settings import base, recipe
+from qmx.shipped import chosen
 
 INITS = ("none", "rotation", "moco", "simsiam")
 WORDS = (*INITS, "tiny")

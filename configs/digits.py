@@ -10,7 +10,8 @@ each.
 
 from ml_collections import ConfigDict
 
-from qmx.settings import base, chosen
+from qmx.settings import base
+from qmx.shipped import chosen
 
 WORDS = ("float32",)
 

@@ -45,7 +45,8 @@ little higher.
 
 from ml_collections import ConfigDict
 
-from qmx.settings import base, chosen, recipe
+from qmx.settings import base, recipe
+from qmx.shipped import chosen
 
 INITS = ("none", "rotation", "moco", "simsiam")
 WORDS = (*INITS, "paper", "best", "moco800", "tiny")

@@ -15,6 +15,8 @@ from qmx.models.resnet import ARCHS
 from qmx.optim import DECAYS, OPTIMIZERS, SCHEDULES
 from qmx.settings import base, leaves, recipe
 from qmx.targets.query import PRECISIONS
+from qmx.targets.shown import DTYPES as SHOWN_DTYPES
+from qmx.targets.shown import INTERPOLATIONS, LAYOUTS
 
 
 class Range(NamedTuple):
@@ -75,6 +77,10 @@ RANGES = {
     "blur_p": PROBABILITY,
     # Of the target.
     "target.batch_size": FROM_1,
+    "scale": FROM_0,
+    "target.shown.mean": FROM_0,
+    "target.shown.std": ABOVE_0,
+    "channels": Range(0, 3, why="1 or 3, or 0 for the images' own"),
     "expect": Range(0, 100, why="a top-1 and a top-5 accuracy in per cent, or ()"),
     "retries": FROM_0,
     "max_refused": SHARE,
@@ -115,6 +121,9 @@ WORDS = {
     "target.kind": ("train", "torch", "served", "callable", "recorded"),
     "target.precision": PRECISIONS,
     "target.access": access.ACCESS,
+    "layout": LAYOUTS,
+    "interpolation": INTERPOLATIONS,
+    "target.shown.dtype": SHOWN_DTYPES,
     "student.arch": ARCHS,
     "student.dtype": ("float64", "float32", "bfloat16"),
     "pretrain.moco.head": ("mlp", "linear"),

@@ -181,21 +181,30 @@ def base() -> ConfigDict:
         version="",  # served: "" is the only one that there is
         input="",  # served: name of the tensor of images; "" is the only one
         output="",  # served: name of the tensor of answers; "" is the only one
-        # served: NAME of the environment variable whose value is sent as the bearer token; it is
-        # written nowhere
-        token_env="",
+        token_env="",  # served: NAME of the environment variable with the bearer token
         ca_file="",  # served: PEM certificates to trust in the place of the system's
         timeout=60.0,  # served: seconds for the connection, and again for the answer
         rate=0.0,  # served: requests in a second, at most; 0 is no limit
+    )
+    # how images are shown to a target that is elsewhere, see qmx/targets/shown.py
+    config.target.shown = ConfigDict(
+        dict(
+            layout="",  # nhwc, nchw; "" is what the target says, else nhwc
+            dtype="",  # uint8, float32, float16; "" is what the target says, else uint8
+            scale=0.0,  # what 255 becomes; floats need it
+            mean=(),  # of each channel, subtracted after scaling
+            std=(),  # of each channel, divided by after that
+            size=0,  # side of the square that images are resized to
+            interpolation="bilinear",  # nearest, bilinear, bicubic, lanczos, box
+            channels=0,  # 3 shows grey images in three equal channels, 1 their luma
+        )
     )
     config.student = ConfigDict(
         dict(
             arch="resnet50",  # the network of students and encoders, a name of qmx.models.ARCHS
             # of its convolutions: float64 (and everything else), float32, bfloat16
             dtype="float32",
-            # side of the images that encoders and students are evaluated on; 0 is their own. The
-            # views that they train on have theirs: strong_view.size, weak_view.size.
-            size=0,
+            size=0,  # side of what it is evaluated on, as weak_view.size; 0 is the images' own
         )
     )
 
@@ -279,18 +288,6 @@ def base() -> ConfigDict:
     config.lock()  # so that a misspelt key in a config file is an error
     config.recipes.unlock()  # a config gives its recipes names
     return config
-
-
-def chosen(words: str, known: tuple[str, ...]) -> set[str]:
-    """The words, with commas between them, that a config's `get_config` was given.
-
-    Raises:
-      ValueError: a word that is not among the known ones.
-    """
-    given = set(words.split(",")) if words else set()
-    if unknown := sorted(given - set(known)):
-        raise ValueError(f"{unknown[0]!r} is none of {', '.join(known)}")
-    return given
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

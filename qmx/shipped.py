@@ -36,3 +36,15 @@ def with_files(argv: list[str]) -> list[str]:
         "--config=" + config_file(word.partition("=")[2]) if word.startswith("--config=") else word
         for word in joined
     ]
+
+
+def chosen(words: str, known: tuple[str, ...]) -> set[str]:
+    """The words, with commas between them, that a config's `get_config` was given.
+
+    Raises:
+      ValueError: a word that is not among the known ones.
+    """
+    given = set(words.split(",")) if words else set()
+    if unknown := sorted(given - set(known)):
+        raise ValueError(f"{unknown[0]!r} is none of {', '.join(known)}")
+    return given

@@ -34,6 +34,18 @@ def refuses(images):
     return images[:, 0, 0, 0] % 7 == 0
 
 
+def pixels(model, sent):
+    """The images that a model is shown, uint8[b, 8, 8, 1], whatever it takes."""
+    if model == "channels_first":  # (x / 255 - 0.5) / 0.25, as of any exported PyTorch model
+        return np.rint((sent.reshape(len(sent), 8, 8, 1) * 0.25 + 0.5) * 255).astype(np.uint8)
+    if model == "sixteen":  # 0..1, as of any exported Keras model
+        return np.rint(sent.astype(np.float32) * 255).astype(np.uint8)
+    if model == "large":
+        return sent[:, ::2, ::2, :1]
+    assert model != "fixed" or len(sent) == 4
+    return sent.astype(np.uint8)
+
+
 def means():
     """The ten mean images, drawn with a fixed seed: no labels are needed to be a target."""
     return np.random.default_rng(0).integers(0, 256, (10, 64)).astype(np.float32)
@@ -43,6 +55,9 @@ def means():
 SAYS = {
     "floats": {"inputs": [{"name": "image", "datatype": "FP32", "shape": [-1, 8, 8, 1]}]},
     "channels_first": {"inputs": [{"name": "image", "datatype": "FP32", "shape": [-1, 1, 8, 8]}]},
+    "sixteen": {"inputs": [{"name": "image", "datatype": "FP16", "shape": [-1, 8, 8, 1]}]},
+    "fixed": {"inputs": [{"name": "image", "datatype": "UINT8", "shape": [4, 8, 8, 1]}]},
+    "large": {"inputs": [{"name": "image", "datatype": "UINT8", "shape": [-1, 16, 16, 3]}]},
     "texts": {"inputs": [{"name": "image", "datatype": "BYTES", "shape": [-1]}]},
     "two_inputs": {
         "inputs": [{"name": name, "datatype": "UINT8", "shape": [-1, 8, 8, 1]} for name in "ab"]
@@ -121,14 +136,15 @@ class Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Inference-Header-Content-Length", len(body)))
         request = json.loads(body[:length])
         given = request["inputs"][0]
-        assert given["datatype"] == ("FP32" if model == "floats" else "UINT8"), given["datatype"]
-        dtype = "<f4" if model == "floats" else "u1"
+        wanted = {"floats": "FP32", "channels_first": "FP32", "sixteen": "FP16"}.get(model, "UINT8")
+        assert given["datatype"] == wanted, given["datatype"]
+        dtype = {"FP32": "<f4", "FP16": "<f2", "UINT8": "u1"}[wanted]
         flat = (
             np.frombuffer(body[length:], dtype)
             if length < len(body)
             else np.array(given["data"], dtype)
         )
-        images = flat.reshape(given["shape"]).astype(np.uint8)
+        images = pixels(model, flat.reshape(given["shape"]))
         self.server.note(
             f"{time.time()} {model} "
             + " ".join(hashlib.sha256(image.tobytes()).hexdigest() for image in images)

@@ -17,6 +17,7 @@ from oip_server import refuses, scores_of
 
 from qmx.ledger import Ledger, TooManyRefused, Unavailable
 from qmx.targets import function, served
+from qmx.targets.shown import Shown
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (24, 8, 8, 1), np.uint8)
@@ -71,8 +72,9 @@ def test_answers(serve, flags):
     """The pixels arrive as they are and the scores come back to the bit, as JSON and as binary
     data; UINT8 and FP32."""
     server = serve(*flags)
-    for model in ("digits", "floats"):
-        assert np.array_equal(connect(server, model).query(IMAGES), scores_of(IMAGES))
+    for model, scale in (("digits", 0.0), ("floats", 255.0)):
+        found = connect(server, model, shown=Shown(scale=scale))
+        assert np.array_equal(found.query(IMAGES), scores_of(IMAGES))
         ((_, digests),) = requests(server, model)
         assert digests == [hashlib.sha256(image.tobytes()).hexdigest() for image in IMAGES]
     labels = connect(server, "numbers", access="label").query(IMAGES)
@@ -84,13 +86,47 @@ def test_answers(serve, flags):
     assert np.allclose(probs.sum(1), 1) and (probs.argmax(1) == labels.argmax(1)).all()
 
 
+def test_what_a_model_is_shown(serve, tmp_path):
+    """The scores of the model in this process, to the bit, whatever numbers and axes the served one
+    takes; the ledger tells the ways apart."""
+    server = serve("--binary")
+    names = set()
+    for model, shown in (
+        ("channels_first", Shown(scale=1.0, mean=(0.5,), std=(0.25,))),
+        ("sixteen", Shown(scale=1.0)),
+        ("large", Shown(size=16, channels=3, interpolation="nearest")),
+        ("fixed", Shown()),
+    ):
+        found = connect(server, model, shown=shown)
+        with Ledger(tmp_path / "l", target=model, preprocessing=found.preprocessing) as ledger:
+            got = ledger.ask(found.query, IMAGES[:22], batch_size=4)
+        assert np.array_equal(got, scores_of(IMAGES[:22])), model
+        names.add(found.preprocessing)
+    assert len(names) == 4
+    with pytest.raises(ValueError, match="takes 4 images in a request; set target.batch_size=4"):
+        connect(server, "fixed").query(IMAGES[:5])
+
+
+def test_a_function_is_shown_the_same(tmp_path):
+    """In the axes and numbers that it wants."""
+    (tmp_path / "own.py").write_text(
+        "import numpy as np\n\ndef f(x):\n    assert x.shape[1:] == (1, 8, 8) and x.dtype == 'f4'\n"
+        "    return x.reshape(len(x), -1)[:, :10]\n"
+    )
+    shown = Shown(layout="nchw", dtype="float32", scale=1.0)
+    found = function.connect(f"{tmp_path}/own.py:f", classes=10, shape=(8, 8, 1), shown=shown)
+    want = IMAGES.reshape(len(IMAGES), -1)[:, :10] * np.float32(1 / 255)
+    np.testing.assert_allclose(found.query(IMAGES), want, rtol=1e-6)
+    assert found.preprocessing == "nchw, float32, 0..1"
+
+
 def test_what_a_digest_is_of(plain, serve):
     """The same model the next time; not another model, version or address."""
     names = [
         connect(plain),
         connect(plain),
         connect(plain, version="1"),
-        connect(plain, "floats"),
+        connect(plain, "floats", shown=Shown(scale=255.0)),
         connect(plain, "versions", version="2"),
         connect(plain, "versions", version="1"),
         connect(serve()),
@@ -110,12 +146,9 @@ def test_what_a_digest_is_of(plain, serve):
             "answered 404 .*unknown model: 'absent'.*look at target.url, target.model",
         ),
         ("loading", {}, Unavailable, "not ready"),
-        (
-            "channels_first",
-            {},
-            ValueError,
-            r"shape \[-1, 1, 8, 8\].*\[-1, 8, 8, 1\].*preprocessing in front",
-        ),
+        ("channels_first", {}, ValueError, "takes float32, and nobody says in what numbers; set"),
+        ("sixteen", {}, ValueError, "takes float16.*target.shown.scale=1 for 0..1"),
+        ("large", {}, ValueError, r"\[-1, 16, 16, 3\] and images are shown as \[-1, 8, 8, 1\]"),
         ("texts", {}, ValueError, "input image is BYTES"),
         ("two_inputs", {}, ValueError, "several inputs.*a, b in target.input"),
         ("digits", {"input": "pixels"}, ValueError, "no input 'pixels'.*image in target.input"),
@@ -435,13 +468,19 @@ def test_functions(tmp_path, monkeypatch):
     again."""
     (tmp_path / "own.py").write_text(OWN)
     file, want = f"{tmp_path}/own.py", IMAGES.reshape(24, -1)[:, :10]
-    found = function.connect(f"{file}:scores", classes=10)
+    found = function.connect(f"{file}:scores", classes=10, shape=(8, 8, 1))
     assert found.name == "scores of own.py" and np.array_equal(found.query(IMAGES), want)
     monkeypatch.syspath_prepend(tmp_path)
-    assert np.array_equal(function.connect("own:scores", classes=10).query(IMAGES), want)
+    assert np.array_equal(
+        function.connect("own:scores", classes=10, shape=(8, 8, 1)).query(IMAGES), want
+    )
     assert found.sha256 == function.digest("own:scores") != function.digest("own:lists")
     with Ledger(tmp_path / "l", target=found.sha256) as ledger:
-        ledger.ask(function.connect(f"{file}:busy", classes=10).query, IMAGES, waits=(0.0,))
+        ledger.ask(
+            function.connect(f"{file}:busy", classes=10, shape=(8, 8, 1)).query,
+            IMAGES,
+            waits=(0.0,),
+        )
         assert ledger.account().retried == 24
     for path, message in (
         (f"{file}:wrong", "own.py:wrong failed: IndexError: .*own.py, line 15"),
@@ -449,9 +488,9 @@ def test_functions(tmp_path, monkeypatch):
         (f"{file}:lists", "are probabilities.*target.access=probs"),
     ):
         with pytest.raises(ValueError, match=message):
-            function.connect(path, classes=10).query(IMAGES)
+            function.connect(path, classes=10, shape=(8, 8, 1)).query(IMAGES)
     with pytest.raises(ValueError, match=r"shape \[24, 10\], and it must be \[24, 9\]"):
-        function.connect(f"{file}:scores", classes=9).query(IMAGES)
+        function.connect(f"{file}:scores", classes=9, shape=(8, 8, 1)).query(IMAGES)
     (tmp_path / "broken.py").write_text("import nothing_like_this\n")
     (tmp_path / "leaving.py").write_text("import sys\nsys.exit(0)\n")
     for path, message in (
@@ -463,7 +502,7 @@ def test_functions(tmp_path, monkeypatch):
         (f"{tmp_path}/broken.py:f", "does not load: ModuleNotFoundError.*broken.py, line 1"),
     ):
         with pytest.raises(ValueError, match=re.escape(message) if "*" not in message else message):
-            function.connect(path, classes=10)
+            function.connect(path, classes=10, shape=(8, 8, 1))
     (tmp_path / "own.py").write_text(OWN + "\n")
     assert function.digest(f"{file}:scores") != found.sha256, "a changed file is another target"
 

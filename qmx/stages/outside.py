@@ -1,6 +1,7 @@
 """Targets that others compute, or did: a served model, a Python function, recorded answers. The
 first process alone asks them."""
 
+import json
 import time
 from typing import Any
 
@@ -15,6 +16,7 @@ from qmx.stages import recorded
 from qmx.stages.run import Run
 from qmx.targets import function
 from qmx.targets.query import Outside, Query
+from qmx.targets.shown import Shown
 from qmx.train import Stopped
 
 KINDS = ("served", "callable", "recorded")
@@ -29,8 +31,11 @@ def connect(keys: Any, data: Dataset) -> Outside:
     Raises:
       ValueError, Unavailable: it cannot be the target of `data`, or is not there.
     """
+    shown = Shown(**{key: keys.shown[key] for key in Shown._fields})
     if keys.kind == "callable":
-        return function.connect(keys.path, classes=data.classes, access=keys.access)
+        return function.connect(
+            keys.path, shape=data.shape, classes=data.classes, access=keys.access, shown=shown
+        )
     if keys.kind == "recorded":
         return recorded.connect(keys, data)
     from qmx.targets import served  # brings urllib3, which is not on every machine
@@ -48,6 +53,7 @@ def connect(keys: Any, data: Dataset) -> Outside:
         ca_file=keys.ca_file,
         timeout=keys.timeout,
         rate=keys.rate,
+        shown=shown,
     )
 
 
@@ -63,11 +69,12 @@ def describe(keys: Any, data: Dataset) -> dict:
 
 def inputs_of(keys: Any) -> dict:
     """Inputs of a stage that name and digest depend on; from the config, so without a server."""
+    shown = {"shown": json.loads(keys.shown.to_json())}
     if keys.kind == "callable":
-        return {"path": keys.path, "file": function.digest(keys.path)}
+        return {"path": keys.path, "file": function.digest(keys.path), **shown}
     if keys.kind == "recorded":
         return {"file": file_digest(keys.path)}
-    return {key: keys[key] for key in ("url", "model", "version", "input", "output")}
+    return {**{key: keys[key] for key in ("url", "model", "version", "input", "output")}, **shown}
 
 
 def query_of(keys: Any, data: Dataset, sha256: str) -> Query:

@@ -12,10 +12,19 @@ import numpy as np
 from qmx.ledger import Refused
 from qmx.ledger.access import received
 from qmx.targets.query import Outside
+from qmx.targets.shown import UNCHANGED, Shown, prepare, resolved
+from qmx.targets.shown import name as name_of
 
 
-def connect(path: str, *, classes: int, access: str = "logits") -> Outside:
-    """A query function around the user's function, uint8[b, H, W, C] -> numbers [b, N].
+def connect(
+    path: str,
+    *,
+    shape: tuple[int, int, int],
+    classes: int,
+    access: str = "logits",
+    shown: Shown = UNCHANGED,
+) -> Outside:
+    """A query function around the user's function, images [b, ...] -> numbers [b, N].
 
     The user's function may raise `qmx.ledger.Unavailable`, with the seconds to wait, to be called
     again, and `qmx.ledger.Refused` for images that it cannot answer, to be called with fewer.
@@ -26,7 +35,9 @@ def connect(path: str, *, classes: int, access: str = "logits") -> Outside:
 
     Args:
       path: "FILE.py:function" or "module:function". The file is executed.
+      shape: of the images, H, W, C.
       classes: N.
+      shown: how the function gets them; by default uint8[b, H, W, C].
       access: level of its results, "logits", "probs" or "label"; see
         `qmx.ledger.access.received`.
 
@@ -37,10 +48,11 @@ def connect(path: str, *, classes: int, access: str = "logits") -> Outside:
     file, _, name = path.rpartition(":")
     _source(file, path)
     function = _load(file, name, path)
+    known = resolved(shown, shape, "", [])
 
     def query(images: np.ndarray) -> np.ndarray:
         try:
-            answer = np.asarray(function(images))
+            answer = np.asarray(function(prepare(images, known)))
             numeric = answer.dtype.kind in "biuf"
         except (OSError, Refused):  # Unavailable is an OSError
             raise
@@ -50,7 +62,7 @@ def connect(path: str, *, classes: int, access: str = "logits") -> Outside:
             raise ValueError(f"target.path {path} returned {answer.dtype}, and it must be numbers")
         return received(answer, len(images), classes, access)
 
-    return Outside(query, f"{name} of {Path(file).name}", digest(path))
+    return Outside(query, f"{name} of {Path(file).name}", digest(path), name_of(known))
 
 
 def digest(path: str) -> str:

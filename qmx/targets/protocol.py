@@ -10,8 +10,8 @@ import numpy as np
 from qmx.ledger import Unavailable
 from qmx.targets.said import shown
 
-# Types that images can be sent as; the pixels are 0..255 in each.
-INPUTS = {"UINT8": "u1", "FP32": "<f4"}
+# Types that images can be sent as: NumPy's names, here and on the wire.
+INPUTS = {"UINT8": "uint8", "FP16": "float16", "FP32": "float32"}
 OUTPUTS = {"FP16": "<f2", "FP32": "<f4", "FP64": "<f8"}
 LABELS = {"INT32": "<i4", "INT64": "<i8"}  # class numbers, where the access is "label"
 HEADER = "Inference-Header-Content-Length"
@@ -28,16 +28,16 @@ class Tensor(NamedTuple):
 def request(
     number: str, model_input: Tensor, model_output: Tensor, images: np.ndarray, binary: bool
 ) -> tuple[bytes, dict]:
-    """Body and headers of a request for the scores of images, uint8[b, H, W, C].
+    """Body and headers of a request for the scores of images, as the model is shown them.
 
     Args:
       number: id of the request.
       binary: the pixels follow the JSON, and the scores may.
     """
-    pixels = images.astype(INPUTS[model_input.datatype])
+    pixels = images.astype(images.dtype.newbyteorder("<"), copy=False)
     tensor: dict[str, Any] = {
         "name": model_input.name,
-        "datatype": model_input.datatype,
+        "datatype": {dtype: name for name, dtype in INPUTS.items()}[images.dtype.name],
         "shape": list(images.shape),
     }
     output: dict[str, Any] = {"name": model_output.name}

@@ -19,6 +19,8 @@ from qmx.targets.http import Send, client
 from qmx.targets.protocol import INPUTS, LABELS, OUTPUTS, Tensor, parsed, read, request
 from qmx.targets.query import Outside
 from qmx.targets.said import masked, without
+from qmx.targets.shown import UNCHANGED, Shown, prepare, resolved
+from qmx.targets.shown import name as name_of
 
 
 def connect(
@@ -35,6 +37,7 @@ def connect(
     ca_file: str = "",
     timeout: float = 60.0,
     rate: float = 0.0,
+    shown: Shown = UNCHANGED,
 ) -> Outside:
     """A query function around a served model: one request for each call, and no second attempt.
 
@@ -47,8 +50,9 @@ def connect(
     Args:
       url: of the server, as in https://models.example.org:8443; see `qmx.targets.http.client` for
         this and for `token_env`, `ca_file`, `timeout` and `rate`.
-      shape: of the images, H, W, C. The model gets them as they are, [b, H, W, C] in UINT8, or the
-        same numbers in FP32 if its metadata ask for FP32.
+      shape: of the images, H, W, C.
+      shown: how the model gets them; its metadata say the type and the order of the axes, where
+        they say anything.
       classes: N.
       version: of the model; by default the one that the server lists.
       input, output: names of the tensors; by default the only ones that the server lists.
@@ -70,25 +74,36 @@ def connect(
         if version:
             base += f"/versions/{quote(version, safe='')}"
         _check_ready(send, f"{base}/ready")
-        model_input = _tensor(metadata, "input", input, Tensor(input, "UINT8", []))
+        model_input = _tensor(metadata, "input", input, Tensor(input, "", []))
         model_output = _tensor(metadata, "output", output, Tensor(output, "", []))
-        _check_tensors(model_input, model_output, shape, classes, access)
+        _check_tensors(model_input, model_output, classes, access)
+        dtype = INPUTS[model_input.datatype] if model_input.datatype else ""
+        seen = resolved(shown, shape, dtype, model_input.shape)
         binary = "binary_tensor_data" in _extensions(send)
     known = OUTPUTS | (LABELS if access == "label" else {})
 
+    fixed = max([0, *model_input.shape[:1]])  # images in a request, where the model takes no other
+
     def query(images: np.ndarray) -> np.ndarray:
-        number = uuid.uuid4().hex
-        body, headers = request(number, model_input, model_output, images, binary)
+        number, count = uuid.uuid4().hex, len(images)
+        if fixed and count > fixed:
+            raise ValueError(
+                f"the model takes {fixed} images in a request; set target.batch_size={fixed}"
+            )
+        if count < fixed:  # filled up with the last one
+            images = images[np.minimum(np.arange(fixed), count - 1)]
+        pixels = prepare(images, seen)
+        body, headers = request(number, model_input, model_output, pixels, binary)
         with without(bearer(token_env)):
             answer, reply_headers = send("POST", f"{base}/infer", body, headers)
             scores = read(answer, reply_headers, number, version, model_output.name, known)
-            return received(scores, len(images), classes, access)
+            return received(scores, len(images), classes, access)[:count]
 
     about = {key: metadata.get(key) for key in ("platform", "inputs", "outputs")}
     identity = {"url": url.rstrip("/"), "model": model, "version": version, **about}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    shown = f" version {masked(version, token)}" if version else ""
-    return Outside(query, f"{model}{shown} at {url.rstrip('/')}", digest)
+    told = f" version {masked(version, token)}" if version else ""
+    return Outside(query, f"{model}{told} at {url.rstrip('/')}", digest, name_of(seen))
 
 
 def _check_ready(send: Send, path: str) -> None:
@@ -142,24 +157,12 @@ def _tensor(metadata: dict, kind: str, name: str, default: Tensor) -> Tensor:
     return matches[0] if matches else default
 
 
-def _check_tensors(
-    model_input: Tensor,
-    model_output: Tensor,
-    shape: tuple[int, int, int],
-    classes: int,
-    access: str,
-) -> None:
-    """Raise ValueError unless the input takes the images and the output has a score per class."""
-    if model_input.datatype not in INPUTS:
+def _check_tensors(model_input: Tensor, model_output: Tensor, classes: int, access: str) -> None:
+    """Raise ValueError unless images can be sent and the output has a score per class."""
+    if model_input.datatype not in ("", *INPUTS):
         raise ValueError(
             f"the model's input {model_input.name} is {model_input.datatype}, and images are sent"
-            f" as {' or '.join(INPUTS)}"
-        )
-    if model_input.shape and not _fits(model_input.shape, (-1, *shape)):
-        raise ValueError(
-            f"the model's input {model_input.name} has the shape {model_input.shape} and images"
-            f" are sent as {[-1, *shape]}: any number of height, width, channels; serve the model"
-            " with its preprocessing in front of it, or set the data's size to its own"
+            f" as {', '.join(INPUTS)}"
         )
     if model_output.datatype in LABELS and access == "label":
         return

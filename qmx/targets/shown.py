@@ -40,6 +40,9 @@ class Shown(NamedTuple):
     channels: int = 0  # 3 shows a grey image in three equal channels, 1 its luma; 0 leaves them
 
 
+UNCHANGED = Shown()
+
+
 def resolved(shown: Shown, shape: tuple[int, int, int], dtype: str, sizes: list[int]) -> Shown:
     """The same with nothing left open.
 
@@ -128,7 +131,7 @@ def _resized(image: np.ndarray, size: int, how: Any) -> np.ndarray:
 
 def name(shown: Shown) -> str:
     """What was `resolved`, for the ledger's keys: "as-is" for the pixels as they are."""
-    if shown._replace(layout="", dtype="", scale=0.0, interpolation="bilinear") == Shown() and (
+    if shown._replace(layout="", dtype="", scale=0.0, interpolation="bilinear") == UNCHANGED and (
         (shown.layout, shown.dtype) == ("nhwc", "uint8")
     ):
         return "as-is"
