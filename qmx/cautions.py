@@ -9,7 +9,8 @@ from qmx.trainers import fixmatch_steps
 
 def warnings(config: Any, data: Dataset) -> list[str]:
     """Settings that can be run and are likely to disappoint, a line each."""
-    found = classes.warnings(data)
+    # With names of its own a target may have more classes than the images show.
+    found = [] if config.target.classes else classes.warnings(data)
     if "moco" in encoders(config) and not config.pretrain.moco.path:
         keys = config.pretrain.moco
         if keys.queue_size > data.pool.size:

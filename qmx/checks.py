@@ -19,6 +19,8 @@ from qmx.selection.select import SELECTS
 from qmx.sharding import check_batch
 from qmx.targets.address import check_address
 
+FROM_FILES = ("torch", "onnx", "recorded")  # kinds of targets whose path is a file
+
 
 def validate(config: Any, data: Dataset) -> None:
     """Raise ValueError, one line with the value and the cure, for what cannot be run."""
@@ -58,7 +60,7 @@ def _problems(config: Any, data: Dataset) -> Iterator[str]:
     if any(column.select == "list" for column in shown) and not config.lists:
         yield "the selection 'list' needs --config.lists, files of image names"
     files = {
-        "target.path": config.target.path if config.target.kind in ("torch", "recorded") else "",
+        "target.path": config.target.path if config.target.kind in FROM_FILES else "",
         "target.ca_file": config.target.ca_file,
         **{f"pretrain.{init}.path": keys.path for init, keys in config.pretrain.items()},
         **{f"lists[{place}]": path for place, path in enumerate(config.lists)},
@@ -144,11 +146,13 @@ def _target_problems(keys: Any) -> Iterator[str]:
         yield "target.kind=torch needs the weights: --config.target.path=FILE.pth"
     if keys.kind in ("train", "served") and keys.path:
         yield (
-            f"target.path {keys.path} is read by target.kind=torch, callable and recorded alone;"
-            " set one of them, or leave the path out"
+            f"target.path {keys.path} is read by target.kind=torch, onnx, callable and recorded"
+            " alone; set one of them, or leave the path out"
         )
     if keys.kind == "callable" and not keys.path:
         yield "target.kind=callable needs the function: --config.target.path=FILE.py:function"
+    if keys.kind == "onnx" and not keys.path:
+        yield "target.kind=onnx needs the model: --config.target.path=FILE.onnx"
     if keys.kind == "recorded" and not keys.path:
         yield "target.kind=recorded needs the answers: --config.target.path=ANSWERS.npz or .parquet"
     if keys.kind == "served" and not (keys.url and keys.model):
@@ -158,8 +162,8 @@ def _target_problems(keys: Any) -> Iterator[str]:
         )
     if keys.kind in ("train", "torch") and keys.access != "logits":
         yield (
-            f"target.access {keys.access} is what target.kind=served and callable answer with; of a"
-            f" target that is computed here --config.accesses shows less: ({keys.access!r},)"
+            f"target.access {keys.access} is what target.kind=served, onnx and callable answer with;"
+            f" of a target that is computed here --config.accesses shows less: ({keys.access!r},)"
         )
     try:
         check_address(keys.url or "http://localhost", keys.token_env)

@@ -263,6 +263,8 @@ def start(arguments: Arguments) -> str:
         raise ValueError(problem)
     sharding.connect(arguments.coordinator, arguments.processes, arguments.process)
     images = data.load(**config.data)
+    if config.target.classes:
+        images = data.named(images, config.target.classes)
     validate(config, images)
     if stage not in ("all", "target", "pretrain", "monitor", "select") and not workdir.exists():
         raise ValueError(

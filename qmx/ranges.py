@@ -118,7 +118,7 @@ WORDS = {
     "weight_decay_on": DECAYS,
     "learn_from": ("scores", "labels"),
     "ledger_dtype": LEDGER_DTYPES,
-    "target.kind": ("train", "torch", "served", "callable", "recorded"),
+    "target.kind": ("train", "torch", "onnx", "served", "callable", "recorded"),
     "target.precision": PRECISIONS,
     "target.access": access.ACCESS,
     "layout": LAYOUTS,

@@ -159,28 +159,29 @@ def base() -> ConfigDict:
 
     # the model to copy; a training's keys are for the kind "train"
     config.target = training(
-        # the model to copy: train, torch, served, callable, recorded. It is trained on the pool's
-        # labels (train), read from PyTorch weights in `path` (torch), asked on a server of the Open
-        # Inference Protocol v2 (served), a Python function (callable), each with batch_size images
-        # in a request, or a table of answers beyond which nothing can be asked (recorded).
+        # the model to copy: train, torch, onnx, served, callable, recorded. It is trained on the
+        # pool's labels (train), read from PyTorch weights or an ONNX file in `path` (torch, onnx),
+        # a server of the Open Inference Protocol v2 (served), a Python function (callable), or a
+        # table of answers beyond which nothing can be asked (recorded).
         kind="train",
         arch="resnet50",  # train, torch; checked against the weights, and "" takes what they are
         seed=0,  # of its training
-        # weights (torch), FILE.py:function (callable) or table (recorded); module:function will do;
-        # weights are .safetensors, .pth or .pth.tar, a table is .npz or .parquet
+        # weights (torch), model (onnx), FILE.py:function (callable), table (recorded); weights are
+        # .safetensors, .pth or .pth.tar, a table is .npz or .parquet, module:function will do
         path="",
         expect=(),  # torch: top-1 and top-5 that it is known to have; a warning if it has not
         # of its answers: float64 (its training's too), float32, tf32, bfloat16
         precision="float32",
-        access="logits",  # served, callable, recorded: what it answers with: logits, probs, label
+        access="logits",  # of one that is elsewhere: what it answers with: logits, probs, label
         # served, callable: more attempts at a batch, after 1, 2, 4 .. 60 s or as the server says
         retries=5,
         max_refused=0.01,  # share of the images that it may refuse or answer with NaN; left out
         url="",  # served: http://HOST:PORT or https://
         model="",  # served: its name there
         version="",  # served: "" is the only one that there is
-        input="",  # served: name of the tensor of images; "" is the only one
-        output="",  # served: name of the tensor of answers; "" is the only one
+        input="",  # served, onnx: name of the tensor of images; "" is the only one
+        output="",  # served, onnx: name of the tensor of answers; "" is the only one
+        classes="",  # file of its classes' names, one a line, in the order of its scores
         token_env="",  # served: NAME of the environment variable with the bearer token
         ca_file="",  # served: PEM certificates to trust in the place of the system's
         timeout=60.0,  # served: seconds for the connection, and again for the answer

@@ -339,7 +339,7 @@ def test_no_budget():
         (
             "target__access",
             "label",
-            "target.access label is what target.kind=served and callable answer with",
+            "target.access label is what target.kind=served, onnx and callable answer with",
         ),
         ("target__token_env", "s3cr3t", "must be the name of an environment variable in capitals"),
         ("target__url", "http://me:word@host", "user's name or password"),

@@ -14,12 +14,12 @@ from qmx.progress import say
 from qmx.sharding import from_first
 from qmx.stages import recorded
 from qmx.stages.run import Run
-from qmx.targets import function
+from qmx.targets import function, onnx_file
 from qmx.targets.query import Outside, Query
 from qmx.targets.shown import Shown
 from qmx.train import Stopped
 
-KINDS = ("served", "callable", "recorded")
+KINDS = ("served", "callable", "onnx", "recorded")
 # Seconds before each further attempt at a batch; then the last again.
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
 
@@ -38,6 +38,16 @@ def connect(keys: Any, data: Dataset) -> Outside:
         )
     if keys.kind == "recorded":
         return recorded.connect(keys, data)
+    if keys.kind == "onnx":
+        return onnx_file.connect(
+            keys.path,
+            shape=data.shape,
+            classes=data.classes,
+            input=keys.input,
+            output=keys.output,
+            access=keys.access,
+            shown=shown,
+        )
     from qmx.targets import served  # brings urllib3, which is not on every machine
 
     return served.connect(
@@ -74,6 +84,9 @@ def inputs_of(keys: Any) -> dict:
         return {"path": keys.path, "file": function.digest(keys.path), **shown}
     if keys.kind == "recorded":
         return {"file": file_digest(keys.path)}
+    if keys.kind == "onnx":
+        tensors = {key: keys[key] for key in ("input", "output")}
+        return {"file": file_digest(keys.path), **tensors, **shown}
     return {**{key: keys[key] for key in ("url", "model", "version", "input", "output")}, **shown}
 
 

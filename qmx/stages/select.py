@@ -77,8 +77,9 @@ def _choose(run: Run, cell: Cell, features: Any, target: Any) -> np.ndarray:
         f"{cell.select} chooses {budget} of {len(rows)} images by the features of {cell.init} seed"
         f" {cell.seed}"
     )
+    rng, classes = np.random.default_rng(cell.seed), len(np.unique(pool.labels))
     # In one process: another machine's sums may round another way, and choose others.
-    return from_first(lambda: way(rows, budget, np.random.default_rng(cell.seed), run.data.classes))
+    return from_first(lambda: way(rows, budget, rng, classes))
 
 
 def chosen_by_features(cell: Cell, size: int) -> bool:

@@ -1,0 +1,88 @@
+"""A target in an ONNX file, computed here by onnxruntime, as it is deployed."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qmx.ledger.access import received
+from qmx.targets.query import Outside
+from qmx.targets.shown import UNCHANGED, Shown, prepare, resolved
+from qmx.targets.shown import name as name_of
+
+# Types of an input that images can be shown as: ONNX's name, NumPy's.
+INPUTS = {"tensor(uint8)": "uint8", "tensor(float16)": "float16", "tensor(float)": "float32"}
+
+
+def connect(
+    path: str,
+    *,
+    shape: tuple[int, int, int],
+    classes: int,
+    input: str = "",
+    output: str = "",
+    access: str = "logits",
+    shown: Shown = UNCHANGED,
+) -> Outside:
+    """A query function around the model of a file.
+
+    The digest is of the file, the input's and the output's name. Weights in files beside it go
+    unnoticed. A model that takes a fixed number of images gets them so, the last ones filled up.
+
+    Args:
+      path: of the .onnx file.
+      shape: of the images, H, W, C.
+      classes: N.
+      input, output: names of the tensors; by default the only ones.
+      access: level of the output, "logits", "probs" or "label"; see `qmx.ledger.access.received`.
+      shown: how the model gets the images; the file says the type and the order of the axes.
+
+    Raises:
+      ValueError: onnxruntime is not installed, or cannot read the file; no such tensor; images that
+        do not fit. By the query: an answer that does not.
+    """
+    try:
+        import onnxruntime
+    except ModuleNotFoundError:
+        raise ValueError("target.kind=onnx needs onnxruntime: pip install 'qmx[onnx]'") from None
+    if not Path(path).is_file():
+        raise ValueError(f"target.path {path}: no such file")
+    onnxruntime.set_default_logger_severity(3)  # errors alone
+    try:
+        session = onnxruntime.InferenceSession(
+            path, providers=onnxruntime.get_available_providers()
+        )
+    except Exception as error:  # it has exceptions of its own, without a common base
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"target.path {path} cannot be read as ONNX: {reason}") from None
+    tensor = _one(session.get_inputs(), "input", input)
+    answer = _one(session.get_outputs(), "output", output)
+    if tensor.type not in INPUTS:
+        raise ValueError(
+            f"the model's input {tensor.name} is {tensor.type}, and images are numbers"
+        )
+    sizes = [size if isinstance(size, int) else -1 for size in tensor.shape]
+    seen = resolved(shown, shape, INPUTS[tensor.type], sizes)
+    fixed = max([0, *sizes[:1]])
+
+    def query(images: np.ndarray) -> np.ndarray:
+        count, step = len(images), fixed or len(images)
+        rows = np.minimum(np.arange(-(-count // step) * step), count - 1).reshape(-1, step)
+        pixels = prepare(images, seen)
+        parts = [session.run([answer.name], {tensor.name: pixels[some]})[0] for some in rows]
+        return received(np.concatenate(parts)[:count], count, classes, access)
+
+    named = f"\0{tensor.name}\0{answer.name}".encode()
+    digest = hashlib.sha256(Path(path).read_bytes() + named).hexdigest()
+    return Outside(query, Path(path).name, digest, name_of(seen))
+
+
+def _one(tensors: list[Any], kind: str, name: str) -> Any:
+    """The tensor called `name`, or the only one."""
+    matches = [tensor for tensor in tensors if tensor.name == name] if name else tensors
+    if len(matches) != 1:
+        has = f"there is no {kind} {name!r}" if name else f"there are several {kind}s"
+        names = ", ".join(tensor.name for tensor in tensors)
+        raise ValueError(f"{has} of the model; name one of {names} in target.{kind}")
+    return matches[0]

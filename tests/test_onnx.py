@@ -1,0 +1,106 @@
+"""A target in an ONNX file, made by the onnx package, computed by onnxruntime."""
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+from conftest import TINY
+from onnx import TensorProto, helper, numpy_helper
+
+from qmx.targets import onnx_file
+from qmx.targets.shown import Shown
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 1), np.uint8)
+WEIGHTS = np.random.default_rng(1).normal(size=(64, 10)).astype(np.float32)
+
+
+def model(path, shape, kind=TensorProto.FLOAT, outputs=("scores",)):
+    """Write a linear map of the pixels."""
+    nodes = [
+        helper.make_node("Cast", ["image"], ["numbers"], to=TensorProto.FLOAT),
+        helper.make_node("Flatten", ["numbers"], ["flat"], axis=1),
+        *(helper.make_node("MatMul", ["flat", "w"], [name]) for name in outputs),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "linear",
+        [helper.make_tensor_value_info("image", kind, shape)],
+        [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, [shape[0], 10])
+            for name in outputs
+        ],
+        [numpy_helper.from_array(WEIGHTS, "w")],
+    )
+    opsets = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), path)
+    return str(path)
+
+
+def connect(path, **keys):
+    return onnx_file.connect(path, shape=(8, 8, 1), classes=10, **keys)
+
+
+def test_scores(tmp_path):
+    """Whatever the model takes: the scores of the same map in NumPy; its type and axes are read
+    from the file."""
+    flat = IMAGES.reshape(len(IMAGES), -1).astype(np.float32)
+    scaled = Shown(scale=1.0, mean=(0.5,), std=(0.25,))
+    found = connect(model(tmp_path / "a.onnx", ["n", 1, 8, 8]), shown=scaled)
+    np.testing.assert_allclose(
+        found.query(IMAGES), (flat / 255 - 0.5) / 0.25 @ WEIGHTS, rtol=1e-4, atol=1e-4
+    )
+    assert found.preprocessing.startswith("nchw, float32, 0..1, mean")
+    for batch in ("n", 3):  # free, and fixed
+        path = model(tmp_path / f"{batch}.onnx", [batch, 8, 8, 1], TensorProto.UINT8)
+        found = connect(path)
+        np.testing.assert_allclose(found.query(IMAGES), flat @ WEIGHTS, rtol=1e-4, atol=1e-2)
+        assert found.preprocessing == "as-is"
+
+
+def test_digest(tmp_path):
+    """Of the file and of the tensors' names."""
+    path = model(tmp_path / "a.onnx", ["n", 8, 8, 1], TensorProto.UINT8, ("a", "b"))
+    digests = {connect(path, output=name).sha256 for name in ("a", "b")}
+    model(tmp_path / "a.onnx", ["m", 8, 8, 1], TensorProto.UINT8, ("a", "b"))
+    digests.add(connect(path, output="a").sha256)
+    assert len(digests) == 3
+
+
+def test_refused(tmp_path):
+    """In one line, before it is asked."""
+    two = model(tmp_path / "two.onnx", ["n", 8, 8, 1], TensorProto.UINT8, ("a", "b"))
+    floats = model(tmp_path / "f.onnx", ["n", 8, 8, 1])
+    (tmp_path / "cut.onnx").write_bytes((tmp_path / "f.onnx").read_bytes()[:100])
+    for path, keys, message in (
+        (two, {}, "several outputs of the model; name one of a, b in target.output"),
+        (two, {"output": "c"}, "there is no output 'c'"),
+        (floats, {}, "takes float32, and nobody says in what numbers"),
+        (str(tmp_path / "cut.onnx"), {}, "cut.onnx cannot be read as ONNX"),
+        (str(tmp_path / "no.onnx"), {}, "no such file"),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            connect(path, **keys)
+        assert len(str(caught.value).splitlines()) == 1
+    wide = model(tmp_path / "wide.onnx", ["n", 16, 16, 3], TensorProto.UINT8)
+    with pytest.raises(
+        ValueError, match=r"\[-1, 16, 16, 3\] and images are shown as \[-1, 8, 8, 1"
+    ):
+        connect(wide)
+
+
+@pytest.mark.slow
+def test_the_command(command, tmp_path):
+    """From the file to the table."""
+    path = model(tmp_path / "a.onnx", ["n", 1, 8, 8])
+    words = [
+        *(word for word in TINY if "fractions" not in word),
+        *("--config.fractions=(0.05,)", "--config.inits=('none',)", "--config.also=()"),
+        *("--config.target.kind=onnx", f"--workdir={tmp_path}/w"),
+    ]
+    status, _, err = command(*words)
+    assert status == 2 and "needs the model: --config.target.path=FILE.onnx" in err
+    words += [f"--config.target.path={path}", "--config.target.shown.scale=1.0"]
+    status, _, err = command(*words)
+    assert status == 0, err
+    assert json.loads((tmp_path / "w/results.json").read_text())["target"]["name"] == "a.onnx"
