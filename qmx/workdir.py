@@ -163,6 +163,7 @@ def stage(
 def _unlike(directory: Path, inputs: dict) -> str | None:
     """Why a stage's directory is not of these inputs; None if it is."""
     try:
+        check_file(directory / "inputs.json")
         changed = differences(read_json(directory / "inputs.json"), inputs)
     except Unreadable as error:
         return str(error)

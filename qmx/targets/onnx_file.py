@@ -60,7 +60,7 @@ def connect(
     answer = _one(session.get_outputs(), "output", output)
     if tensor.type not in INPUTS:
         raise ValueError(
-            f"the model's input {tensor.name} is {tensor.type}, and images are numbers"
+            f"the model's input {tensor.name} is {tensor.type}, and not {' or '.join(INPUTS)}"
         )
     sizes = [size if isinstance(size, int) else -1 for size in tensor.shape]
     seen = resolved(shown, shape, INPUTS[tensor.type], sizes)
