@@ -163,7 +163,8 @@ def _target_problems(keys: Any) -> Iterator[str]:
     if keys.kind in ("train", "torch") and keys.access != "logits":
         yield (
             f"target.access {keys.access} is what target.kind=served, onnx and callable answer"
-            f" with; of a target that is computed here --config.accesses shows less: ({keys.access!r},)"
+            " with; of a target that is computed here --config.accesses shows less:"
+            f" ({keys.access!r},)"
         )
     try:
         check_address(keys.url or "http://localhost", keys.token_env)
