@@ -167,7 +167,7 @@ def _target_problems(keys: Any) -> Iterator[str]:
             f" ({keys.access!r},)"
         )
     try:
-        check_address(keys.url or "http://localhost", keys.token_env)
+        check_address(keys.url or "http://localhost", keys.token_env, keys.headers_env)
     except ValueError as error:
         yield str(error)
     if len(keys.expect) not in (0, 2):

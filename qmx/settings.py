@@ -80,9 +80,8 @@ def base() -> ConfigDict:
     # kcenter, probcover, margin, entropy; qmx/selection/
     config.selects = ("random",)
     config.lists = ()  # for the selection "list": files of image names, one file for each budget
-    # for margin and entropy: how often more is asked after a random share, qmx/stages/rounds.py.
-    # Two is the fewest in which answers that were chosen choose others; each costs what
-    # qmx/selection/propagate.py does.
+    # for margin and entropy: how often more is asked after a random share, qmx/stages/rounds.py;
+    # two is the fewest in which answers that were chosen choose others
     config.rounds = 2
     # how much of an answer is seen: logits, probs, top5, rounded2, label. Answers are asked for
     # once and replayed: qmx/ledger/access.py; with a defence, qmx/ledger/weaken.py.
@@ -183,6 +182,7 @@ def base() -> ConfigDict:
         output="",  # served, onnx: name of the tensor of answers; "" is the only one
         classes="",  # file of its classes' names, one a line, in the order of its scores
         token_env="",  # served: NAME of the environment variable with the bearer token
+        headers_env=(),  # served: more headers, "X-Api-Key:NAME" with such a variable for each
         ca_file="",  # served: PEM certificates to trust in the place of the system's
         timeout=60.0,  # served: seconds for the connection, and again for the answer
         rate=0.0,  # served: requests in a second, at most; 0 is no limit

@@ -91,6 +91,11 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.token and given != f"Bearer {self.server.token}":
             self.reply({"error": f"not allowed with {given}"}, 401)
             return False
+        for header in self.server.headers:
+            name, _, value = header.partition("=")
+            if self.headers.get(name) != value:
+                self.reply({"error": f"{name} is {self.headers.get(name)}"}, 403)
+                return False
         return True
 
     def hang_up(self):
@@ -257,6 +262,7 @@ def main():
     parser.add_argument("--delay", type=float, default=0.0)
     parser.add_argument("--binary", action="store_true")
     parser.add_argument("--token", default="")
+    parser.add_argument("--header", action="append", default=[])
     parser.add_argument("--cert")
     parser.add_argument("--key")
     given = parser.parse_args()
@@ -264,7 +270,7 @@ def main():
     log = open(given.log, "a")
     server.note = lambda line: (log.write(line + "\n"), log.flush())
     server.delay, server.binary, server.token = given.delay, given.binary, given.token
-    server.met = collections.Counter()
+    server.met, server.headers = collections.Counter(), given.header
     if given.cert:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(given.cert, given.key)

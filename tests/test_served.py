@@ -2,6 +2,7 @@
 nothing paid is lost."""
 
 import hashlib
+import http.server
 import json
 import logging
 import re
@@ -9,13 +10,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
+import urllib3
 from conftest import ROOT, TINY
 from oip_server import refuses, scores_of
 
+from qmx.data import load
 from qmx.ledger import Ledger, TooManyRefused, Unavailable
+from qmx.settings import base
+from qmx.stages import outside
 from qmx.targets import function, served
 from qmx.targets.shown import Shown
 
@@ -337,6 +343,64 @@ def test_token(serve, monkeypatch, caplog, tmp_path):
         with pytest.raises(ValueError, match=message) as told:
             connect(server, token_env="QMX_TARGET_TOKEN")
         assert "words" not in str(told.value)
+
+
+def test_headers(serve, monkeypatch):
+    """What a gateway wants, from the environment: a key, a cookie, the name that it routes by; no
+    message shows them."""
+    server = serve("--header=X-Api-Key=k3y-0f-mine", "--header=Cookie=a=b", "--header=Host=models")
+    words = ("X-Api-Key:MY_KEY", "Cookie:MY_COOKIE", "Host:MY_SITE")
+    values = {"MY_KEY": "k3y-0f-mine", "MY_COOKIE": "a=b", "MY_SITE": "models"}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    found = connect(server, headers_env=words)
+    assert np.array_equal(found.query(IMAGES), scores_of(IMAGES))
+    monkeypatch.setenv("MY_KEY", "an0ther-key")
+    with pytest.raises(ValueError, match=r"answered 403 \(X-Api-Key is \*\*\*\)") as caught:
+        connect(server, headers_env=words)
+    assert "an0ther" not in str(caught.value)
+    with pytest.raises(ValueError, match="X-Api-Key:NO_KEY: the environment variable NO_KEY"):
+        connect(server, headers_env=("X-Api-Key:NO_KEY",))
+    with pytest.raises(ValueError, match="takes words like X-Api-Key:MY_KEY"):
+        connect(server, headers_env=("X-Api-Key:k3y-0f-mine",))
+    with pytest.raises(ValueError, match="would send the token of X-Api-Key in clear text"):
+        served.connect(
+            "http://example.org", "m", shape=(8, 8, 1), classes=10, headers_env=words[:1]
+        )
+
+
+def test_proxy(plain, monkeypatch):
+    """The environment's, as other programs take it; NO_PROXY goes around it."""
+    asked = []
+
+    class Proxy(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def pass_on(self):
+            asked.append(self.path)
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            answer = urllib3.request(self.command, self.path, body=body, headers=dict(self.headers))
+            self.send_response(answer.status)
+            self.send_header("Content-Length", str(len(answer.data)))
+            self.end_headers()
+            self.wfile.write(answer.data)
+
+        do_GET = do_POST = pass_on
+
+    proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    try:
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.server_port}")
+        monkeypatch.setenv("no_proxy", "")
+        assert np.array_equal(connect(plain).query(IMAGES), scores_of(IMAGES))
+        assert len(asked) == 4 and asked[-1].startswith("http://127.0.0.1:")
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        connect(plain)
+        assert len(asked) == 4
+    finally:
+        proxy.shutdown()
+        proxy.server_close()
 
 
 @pytest.mark.parametrize(
@@ -705,3 +769,49 @@ def test_rounds_where_some_images_have_no_answer(command, tmp_path):
     (row,) = results["rows"]
     assert row["queries"]["train"] + row["queries"]["select"] == 71
     assert results["account"]["refused"] > 30 and np.isfinite(row["kl_target_student"])
+
+
+def test_a_server_that_is_starting(tmp_path, monkeypatch):
+    """It says 503, or 400 with words, or that it is not ready: it is looked at again; one that is
+    not there at all is told at once."""
+    states, said = [503, 400, "not ready", 200], []
+
+    class Starting(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def do_GET(self):
+            state = states[0]
+            content, status = {}, 200
+            if self.path.endswith("/ready"):
+                content = {"ready": state == 200}
+                states[:] = states[1:] or [200]
+            elif state in (503, 400):
+                content, status = {"error": "the model is still loading"}, state
+                states.pop(0)
+            else:
+                content = {
+                    "inputs": [{"name": "x", "datatype": "UINT8", "shape": [-1, 8, 8, 1]}],
+                    "outputs": [{"name": "y", "datatype": "FP32", "shape": [-1, 10]}],
+                }
+            body = json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Starting)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(outside, "WAITS", (0.01,))
+    monkeypatch.setattr(outside, "say", said.append)
+    keys, data = base().target, load(**base().data)
+    keys.update(kind="served", url=f"http://127.0.0.1:{server.server_port}", model="m")
+    try:
+        assert outside.describe(keys, data)["name"].startswith("m at http://127.0.0.1:")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert len(said) == 3 and all("asked again in 0.01 s" in line for line in said), said
+    with pytest.raises(Unavailable, match="Connection refused"):
+        outside.describe(keys, data)
+    assert len(said) == 3

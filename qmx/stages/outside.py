@@ -9,7 +9,7 @@ import numpy as np
 
 from qmx.checkpoint import file_digest
 from qmx.data import Dataset
-from qmx.ledger import Unwritten
+from qmx.ledger import Unavailable, Unwritten
 from qmx.progress import say
 from qmx.sharding import from_first
 from qmx.stages import recorded
@@ -60,6 +60,7 @@ def connect(keys: Any, data: Dataset) -> Outside:
         output=keys.output,
         access=keys.access,
         token_env=keys.token_env,
+        headers_env=tuple(keys.headers_env),
         ca_file=keys.ca_file,
         timeout=keys.timeout,
         rate=keys.rate,
@@ -71,10 +72,24 @@ def describe(keys: Any, data: Dataset) -> dict:
     """The name and digest of the target, in every process."""
 
     def look() -> dict:
-        found = connect(keys, data)
+        found = _patiently(keys, data)
         return {"name": found.name, "sha256": found.sha256, "preprocessing": found.preprocessing}
 
     return from_first(look)
+
+
+def _patiently(keys: Any, data: Dataset) -> Outside:
+    """`connect`, again and again while a server is starting."""
+    for seconds in waits(keys.retries):
+        try:
+            return connect(keys, data)
+        except Unavailable as error:
+            # Nobody is there, or there is no such model: the user is to hear of it at once.
+            if type(error) is not Unavailable:
+                raise
+            say(f"{error} (asked again in {seconds:g} s)")
+            time.sleep(seconds)
+    return connect(keys, data)
 
 
 def inputs_of(keys: Any) -> dict:
@@ -100,7 +115,7 @@ def query_of(keys: Any, data: Dataset, sha256: str) -> Query:
     made: list[Query] = []
 
     def look() -> None:
-        found = connect(keys, data)
+        found = _patiently(keys, data)
         if found.sha256 != sha256:
             raise ValueError(
                 f"{found.name} is not what it was when this workdir was begun: its version, or what"

@@ -4,20 +4,18 @@ Errors that are likely to pass are raised as `Unavailable`, so that the ledger a
 ValueError.
 """
 
-import contextlib
 import json
 import logging
-import socket
+import re
 import ssl
-import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import urllib3
 
 from qmx.ledger import Refused, Unavailable
-from qmx.targets.address import bearer, check_address
+from qmx.targets.address import check_address, headers_of, secrets
+from qmx.targets.connection import Watch, connections
 from qmx.targets.said import shown, without
 
 # (method, path, body, headers) -> the body and the headers of the answer.
@@ -31,6 +29,8 @@ LONGEST_WAIT = 600.0  # seconds; rather than wait longer, the run stops and can 
 CONTENT = (400, 413, 422)
 LARGEST = 1 << 28  # bytes of an answer: 256 x 21,841 classes (ImageNet-21k) as JSON are half of it
 CHUNK = 1 << 16
+# In a refusal: a server that is still starting says so with any status.
+STARTING = re.compile("not (yet )?ready|is loading|still loading|starting up", re.IGNORECASE)
 CURES = {
     401: "target.token_env names the environment variable with a valid token",
     403: "target.token_env names the environment variable with a token that may ask this",
@@ -39,8 +39,18 @@ CURES = {
 }
 
 
+class Unreachable(Unavailable):
+    """No server is at the address."""
+
+
 def client(
-    url: str, *, token_env: str = "", ca_file: str = "", timeout: float = 60.0, rate: float = 0.0
+    url: str,
+    *,
+    token_env: str = "",
+    headers_env: tuple[str, ...] = (),
+    ca_file: str = "",
+    timeout: float = 60.0,
+    rate: float = 0.0,
 ) -> Send:
     """A function that sends one request and returns the body and headers of a 200 answer.
 
@@ -50,6 +60,8 @@ def client(
       url: http or https, host, and a path if there is one before the protocol's own.
       token_env: name of an environment variable; its value is sent as `Authorization: Bearer`. It
         is read again for each request, and no message shows it.
+      headers_env: further headers, as "X-Api-Key:MY_KEY", "Cookie:SESSION", "Host:SITE": a name,
+        and an environment variable that is treated as the token's.
       ca_file: PEM certificates to trust in place of the system's.
       timeout: seconds for the connection, and again for the whole answer with its headers.
       rate: most requests in a second; 0 is no limit.
@@ -61,33 +73,36 @@ def client(
       ConnectionError: by the function: the server asks to be left alone for more than
         `LONGEST_WAIT`.
     """
-    check_address(url, token_env)
-    bearer(token_env)
+    check_address(url, token_env, headers_env)
+    secrets(token_env, headers_env)
     try:
         trusted = ssl.create_default_context(cafile=ca_file or None)
     except OSError as error:  # an ssl.SSLError is one
         raise ValueError(
             f"target.ca_file {ca_file} cannot be read as PEM certificates: {error}"
         ) from None
-    pool = urllib3.PoolManager(
-        ssl_context=trusted, timeout=urllib3.Timeout(connect=timeout, read=timeout)
-    )
-    pool.pool_classes_by_scheme = {"http": _HttpPool, "https": _HttpsPool}
+    pool = connections(url, trusted, urllib3.Timeout(connect=timeout, read=timeout))
     logging.getLogger("urllib3").setLevel(logging.CRITICAL)  # it repeats headers
     pause = limiter(rate)
 
     def send(
         method: str, path: str, body: bytes | None, headers: dict[str, str]
     ) -> tuple[bytes, Mapping[str, str]]:
-        token = bearer(token_env)
-        with without(token):
-            return exchange(method, path, body, headers, token)
+        hidden = secrets(token_env, headers_env)
+        with without(*hidden):
+            return exchange(method, path, body, headers, hidden)
 
     def exchange(
-        method: str, path: str, body: bytes | None, headers: dict[str, str], token: str
+        method: str,
+        path: str,
+        body: bytes | None,
+        headers: dict[str, str],
+        hidden: tuple[str, ...],
     ) -> tuple[bytes, Mapping[str, str]]:
         where = url.rstrip("/") + path
-        allowed = {"Authorization": f"Bearer {token}"} if token else {}
+        allowed = headers_of(headers_env)
+        if hidden[0]:
+            allowed["Authorization"] = f"Bearer {hidden[0]}"
         pause()
         try:
             response = pool.request(
@@ -105,20 +120,20 @@ def client(
                 # After a complete answer its connection is back in the pool, and stays open.
                 response.close()
         except urllib3.exceptions.HTTPError as error:
-            reason = shown(_reason(error, timeout), token)
+            reason = shown(_reason(error, timeout), *hidden)
             if "CERTIFICATE_VERIFY_FAILED" in str(error):
                 raise ValueError(
                     f"{url} has a certificate that is not trusted ({reason}); target.ca_file names"
                     " the certificates to trust"
                 ) from None
             if isinstance(error, urllib3.exceptions.NewConnectionError):
-                raise Unavailable(
+                raise Unreachable(
                     f"{url} cannot be reached: {reason}; does a server run at target.url?"
                 ) from None
             raise Unavailable(f"{where} gave no whole answer: {reason}") from None
         if response.status != 200:
-            to = shown(response.headers.get("Location", ""), token)
-            message = shown(_said(answer), token)
+            to = shown(response.headers.get("Location", ""), *hidden)
+            message = shown(_said(answer), *hidden)
             raise _refusal(where, response.status, response.headers, to, message)
         return answer, response.headers
 
@@ -141,7 +156,7 @@ def limiter(rate: float) -> Callable[[], None]:
 def _read(response: urllib3.BaseHTTPResponse, where: str, timeout: float) -> bytes:
     """The whole body. The time-out covers it all, also where a server sends a byte now and then."""
     body, watch = bytearray(), getattr(response, "watch", None)
-    assert isinstance(watch, _Watch)
+    assert isinstance(watch, Watch)
     try:
         while chunk := response.read1(CHUNK):
             body += chunk
@@ -159,68 +174,12 @@ def _read(response: urllib3.BaseHTTPResponse, where: str, timeout: float) -> byt
     return bytes(body)
 
 
-class _Watch:
-    """Ends a connection when an answer, its headers included, is not whole after some seconds.
-
-    A time-out of the socket alone begins anew with each byte that comes.
-    """
-
-    def __init__(self, sock: socket.socket, seconds: float):
-        self.late, self._sock = False, sock
-        self._timer = threading.Timer(seconds, self._end_it)
-        self._timer.daemon = True
-        self._timer.start()
-
-    def end(self) -> None:
-        """Stop watching."""
-        self._timer.cancel()
-
-    def _end_it(self) -> None:
-        self.late = True
-        with contextlib.suppress(OSError):
-            # As a plain socket: TLS would talk to the server once more.
-            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
-
-
-class _Watched:
-    """Part of a connection that watches over the answer."""
-
-    def getresponse(self) -> Any:
-        """The answer's status and headers; its `watch` goes on until the body is read."""
-        watch = _Watch(self.sock, self.timeout)  # type: ignore[attr-defined]
-        try:
-            response = super().getresponse()  # type: ignore[misc]
-        except BaseException:
-            watch.end()
-            if watch.late:
-                raise TimeoutError from None
-            raise
-        response.watch = watch
-        return response
-
-
-class _Http(_Watched, urllib3.connection.HTTPConnection):
-    pass
-
-
-class _Https(_Watched, urllib3.connection.HTTPSConnection):
-    pass
-
-
-class _HttpPool(urllib3.HTTPConnectionPool):
-    ConnectionCls = _Http
-
-
-class _HttpsPool(urllib3.HTTPSConnectionPool):
-    ConnectionCls = _Https
-
-
 def _refusal(
     where: str, status: int, headers: Mapping[str, str], location: str, message: str
 ) -> Exception:
     """The error for a status other than 200."""
     text = f"{where} answered {status}{f' ({message})' if message else ''}"
-    if status in PASSING:
+    if status in PASSING or (status == 400 and STARTING.search(message)):
         wait = _retry_after(headers.get("Retry-After"))
         if wait and wait > LONGEST_WAIT:
             return ConnectionError(

@@ -9,14 +9,18 @@ LONGEST = 200  # characters of what a server says
 CAPITALS = {code: code + 32 for code in range(ord("A"), ord("Z") + 1)}
 
 
-def masked(text: str, token: str) -> str:
-    """`text` with *** for the token and for every piece of it, in capitals or not.
+def masked(text: str, *tokens: str) -> str:
+    """`text` with *** for each token and for every piece of it, in capitals or not.
 
     A piece has 8 characters or more, so that a token that was cut off is not shown either. The
     token is known with its quotes and backslashes escaped, too, and as it is in an address.
     """
-    if not token:
-        return text
+    for token in filter(None, tokens):
+        text = _without_one(text, token)
+    return text
+
+
+def _without_one(text: str, token: str) -> str:
     lower, size = text.translate(CAPITALS), min(PIECE, len(token))
     doubled = token.replace("\\", "\\\\")
     forms = (
@@ -44,17 +48,17 @@ def masked(text: str, token: str) -> str:
     return "".join([*parts, text[shown:]])
 
 
-def shown(data: bytes | str, token: str) -> str:
-    """What a server said in one line of printable characters, without the token, and then cut."""
+def shown(data: bytes | str, *tokens: str) -> str:
+    """What a server said in one line of printable characters, without the tokens, and then cut."""
     text = data.decode(errors="replace") if isinstance(data, bytes) else data
-    line = " ".join(masked(text, token).split())
+    line = " ".join(masked(text, *tokens).split())
     line = "".join(character if character.isprintable() else "?" for character in line)
     return line if len(line) < LONGEST else line[:LONGEST] + " ..."
 
 
 @contextmanager
-def without(token: str) -> Iterator[None]:
-    """In the errors that leave this block the token is masked, and no other error is behind them.
+def without(*tokens: str) -> Iterator[None]:
+    """In the errors that leave this block the tokens are masked, and no other error is behind them.
 
     Everything that a server says of itself or answers is read in such a block.
     """
@@ -62,6 +66,6 @@ def without(token: str) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         error.args = tuple(
-            masked(arg, token) if isinstance(arg, str) else arg for arg in error.args
+            masked(arg, *tokens) if isinstance(arg, str) else arg for arg in error.args
         )
         raise error from None

@@ -14,7 +14,7 @@ import numpy as np
 
 from qmx.ledger import Unavailable
 from qmx.ledger.access import received
-from qmx.targets.address import bearer
+from qmx.targets.address import secrets
 from qmx.targets.http import Send, client
 from qmx.targets.protocol import INPUTS, LABELS, OUTPUTS, Tensor, parsed, read, request
 from qmx.targets.query import Outside
@@ -34,6 +34,7 @@ def connect(
     output: str = "",
     access: str = "logits",
     token_env: str = "",
+    headers_env: tuple[str, ...] = (),
     ca_file: str = "",
     timeout: float = 60.0,
     rate: float = 0.0,
@@ -49,7 +50,7 @@ def connect(
 
     Args:
       url: of the server, as in https://models.example.org:8443; see `qmx.targets.http.client` for
-        this and for `token_env`, `ca_file`, `timeout` and `rate`.
+        this and for `token_env`, `headers_env`, `ca_file`, `timeout` and `rate`.
       shape: of the images, H, W, C.
       shown: how the model gets them; its metadata say the type and the order of the axes, where
         they say anything.
@@ -64,11 +65,18 @@ def connect(
       ValueError: no such model, version or tensor, images or classes that do not fit, a refused
         address or token. By the query: an answer that does not fit the request.
     """
-    send = client(url, token_env=token_env, ca_file=ca_file, timeout=timeout, rate=rate)
-    token = bearer(token_env)
+    send = client(
+        url,
+        token_env=token_env,
+        headers_env=headers_env,
+        ca_file=ca_file,
+        timeout=timeout,
+        rate=rate,
+    )
+    hidden = secrets(token_env, headers_env)
     base = f"/v2/models/{quote(model, safe='')}"
     named = f"/versions/{quote(version, safe='')}" if version else ""
-    with without(token):
+    with without(*hidden):
         metadata = parsed(*send("GET", base + named, None, {}))
         version = version or _only_version(metadata, model)
         if version:
@@ -94,7 +102,7 @@ def connect(
             images = images[np.minimum(np.arange(fixed), count - 1)]
         pixels = prepare(images, seen)
         body, headers = request(number, model_input, model_output, pixels, binary)
-        with without(bearer(token_env)):
+        with without(*secrets(token_env, headers_env)):
             answer, reply_headers = send("POST", f"{base}/infer", body, headers)
             scores = read(answer, reply_headers, number, version, model_output.name, known)
             return received(scores, len(images), classes, access)[:count]
@@ -102,7 +110,7 @@ def connect(
     about = {key: metadata.get(key) for key in ("platform", "inputs", "outputs")}
     identity = {"url": url.rstrip("/"), "model": model, "version": version, **about}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    told = f" version {masked(version, token)}" if version else ""
+    told = f" version {masked(version, *hidden)}" if version else ""
     return Outside(query, f"{model}{told} at {url.rstrip('/')}", digest, name_of(seen))
 
 
