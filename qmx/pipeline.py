@@ -38,6 +38,7 @@ from qmx.stages.run import Run, handed_on
 from qmx.stages.select import chosen_by_features, chosen_up_front, select
 from qmx.stages.target import converted as converted_target
 from qmx.stages.target import target as target_stage
+from qmx.stages.trial import trial
 from qmx.workdir import NotDone
 
 STAGES = ("target", "pretrain", "monitor", "select", "query", "distill", "evaluate", "report")
@@ -69,6 +70,7 @@ def run(
     brought = [start for start in starts if config.pretrain[start[0]].path]
     encoder = {start: handed_on(call, pretrain, *start) for start in brought}
     target = handed_on(call, target_stage)
+    trial(call, target)
     encoder |= {
         start: handed_on(call, pretrain, *start) for start in starts if start not in brought
     }

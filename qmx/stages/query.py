@@ -52,8 +52,13 @@ def query(run: Run, target: Target | NotDone, selections: Iterable[Selection | N
                 scores = read_scores(run, target.identity, keys["report"], access)
                 labels = evaluation.labels[there["report"]]
                 measured = {f"top{k}": top_k(scores, labels, k) for k in (1, 5)}
-                if warning := unexpected(run.config.target.expect, measured, evaluation.size):
-                    say(f"warning: {warning}")
+                expect, size = run.config.target.expect, evaluation.size
+                for warning in (
+                    unexpected(expect, measured, size),
+                    near_chance(measured["top1"], run.data.classes),
+                ):
+                    if warning:
+                        say(f"warning: {warning}")
         both = len(set(keys["report"]) & set(keys["train"]))
         if both:
             say(
@@ -128,6 +133,17 @@ def unexpected(expect: tuple[float, ...], measured: dict[str, float], size: int)
                 " resnext101_32x16d_swsl)"
             )
     return None
+
+
+def near_chance(top1: float, classes: int) -> str | None:
+    """Warning if a target is hardly more accurate than guessing; else None."""
+    if classes < 3 or top1 > 200 / classes:
+        return None
+    return (
+        f"the target's accuracy of {top1:.1f} % is near chance, {100 / classes:.2g} %: are its"
+        " classes in the images' order (target.classes), and is it shown what it takes"
+        " (target.shown)?"
+    )
 
 
 def check_budget(config: Any, directory: Path, data: Dataset) -> None:
