@@ -1,7 +1,4 @@
-"""The views of an image, against Pillow, torch, scipy, colorsys and numpy.
-
-D1 .. D5 are the rows on data in the list of pitfalls that a test guards against.
-"""
+"""The views of an image, against Pillow, torch, scipy, colorsys and numpy."""
 
 import colorsys
 import functools
@@ -172,7 +169,7 @@ BOXES = [  # (top, left, height, width), size
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("box, size", BOXES)
 def test_crop_matches_pillow(box, size, channels):
-    """Pillow's crop, then resize with antialias; Pillow rounds twice to uint8 (D5)."""
+    """Pillow's crop, then resize with antialias; Pillow rounds twice to uint8."""
     image = noise(40, 56, channels)
     top, left, height, width = box
     wanted = (
@@ -187,7 +184,7 @@ def test_crop_matches_pillow(box, size, channels):
 
 @pytest.mark.parametrize("box, size", BOXES)
 def test_crop_matches_torch(box, size):
-    """torch's antialiased bilinear interpolation of the cut-out pixels, in float32 (D5)."""
+    """torch's antialiased bilinear interpolation of the cut-out pixels, in float32."""
     image = np.float32(noise(40, 56) / 255)
     top, left, height, width = box
     cut = torch.from_numpy(image[top : top + height, left : left + width]).permute(2, 0, 1)[None]
@@ -236,7 +233,7 @@ def draw_boxes(count, height, width, scale, ratio, seed=0):
     ],
 )
 def test_crop_box_has_the_distribution_of_torchvision(height, width, scale, ratio):
-    """Share of the area, aspect ratio, sides and place over many draws (D3)."""
+    """Share of the area, aspect ratio, sides and place over many draws."""
     count = 10_000
     got = np.float64(draw_boxes(count, height, width, scale, ratio))
     wanted = reference_boxes(count, height, width, scale, ratio)
@@ -331,8 +328,7 @@ def read_boxes(out):
 
 
 def test_crop_is_drawn_in_the_pixels_of_the_original():
-    """On a squashed canvas the box has whole pixels, area and ratio of the original image (D3,
-    D5)."""
+    """On a squashed canvas the box has whole pixels, area and ratio of the original image."""
     count, side, height, width = 400, 64, 120, 400
     size = np.float32([[height, width]] * count)
     view = make_view(side, **STILL, **RAW)
@@ -348,7 +344,7 @@ def test_crop_is_drawn_in_the_pixels_of_the_original():
 
 
 def test_crop_of_a_squashed_canvas_looks_like_the_crop_of_the_original():
-    """The view agrees with Pillow's crop of the image before it was squashed to 256 by 256 (D5)."""
+    """The view agrees with Pillow's crop of the image before it was squashed to 256 by 256."""
     count, height, width, size = 8, 180, 420, 64
     y, x = (np.mgrid[:height, :width] + 0.5) / np.array([height, width])[:, None, None]
     waves = 127 + 80 * np.sin(6 * x) * np.cos(5 * y)
@@ -393,7 +389,7 @@ def test_every_example_has_a_size_of_its_own():
 
 
 def test_grey_matches_pillow():
-    """The luma of Pillow's mode "L" (D4); a grey image stays what it is."""
+    """The luma of Pillow's mode "L"; a grey image stays what it is."""
     image = noise(32, 32)
     got = grey(jnp.asarray(image) / 255)
     assert got.shape == (32, 32, 1)
@@ -410,7 +406,7 @@ BLENDS = [(0, ImageEnhance.Brightness), (1, ImageEnhance.Contrast), (2, ImageEnh
 @pytest.mark.parametrize("op, enhance", BLENDS)
 def test_blends_match_pillow(op, enhance, factor):
     """Brightness, contrast and saturation; Pillow rounds the other image and cuts the result to
-    uint8 (D3, D4)."""
+    uint8."""
     image = np.concatenate([noise(16, 24), smooth(16, 24)])
     x = np.float32(image / 255)
     luma = np.float32(x @ LUMA)[..., None]
@@ -434,7 +430,7 @@ def hard_colours():
 
 @pytest.mark.parametrize("shift", [-0.5, -0.4, -0.1, 0, 0.03, 0.1, 1 / 3, 0.5])
 def test_hue_matches_colorsys(shift):
-    """Pixel by pixel the hue of Python's own HSV (D4)."""
+    """Pixel by pixel the hue of Python's own HSV."""
     image = hard_colours()
     got = quick(adjust_hue)(image, np.float32(shift))
     np.testing.assert_allclose(got, reference_hue(image, shift), atol=2e-5)
@@ -442,7 +438,7 @@ def test_hue_matches_colorsys(shift):
 
 @pytest.mark.parametrize("steps", [-60, -25, 0, 7, 25, 100])
 def test_hue_matches_pillow(steps):
-    """The hue of Pillow's HSV, whose 256 steps are as coarse as 6/255 of a channel (D3, D4)."""
+    """The hue of Pillow's HSV, whose 256 steps are as coarse as 6/255 of a channel."""
     image = noise(32, 32)
     hue, saturation, value = pillow(image).convert("HSV").split()
     turned = Image.fromarray(np.uint8((np.int64(hue) + steps) % 256))
@@ -456,7 +452,7 @@ def test_hue_matches_pillow(steps):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_jitter_applies_the_four_in_every_order(channels):
     """All 24 orders, one operation after another, each clipped; strong factors, so that the order
-    matters (D3, D4)."""
+    matters."""
     image = hard_colours()[..., :channels]
     orders = np.array(list(itertools.permutations(range(4))))
     factors, shift = np.float32([1.4, 1.7, 0.4]), 0.15
@@ -498,7 +494,7 @@ def test_jitter_leaves_what_it_must():
 @pytest.mark.parametrize("sigma", [0.1, 0.5, 1, 2])
 @pytest.mark.parametrize("shape", [(24, 30), (5, 9)])  # the second is smaller than the radius
 def test_blur_matches_scipy(shape, sigma, channels):
-    """A Gaussian cut off at the radius, the edge repeated (D3)."""
+    """A Gaussian cut off at the radius, the edge repeated."""
     image, radius = noise(*shape, channels) / 255, 8
     wanted = scipy.ndimage.gaussian_filter(
         image, (sigma, sigma, 0), mode="nearest", truncate=radius / sigma
@@ -509,8 +505,7 @@ def test_blur_matches_scipy(shape, sigma, channels):
 
 @pytest.mark.parametrize("sigma", [0.5, 1, 2])
 def test_blur_matches_pillow(sigma):
-    """The same strength as Pillow's GaussianBlur, which approximates a Gaussian by boxes on uint8
-    (D3)."""
+    """The same strength as Pillow's GaussianBlur, which approximates a Gaussian by boxes on uint8."""
     image = np.kron(noise(8, 8), np.ones((6, 6, 1), np.uint8))
     wanted = unpillow(pillow(image).filter(ImageFilter.GaussianBlur(sigma)))
     error = np.abs(
@@ -547,7 +542,7 @@ def read_operations(out):
 
 
 def test_default_recipe_happens_as_often_as_published():
-    """MoCo v2: jitter 0.8, grey 0.2, blur 0.5, flip 0.5, independently of each other (D3)."""
+    """MoCo v2: jitter 0.8, grey 0.2, blur 0.5, flip 0.5, independently of each other."""
     count = 10_000
     # A blur of less than half a pixel would not be seen.
     view = make_view(8, **WHOLE, **RAW, blur_sigma=(0.5, 2.0))
@@ -572,7 +567,7 @@ def test_default_recipe_happens_as_often_as_published():
 )
 def test_each_operation_alone(name, index):
     """With the probability of one at 0.3 and of the others at 0, it happens to 0.3, and they to
-    none (D3)."""
+    none."""
     count = 2000
     view = make_view(8, **WHOLE, **RAW, blur_sigma=(0.5, 2.0), **(STILL | {name: 0.3}))
     out = views(view, repeat(affine_colours(), count))
@@ -605,8 +600,7 @@ def test_probability_of_one_always_happens(one):
     ],
 )
 def test_jitter_draws(strengths, low, high, monkeypatch):
-    """Factors uniform in 1 - s .. 1 + s but not below 0, hue in -s .. s, all 24 orders, each apart
-    (D3)."""
+    """Factors uniform in 1 - s .. 1 + s but not below 0, hue in -s .. s, all 24 orders, each apart."""
     place = np.array([64, 16, 4, 1])
 
     def show_draws(image, factors, hue_shift, order):
@@ -631,7 +625,7 @@ def test_jitter_draws(strengths, low, high, monkeypatch):
 
 def test_blur_is_uniform_in_its_range():
     """The standard deviation, read off a single white pixel: 0.1 .. 2 pixels, whenever a blur
-    happens (D3)."""
+    happens."""
     image = np.zeros((17, 17, 3), np.uint8)
     image[8, 8] = 255
     out = views(make_view(17, **WHOLE, **RAW, **(STILL | {"blur_p": 0.5})), repeat(image, 1500))[
@@ -662,7 +656,7 @@ def test_blur_of_a_view_matches_scipy():
 
 def test_contrast_is_taken_of_the_crop():
     """Jitter comes after the crop: contrast leaves the crop's mean grey where it is, not the
-    image's (D3)."""
+    image's."""
     image = repeat(np.uint8(0.5 * coordinates(16) + 60), 32)
     crops = views(cached_view(16, **RAW, **STILL), image)
     out = views(make_view(16, jitter=(0, 0.4, 0, 0), **RAW, **(STILL | {"jitter_p": 1.0})), image)
@@ -672,7 +666,7 @@ def test_contrast_is_taken_of_the_crop():
 
 
 def test_grey_comes_after_jitter():
-    """The view is the luma of the jittered image; MoCo v1 had it the other way about (D3)."""
+    """The view is the luma of the jittered image; MoCo v1 had it the other way about."""
     image = repeat(smooth(16, 16), 32)
     jittered = views(make_view(16, **RAW, **(STILL | {"jitter_p": 1.0})), image)
     both = views(make_view(16, **RAW, **(STILL | {"jitter_p": 1.0, "grey_p": 1.0})), image)
@@ -688,8 +682,7 @@ def test_flip_mirrors_left_and_right():
 
 
 def test_view_is_normalised():
-    """Less the mean, by the standard deviation, of each channel; the defaults are ImageNet's
-    (D4)."""
+    """Less the mean, by the standard deviation, of each channel; the defaults are ImageNet's."""
     image = noise(8, 8)
     wanted = (image / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     np.testing.assert_allclose(
@@ -704,8 +697,7 @@ def test_view_is_normalised():
 
 
 def test_two_keys_are_two_views():
-    """Two keys, as of query and key or of two epochs, differ in every example; one key is one view
-    (D2)."""
+    """Two keys, as of query and key or of two epochs, differ in every example; one key is one view."""
     images = np.stack([noise(16, 16, seed=i) for i in range(32)])
     one, two, again = (views(cached_view(16), images, seed) for seed in (0, 1, 0))
     np.testing.assert_array_equal(one, again)
@@ -713,14 +705,14 @@ def test_two_keys_are_two_views():
 
 
 def test_examples_of_a_batch_are_drawn_apart():
-    """No two views of one image, repeated over the batch, are alike (D2)."""
+    """No two views of one image, repeated over the batch, are alike."""
     out = views(cached_view(16), repeat(noise(16, 16), 32))
     apart = np.abs(out[:, None] - out[None]).max((2, 3, 4)) + np.eye(32)
     assert apart.min() > 1e-3
 
 
 def test_both_views_come_from_the_same_image():
-    """The index of an image, carried in its grey, comes out of both views at its place (D1)."""
+    """The index of an image, carried in its grey, comes out of both views at its place."""
     index = np.random.default_rng(0).permutation(256)
     images = np.broadcast_to(np.uint8(index)[:, None, None, None], (256, 8, 8, 3))
     # Without brightness a plain grey stays as it is.
@@ -731,7 +723,7 @@ def test_both_views_come_from_the_same_image():
 
 
 def test_view_of_an_example_depends_on_its_place_and_key_alone():
-    """Neither the other images nor how many they are changes it (D2)."""
+    """Neither the other images nor how many they are changes it."""
     images = np.stack([noise(16, 16, seed=i) for i in range(32)])
     others = np.roll(images, 1, 0)
     others[0], others[3] = 0, images[3]  # all change places but the fourth
@@ -772,7 +764,7 @@ def test_grey_images_stay_grey_images():
 
 
 def test_extreme_images_are_finite():
-    """All black, all white, one saturated colour, black against white: no division by zero (D3)."""
+    """All black, all white, one saturated colour, black against white: no division by zero."""
     black, white = np.zeros((16, 16, 3), np.uint8), np.full((16, 16, 3), 255, np.uint8)
     red, halves = black.copy(), black.copy()
     red[..., 0], halves[:, 8:] = 255, 255
@@ -798,7 +790,7 @@ def test_thin_images_are_finite():
 
 
 def test_weak_view_only_crops_and_flips():
-    """Colours stay, half are mirrored, the crop is torchvision's default of 0.08 .. 1 (D3)."""
+    """Colours stay, half are mirrored, the crop is torchvision's default of 0.08 .. 1."""
     count, side = 1000, 64
     out = views(weak_view(side), repeat(coordinates(side), count))
     out = out * [0.229, 0.224, 0.225] + [0.485, 0.456, 0.406]

@@ -185,7 +185,7 @@ def test_again_asks_nothing(beside, command):
 
 @pytest.mark.slow
 def test_alone(beside, command, tmp_path):
-    """P2, P3: one column at one budget, stage by stage in its own workdir, chooses the same and
+    """One column at one budget, stage by stage in its own workdir, chooses the same and
     learns the same."""
     for stage in ("target", "pretrain", "select"):
         status, _, err = command(

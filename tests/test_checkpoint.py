@@ -53,7 +53,7 @@ def saved(directory, *steps):
 
 
 def test_round_trip(tmp_path):
-    """R1, R4: queue, pointer, optimiser and step come back, in their dtypes and shardings, by a new
+    """Queue, pointer, optimiser and step come back, in their dtypes and shardings, by a new
     object."""
     assert (
         Checkpoints(tmp_path / "none").restore(state(0)) is None
@@ -94,7 +94,7 @@ def remove_item(directory):
 
 @pytest.mark.parametrize("damage", [flip_bytes, truncate, remove_item])
 def test_damaged_checkpoint(tmp_path, caplog, damage):
-    """R6: the newest one is damaged: it is named, and the one before it is taken."""
+    """The newest one is damaged: it is named, and the one before it is taken."""
     saved(tmp_path / "c", 3, 5)
     damage(tmp_path / "c/5")
     with caplog.at_level(logging.WARNING):
@@ -184,7 +184,7 @@ def test_weights(tmp_path):
 
 
 def test_weights_are_strict(tmp_path):
-    """E1: a tensor missing, one left over, one of another shape: refused, all three named."""
+    """A tensor missing, one left over, one of another shape: refused, all three named."""
     tree = {
         "a": np.zeros(3, np.float32),
         "b": np.zeros((2, 2), np.float32),
@@ -228,7 +228,7 @@ def test_stage_is_done_once(tmp_path):
 
 
 def test_half_a_stage(tmp_path):
-    """R2: what a killed stage left is there for the same inputs to go on from, and gone for any
+    """What a killed stage left is there for the same inputs to go on from, and gone for any
     others."""
     found = []
 

@@ -244,7 +244,7 @@ def test_pytorch_target_and_encoder(photos, weights, command, tmp_path):
     ],
 )
 def test_wrong_weights(photos, weights, command, tmp_path, flags, words):
-    """E1: status 2 and one line that names what is wrong, before anything is trained."""
+    """Status 2 and one line that names what is wrong, before anything is trained."""
     if not (weights / "cut.pth").exists():
         (weights / "text.pth").write_text("<!doctype html><title>404</title>")
         whole = (weights / "target.pth").read_bytes()
@@ -406,7 +406,7 @@ def test_recipes_must_not_overlap():
 
 @pytest.mark.slow
 def test_precision_is_part_of_the_question(photos, weights, command, tmp_path):
-    """P6: answers in bfloat16 are others than those in float32, though near them: they are asked
+    """Answers in bfloat16 are others than those in float32, though near them: they are asked
     for anew and kept apart, and cost no budget, which counts images."""
     target = [
         *TORCH,

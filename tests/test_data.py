@@ -97,7 +97,7 @@ def test_a_share_that_leaves_no_image_is_refused_with_one_that_does(size):
 
 @pytest.mark.parametrize("size", [1, 2, 1437])
 def test_the_order_is_a_permutation_and_shares_are_nested(size):
-    """P2: what the 1 % holds does not depend on whether the 10 % was ever asked about."""
+    """What the 1 % holds does not depend on whether the 10 % was ever asked about."""
     order = random_order(size, 3)
     np.testing.assert_array_equal(np.sort(order), np.arange(size))
     np.testing.assert_array_equal(order, random_order(size, 3))
@@ -141,7 +141,7 @@ def test_a_balanced_order_follows_its_seed_in_images_and_in_classes():
 
 
 def test_the_order_of_the_predecessor():
-    """D8: numpy's seed 1234 over the list of all images. The hash is of this numpy's; its stream is
+    """Numpy's seed 1234 over the list of all images. The hash is of this numpy's; its stream is
     frozen."""
     images = [f"image {i}" for i in range(1000)]
     np.random.seed(1234)
@@ -233,7 +233,7 @@ def test_each_budget_has_a_list(tmp_path):
 
 @pytest.mark.parametrize("size, batch_size", [(12, 4), (13, 4), (10, 10), (11, 10), (7, 1), (1, 1)])
 def test_each_epoch_without_its_remainder_is_a_shuffle(size, batch_size):
-    """D6: with drop_last every epoch shows floor(size / batch) batches of images that are all
+    """With drop_last every epoch shows floor(size / batch) batches of images that are all
     different."""
     steps = int(epoch_steps(size, batch_size, drop_last=True))
     assert steps == size // batch_size
@@ -248,7 +248,7 @@ def test_each_epoch_without_its_remainder_is_a_shuffle(size, batch_size):
     "size, batch_size", [(12, 4), (13, 4), (10, 10), (11, 10), (7, 1), (5, 8), (3, 10), (1, 4)]
 )
 def test_epochs_follow_each_other_without_a_seam(size, batch_size):
-    """D6: `size` batches show every image exactly `batch_size` times, each epoch's stretch is a
+    """`size` batches show every image exactly `batch_size` times, each epoch's stretch is a
     permutation.
 
     Also where the set is smaller than the batch.
@@ -264,7 +264,7 @@ def test_epochs_follow_each_other_without_a_seam(size, batch_size):
 
 @pytest.mark.parametrize("drop_last", [True, False])
 def test_a_batch_is_a_pure_function_of_seed_and_number(drop_last):
-    """R2: asked for in any order, any number of times, and not touched by what a caller does to
+    """Asked for in any order, any number of times, and not touched by what a caller does to
     it."""
     first = [batch_ids(11, 4, 5, k, drop_last).copy() for k in range(12)]
     for k in (7, 0, 11, 3, 7):
@@ -276,7 +276,7 @@ def test_a_batch_is_a_pure_function_of_seed_and_number(drop_last):
 
 @pytest.mark.parametrize("drop_last", [True, False])
 def test_epochs_and_seeds_differ(drop_last):
-    """D2: no two epochs and no two seeds have one order."""
+    """No two epochs and no two seeds have one order."""
     orders = {
         tuple(batch_ids(40, 40, seed, epoch, drop_last)) for seed in range(5) for epoch in range(5)
     }
@@ -298,7 +298,7 @@ B = 8  # divides over as many devices as a test machine simulates
 @pytest.mark.parametrize("start", [0, 1, 5, 9])
 @pytest.mark.parametrize("size, drop_last", [(20, True), (20, False), (16, True), (5, False)])
 def test_batches_arrive_in_order_from_any_start(size, drop_last, start, threads):
-    """R2, D2: those of an undisturbed run from `start` on, with any number of threads."""
+    """Those of an undisturbed run from `start` on, with any number of threads."""
     data = source(size)
     got = list(batches(data, B, steps=9, seed=3, start=start, drop_last=drop_last, threads=threads))
     assert len(got) == 9 - start
@@ -313,7 +313,7 @@ def test_batches_arrive_in_order_from_any_start(size, drop_last, start, threads)
     "size, pool, drop_last", [(20, 50, False), (5, 50, False), (20, 20, False), (20, 50, True)]
 )
 def test_a_pool_comes_beside_in_an_order_of_its_own(size, pool, drop_last, start):
-    """R2: so many images of it in every batch, each once in a pass over it, whatever the source;
+    """So many images of it in every batch, each once in a pass over it, whatever the source;
     from any start."""
     data = take(source(60), np.arange(size))._replace(
         beside=Beside(take(source(60), np.arange(pool)), 3)
@@ -444,7 +444,7 @@ def test_a_failing_source_is_not_an_end_of_the_data():
 
 
 def test_arrays_beside_a_subset_stay_with_their_images():
-    """P12: scores go with the images through the subset and the shuffle."""
+    """Scores go with the images through the subset and the shuffle."""
     ids = np.array([9, 3, 17, 4, 0, 11, 12, 13])
     subset = take(source(20), ids, scores=ids[:, None] * np.array([[1.0, 10.0]]))
     assert subset.size == 8
@@ -867,7 +867,7 @@ def test_the_two_files_must_have_images_of_one_shape(tmp_path, good):
 
 
 def test_evaluation_images_that_are_in_the_pool_are_counted_and_refused(tmp_path, good):
-    """P9: with another label too, and each of several equal ones."""
+    """With another label too, and each of several equal ones."""
     images = np.concatenate(
         [OTHER["image"], GOOD["image"][[2]], GOOD["image"][[5]], GOOD["image"][[5]]]
     )

@@ -11,7 +11,7 @@ def warnings(series, epoch_steps=4, dimension=16, queue_size=None):
 
 
 def test_leak():
-    """M13: instance accuracy near 1 over the first epoch; a first step against a random queue is no
+    """Instance accuracy near 1 over the first epoch; a first step against a random queue is no
     alarm."""
     assert "98 % of the queries" in warnings([{"contrast_acc1": 0.98, "z_std": 0.25}] * 12)[0]
     assert not warnings(
@@ -20,7 +20,7 @@ def test_leak():
 
 
 def test_collapse():
-    """S1: the spread of the outputs far below 1/sqrt(D), at the end of an epoch."""
+    """The spread of the outputs far below 1/sqrt(D), at the end of an epoch."""
     assert "collapsed" in warnings([{"z_std": 0.01}] * 4)[0]
     assert not warnings([{"z_std": 0.2}] * 8) and not warnings([{"z_std": 0.01}] * 3)
 

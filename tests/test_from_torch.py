@@ -1,7 +1,4 @@
-"""Weights between PyTorch and qmx: the same numbers, nothing lost in silence, nothing executed.
-
-The ids in the docstrings (E1, ...) are those of the project's list of pitfalls.
-"""
+"""Weights between PyTorch and qmx: the same numbers, nothing lost in silence, nothing executed."""
 
 import argparse
 import os
@@ -144,7 +141,7 @@ def test_memory(large):
 
 @pytest.mark.slow
 def test_target_scores(large):
-    """E1: the target of the reference results scores 64 images as torch does, its grouped
+    """The target of the reference results scores 64 images as torch does, its grouped
     convolutions included."""
     net, _, out, _ = large
     x, ours = images(64, 64)
@@ -166,7 +163,7 @@ def resnet50():
 
 @pytest.mark.slow
 def test_student_scores(resnet50):
-    """E1: so does the ResNet-50 at 96 px; in half precision within its own tolerance; and with its
+    """So does the ResNet-50 at 96 px; in half precision within its own tolerance; and with its
     norms folded in."""
     net, found = resnet50
     x, ours = images(64, 96)
@@ -356,7 +353,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(small, tmp_path, layout, kind, tracked):
-    """E1: the encoder of each code base's files, in each kind of file: its tensors exactly, and no
+    """The encoder of each code base's files, in each kind of file: its tensors exactly, and no
     classifier."""
     _, state = small
     tensors = LAYOUTS[layout](state)
@@ -442,7 +439,7 @@ def test_old_torch(small, tmp_path, monkeypatch):
 
 
 def test_all_differences_at_once(small, tmp_path):
-    """E1: a missing, a renamed and a misshapen tensor in one MoCo file are refused in one line with
+    """A missing, a renamed and a misshapen tensor in one MoCo file are refused in one line with
     all the names."""
     _, state = small
     tensors, q = moco_state(state), "module.encoder_q."
@@ -505,7 +502,7 @@ def test_all_differences_at_once(small, tmp_path):
     ],
 )
 def test_differences(small, change, message):
-    """E1: nothing in a file is passed over: what is left, lacking, of another type or out of range
+    """Nothing in a file is passed over: what is left, lacking, of another type or out of range
     is named."""
     tensors = {name: value.clone() for name, value in moco_state(small[1]).items()}
     change(tensors)
@@ -515,7 +512,7 @@ def test_differences(small, change, message):
 
 
 def test_classifier_differences(small):
-    """E1: half a classifier, or one of other features, is an error and not a backbone."""
+    """Half a classifier, or one of other features, is an error and not a backbone."""
     state = numpy(small[1])
     for change, message in (
         ({"fc.weight": None}, "missing: fc.weight"),

@@ -105,7 +105,7 @@ def assert_same(a, b, rtol, atol, of_momenta=None, methods=METHODS, kinks=0):
 
 @pytest.mark.parametrize("devices", [2, 4, 8])
 def test_devices(trained, devices):
-    """R7, S8, M14: to float32's rounding, also where a group of statistics lies on several
+    """To float32's rounding, also where a group of statistics lies on several
     devices."""
     assert_same(trained("1"), trained(f"{devices}", (devices,)), **ROUNDING, kinks=1)
 
@@ -125,7 +125,7 @@ def test_devices_in_float64(trained):
 
 
 def test_resume(trained):
-    """R1-R5: stopped twice in the middle of an epoch, each time gone on with by a new process:
+    """Stopped twice in the middle of an epoch, each time gone on with by a new process:
     equal to the bit."""
     pieces = trained("in pieces", (2, 2, 2), stops=(3, 6))
     assert_same(trained("2", (2,)), pieces, rtol=0, atol=0)

@@ -70,7 +70,7 @@ def ledger(path):
 
 
 def test_an_answer_is_paid_for_once(ledger):
-    """P7: the second time costs nothing, also when a few new images come with it."""
+    """The second time costs nothing, also when a few new images come with it."""
     target = Target()
     first = ledger.ask(target, images(0, 1, 2, 3, 4))
     np.testing.assert_array_equal(first, logits_of(0, 1, 2, 3, 4))
@@ -82,7 +82,7 @@ def test_an_answer_is_paid_for_once(ledger):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
 def test_repeats_within_one_call_are_sent_once(ledger, batch_size):
-    """P7: a pool with the same image several times, in one batch and in several."""
+    """A pool with the same image several times, in one batch and in several."""
     target = Target()
     asked = [5, 6, 5, 7, 7, 5, 8, 6]
     answers = ledger.ask(target, images(*asked), batch_size=batch_size)
@@ -104,7 +104,7 @@ def test_batches_are_no_larger_than_asked_and_progress_is_told(ledger):
 
 
 def test_training_passes_with_as_many_answers_as_the_budget(path):
-    """P1: a target that gives way after N images; N images are enough for any number of
+    """A target that gives way after N images; N images are enough for any number of
     readings."""
     target = Target(limit=12)
     with Ledger(path, target="t", budget=12) as ledger:
@@ -119,7 +119,7 @@ def test_training_passes_with_as_many_answers_as_the_budget(path):
 
 
 def test_a_failing_target_loses_nothing(path):
-    """P5, P8: the run after a failure sends exactly budget - done, and the lost batch is on the
+    """The run after a failure sends exactly budget - done, and the lost batch is on the
     account."""
     target = Target(limit=10)
     with Ledger(path, target="t", budget=20) as ledger:
@@ -257,7 +257,7 @@ def another_process(script, *arguments, **keywords):
 
 
 def test_a_process_killed_while_it_asks_loses_nothing(path, ledger):
-    """P5: SIGKILL with three batches committed and one in flight; what was answered is never asked
+    """SIGKILL with three batches committed and one in flight; what was answered is never asked
     again.
 
     The ledger of this process is open all the time and sees each answer as soon as it is committed.
@@ -288,7 +288,7 @@ def test_a_process_killed_while_it_asks_loses_nothing(path, ledger):
 
 @pytest.mark.parametrize("answers", [1, 10, 30])
 def test_a_process_killed_anywhere_loses_nothing(path, ledger, answers):
-    """P5: SIGKILL at whatever point comes once some answers are seen; whole batches are there, or
+    """SIGKILL at whatever point comes once some answers are seen; whole batches are there, or
     are missing."""
     with another_process(ASKING, path, 1000) as process:
         try:
@@ -351,7 +351,7 @@ def test_two_connections_see_what_is_committed(path, ledger):
 
 
 def test_a_request_is_written_down_before_it_is_sent(path, ledger):
-    """P8: while the target thinks, others see the images in flight."""
+    """While the target thinks, others see the images in flight."""
     seen = []
 
     def query(pixels):
@@ -368,7 +368,7 @@ def test_a_request_is_written_down_before_it_is_sent(path, ledger):
 
 
 def test_answers_pair_by_content_and_not_by_position(path):
-    """P12: permuted, repeated, turned round in memory, in another session."""
+    """Permuted, repeated, turned round in memory, in another session."""
     with Ledger(path, target="t") as ledger:
         ledger.ask(Target(), images(*range(50)), batch_size=7)
     order = np.random.default_rng(0).integers(0, 50, 200)
@@ -570,7 +570,7 @@ def test_unknown_names_are_refused_before_anything_is_sent(ledger, unknown):
 
 
 def test_weaker_levels_are_derived_from_logits(ledger):
-    """P26: sums, support and order."""
+    """Sums, support and order."""
     ledger.ask(Target(), images(*range(20)))
     logits, probs, label = (ledger.read(images(*range(20)), access) for access in ACCESS)
     np.testing.assert_array_equal(logits, logits_of(*range(20)))
@@ -590,7 +590,6 @@ def test_of_several_highest_scores_the_first_is_the_label():
 
 
 def test_probabilities_of_extreme_logits_are_finite():
-    """P19."""
     probs = derive(
         np.array([[1e30, -1e30, 0], [88, 89, 90], [-1e4, -1e4, -2e4]], np.float32),
         "logits",
@@ -652,7 +651,7 @@ def test_the_richest_answer_stays_when_two_buy_at_once(path, ledger):
 
 @pytest.mark.parametrize("temperature", [0.05, 1.0, 1.5, 20.0, 1e4])
 def test_a_label_is_a_hard_label_at_every_temperature(ledger, temperature):
-    """E6: as the log-probabilities that the losses read, it is exactly one-hot after any
+    """As the log-probabilities that the losses read, it is exactly one-hot after any
     softmax."""
     ledger.ask(Target("label"), images(*range(9)), access="label")
     label = ledger.read(images(*range(9)), "label")

@@ -121,7 +121,7 @@ def test_same_key_same_result(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_learns(name):
-    """S5: each part has a gradient in some step, and running statistics move."""
+    """Each part has a gradient in some step, and running statistics move."""
     _, _, states, _, _ = trained(name)
     first, last = states[0], states[-1]
     for kind, before, after in (
@@ -145,7 +145,7 @@ def test_every_parameter_learns(name):
 
 
 def test_moco_key_encoder_starts_as_a_copy():
-    """M1, M6: each key leaf, the head's too, equals its query leaf; the queue's rows have norm
+    """Each key leaf, the head's too, equals its query leaf; the queue's rows have norm
     1."""
     state = trained("moco")[2][0]
     for (path, q), (_, k) in zip(
@@ -157,7 +157,7 @@ def test_moco_key_encoder_starts_as_a_copy():
 
 
 def test_moco_gradient_never_reaches_the_keys():
-    """M3, R1: no gradient into the momentum encoder or the queue; the optimiser holds no key
+    """No gradient into the momentum encoder or the queue; the optimiser holds no key
     leaf."""
     method, _, states, _, _ = trained("moco")
     ts = states[-1]
@@ -180,7 +180,7 @@ def test_moco_gradient_never_reaches_the_keys():
 
 
 def test_moco_key_statistics_are_their_own():
-    """M4: the key branch's running statistics come from its own batches; nothing averages them."""
+    """The key branch's running statistics come from its own batches; nothing averages them."""
     _, _, states, _, _ = trained("moco")
     before, after = states[-2].state, states[-1].state
     for path, q in by_path(after.stats).items():
@@ -191,7 +191,7 @@ def test_moco_key_statistics_are_their_own():
 
 
 def test_moco_queue_order():
-    """M5, M7: keys replace the oldest rows in batch order, after the logits; the pointer wraps."""
+    """Keys replace the oldest rows in batch order, after the logits; the pointer wraps."""
     method = make("moco", view=lambda rng, data: data["image"] / 255.0)
     params, state = jax.jit(lambda rng: method.init(rng, batch()))(jax.random.key(0))
     loss = jax.jit(method.loss)
@@ -228,14 +228,14 @@ def _embed(encode, params, stats, x):
 
 
 def test_moco_queue_must_fit():
-    """M7, M17: a queue that is no multiple of the batch is refused with the one that is."""
+    """A queue that is no multiple of the batch is refused with the one that is."""
     with pytest.raises(ValueError, match="queue_size 20 is not a multiple of batch_size 8; 16 is"):
         make("moco", queue_size=20).init(jax.random.key(0), batch())
 
 
 @pytest.mark.slow
 def test_moco_stuck_at_chance():
-    """M12: features that say nothing give exactly ln(K + 1); a toy run leaves it."""
+    """Features that say nothing give exactly ln(K + 1); a toy run leaves it."""
     constant = models.Network(
         lambda rng, x: ({"w": jnp.ones(4)}, {}),
         lambda p, s, x, train, rng=None: (jnp.tile(p["w"], (len(x), 1)), s),
@@ -264,7 +264,7 @@ def test_moco_stuck_at_chance():
 
 
 def test_moco_groups_of_statistics():
-    """M14, M15: G groups in one batch are what G devices with a part each would compute; keys are
+    """G groups in one batch are what G devices with a part each would compute; keys are
     shuffled over the whole batch, so that a key's group is not its query's; one group is another
     network."""
     x = jax.random.normal(jax.random.key(0), (B, 8, 8, 1))
@@ -295,7 +295,7 @@ def test_moco_groups_of_statistics():
 
 
 def test_simsiam_layers():
-    """S4, S6: the golden tree of the three-layer heads, and zero-initialised residual branches."""
+    """The golden tree of the three-layer heads, and zero-initialised residual branches."""
     projector, predictor = models.simsiam_projector(2048), models.simsiam_predictor(512)
     params, stats = jax.eval_shape(lambda: projector.init(jax.random.key(0), jnp.zeros((2, 2048))))
     assert {path: leaf.shape for path, leaf in by_path(params).items()} == {
@@ -329,7 +329,7 @@ def test_simsiam_layers():
 
 @pytest.mark.slow
 def test_simsiam_stops_the_gradient():
-    """S2, S9: the gradient is that of the loss with the projections as constants."""
+    """The gradient is that of the loss with the projections as constants."""
     method, _, states, _, _ = trained("simsiam")
     ts, key, data = states[-1], jax.random.key(5), batch(9)
     net, projector, predictor = (
@@ -371,7 +371,7 @@ def test_simsiam_stops_the_gradient():
 
 
 def test_simsiam_collapses_without_the_stop(monkeypatch):
-    """S1: in the same toy run the unit projections keep their spread, and lose it once nothing is
+    """In the same toy run the unit projections keep their spread, and lose it once nothing is
     stopped."""
 
     def spread(rate=0.1, steps=300):
@@ -417,7 +417,7 @@ def test_rotations_are_quarter_turns():
 
 
 def test_start_from_is_strict():
-    """E1, P10: an encoder of another network is refused with every variable that does not fit; one
+    """An encoder of another network is refused with every variable that does not fit; one
     that fits replaces the backbone, leaves the head alone and is copied."""
     method, _, states, _, _ = trained("distill")
     params, state = states[0].params, states[0].state
@@ -494,7 +494,7 @@ def test_a_step_has_a_key_for_dropout(name):
 
 
 def test_a_linear_probe_moves_its_head_alone():
-    """E2: after training the head the backbone's variables are equal to the bit, running statistics
+    """After training the head the backbone's variables are equal to the bit, running statistics
     too; the head starts at N(0, 0.01) with a bias of 0; its features are those of an evaluation."""
     method, _, states, metrics, _ = trained("linear")
     assert states[0].params.keys() == {"head"}

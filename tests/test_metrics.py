@@ -53,7 +53,7 @@ def brightness_network():
 
 @pytest.mark.parametrize("size", [1, B - 1, B, B + 1, 2 * B - 1, 2 * B, 2 * B + 1, 5 * B + 3])
 def test_every_image_is_scored_once_and_in_order(size):
-    """D7: sizes around the batch size; the rows that pad the last batch are nobody's."""
+    """Sizes around the batch size; the rows that pad the last batch are nobody's."""
     images = np.random.default_rng(size).integers(0, 256, (size, 4, 4, 1), np.uint8)
     net = brightness_network()
     scores = predict(net, *net.init(None, None), plain_view((0.0,), (1.0,)), images, B)
@@ -96,7 +96,7 @@ def test_a_score_does_not_depend_on_its_neighbours(classifier):
 
 
 def test_evaluation_leaves_the_network_as_it_was(classifier):
-    """M19, E2: params and running statistics are bitwise the same, and still there."""
+    """Params and running statistics are bitwise the same, and still there."""
     net, params, stats = classifier
     before = [np.array(leaf).tobytes() for leaf in jax.tree.leaves((params, stats))]
     for _ in range(2):
@@ -182,7 +182,7 @@ def random_pair(n, classes, seed, scale=2.0):
 
 
 def test_kl_has_its_analytic_value_and_direction():
-    """P13: KL(target || student), with target (1/2, 1/2) and student (3/4, 1/4): ln(4/3) / 2."""
+    """KL(target || student), with target (1/2, 1/2) and student (3/4, 1/4): ln(4/3) / 2."""
     half, quarter = (
         np.log(np.array([[0.5, 0.5]], np.float32)),
         np.log(np.array([[0.75, 0.25]], np.float32)),
@@ -197,7 +197,7 @@ def test_kl_has_its_analytic_value_and_direction():
 
 @pytest.mark.parametrize("classes", [2, 10, 1000])
 def test_kl_of_random_scores(classes):
-    """P13: scipy's and torch's mean over rows; constants added to a row of logits change
+    """Scipy's and torch's mean over rows; constants added to a row of logits change
     nothing."""
     student, target = random_pair(64, classes, classes)
     target += np.arange(64, dtype=np.float32)[:, None] / 8
@@ -224,7 +224,6 @@ def test_kl_to_a_target_that_shows_labels_alone():
 
 @pytest.mark.filterwarnings("error")
 def test_kl_of_extreme_scores_is_no_nan():
-    """P19."""
     target = np.array([[1e4, 0, -1e4], [0, 0, 0]], np.float32)
     student = np.array([[-1e4, 0, 1e4], [1e30, -1e30, 0]], np.float32)
     for one, two in ((student, target), (target, student)):
@@ -329,7 +328,7 @@ def brute_knn(bank, bank_labels, queries, k, temperature):
 @pytest.mark.parametrize("k", [1, 2, 5, 20, 60, 61, 200])
 @pytest.mark.parametrize("temperature", [0.01, 0.07, 0.1, 1.0, 100.0])
 def test_knn_is_the_brute_force_one(k, temperature):
-    """E3: cosine, exp(s / T), k up to the whole bank and beyond it; features of any length."""
+    """Cosine, exp(s / T), k up to the whole bank and beyond it; features of any length."""
     bank, labels, queries = features()
     found = knn(bank, labels, queries, k, temperature)
     assert found.dtype == np.int32 and found.shape == (25,)
@@ -339,7 +338,7 @@ def test_knn_is_the_brute_force_one(k, temperature):
 @pytest.mark.parametrize("temperature", [1e-4, 1e-3, 0.005])
 @pytest.mark.filterwarnings("error")
 def test_knn_at_a_low_temperature(temperature):
-    """P19: exp(1 / 0.005) is more than float32 holds. All features lie close together, as early in
+    """Exp(1 / 0.005) is more than float32 holds. All features lie close together, as early in
     a training."""
     bank, labels, queries = features(1)
     bank, queries = (x / np.linalg.norm(x, axis=1, keepdims=True) + 2 for x in (bank, queries))
@@ -352,7 +351,7 @@ def test_knn_at_a_low_temperature(temperature):
 @pytest.mark.parametrize("k", [1, 3, 7, 20])
 @pytest.mark.parametrize("temperature", [0.1, 0.5])
 def test_knn_is_scikit_learns(k, temperature):
-    """E3: KNeighborsClassifier with the cosine metric; weighted, and unweighted at a high
+    """KNeighborsClassifier with the cosine metric; weighted, and unweighted at a high
     temperature."""
     bank, labels, queries = features(2, n=200, m=100)
     theirs = KNeighborsClassifier(
@@ -395,7 +394,7 @@ def test_a_feature_of_zeros_breaks_nothing():
 
 
 def test_the_monitor_asks_every_fifth_example_about_the_others():
-    """E3: no example is its own neighbour; against scikit-learn."""
+    """No example is its own neighbour; against scikit-learn."""
     x, labels, _ = features(5, n=203)
     held_out = np.arange(203) % 5 == 0
     theirs = KNeighborsClassifier(7, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.1))

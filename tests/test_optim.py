@@ -23,7 +23,7 @@ def values(rate, *steps):
 
 
 def test_moco_v2():
-    """M16: lr 0.03, 200 epochs of 5,004 steps, a cosine that is held during each epoch, no
+    """Lr 0.03, 200 epochs of 5,004 steps, a cosine that is held during each epoch, no
     warm-up."""
     rate = schedule("cosine_by_epoch", 0.03, epochs=200, steps=1_000_800)
     at = {
@@ -56,7 +56,7 @@ def test_the_cifar_demo_counts_epochs_from_one_and_we_from_zero():
 
 @pytest.mark.parametrize("fixed", [False, True])
 def test_simsiam(fixed):
-    """M16, S7: 0.05 x 512 / 256 = 0.1 over 100 epochs of 2,502 steps; the predictor's is
+    """0.05 x 512 / 256 = 0.1 over 100 epochs of 2,502 steps; the predictor's is
     constant."""
     rate = schedule("constant" if fixed else "cosine_by_epoch", 0.1, epochs=100, steps=250_200)
     steps = [0, 2501, 2502, 50 * 2502, 250_199]
@@ -155,7 +155,7 @@ STEPS = {
 
 @pytest.mark.parametrize("keys, at", STEPS.values(), ids=STEPS)
 def test_milestones(keys, at):
-    """M16: the last step before each milestone has the old rate and the next one the new."""
+    """The last step before each milestone has the old rate and the next one the new."""
     lr, epochs, steps, warmup, milestones, factor = keys
     rate = schedule(
         "step",
@@ -172,7 +172,7 @@ def test_milestones(keys, at):
 @pytest.mark.parametrize("batch_size", [64, 128, 256, 512, 4096])
 @pytest.mark.parametrize("epochs", [90, 200, 800])
 def test_every_epoch_begins_at_its_own_step(batch_size, epochs):
-    """P15: for runs of ImageNet's size, at every boundary: step e x n has epoch e's rate, the one
+    """For runs of ImageNet's size, at every boundary: step e x n has epoch e's rate, the one
     before e - 1's."""
     n = 1_281_167 // batch_size
     rate = schedule("cosine_by_epoch", 1.0, epochs=epochs, steps=n * epochs)
@@ -184,7 +184,7 @@ def test_every_epoch_begins_at_its_own_step(batch_size, epochs):
 
 @pytest.mark.parametrize("batch_size", [64, 128, 256])
 def test_every_milestone_begins_at_its_own_step(batch_size):
-    """P15: the same of milestones, one at each epoch of 90, with a last batch that is not
+    """The same of milestones, one at each epoch of 90, with a last batch that is not
     dropped."""
     n = -(-1_281_167 // batch_size)
     e = np.arange(1, 90)
@@ -237,7 +237,6 @@ def test_a_rate_is_the_same_in_and_outside_jit(name):
 
 @pytest.mark.parametrize("name", ["scheduer", "", "Cosine", "linear"])
 def test_an_unknown_schedule_is_refused_with_the_known_ones(name):
-    """P14."""
     with pytest.raises(
         ValueError, match=f"'{name}' is unknown; choose one of {', '.join(SCHEDULES)}"
     ):
@@ -288,7 +287,7 @@ def test_decay_reaches_what_it_should(on, parts):
 @pytest.mark.parametrize("momentum, nesterov", [(0.0, False), (0.9, False), (0.9, True)])
 @pytest.mark.parametrize("parts", [False, True])
 def test_sgd_is_torchs(momentum, nesterov, parts):
-    """M16: ten steps with a rate that moves, decay and momentum, with a rate for each part."""
+    """Ten steps with a rate that moves, decay and momentum, with a rate for each part."""
     shapes = {"backbone": (3, 2), "head": (4,)}
     rng = np.random.default_rng(0)
     start = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
@@ -384,7 +383,6 @@ def test_a_rate_without_a_part_is_no_matter():
 
 
 def test_an_unknown_decay_is_refused_with_the_known_ones():
-    """P14."""
     with pytest.raises(ValueError, match="'kernel' is unknown; choose one of all, kernels"):
         sgd(constant(0.1), weight_decay_on="kernel")
 
@@ -394,7 +392,7 @@ def test_an_unknown_decay_is_refused_with_the_known_ones():
 
 @pytest.mark.parametrize("decay", [0.5, 0.9, 0.999])
 def test_the_average_has_its_closed_form(decay):
-    """M2: m^n p_0 + (1 - m) sum_i m^(n - i) p_i for every leaf, also inside jit."""
+    """M^n p_0 + (1 - m) sum_i m^(n - i) p_i for every leaf, also inside jit."""
     rng = np.random.default_rng(0)
     run = [
         jax.tree.map(lambda p: rng.standard_normal(p.shape).astype(np.float32), PARAMS)
@@ -421,7 +419,7 @@ def test_the_average_has_its_closed_form(decay):
 
 @pytest.mark.parametrize("decay", [0.0, 1.0])
 def test_decay_0_copies_and_1_freezes(decay):
-    """M2: bitwise, and which side is which."""
+    """Bitwise, and which side is which."""
     start, now = PARAMS, jax.tree.map(lambda p: p / 3 + 7, PARAMS)
     tx = ema(decay)
     average, state = tx.update(now, tx.init(start))
@@ -431,7 +429,7 @@ def test_decay_0_copies_and_1_freezes(decay):
 
 
 def test_the_average_starts_as_a_copy_in_buffers_of_its_own():
-    """M1: every leaf is equal, and still there when the parameters' buffers have been given
+    """Every leaf is equal, and still there when the parameters' buffers have been given
     away."""
     params = jax.tree.map(lambda p: p + 0.1, PARAMS)
     kept = jax.tree.map(np.array, params)
@@ -457,7 +455,7 @@ def random_logits(n, classes, seed, scale=3.0):
     "t_target, t_student", [(1.0, 1.0), (1.5, 1.0), (1.0, 2.0), (4.0, 4.0), (0.5, 3.0)]
 )
 def test_kl_with_its_temperatures(t_target, t_student):
-    """E6, P13: T_s^2 KL(softmax(target / T_t) || softmax(student / T_s)), one value for each row.
+    """T_s^2 KL(softmax(target / T_t) || softmax(student / T_s)), one value for each row.
 
     (1.5, 1) is the one-sided form, without a factor; (4, 4) is Hinton's.
     """
@@ -474,7 +472,7 @@ def test_kl_with_its_temperatures(t_target, t_student):
 
 
 def test_kl_has_its_analytic_value_and_direction():
-    """P13: target (1/2, 1/2) and student (3/4, 1/4) give ln(4/3) / 2, not the other way round."""
+    """Target (1/2, 1/2) and student (3/4, 1/4) give ln(4/3) / 2, not the other way round."""
     target, student = jnp.log(jnp.array([[0.5, 0.5]])), jnp.log(jnp.array([[0.75, 0.25]]))
     np.testing.assert_allclose(kl_target_student(target, student), math.log(4 / 3) / 2, rtol=1e-5)
     np.testing.assert_allclose(
@@ -488,7 +486,7 @@ def gradient(t_target, t_student, target, student):
 
 
 def test_the_gradient_keeps_its_size_at_any_temperature():
-    """E6: with T on both sides and the factor T^2; without the factor it would fall by T^2.
+    """With T on both sides and the factor T^2; without the factor it would fall by T^2.
 
     In the limit it is (student - target) / N of logits about their means (Hinton et al. 2015,
     equation 4).
@@ -506,7 +504,7 @@ def test_the_gradient_keeps_its_size_at_any_temperature():
 
 
 def test_the_gradient_of_the_one_sided_form():
-    """E6: softmax(student) - softmax(target / T), whatever T: the student's side has none."""
+    """Softmax(student) - softmax(target / T), whatever T: the student's side has none."""
     target, student = (jnp.asarray(x) for x in random_logits(8, 10, 2))
     for t in (1.0, 1.5, 4.0):
         expected = jax.nn.softmax(student) - jax.nn.softmax(target / t)
@@ -557,7 +555,7 @@ def test_a_hard_label_gives_the_usual_cross_entropy(t):
 
 @pytest.mark.parametrize("size", [1e2, 1e4, 1e30])
 def test_losses_of_extreme_logits_are_finite(size):
-    """P19: values and gradients, where a softmax underflows."""
+    """Values and gradients, where a softmax underflows."""
     target = jnp.array([[size, 0, -size], [-size, size, size], [0, -jnp.inf, -jnp.inf], [0, 0, 0]])
     student = jnp.array([[-size, size, 0], [size, -size, 0], [-size, size, size], [-size, 0, size]])
     for loss in (soft_cross_entropy, kl_target_student):
@@ -586,7 +584,7 @@ def info_nce_of(q, k, queue, temperature):
 
 
 def test_info_nce_with_a_queue_written_by_hand():
-    """M5, M10: four negatives, the positive in column 0 and nowhere else; three queries, one value
+    """Four negatives, the positive in column 0 and nowhere else; three queries, one value
     each."""
     q = jnp.array([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
     k = jnp.array([[1.0, 0.0], [0.0, -1.0], [0.8, 0.6]])
@@ -603,7 +601,7 @@ def test_info_nce_with_a_queue_written_by_hand():
 
 @pytest.mark.parametrize("temperature", [0.07, 0.2, 1.0])
 def test_info_nce_of_random_features(temperature):
-    """M10, M11: a loop, and torch's cross-entropy with label 0; the temperature is applied once."""
+    """A loop, and torch's cross-entropy with label 0; the temperature is applied once."""
     rng = np.random.default_rng(0)
     q, k, queue = (unit(rng.standard_normal((n, 16))).astype(np.float32) for n in (8, 8, 40))
     loss, logits = info_nce(jnp.asarray(q), jnp.asarray(k), jnp.asarray(queue), temperature)
@@ -620,7 +618,7 @@ def test_info_nce_of_random_features(temperature):
 @pytest.mark.parametrize("size", [4, 4096, 65_536])
 @pytest.mark.parametrize("temperature", [0.07, 0.2])
 def test_constant_features_cost_ln_of_k_plus_1(size, temperature):
-    """M12: 8.32 for K = 4,096 and 11.09 for 65,536, where a run that learns nothing gets stuck."""
+    """8.32 for K = 4,096 and 11.09 for 65,536, where a run that learns nothing gets stuck."""
     one = jnp.full((1, 16), 0.25)
     loss, _ = info_nce(
         jnp.repeat(one, 3, 0), jnp.repeat(one, 3, 0), jnp.repeat(one, size, 0), temperature
@@ -629,7 +627,7 @@ def test_constant_features_cost_ln_of_k_plus_1(size, temperature):
 
 
 def test_info_nce_has_the_gradient_of_its_definition():
-    """M11: through the normalisation, by central differences of the definition in float64, for each
+    """Through the normalisation, by central differences of the definition in float64, for each
     input entry."""
     rng = np.random.default_rng(1)
     x = rng.standard_normal((3, 6)) * [[0.1], [1], [10]]
@@ -651,7 +649,7 @@ def test_info_nce_has_the_gradient_of_its_definition():
 
 
 def test_info_nce_at_a_low_temperature_is_finite():
-    """P19: logits of +-10,000."""
+    """Logits of +-10,000."""
     q = jnp.array([[1.0, 0.0], [1.0, 0.0]])
     k = jnp.array([[1.0, 0.0], [-1.0, 0.0]])
     loss, grad = jax.value_and_grad(lambda q: info_nce(q, k, -q[:1], 1e-4)[0].sum())(q)
@@ -659,7 +657,7 @@ def test_info_nce_at_a_low_temperature_is_finite():
 
 
 def test_negative_cosine_of_equal_and_opposite_directions():
-    """S3: -1, +1, and 0 at right angles, at any length."""
+    """-1, +1, and 0 at right angles, at any length."""
     p = jnp.array([[1.0, 2, 2], [3, 0, 0], [1e3, 0, 0], [1e-3, 0, 0]])
     np.testing.assert_allclose(negative_cosine(p, p), -1, rtol=1e-6)
     np.testing.assert_allclose(negative_cosine(p, 5 * p), -1, rtol=1e-6)
@@ -668,7 +666,7 @@ def test_negative_cosine_of_equal_and_opposite_directions():
 
 
 def test_negative_cosine_is_torchs():
-    """S3: one value for each row, and the gradient through both sides, norms included."""
+    """One value for each row, and the gradient through both sides, norms included."""
     rng = np.random.default_rng(2)
     p, z = (rng.standard_normal((6, 9)).astype(np.float32) for _ in range(2))
     ours = jax.grad(lambda p, z: negative_cosine(p, z).sum(), argnums=(0, 1))(
@@ -685,7 +683,7 @@ def test_negative_cosine_is_torchs():
 
 
 def test_negative_cosine_of_a_zero_vector_is_finite():
-    """P19: a collapsed output has value and gradient."""
+    """A collapsed output has value and gradient."""
     value, grad = jax.value_and_grad(lambda p: negative_cosine(p, jnp.ones((2, 3))).sum())(
         jnp.zeros((2, 3))
     )
@@ -694,7 +692,7 @@ def test_negative_cosine_of_a_zero_vector_is_finite():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_losses_run_in_float32_whatever_comes_in(dtype):
-    """R8: the low precision is that of the inputs and of nothing after them."""
+    """The low precision is that of the inputs and of nothing after them."""
     rng = np.random.default_rng(3)
     q, k, queue = (jnp.asarray(unit(rng.standard_normal((n, 64))), dtype) for n in (4, 4, 32))
     q32, k32, queue32 = (x.astype(jnp.float32) for x in (q, k, queue))

@@ -1,8 +1,4 @@
-"""The same numbers as PyTorch: losses, layers, networks, optimiser, and ten steps of every method.
-
-The ids in the docstrings (M1, S4, ...) are those of the project's list of pitfalls, bugs that other
-implementations shipped.
-"""
+"""The same numbers as PyTorch: losses, layers, networks, optimiser, ten steps of each method."""
 
 from functools import partial
 
@@ -69,7 +65,7 @@ def as_arrays(params, stats):
 
 @pytest.mark.parametrize("temperature", [0.07, 0.2, 1.0])
 def test_info_nce(temperature):
-    """M10, M11: cross-entropy with label 0 over [positive, queue] / T; the gradient of q too."""
+    """Cross-entropy with label 0 over [positive, queue] / T; the gradient of q too."""
     q, k, queue = (unit(normal(seed, n, 16)) for seed, n in enumerate((8, 8, 32)))
     value, logits = losses.info_nce(q, k, queue, temperature)
     grad = jax.grad(lambda q: losses.info_nce(q, k, queue, temperature)[0].mean())(q)
@@ -87,7 +83,7 @@ def test_info_nce(temperature):
 
 
 def test_negative_cosine():
-    """S3, S9: minus torch's cosine similarity, row by row; long, short and zero rows; the gradient
+    """Minus torch's cosine similarity, row by row; long, short and zero rows; the gradient
     of p."""
     p, z = normal(0, 9, 16), normal(1, 9, 16)
     p[:3] *= 1e3
@@ -110,7 +106,7 @@ def test_negative_cosine():
     "target_temperature, student_temperature", [(1.0, 1.0), (1.5, 1.0), (4.0, 4.0), (2.0, 0.5)]
 )
 def test_kl(target_temperature, student_temperature):
-    """E6, P13: torch's kl_div of the softened sides, times the student's T squared; the gradient
+    """Torch's kl_div of the softened sides, times the student's T squared; the gradient
     too."""
     target, student = normal(0, 8, 10, scale=3), normal(1, 8, 10, scale=3)
     value = losses.kl_target_student(target, student, target_temperature, student_temperature)
@@ -145,7 +141,7 @@ def test_soft_cross_entropy(temperature):
 
 @pytest.mark.parametrize("scale", [1.0, 300.0])
 def test_hard_labels(scale):
-    """P19: scores of log one-hot rows give torch's cross-entropy with labels, for extreme logits
+    """Scores of log one-hot rows give torch's cross-entropy with labels, for extreme logits
     too."""
     labels, student = np.arange(8) % 5, normal(1, 8, 5, scale=scale)
     hard = np.log(
@@ -170,7 +166,7 @@ def test_hard_labels(scale):
 @pytest.mark.parametrize("shape", [(16, 6), (16, 5, 4, 6)], ids=["2d", "4d"])
 @pytest.mark.parametrize("groups", [1, 4])
 def test_batch_norm(groups, shape):
-    """M14, S5: forward, backward and running statistics are those of one torch module for each
+    """Forward, backward and running statistics are those of one torch module for each
     group."""
     channels = shape[-1]
     layer = models.from_linen(BatchNorm(groups))
@@ -249,7 +245,7 @@ def test_convolution(kernel, stride, groups, side, dtype, rtol):
 
 
 def test_batch_norm_without_affine():
-    """S4: as torch's `affine=False`, and without parameters."""
+    """As torch's `affine=False`, and without parameters."""
     layer, x = BatchNorm(affine=False), normal(0, 16, 6, shift=2)
     variables = layer.init(jax.random.key(0), x, True)
     module = torch.nn.BatchNorm1d(6, affine=False)
@@ -375,7 +371,7 @@ def test_conv_init(kernel, groups):
 
 
 def test_resnet_init():
-    """S6: every convolution as torchvision's, by its name; scales 1, biases 0, the last scales 0 if
+    """Every convolution as torchvision's, by its name; scales 1, biases 0, the last scales 0 if
     asked."""
     torch.manual_seed(0)
     for zero_init in (False, True):
@@ -437,7 +433,7 @@ def test_linear_init(bias):
 @pytest.mark.parametrize("weight_decay_on", ["all", "kernels"])
 @pytest.mark.parametrize("momentum, nesterov", [(0.0, False), (0.9, False), (0.9, True)])
 def test_sgd(momentum, nesterov, weight_decay_on):
-    """M16: torch.optim.SGD with coupled weight decay, a moving rate and one rate for each part."""
+    """Torch.optim.SGD with coupled weight decay, a moving rate and one rate for each part."""
     params = {
         part: {
             "kernel": normal(i, 4, 3),
@@ -502,7 +498,7 @@ def test_sgd_with_one_rate_for_all():
 
 @pytest.mark.parametrize("decay", [0.0, 0.9, 0.999, 1.0])
 def test_ema(decay):
-    """M2: every leaf as NumPy averages it; the closed form for a constant; 0 copies and 1
+    """Every leaf as NumPy averages it; the closed form for a constant; 0 copies and 1
     freezes."""
     average = optim.ema(decay)
     trees = [
@@ -614,8 +610,7 @@ def assert_parity(what, ours, theirs, before):
 
 @pytest.mark.parametrize("groups, seed", [(1, 35), (4, 50)])
 def test_moco_ten_steps(groups, seed):
-    """M1 to M7, M10, M14, M16: losses, both encoders with their running statistics, queue and
-    pointer.
+    """Losses, both encoders with their running statistics, queue and pointer.
 
     The queue holds four batches, so the pointer wraps twice.
     """
@@ -679,8 +674,7 @@ def test_moco_ten_steps(groups, seed):
 
 @pytest.mark.parametrize("groups, seed", [(1, 70), (4, 62)])
 def test_simsiam_ten_steps(groups, seed):
-    """S2 to S7, S9: losses, weights and running statistics; the predictor's rate constant, a frozen
-    bias."""
+    """Losses, weights and running statistics; the predictor's rate constant, a frozen bias."""
     features, hidden = 16, 8
     method = qmx.simsiam.make(
         models.from_linen(ResNet(NARROW, groups, zero_init=True)),
@@ -767,7 +761,7 @@ def test_rotation_ten_steps(seed=29):
     ids=["one_sided", "hinton_bottleneck_large_stem"],
 )
 def test_distill_ten_steps(arch, temperatures, seed):
-    """E6: losses, weights and running statistics; the head at ten times the backbone's rate.
+    """Losses, weights and running statistics; the head at ten times the backbone's rate.
 
     The second case also differentiates bottlenecks, the large stem and its max-pool.
     """

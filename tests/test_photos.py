@@ -222,7 +222,6 @@ GEOMETRY = [
 
 @pytest.mark.parametrize("size, resize, crop, resized, padding, place", GEOMETRY)
 def test_what_is_shown_is_torchvisions_resize_and_crop(size, resize, crop, resized, padding, place):
-    """D5."""
     image = photo(*size)
     got = shown(image, resize, crop)
     want = image.resize(resized, Image.Resampling.BILINEAR)

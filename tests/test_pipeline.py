@@ -111,7 +111,7 @@ def test_second_call_finds_it_done(finished, process):
 
 @pytest.mark.slow
 def test_stage_by_stage_without_the_target(finished, command, tmp_path):
-    """P1, P6: each stage in a call of its own gives the same table; from the query on the target is
+    """Each stage in a call of its own gives the same table; from the query on the target is
     gone. test_kill.py has processes of their own."""
     for stage in ("target", "pretrain", "monitor", "select", "query"):
         assert command(*TINY, f"--workdir={tmp_path}/w", f"--stage={stage}")[0] == 0, stage
@@ -209,7 +209,7 @@ def test_workdir_of_version_0_1(finished, command, tmp_path):
 
 @pytest.mark.slow
 def test_budgets_do_not_meet(finished, command, tmp_path):
-    """P2, P3: a student is the same whether or not smaller budgets ran before it in the same
+    """A student is the same whether or not smaller budgets ran before it in the same
     call."""
     # Tuples given twice would be joined.
     tiny = [word for word in TINY if "fractions" not in word]

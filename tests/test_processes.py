@@ -106,7 +106,7 @@ def workdirs(launch, tmp_path_factory):
 
 @pytest.mark.slow
 def test_same_losses(workdirs):
-    """R7: every step of every training."""
+    """Every step of every training."""
     columns = (
         "none-random-logits-asked",
         "moco-random-logits-asked",
@@ -135,7 +135,7 @@ def test_same_losses(workdirs):
 
 @pytest.mark.slow
 def test_same_ledger(workdirs):
-    """P1: the same images were asked, once each, and all answers are in the one ledger."""
+    """The same images were asked, once each, and all answers are in the one ledger."""
     answers = []
     for root in (workdirs / "one", workdirs / "two"):
         with sqlite3.connect(root / "ledger.sqlite") as db:

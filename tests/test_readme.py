@@ -57,7 +57,7 @@ def test_installed_command(command, tmp_path):
 
 
 def test_commands(command, tmp_path):
-    """P22: the flags in the README's commands exist, and the files they name do."""
+    """The flags in the README's commands exist, and the files they name do."""
     lines = [line for block in blocks("sh") for line in block.splitlines() if "qmx.main" in line]
     assert len(lines) == 7
     for line in lines:

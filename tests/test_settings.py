@@ -28,7 +28,7 @@ def digits(**changes):
 
 
 def test_recipes():
-    """M16: the golden values of the papers' recipes, and the rates that they lead to at chosen
+    """The golden values of the papers' recipes, and the rates that they lead to at chosen
     steps."""
     methods = base().pretrain
     moco, simsiam, rotation, distill = (
@@ -68,7 +68,7 @@ def test_recipes():
     )
     assert (distill.target_temperature, distill.student_temperature) == (1.5, 1.0)
 
-    # M17, P15: whole epochs without the last, smaller batch; the transfer set's without a seam.
+    # Whole epochs without the last, smaller batch; the transfer set's without a seam.
     assert trainers.pretrain_steps(moco, 1_281_167) == 1_000_800
     assert trainers.pretrain_steps(simsiam, 1_281_167) == 250_200
     assert trainers.distill_steps(distill, 12_811) == int(np.ceil(20 * 12_811 / 256))
@@ -79,7 +79,7 @@ def test_recipes():
 
 @pytest.mark.slow
 def test_simsiam_predictor_rate():
-    """S7: with the flag the predictor keeps its rate to the last step while the backbone's falls;
+    """With the flag the predictor keeps its rate to the last step while the backbone's falls;
     else both fall."""
     for fixed in (True, False):
         keys = digits(pretrain__simsiam__fix_predictor_rate=fixed).pretrain.simsiam
@@ -114,7 +114,7 @@ def test_simsiam_predictor_rate():
 
 
 def test_sets_differ_in_their_recipes():
-    """M18: a small set has a smaller queue and a quicker momentum encoder than ImageNet."""
+    """A small set has a smaller queue and a quicker momentum encoder than ImageNet."""
     ours, theirs = digits().pretrain.moco, base().pretrain.moco
     assert ours.queue_size < DIGITS.pool.size < theirs.queue_size and ours.decay < theirs.decay
     for view in (digits().strong_view, digits().weak_view):
@@ -234,7 +234,7 @@ def test_fixmatch_steps():
 
 
 def test_warnings():
-    """M8: a queue larger than the pool; M15: one group of batch statistics; a teacher that cannot
+    """A queue larger than the pool; one group of batch statistics; a teacher that cannot
     keep up."""
     slow = digits(also=("none+fixmatch",), fixmatch__decay=0.999)
     assert "fixmatch.decay 0.999 averages over about 1000 steps" in warnings(slow, DIGITS)[0]

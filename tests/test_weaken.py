@@ -1,4 +1,4 @@
-"""P26: what owners may do to scores: sums, support, ties, and each against its definition written
+"""What owners may do to scores: sums, support, ties, and each against its definition written
 out."""
 
 import math
