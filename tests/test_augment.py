@@ -505,7 +505,7 @@ def test_blur_matches_scipy(shape, sigma, channels):
 
 @pytest.mark.parametrize("sigma", [0.5, 1, 2])
 def test_blur_matches_pillow(sigma):
-    """The same strength as Pillow's GaussianBlur, which approximates a Gaussian by boxes on uint8."""
+    """The same strength as Pillow's GaussianBlur, which takes boxes on uint8 for it."""
     image = np.kron(noise(8, 8), np.ones((6, 6, 1), np.uint8))
     wanted = unpillow(pillow(image).filter(ImageFilter.GaussianBlur(sigma)))
     error = np.abs(
@@ -600,7 +600,7 @@ def test_probability_of_one_always_happens(one):
     ],
 )
 def test_jitter_draws(strengths, low, high, monkeypatch):
-    """Factors uniform in 1 - s .. 1 + s but not below 0, hue in -s .. s, all 24 orders, each apart."""
+    """Factors uniform in 1 - s .. 1 + s but not below 0, hue in -s .. s, all 24 orders."""
     place = np.array([64, 16, 4, 1])
 
     def show_draws(image, factors, hue_shift, order):
@@ -697,7 +697,7 @@ def test_view_is_normalised():
 
 
 def test_two_keys_are_two_views():
-    """Two keys, as of query and key or of two epochs, differ in every example; one key is one view."""
+    """Two keys, as of query and key or of two epochs, differ in every example; one does not."""
     images = np.stack([noise(16, 16, seed=i) for i in range(32)])
     one, two, again = (views(cached_view(16), images, seed) for seed in (0, 1, 0))
     np.testing.assert_array_equal(one, again)
