@@ -168,6 +168,7 @@ def base() -> ConfigDict:
         # weights (torch), model (onnx), FILE.py:function (callable), table (recorded); weights are
         # .safetensors, .pth or .pth.tar, a table is .npz or .parquet, module:function will do
         path="",
+        watch=(),  # callable: more files that it is made of, as weights; a change is another target
         expect=(),  # torch: top-1 and top-5 that it is known to have; a warning if it has not
         # of its answers: float64 (its training's too), float32, tf32, bfloat16
         precision="float32",
@@ -280,8 +281,7 @@ def base() -> ConfigDict:
             linear=False,  # also the accuracy of a linear classifier, which `probe` trains
         )
     )
-    # MoCo's protocol; SimSiam's: optimizer lars, schedule cosine_by_epoch, 90 epochs, batch 4096,
-    # learning_rate 1.6
+    # MoCo's; SimSiam's: optimizer lars, schedule cosine_by_epoch, 90 epochs, batch 4096, rate 1.6
     config.monitor.probe = training(
         epochs=100.0, learning_rate=30.0, milestones=(60.0, 80.0), weight_decay=0.0
     )

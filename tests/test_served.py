@@ -569,6 +569,14 @@ def test_functions(tmp_path, monkeypatch):
             function.connect(path, classes=10, shape=(8, 8, 1))
     (tmp_path / "own.py").write_text(OWN + "\n")
     assert function.digest(f"{file}:scores") != found.sha256, "a changed file is another target"
+    weights = tmp_path / "weights.bin"
+    digests = {function.digest(f"{file}:scores")}
+    for content in (b"a", b"bc"):
+        weights.write_bytes(content)
+        digests.add(function.digest(f"{file}:scores", [str(weights)]))
+    assert len(digests) == 3, "so is one of other files to watch"
+    with pytest.raises(ValueError, match="target.watch no.bin: no such file"):
+        function.digest(f"{file}:scores", ["no.bin"])
 
 
 SHORT = [

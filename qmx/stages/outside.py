@@ -34,7 +34,12 @@ def connect(keys: Any, data: Dataset) -> Outside:
     shown = Shown(**{key: keys.shown[key] for key in Shown._fields})
     if keys.kind == "callable":
         return function.connect(
-            keys.path, shape=data.shape, classes=data.classes, access=keys.access, shown=shown
+            keys.path,
+            shape=data.shape,
+            classes=data.classes,
+            access=keys.access,
+            shown=shown,
+            watch=keys.watch,
         )
     if keys.kind == "recorded":
         return recorded.connect(keys, data)
@@ -96,7 +101,7 @@ def inputs_of(keys: Any) -> dict:
     """Inputs of a stage that name and digest depend on; from the config, so without a server."""
     shown = {"shown": json.loads(keys.shown.to_json())}
     if keys.kind == "callable":
-        return {"path": keys.path, "file": function.digest(keys.path), **shown}
+        return {"path": keys.path, "file": function.digest(keys.path, keys.watch), **shown}
     if keys.kind == "recorded":
         return {"file": file_digest(keys.path)}
     if keys.kind == "onnx":

@@ -4,11 +4,12 @@ import hashlib
 import importlib.util
 import runpy
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from qmx.checkpoint import file_digest
 from qmx.ledger import Refused
 from qmx.ledger.access import received
 from qmx.targets.query import Outside
@@ -23,20 +24,22 @@ def connect(
     classes: int,
     access: str = "logits",
     shown: Shown = UNCHANGED,
+    watch: Sequence[str] = (),
 ) -> Outside:
     """A query function around the user's function, images [b, ...] -> numbers [b, N].
 
     The user's function may raise `qmx.ledger.Unavailable`, with the seconds to wait, to be called
     again, and `qmx.ledger.Refused` for images that it cannot answer, to be called with fewer.
 
-    The digest is of the file and the function's name, and is part of the ledger's keys. A changed
-    file is therefore another target, and everything is asked again. A change in other files that
-    the function reads (weights, other modules) goes unnoticed.
+    The digest is of the file, the function's name and the files of `watch`, and is part of the
+    ledger's keys. A changed file is therefore another target. A change in other files that the
+    function reads (weights, other modules) goes unnoticed.
 
     Args:
       path: "FILE.py:function" or "module:function". The file is executed.
       shape: of the images, H, W, C.
       classes: N.
+      watch: more files that the function is made of, as weights.
       shown: how the function gets them; by default uint8[b, H, W, C].
       access: level of its results, "logits", "probs" or "label"; see
         `qmx.ledger.access.received`.
@@ -62,13 +65,22 @@ def connect(
             raise ValueError(f"target.path {path} returned {answer.dtype}, and it must be numbers")
         return received(answer, len(images), classes, access)
 
-    return Outside(query, f"{name} of {Path(file).name}", digest(path), name_of(known))
+    return Outside(query, f"{name} of {Path(file).name}", digest(path, watch), name_of(known))
 
 
-def digest(path: str) -> str:
-    """SHA-256 of the function's file and name. Raises ValueError if there is no such file."""
+def digest(path: str, watch: Sequence[str] = ()) -> str:
+    """SHA-256 of the function's file and name, and of the files to watch.
+
+    Raises:
+      ValueError: there is no such file.
+    """
     file, _, name = path.rpartition(":")
-    return hashlib.sha256(f"{name}\0".encode() + _source(file, path).read_bytes()).hexdigest()
+    result = hashlib.sha256(f"{name}\0".encode() + _source(file, path).read_bytes())
+    for other in watch:
+        if not Path(other).is_file():
+            raise ValueError(f"target.watch {other}: no such file")
+        result.update(file_digest(other).encode())
+    return result.hexdigest()
 
 
 def _source(file: str, path: str) -> Path:
