@@ -43,7 +43,7 @@ def layers(arch, size: int, channels: int) -> list[Conv]:
 
     side, width = size, arch.width
     side = conv(side, channels, width, *((7, 2) if arch.stem == "large" else (3, 1)))
-    side = -(-side // 2) if arch.stem == "large" else side
+    side = -(-side // 2) if arch.stem != "small" else side
     for stage, count in enumerate(arch.blocks):
         for index in range(count):
             planes, stride = arch.width * 2**stage, 2 if stage and not index else 1

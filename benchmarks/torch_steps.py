@@ -84,7 +84,7 @@ def backbone(arch, channels=3, groups=1, folded=False):
         ),
         norm(width),
         nn.ReLU(True),
-    ] + [nn.MaxPool2d(3, 2, 1)] * large
+    ] + [nn.MaxPool2d(3, 2, 1)] * (arch.stem != "small")
     for stage, count in enumerate(arch.blocks):
         for index in range(count):
             planes = arch.width * 2**stage

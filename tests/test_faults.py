@@ -139,7 +139,9 @@ def test_stop_while_asking(finished, start, command, tmp_path):
     shutil.copytree(
         finished,
         workdir,
-        ignore=shutil.ignore_patterns("ledger.sqlite*", "query", "distill", "evaluate"),
+        ignore=shutil.ignore_patterns(
+            *("ledger.sqlite*", "account.json", "query", "distill", "evaluate")
+        ),
     )
     process = start(*TINY, f"--workdir={workdir}")
     assert wait_for(process, workdir / "query/inputs.json")
