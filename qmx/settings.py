@@ -165,8 +165,8 @@ def base() -> ConfigDict:
         kind="train",
         arch="resnet50",  # train, torch; checked against the weights, and "" takes what they are
         seed=0,  # of its training
-        # weights (torch), model (onnx), FILE.py:function (callable), table (recorded); weights are
-        # .safetensors, .pth or .pth.tar, a table is .npz or .parquet, module:function will do
+        # of the weights, the ONNX file, the function or the table; FILE.py:function, module:function;
+        # weights are .safetensors, .pth or .pth.tar, a table is .npz or .parquet
         path="",
         watch=(),  # callable: more files that it is made of, as weights; a change is another target
         expect=(),  # torch: top-1 and top-5 that it is known to have; a warning if it has not

@@ -133,7 +133,7 @@ def stage(
                     f"{directory} would be done again, because {reason}; it took {_long(seconds)}."
                     " --update throws that away, another --workdir keeps it"
                 )
-            if (directory / SUMS).exists():
+            if any((directory / name).exists() for name in (SUMS, "result.json")):
                 say(f"{directory.name} is done again, because {reason}")
             # This removes the checkpoints of a run with other inputs too.
             shutil.rmtree(directory, ignore_errors=True)

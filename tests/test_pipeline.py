@@ -192,6 +192,7 @@ def test_workdir_of_version_0_1(finished, command, tmp_path):
     shutil.copytree(finished, tmp_path / "w")
     for path in (tmp_path / "w").rglob("inputs.json"):
         path.write_text(json.dumps({**json.loads(path.read_text()), "qmx": "0.1.0"}))
+        (path.parent / "SHA256SUMS").unlink()  # which came later
     config = json.loads((tmp_path / "w/config.json").read_text())
     del config["qmx"]
     (tmp_path / "w/config.json").write_text(json.dumps(config))
