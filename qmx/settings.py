@@ -165,7 +165,7 @@ def base() -> ConfigDict:
         kind="train",
         arch="resnet50",  # train, torch; checked against the weights, and "" takes what they are
         seed=0,  # of its training
-        # of the weights, the ONNX file, the function or the table; FILE.py:function, module:function;
+        # of weights, an ONNX file, a function or a table; FILE.py:function or module:function;
         # weights are .safetensors, .pth or .pth.tar, a table is .npz or .parquet
         path="",
         watch=(),  # callable: more files that it is made of, as weights; a change is another target
