@@ -13,7 +13,11 @@ Each stage leaves an artefact in the workdir and is skipped when the same inputs
     distill/<cell>/               a student
     evaluate/<cell>/              its row of the table
     results.json report.md report.html curve.png
+    config.json lock              what it was made with, and who works in it
+    target.json account.json      by what name the ledger knows the target, and its calls so far
+    photos/                       the photos that were found good
 
+Each has inputs.json, result.json and SHA256SUMS, which is written last.
 `qmx/stages/` holds them in this order.
 """
 
