@@ -90,7 +90,7 @@ def test_a_target_of_more_classes(command, tmp_path):
         *("--config.target.precision=float32", f"--workdir={tmp_path}/w"),
     ]
     status, _, err = command(*words)
-    assert status == 2 and "with the shape [2, 5], and it must be [2, 2]" in err.splitlines()[-1]
+    assert status == 2 and "with the shape [1, 5], and it must be [1, 2]" in err.splitlines()[-1]
     names = write(tmp_path, "wolf\ndog\ncat\nowl\ntench\n")
     status, _, err = command(*words, f"--config.target.classes={names}", "--update")
     assert status == 0, err
