@@ -228,9 +228,9 @@ def claim(workdir: Path, config: dict, update: bool, say: Callable[[str], None] 
             if changed:
                 more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
                 raise Mismatch(
-                    f"{workdir} was made with another config: {changed[0]}{more}; take another"
-                    " --workdir, or give --update to keep the stages that still fit and do the"
-                    " others again"
+                    f"{workdir} was made with another config, says {path.name}:"
+                    f" {changed[0]}{more}; take another --workdir, or give --update to keep the"
+                    " stages that still fit and do the others again"
                 )
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(path, config)
