@@ -69,7 +69,7 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 
 def encode(encoder: Loaded, images: np.ndarray, batch_size: int = 256) -> np.ndarray:
-    """What an encoder makes of images, uint8[n, H, W, C] -> f32[n, F], on all devices.
+    """Outputs of an encoder for images, uint8[n, H, W, C] -> f32[n, F], on all devices.
 
     Raises:
       ValueError: the images are not uint8, or of another shape.

@@ -85,7 +85,7 @@ def write_sums(directory: Path, names: list[str]) -> None:
 
 
 def read_sums(directory: Path) -> dict[str, str]:
-    """What `write_sums` wrote: SHA-256 by name; nothing if there is no such file."""
+    """Read the file of `write_sums`: SHA-256 by name; nothing if there is no such file."""
     path = directory / SUMS
     if not path.exists():
         return {}

@@ -1,4 +1,4 @@
-"""What the values of a config may be, key by key: one rule for numbers, one for words.
+"""Limits of the values of a config, key by key: one rule for numbers, one for words.
 
 A key is looked up by its whole name first ("target.batch_size"), then by its last part. A test goes
 through all keys, so that a new one cannot be forgotten.

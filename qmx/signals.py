@@ -1,4 +1,4 @@
-"""What SIGTERM and SIGINT do: end the program at once, or stop a run after it has saved."""
+"""SIGTERM and SIGINT: they end the program at once, or stop a run after it has saved."""
 
 import os
 import signal

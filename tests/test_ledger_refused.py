@@ -41,7 +41,7 @@ class Picky:
 
 
 def test_good_rows_are_kept(path):
-    """The bad ones are named, and not paid for again, in this session or the next."""
+    """The bad ones are named, and not paid for again, in this run or the next."""
     said = []
     target = Picky(not_finite=(3, 14, 25))
     with Ledger(path, target="t") as ledger:

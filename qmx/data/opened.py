@@ -1,7 +1,6 @@
 """Opening every photo that a run will read, before it spends anything."""
 
 import hashlib
-import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from qmx.data.folder import first_few
 from qmx.data.photos import decode, in_threads, open_image
 from qmx.data.sources import Dataset, Files, Photos
+from qmx.files import write_arrays, write_bytes
 
 AT_ONCE = 256  # photos between two calls of `update`
 UNREADABLE = "unreadable.txt"
@@ -61,7 +61,9 @@ def open_photos(
         reason = reason or next(filter(None, problems.values()), "")
     if bad:
         path = folder / UNREADABLE
-        _replace(path, lambda part: _write_names(part, [*data.left_out, *bad]))
+        names = "".join(f"{name}\n" for name in [*data.left_out, *bad])
+        folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, names.encode(errors="surrogateescape"))
         others = f", and {first_few(bad[1:])}" if len(bad) > 1 else ""
         raise ValueError(
             f"{len(bad)} of {done} photos cannot be read: {reason}{others}; repair them, or leave"
@@ -100,7 +102,8 @@ def _open_side(files: Files, folder: Path, update: Callable[[int], None]) -> dic
             update(known + min(start + AT_ONCE, len(left)))
     finally:
         if len(left):
-            _replace(memory, lambda part: _save(part, state))
+            folder.mkdir(parents=True, exist_ok=True)
+            write_arrays(memory, state=state)
     problems |= {int(i): "" for i in files.rows if state[i] == FLAT}
     return dict(sorted(problems.items()))
 
@@ -127,23 +130,3 @@ def _remembered(path: Path, size: int) -> np.ndarray:
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass
     return np.zeros(size, np.uint8)
-
-
-def _save(part: Path, state: np.ndarray) -> None:
-    with part.open("wb") as file:
-        np.savez(file, state=state)
-
-
-def _write_names(part: Path, names: list[str]) -> None:
-    part.write_text("".join(f"{name}\n" for name in names), errors="surrogateescape")
-
-
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file so that it has its name only when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        write(part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

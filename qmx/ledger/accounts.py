@@ -57,14 +57,21 @@ def asked(file: File, target: str) -> int:
     )
 
 
-def account(file: File, target: str) -> Account:
-    """Counts of what one target was asked so far."""
+def sent(file: File, target: str) -> tuple[int, int, int, int]:
+    """Images sent in requests to one target: answered, unanswered, failed, and sent again; read
+    without its answers, which may be a million."""
     calls, unanswered, failed, retried = file.run(
         "SELECT COALESCE(SUM(views * answered), 0), COALESCE(SUM(views * (1 - answered - failed)),"
         " 0), COALESCE(SUM(views * failed), 0), COALESCE(SUM(views * retry), 0) FROM requests WHERE"
         " target = ?",
         [target],
     )[0]
+    return calls, unanswered, failed, retried
+
+
+def account(file: File, target: str) -> Account:
+    """Counts of what one target was asked so far."""
+    calls, unanswered, failed, retried = sent(file, target)
     used: dict[str, set[bytes]] = {name: set() for name in PURPOSES}
     views = 0
     for rows in file.stream(

@@ -267,12 +267,15 @@ class Ledger:
 
     def count_missing_keys(self, keys: list[bytes]) -> int:
         """`count_missing` by keys, without the pixels."""
-        distinct = sorted(set(keys))
-        return len(distinct) - stored.count(self._file, distinct)
+        return len(distinct := sorted(set(keys))) - stored.count(self._file, distinct)
 
     def spent(self) -> int:
         """Number of distinct images asked about for "train" and "select", as the budget counts."""
         return len(accounts.paid(self._file, self.target))
+
+    def calls(self) -> int:
+        """Number of images sent in answered requests, as in `account`."""
+        return accounts.sent(self._file, self.target)[0]
 
     def account(self) -> accounts.Account:
         """Counts of what everybody who used this file has asked this target so far."""

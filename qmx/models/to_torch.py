@@ -117,7 +117,7 @@ def unflatten(arrays: dict[str, np.ndarray]) -> Encoder:
 
 
 def loader(variables: Encoder) -> str:
-    """What loads these variables' state dict strictly, as Python.
+    """Python that loads the state dict of these variables strictly.
 
     Raises:
       ValueError: no class of torchvision does.

@@ -31,45 +31,32 @@ def connect(keys: Any, data: Dataset) -> Outside:
     Raises:
       ValueError, Unavailable: it cannot be the target of `data`, or is not there.
     """
-    shown = Shown(**{key: keys.shown[key] for key in Shown._fields})
+    fits: dict[str, Any] = {
+        "shape": data.shape,
+        "classes": data.classes,
+        "access": keys.access,
+        "shown": Shown(**{key: keys.shown[key] for key in Shown._fields}),
+    }
+    tensors = {"input": keys.input, "output": keys.output}
     if keys.kind == "callable":
-        return function.connect(
-            keys.path,
-            shape=data.shape,
-            classes=data.classes,
-            access=keys.access,
-            shown=shown,
-            watch=keys.watch,
-        )
+        return function.connect(keys.path, **fits, watch=keys.watch)
     if keys.kind == "recorded":
         return recorded.connect(keys, data)
     if keys.kind == "onnx":
-        return onnx_file.connect(
-            keys.path,
-            shape=data.shape,
-            classes=data.classes,
-            input=keys.input,
-            output=keys.output,
-            access=keys.access,
-            shown=shown,
-        )
+        return onnx_file.connect(keys.path, **fits, **tensors)
     from qmx.targets import served  # brings urllib3, which is not on every machine
 
     return served.connect(
         keys.url,
         keys.model,
-        shape=data.shape,
-        classes=data.classes,
+        **fits,
+        **tensors,
         version=keys.version,
-        input=keys.input,
-        output=keys.output,
-        access=keys.access,
         token_env=keys.token_env,
         headers_env=tuple(keys.headers_env),
         ca_file=keys.ca_file,
         timeout=keys.timeout,
         rate=keys.rate,
-        shown=shown,
     )
 
 

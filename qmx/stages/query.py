@@ -90,8 +90,8 @@ def query(run: Run, target: Target | NotDone, selections: Iterable[Selection | N
 
 
 def lost_answers(run: Run, target: Target) -> str | None:
-    """What is gone of the answers that the stage left, as when its ledger was replaced by one that
-    was recovered; None if nothing is."""
+    """Say what is gone of the answers that the stage left, as when its ledger was replaced by one
+    that was recovered; None if nothing is."""
     rows = read_arrays(run.workdir / "query" / "keys.npz")
     keys = [row.tobytes() for name in ("train", "report") for row in rows[name]]
     with open_ledger(run, target.identity) as ledger:
@@ -106,7 +106,7 @@ def note_calls(run: Run, target: Target) -> int:
     account; returns the number of calls that are no longer in it."""
 
     def note(ledger: Ledger) -> int:
-        path, calls = run.workdir / "account.json", ledger.account().calls
+        path, calls = run.workdir / "account.json", ledger.calls()
         try:
             told = read_json(path)
         except Unreadable:

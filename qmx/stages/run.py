@@ -127,7 +127,7 @@ def needed(artefact: T | NotDone | None) -> T:
 
 
 def facts(run: Run, method: str, **more: Any) -> dict[str, Any]:
-    """What a file of weights says of itself, see `qmx.encoders.load_encoder`."""
+    """Metadata of a file of weights, see `qmx.encoders.load_encoder`."""
     data, student = run.data, run.config.student
     photos = run.config.data.source in ("folder", "tfds")
     return {

@@ -170,7 +170,7 @@ def converted(keys: Any, data: Dataset) -> from_torch.Converted:
 
 
 def source_of(path: str) -> dict[str, str]:
-    """What a stage depends on that converts weights: the file's digest, and its part, if named."""
+    """Inputs of a stage that converts weights: the file's digest, and its part, if named."""
     file, part = from_torch.split_part(path)
     return {"file": file_digest(file), **({"part": part} if part else {})}
 
@@ -217,8 +217,8 @@ def open_ledger(run: Run, identity: dict[str, str]) -> Ledger:
 
 
 def in_ledger(run: Run, identity: dict[str, str], work: Callable[[Ledger], T]) -> T:
-    """What `work` returns for the ledger of this target: it runs in the first process, and all of
-    them get it."""
+    """Call `work` with the ledger of this target, in the first process; all of them get its
+    result."""
 
     def opened() -> T:
         with open_ledger(run, identity) as ledger:

@@ -40,7 +40,7 @@ def trial(run: Run, target: Target | NotDone) -> None:
 
 
 def planned(run: Run, seconds: float, images: int) -> str:
-    """What all questions of a run take, by a request of so many images that took so long."""
+    """A line on the cost of all questions of a run, by one request of so many images."""
     config, pool = run.config, run.data.pool.size
     largest = max(cell.queries for cell in cells(config, pool))
     count = max(len(chosen_up_front(config, run.data)), largest) + run.data.evaluation.size

@@ -49,7 +49,7 @@ def _without_one(text: str, token: str) -> str:
 
 
 def shown(data: bytes | str, *tokens: str) -> str:
-    """What a server said in one line of printable characters, without the tokens, and then cut."""
+    """Words of a server in one line of printable characters, without the tokens, and then cut."""
     text = data.decode(errors="replace") if isinstance(data, bytes) else data
     line = " ".join(masked(text, *tokens).split())
     line = "".join(character if character.isprintable() else "?" for character in line)

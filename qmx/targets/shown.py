@@ -1,4 +1,4 @@
-"""How images are shown to a target that is elsewhere: size, numbers and order of the axes.
+"""Images as a target that is elsewhere is shown them: size, numbers and order of the axes.
 
 What a deployed model expects is part of it, and no server says it. The field's words for it are
 foolbox's `preprocessing` and `bounds`, ART's `channels_first` and `preprocessing`, and timm's
