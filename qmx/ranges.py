@@ -48,8 +48,8 @@ RANGES = {
     # Of a training.
     "epochs": ABOVE_0,
     "batch_size": Range(2, 1e6, why="two images have batch statistics"),
-    "learning_rate": Range(0, 1e30),  # of too large a one the run itself says at which step
-    "head_learning_rate": Range(0, 1e30),
+    "learning_rate": Range(0, 1e20),  # of too large a one the run itself says at which step
+    "head_learning_rate": Range(0, 1e20),
     "warmup_epochs": FROM_0,
     "warmup_start": SHARE,
     "milestones": FROM_0,

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import LEVEL, ROOT
+from conftest import LEVEL, QUICKLY, ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -27,8 +27,9 @@ def trained(environment, tmp_path_factory):
         folder = root / name
         if not folder.exists():
             for number, stop in zip(devices, (*stops, 0), strict=True):
-                flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={number} {LEVEL}"}
                 wide = {"JAX_ENABLE_X64": "1"} if dtype == "float64" else {}
+                level = LEVEL if wide else QUICKLY
+                flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={number} {level}"}
                 words = [
                     sys.executable,
                     "tests/small_trainings.py",
