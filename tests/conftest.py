@@ -43,12 +43,13 @@ TINY = [
     "--config.seeds=(0,)",
     "--config.fractions=(0.05,1.0)",
     "--config.queries=()",
-    "--config.target.epochs=2",
+    "--config.target.epochs=1",
     "--config.pretrain.moco.epochs=1",
     "--config.pretrain.simsiam.epochs=1",
     "--config.pretrain.rotation.epochs=1",
-    "--config.distill.epochs=0.5",
+    "--config.distill.epochs=0.1",
     "--config.distill.min_steps=12",
+    "--config.distill.batch_size=16",
 ]
 
 
