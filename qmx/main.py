@@ -246,9 +246,8 @@ def start(arguments: Arguments) -> str:
 
     from qmx import data, pipeline, sharding
     from qmx.cautions import warnings
-    from qmx.checks import check_trainers, validate
+    from qmx.checks import check_trainers, check_values, validate
     from qmx.progress import say
-    from qmx.ranges import value_problems
     from qmx.stages.query import check_budget
     from qmx.workdir import claim, locked
 
@@ -259,8 +258,7 @@ def start(arguments: Arguments) -> str:
         )
     if "float64" in (config.student.dtype, config.target.precision):
         jax.config.update("jax_enable_x64", True)
-    for problem in value_problems(config):
-        raise ValueError(problem)
+    check_values(config)
     sharding.connect(arguments.coordinator, arguments.processes, arguments.process)
     images = data.load(**config.data)
     if config.target.classes:
