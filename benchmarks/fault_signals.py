@@ -48,8 +48,8 @@ def kills(bench: Bench) -> dict:
                 wait = draw.uniform(1, longest / 2) if more() else None
                 _, err = process.communicate(timeout=wait)
             except subprocess.TimeoutExpired:
-                count[stage_of(workdir)] += 1
                 kill(process)
+                count[stage_of(workdir)] += 1
                 continue
             break
         runs += 1
@@ -111,7 +111,7 @@ def metrics(bench: Bench) -> dict:
     draw, workdir, cut = random.Random(bench.given.seed), bench.root / "metrics", set()
 
     def training() -> Path | None:
-        for path in workdir.glob("**/metrics.jsonl"):
+        for path in (*workdir.glob("*/metrics.jsonl"), *workdir.glob("*/*/metrics.jsonl")):
             began = any(path.parent.glob("checkpoints/[0-9]*")) and path.stat().st_size
             if began and path not in cut and not (path.parent / "result.json").exists():
                 return path
