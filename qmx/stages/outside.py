@@ -65,8 +65,8 @@ def describe(keys: Any, data: Dataset) -> dict:
     """The name and digest of the target, in every process."""
 
     def look() -> dict:
-        found = _patiently(keys, data)
-        return {"name": found.name, "sha256": found.sha256, "preprocessing": found.preprocessing}
+        there = _patiently(keys, data)
+        return {"name": there.name, "sha256": there.sha256, "preprocessing": there.preprocessing}
 
     return from_first(look)
 

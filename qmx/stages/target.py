@@ -53,7 +53,7 @@ def target(run: Run) -> Target:
         inputs = {**outside.inputs_of(keys), "shape": data.shape, "classes": data.classes}
 
         def changed() -> str | None:
-            # What a server says of itself is in no input.
+            # The stage's inputs hold nothing that a server says of itself.
             asked_for = run.update in (SAME, NEW)
             return f"--update={run.update} looks at it again" if asked_for else None
 
