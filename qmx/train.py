@@ -35,9 +35,9 @@ def make_step(
 ) -> Callable:
     """The jitted step of any method: (train_state, batch, rng) -> (train_state, metrics).
 
-    The batch may be `Rows`. One dispatch then does `steps` steps, each on a batch that is gathered on
-    the devices. Each metric is [T], and its first `steps` values are filled. The results are those
-    of as many single steps, to the bit where T is 1; in a loop XLA's float32 convolutions on CPUs
+    The batch may be `Rows`. One dispatch then does `steps` steps, each on a batch gathered on the
+    devices. Each metric is [T], and its first `steps` values are filled. The results are those of
+    as many single steps, to the bit where T is 1; in a loop XLA's float32 convolutions on CPUs
     round another way.
 
     `rng` is the run's one root key; each step folds its number in, so no randomness is stored. The
