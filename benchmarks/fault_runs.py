@@ -47,6 +47,8 @@ class Bench(NamedTuple):
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
+            # A shell ignores SIGINT for what it starts in the background.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def unasked(self, name: str, root: Path | None = None) -> Path:

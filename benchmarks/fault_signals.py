@@ -163,9 +163,10 @@ def interrupts(bench: Bench) -> dict:
         status = process.returncode
         statuses[str(status)] += 1
         faults = half_written(workdir) if workdir.exists() else []
-        if status not in (0, 75, 130):
+        if status not in (0, 75, 130, -signal.SIGINT):
             faults.append(f"status {status}")
-        if status and not mistake(err):
+        # Python itself was starting where the signal ended it.
+        if err if status == -signal.SIGINT else status and not mistake(err):
             faults.append(f"not one line: {err[-2000:]}")
         if not faults and halves % 10 == 0:
             _, err = (process := bench.start(workdir)).communicate()
@@ -175,6 +176,7 @@ def interrupts(bench: Bench) -> dict:
             wrong += 1
             print(f"after {halves / 2} s: {faults}", flush=True)
         shutil.rmtree(workdir, ignore_errors=True)
+        print(f"interrupted after {halves / 2} s: status {status}", flush=True)
     return {"interrupts": statuses.total(), "by_status": statuses, "finished": finished} | {
         "wrong": wrong
     }
