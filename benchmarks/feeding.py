@@ -50,7 +50,12 @@ def trainings(config, data):
         ),
         "student": (
             trainers.distiller(
-                config.distill, student.arch, student.dtype, config.weak_view, seen, 1000
+                trainers.recipe(config.distill),
+                student.arch,
+                student.dtype,
+                config.weak_view,
+                seen,
+                1000,
             ),
             config.distill.batch_size,
             answered,

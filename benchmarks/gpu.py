@@ -27,7 +27,6 @@ machine, steps and trace need jax, flax, optax and numpy; PyTorch is the peer wh
 import argparse
 import importlib.util
 import itertools
-import json
 import os
 import signal
 import subprocess
@@ -37,9 +36,10 @@ import traceback
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from gpu_call import Call, Skipped, die_with_parent, reason, table, write
+from gpu_call import Call, Skipped, die_with_parent, reason
+from gpu_summary import keep, lines, note, read, waiting
 
 ROOT = Path(__file__).parent.parent
 GRACE = 5  # seconds after its time in which a part may end by itself
@@ -109,45 +109,6 @@ def arguments() -> argparse.Namespace:
     )
     given.parts = [part for part in PARTS if part in given.parts]
     return given
-
-
-def note(out: Path, part: str, **said: Any) -> None:
-    """Write down what became of a part in the last call; of all processes one at a time does."""
-    calls = read(out)
-    calls[-1]["parts"][part] = said
-    keep(out, calls)
-
-
-def read(out: Path) -> list[dict]:
-    """All calls that this folder has seen."""
-    path = out / "summary.json"
-    return json.loads(path.read_text()) if path.exists() else []
-
-
-def keep(out: Path, calls: list[dict]) -> None:
-    """The summary's two files."""
-    write(out / "summary.json", json.dumps(calls, indent=1) + "\n")
-    text = "\n\n".join(
-        f"## {call['began']}, {call['minutes']:g} minutes\n\n{lines(call['parts'])}"
-        for call in calls
-    )
-    write(out / "summary.md", f"# Calls\n\n{text}\n")
-
-
-def lines(parts: dict[str, dict]) -> str:
-    """The table of one call's parts."""
-    return table(
-        ("part", "state", "seconds", ""),
-        [
-            (
-                part,
-                said["state"],
-                f"{said['seconds']:.1f}" if "seconds" in said else "",
-                said.get("why", ""),
-            )
-            for part, said in parts.items()
-        ],
-    )
 
 
 def allot(part: str, later: list[str], left: float, tiny: bool) -> float | None:
@@ -328,11 +289,6 @@ def main() -> int:
     print(lines(states))
     failed = any(said["state"] == "failed" for said in states.values())
     return 128 + stop[0] if stop else int(failed)
-
-
-def waiting(out: Path) -> list[str]:
-    """The parts of this call that nothing became of yet."""
-    return [part for part, said in read(out)[-1]["parts"].items() if said["state"] == "waiting"]
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qmx.ledger import BudgetSpent, Ledger, Unavailable
     from qmx.methods import distill, fixmatch, linear, moco, rotation, simsiam
     from qmx.metrics import compare, knn
-    from qmx.models import from_linen
+    from qmx.models import from_equinox, from_linen, from_nnx
     from qmx.selection.propagate import propagate
     from qmx.sharding import put_batch, put_state
     from qmx.targets.query import network_query
@@ -42,7 +42,7 @@ PLACES = {
     "predict": "qmx.inference",
     **dict.fromkeys(("BudgetSpent", "Ledger", "Unavailable"), "qmx.ledger"),
     **dict.fromkeys(("compare", "knn"), "qmx.metrics"),
-    "from_linen": "qmx.models",
+    **dict.fromkeys(("from_equinox", "from_linen", "from_nnx"), "qmx.models"),
     "propagate": "qmx.selection.propagate",
     **dict.fromkeys(("put_batch", "put_state"), "qmx.sharding"),
     "network_query": "qmx.targets.query",
@@ -66,7 +66,9 @@ __all__ = [
     "encode",
     "fit",
     "fixmatch",
+    "from_equinox",
     "from_linen",
+    "from_nnx",
     "init_state",
     "knn",
     "linear",

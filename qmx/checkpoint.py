@@ -67,7 +67,8 @@ class Checkpoints:
         free = disk_usage(self.directory.parent).free
         if free < bytes_needed:  # orbax would say it in a page for each array
             raise OSError(
-                f"{self.directory}: no room for a state of {bytes_needed} bytes, {free} are free"
+                f"{self.directory}: no room for a state of {bytes_needed} bytes, {free} are free;"
+                " make room, and the same command goes on"
             )
         with self._explained():
             saved = self._open().save(

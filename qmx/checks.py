@@ -22,14 +22,22 @@ from qmx.targets.address import check_address
 FROM_FILES = ("torch", "onnx", "recorded")  # kinds of targets whose path is a file
 
 
+def check_values(config: Any) -> None:
+    """Raise ValueError for a value that cannot be meant, whatever the images are."""
+    for problem in value_problems(config):
+        raise ValueError(problem)
+
+
 def validate(config: Any, data: Dataset) -> None:
-    """Raise ValueError, one line with the value and the cure, for what cannot be run."""
+    """Raise ValueError, one line with the value and the cure, for a config that cannot be run.
+
+    Its values are those that `check_values` let pass.
+    """
     for problem in _problems(config, data):
         raise ValueError(problem)
 
 
 def _problems(config: Any, data: Dataset) -> Iterator[str]:
-    yield from value_problems(config)
     known = {"inits": inits(config), "selects": SELECTS, "uses": USES}
     for axis in ("seeds", "accesses", *known):
         values = config[axis]

@@ -1,14 +1,14 @@
-"""Words for what the metrics of a pretraining show when something is wrong."""
+"""Warnings of a pretraining that goes wrong, by its metrics."""
 
 import math
 from collections.abc import Callable, Iterator
 from statistics import mean
 
 LEAK = 0.95  # mean instance accuracy of a first epoch; right runs stay far below
-COLLAPSE = 0.1  # of 1/sqrt(D), the spread that unit vectors have which point everywhere
-# How near to ln(K + 1), as a share of it, the mean loss of an epoch is no better than chance.
+COLLAPSE = 0.1  # of 1/sqrt(D), the spread of unit vectors in random directions
+# A mean loss of an epoch this near to ln(K + 1), as a share of it, is chance.
 STUCK = 0.01
-STUCK_AFTER = 200  # steps, before which that means nothing
+STUCK_AFTER = 200  # steps; a loss near chance means nothing before
 
 
 def watch(
@@ -16,10 +16,10 @@ def watch(
 ) -> Callable[[int, dict[str, float]], str | None]:
     """A function of (step, metrics), called for each step in turn, that returns a warning or None.
 
-    It warns at the end of an epoch, of each trouble once: after the first, if MoCo's queries found
-    their keys nearly always, which means that something tells them apart beside the image (moco
-    issues 38, 43, 79); if MoCo's loss stays at ln(K + 1), that of features which say nothing (moco
-    issues 9, 12); if the outputs' spread is gone, the collapse of SimSiam (its section 4.1).
+    It warns at the end of an epoch, of each trouble once. A leak: in the first epoch nearly all of
+    MoCo's queries found their keys, so that something beside the image tells them apart (moco
+    issues 38, 43, 79). Stuck: MoCo's loss stays at ln(K + 1), that of features which say nothing
+    (moco issues 9, 12). Collapse: the outputs have no spread (SimSiam, section 4.1).
 
     Args:
       epoch_steps: steps in an epoch.
@@ -33,9 +33,9 @@ def watch(
         epoch.append(metrics)
         if step % epoch_steps:
             return None
-        found = dict(_troubles(step, epoch))
+        troubles = dict(_troubles(step, epoch))
         epoch.clear()
-        for name, words in found.items():
+        for name, words in troubles.items():
             if name not in said:
                 said.add(name)
                 return words

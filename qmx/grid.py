@@ -8,9 +8,9 @@ from qmx.ledger import access
 from qmx.selection.orders import subset_size
 from qmx.selection.select import NEED_FEATURES, SELECTS
 
-# What a student learns from: the images that were asked about; the whole pool, where neighbours'
-# scores stand in for what was not asked (qmx/selection/propagate.py); or both apart, where the
-# student itself does (qmx/methods/fixmatch.py).
+# Images that a student learns from: those that were asked about; the whole pool, the others with
+# their neighbours' scores (qmx/selection/propagate.py); or the whole pool, the others with the
+# student's own labels (qmx/methods/fixmatch.py).
 USES = ("asked", "pool", "fixmatch")
 
 
@@ -58,17 +58,17 @@ def recipe_name(config: Any, cell: Cell) -> str:
     Raises:
       ValueError: several recipes claim the cell.
     """
-    found = [
+    names = [
         name
         for name, keys in config.recipes.items()
         if cell.init in keys.inits and keys.above < cell.fraction <= keys.up_to
     ]
-    if len(found) > 1:
+    if len(names) > 1:
         raise ValueError(
-            f"recipes {' and '.join(found)} both claim init {cell.init} at {cell.queries} queries, "
+            f"recipes {' and '.join(names)} both claim init {cell.init} at {cell.queries} queries, "
             f"a share of {cell.fraction:.2g}; give them ranges of fractions that do not overlap"
         )
-    return found[0] if found else ""
+    return names[0] if names else ""
 
 
 def recipe_of(config: Any, cell: Cell) -> Any:
@@ -78,8 +78,8 @@ def recipe_of(config: Any, cell: Cell) -> Any:
 
 
 def columns(config: Any) -> list[Column]:
-    """The product of the grid's axes, less what needs features and has no encoder; and those of
-    `config.also`.
+    """The product of the grid's axes and the columns of `config.also`. Columns of the product that
+    need features and have no encoder are left out.
 
     Raises:
       ValueError: a word in `config.also` that no axis has; no column at all.
@@ -99,13 +99,13 @@ def columns(config: Any) -> list[Column]:
             f"also has {impossible[0]}, which needs an encoder; name one first, as in"
             " 'moco+typiclust'"
         )
-    found = [*dict.fromkeys(column for column in (*grid, *also) if column not in featureless)]
-    if not found:
+    rest = [*dict.fromkeys(column for column in (*grid, *also) if column not in featureless)]
+    if not rest:
         raise ValueError(
             f"the grid is empty: of inits {config['inits']} none has the features that selects "
             f"{config['selects']} and uses {config['uses']} need; add one that is pretrained"
         )
-    return found
+    return rest
 
 
 def inits(config: Any) -> tuple[str, ...]:
@@ -114,14 +114,14 @@ def inits(config: Any) -> tuple[str, ...]:
 
 
 def encoders(config: Any) -> list[str]:
-    """The inits that some column starts from and that are not "none"."""
+    """The inits of the columns, but for "none"."""
     return [*dict.fromkeys(column.init for column in columns(config) if column.init != "none")]
 
 
 def _column(words: str, config: Any) -> Column:
     init, *rest = words.split("+")
     axes = {"select": SELECTS.__contains__, "access": access.known, "use": USES.__contains__}
-    chosen = {
+    values = {
         "select": config["selects"][0],
         "access": config["accesses"][0],
         "use": config["uses"][0],
@@ -133,8 +133,8 @@ def _column(words: str, config: Any) -> Column:
                 f"also has {words!r}, and {word!r} is none of "
                 f"{', '.join([*SELECTS, *access.names(), *USES])}"
             )
-        chosen[axis[0]] = word
-    return Column(init, **chosen)
+        values[axis[0]] = word
+    return Column(init, **values)
 
 
 def budgets(config: Any, size: int) -> list[Budget]:
@@ -145,22 +145,22 @@ def budgets(config: Any, size: int) -> list[Budget]:
       ValueError: a share or a number that this pool does not have; two budgets of one number; no
         budget at all.
     """
-    given = [
+    named = [
         *((f"fractions {share}", _of_share(share, size)) for share in config.fractions),
         *((f"queries {number}", _of_number(number, size)) for number in config.queries),
     ]
-    if not given:
+    if not named:
         raise ValueError(
             "fractions and queries are both empty; name a budget, as in --config.queries=20"
         )
-    given.sort(key=lambda named: named[1].queries)
-    for (one, budget), (other, following) in pairwise(given):
+    named.sort(key=lambda pair: pair[1].queries)
+    for (one, budget), (other, following) in pairwise(named):
         if budget.queries == following.queries:
             raise ValueError(
                 f"{one} and {other} are both {budget.queries} of the pool's {size} images; leave"
                 " one out"
             )
-    return [budget for _, budget in given]
+    return [budget for _, budget in named]
 
 
 def _of_share(share: Any, size: int) -> Budget:

@@ -32,11 +32,20 @@ Exit status: 0 done; 2 a mistake, told in one line; 3 the budget is spent; 75 st
 after saving, the same command goes on.
 """
 
+import sys
+
+from qmx.signals import end_on_signals, stop_on_signals
+
+if __name__ == "__main__":  # the imports below take a second, in which it can be stopped
+    with end_on_signals():
+        from qmx.main import main as run
+
+        sys.exit(run(sys.argv))
+
 import difflib
 import json
 import os
 import runpy
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -49,7 +58,6 @@ from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 from qmx import keys
 from qmx.settings import leaves
 from qmx.shipped import config_file, own_configs, with_files
-from qmx.signals import end_on_signals, stop_on_signals
 from qmx.terminal import DONE, MISTAKE, explain, fail, show
 
 
@@ -246,9 +254,8 @@ def start(arguments: Arguments) -> str:
 
     from qmx import data, pipeline, sharding
     from qmx.cautions import warnings
-    from qmx.checks import check_trainers, validate
+    from qmx.checks import check_trainers, check_values, validate
     from qmx.progress import say
-    from qmx.ranges import value_problems
     from qmx.stages.query import check_budget
     from qmx.workdir import claim, locked
 
@@ -259,8 +266,7 @@ def start(arguments: Arguments) -> str:
         )
     if "float64" in (config.student.dtype, config.target.precision):
         jax.config.update("jax_enable_x64", True)
-    for problem in value_problems(config):
-        raise ValueError(problem)
+    check_values(config)
     sharding.connect(arguments.coordinator, arguments.processes, arguments.process)
     images = data.load(**config.data)
     if config.target.classes:
@@ -291,8 +297,3 @@ def start(arguments: Arguments) -> str:
             say(f"warning: {warning}")
         with stop_on_signals() as stopped:
             return pipeline.run(config, workdir, images, stage, stopped, arguments.update)
-
-
-if __name__ == "__main__":
-    with end_on_signals():
-        sys.exit(main(sys.argv))

@@ -35,10 +35,10 @@ def make_step(
 ) -> Callable:
     """The jitted step of any method: (train_state, batch, rng) -> (train_state, metrics).
 
-    The batch may be `Rows`: then `steps` of them are done in one dispatch, each on a batch gathered
-    on the devices, and each metric is [T], of which the first `steps` are filled. The results are
-    those of as many single steps, to the bit where T is 1; in a loop XLA's float32 convolutions on
-    CPUs round another way.
+    The batch may be `Rows`. One dispatch then does `steps` steps, each on a batch gathered on the
+    devices. Each metric is [T], and its first `steps` values are filled. The results are those of
+    as many single steps, to the bit where T is 1; in a loop XLA's float32 convolutions on CPUs
+    round another way.
 
     `rng` is the run's one root key; each step folds its number in, so no randomness is stored. The
     state is donated. `compiler_options` are `jax.jit`'s. The metrics are f32[] on the device,
@@ -77,8 +77,8 @@ def make_step(
                 lambda column, value: column.at[place].set(value), so_far[1], metrics
             )
 
-        # A number of steps that is data: one compilation serves a remainder and a run that goes on
-        # amid one.
+        # The number of steps is data, so that one compilation serves a remainder too, and a run
+        # that goes on amid one.
         return jax.lax.fori_loop(0, rows.steps, next_one, (ts, unfilled))
 
     return jax.jit(step, donate_argnums=0, compiler_options=compiler_options)
@@ -112,9 +112,9 @@ def fit(
         device never waits for the host.
       save: writes a checkpoint; called every `save_seconds` and when the run is stopped.
       stopped: asked after each dispatch.
-      agree: called after each dispatch with whether this process wants to stop, and with whether it
-        wants to save, each with the steps done before the dispatch and after it; says what all do.
-        Several processes must stop and save at one step.
+      agree: turns the wish of this process into the decision of all, since several processes must
+        stop and save at one step. Called after each dispatch, once about stopping and once about
+        saving, as (True if this one wants to, steps done before the dispatch, steps done after it).
 
     Raises:
       FloatingPointError: the loss or the gradient is not finite; says at which step. No state after

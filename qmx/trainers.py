@@ -9,14 +9,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from qmx import models, optim
+from qmx import models
 from qmx.augment import make_view
 from qmx.contract import Batch, Method, Network, View
 from qmx.data import epoch_steps
 from qmx.grid import Cell, recipe_of
 from qmx.methods import distill, fixmatch, linear, moco, rotation, simsiam
 from qmx.networks import Look, backbone, evaluated_in
+from qmx.recipes import Recipe, distill_steps, optimiser, pretrain_steps
 from qmx.train import TrainState, init_state, make_step
+
+
+def recipe(keys: Any) -> Recipe:
+    """The `Recipe` of a config's training keys, which may hold others too."""
+    return Recipe(**{name: keys[name] for name in Recipe._fields if name in keys})
 
 
 class Trainer(NamedTuple):
@@ -33,47 +39,7 @@ def view(keys: Any, seen: Look) -> View:
     return make_view(**keywords, mean=seen.mean, std=seen.std)
 
 
-def optimiser(keys: Any, steps: int, **rates: tuple[float, str]) -> optax.GradientTransformation:
-    """The optimiser of a config's training keys; `rates` gives each part its (learning rate,
-    schedule)."""
-    schedules = {
-        part: optim.schedule(
-            name,
-            rate,
-            epochs=keys.epochs,
-            steps=steps,
-            warmup_epochs=keys.warmup_epochs,
-            warmup_start=keys.warmup_start,
-            milestones=keys.milestones,
-            factor=keys.factor,
-        )
-        for part, (rate, name) in rates.items()
-    }
-    make = optim.OPTIMIZERS[keys.optimizer]
-    return make(
-        schedules,
-        momentum=keys.momentum,
-        nesterov=keys.nesterov,
-        weight_decay=keys.weight_decay,
-        weight_decay_on=keys.weight_decay_on,
-    )
-
-
-def pretrain_steps(keys: Any, pool: int) -> int:
-    """Steps of a pretraining: whole epochs, each without its last, smaller batch."""
-    return int(keys.epochs) * int(epoch_steps(pool, keys.batch_size, drop_last=True))
-
-
-def distill_steps(keys: Any, size: int) -> int:
-    """Steps over a transfer set of `size` images: `epochs` seamless ones, but at least
-    `min_steps`."""
-    return max(
-        -int(-keys.epochs * epoch_steps(size, keys.batch_size, drop_last=False) // 1),
-        keys.get("min_steps", 0),
-    )
-
-
-def fixmatch_steps(keys: Any, fixmatch_keys: Any, asked: int, pool: int) -> int:
+def fixmatch_steps(keys: Recipe, fixmatch_keys: Any, asked: int, pool: int) -> int:
     """Steps of a student that labels the pool itself: its recipe's, or those of `epochs` over the
     pool if more."""
     over_pool = fixmatch_keys.epochs * epoch_steps(
@@ -150,12 +116,15 @@ def pretrainer(
         part: (keys.learning_rate, "constant" if part in constant else keys.schedule)
         for part in row.parts
     }
-    return _trainer(method, optimiser(keys, steps, **rates), seen, keys.batch_size, scores=False)
+    tx = optimiser(recipe(keys), steps, **rates)
+    return _trainer(method, tx, seen, keys.batch_size, scores=False)
 
 
 @cache
-def distiller(keys: Any, arch: str, dtype: str, view_keys: Any, seen: Look, steps: int) -> Trainer:
-    """The `Trainer` of a student, or of a target trained on labels (whose keys say less)."""
+def distiller(
+    keys: Recipe, arch: str, dtype: str, view_keys: Any, seen: Look, steps: int
+) -> Trainer:
+    """The `Trainer` of a student, or of a target trained on labels."""
     head, weak, tx, temperatures = _student(keys, view_keys, seen, steps)
     method = distill.make(backbone(arch, dtype, seen), head, weak, **temperatures)
     return _trainer(method, tx, seen, keys.batch_size, scores=True)
@@ -163,7 +132,7 @@ def distiller(keys: Any, arch: str, dtype: str, view_keys: Any, seen: Look, step
 
 @cache
 def self_labeller(
-    keys: Any,
+    keys: Recipe,
     fixmatch_keys: Any,
     arch: str,
     dtype: str,
@@ -188,24 +157,29 @@ def self_labeller(
 
 
 def _student(
-    keys: Any, view_keys: Any, seen: Look, steps: int
+    keys: Recipe, view_keys: Any, seen: Look, steps: int
 ) -> tuple[Network, View, optax.GradientTransformation, dict[str, float]]:
-    """The head, the weak view, the optimiser and the temperatures of a student's keys."""
-    if any(keys.get("jitter", ())):
+    """The head, the weak view, the optimiser and the temperatures of a student's recipe."""
+    if any(keys.jitter):
         view_keys = {**view_keys, "jitter": keys.jitter, "jitter_p": 1.0}
-    head = models.classifier(seen.classes, standardize=keys.get("standardize", False))
+    head = models.classifier(seen.classes, standardize=keys.standardize)
+    rate = keys.head_learning_rate
     tx = optimiser(
         keys,
         steps,
         backbone=(keys.learning_rate, keys.schedule),
-        head=(keys.get("head_learning_rate", keys.learning_rate), keys.schedule),
+        head=(keys.learning_rate if rate is None else rate, keys.schedule),
     )
-    temperatures = {k: keys[k] for k in ("target_temperature", "student_temperature") if k in keys}
+    given = {
+        "target_temperature": keys.target_temperature,
+        "student_temperature": keys.student_temperature,
+    }
+    temperatures = {name: value for name, value in given.items() if value is not None}
     return head, view(view_keys, seen), tx, temperatures
 
 
 @cache
-def prober(keys: Any, arch: str, dtype: str, view_keys: Any, seen: Look, steps: int) -> Trainer:
+def prober(keys: Recipe, arch: str, dtype: str, view_keys: Any, seen: Look, steps: int) -> Trainer:
     """The `Trainer` of a linear probe."""
     head = models.classifier(seen.classes, kernel_std=0.01)  # the reference's initialisation
     method = linear.make(backbone(arch, dtype, seen), head, view(view_keys, seen))
@@ -230,9 +204,9 @@ def _trainer(
 
 def of_target(config: Any, seen: Look, pool: int) -> tuple[Trainer, int]:
     """The trainer of a target that is trained on a pool of so many images, and its steps."""
-    keys, steps = config.target, distill_steps(config.target, pool)
-    dtype = evaluated_in(keys.precision)
-    return distiller(keys, keys.arch, dtype, config.weak_view, seen, steps), steps
+    keys, target = recipe(config.target), config.target
+    steps, dtype = distill_steps(keys, pool), evaluated_in(target.precision)
+    return distiller(keys, target.arch, dtype, config.weak_view, seen, steps), steps
 
 
 def of_encoder(config: Any, init: str, seen: Look, pool: int) -> tuple[Trainer, int]:
@@ -244,14 +218,14 @@ def of_encoder(config: Any, init: str, seen: Look, pool: int) -> tuple[Trainer, 
 
 def of_probe(config: Any, seen: Look, size: int) -> tuple[Trainer, int]:
     """The trainer of a linear probe on so many images, and its steps."""
-    keys, student = config.monitor.probe, config.student
+    keys, student = recipe(config.monitor.probe), config.student
     steps, dtype = distill_steps(keys, size), evaluated_in(student.dtype)
     return prober(keys, student.arch, dtype, config.weak_view, seen, steps), steps
 
 
 def of_student(config: Any, cell: Cell, seen: Look, pool: int) -> tuple[Trainer, int]:
     """The trainer of a cell's student, and its steps."""
-    keys, student, weak = recipe_of(config, cell), config.student, config.weak_view
+    keys, student, weak = recipe(recipe_of(config, cell)), config.student, config.weak_view
     if cell.use == "fixmatch":
         own, strong = config.fixmatch, config.strong_view
         steps = fixmatch_steps(keys, own, cell.queries, pool)

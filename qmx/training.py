@@ -104,8 +104,8 @@ def train(
 
 
 def _log(path: Path, start: int) -> TextIO:
-    """The open file of the metrics, which holds those of the first `start` steps; of the first
-    process alone."""
+    """The open file of the metrics, cut to those of the first `start` steps. Only the first process
+    writes one."""
     if not first():
         return open(os.devnull, "w")
     text = path.read_text(errors="replace") if start and path.exists() else ""
@@ -126,8 +126,8 @@ ASK_EVERY = 10  # steps: a question costs all processes a round
 
 
 def agreed(wanted: bool, before: int, done: int) -> bool:
-    """For `fit`: what some process wants, all do; asked after each tenth step, however many a
-    dispatch has."""
+    """For `fit`: True if some process wants to. All of them are asked after each tenth step,
+    however many a dispatch has."""
     if jax.process_count() == 1:
         return wanted
     return before // ASK_EVERY < done // ASK_EVERY and any_process(wanted)

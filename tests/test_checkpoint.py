@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,18 @@ def saved(directory, *steps):
     with Checkpoints(directory) as checkpoints:
         for step in steps:
             checkpoints.save(state(step))
+
+
+def test_no_room(tmp_path, monkeypatch):
+    """Once there is room again, saving goes on, as the line says."""
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        with monkeypatch.context() as full:
+            full.setattr("qmx.checkpoint.disk_usage", lambda path: SimpleNamespace(free=9))
+            with pytest.raises(OSError, match="c: no room for a state .*, 9 are free; make room, "):
+                checkpoints.save(state(1))
+        checkpoints.save(state(1))
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        assert_same(checkpoints.restore(state(0)), state(1))
 
 
 def test_round_trip(tmp_path):

@@ -17,7 +17,7 @@ LEVELS = (
     ("stages", "checks", "cautions"),
     ("report", "training", "trainers", "ranges", "encoders"),
     ("settings",),
-    ("grid", "networks"),
+    ("grid", "networks", "recipes"),
     ("targets",),
     ("ledger", "selection", "methods", "models", "diagnostics"),
     ("data", "metrics", "inference", "checkpoint", "workdir"),

@@ -8,7 +8,7 @@ from ml_collections import FrozenConfigDict
 
 from qmx import networks, trainers
 from qmx.cautions import warnings
-from qmx.checks import check_trainers, validate
+from qmx.checks import check_trainers, check_values, validate
 from qmx.data import load
 from qmx.grid import budget_keys, budgets, cells, columns, encoders, percent
 from qmx.main import load_file
@@ -214,6 +214,7 @@ def test_columns():
 
 def test_shipped_config_is_valid():
     """Nothing is wrong with it, and nothing to warn of."""
+    check_values(digits())
     validate(digits(), DIGITS)
     assert not warnings(digits(), DIGITS)
 
@@ -375,6 +376,7 @@ def test_no_budget():
 def test_refused(key, value, message):
     """One line that names the value and the cure."""
     with pytest.raises(ValueError, match=message) as caught:
+        check_values(digits(**{key: value}))
         validate(digits(**{key: value}), DIGITS)
         check_trainers(digits(**{key: value}), DIGITS)
     assert len(str(caught.value).splitlines()) == 1

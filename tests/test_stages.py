@@ -90,6 +90,7 @@ def test_another_method(monkeypatch, tmp_path):
     config.update_from_flattened_dict(changes)
     config = FrozenConfigDict(config)
     data = load(**config.data)
+    checks.check_values(config)
     checks.validate(config, data)
     out = pipeline.run(config, tmp_path, data, "all", lambda: False)
     assert "brightness" in out.splitlines()[-3]

@@ -126,9 +126,10 @@ def finished_shards(
                     f"{out} holds a cache of other photos than {photos.where}, or these have"
                     " changed since; remove it, or write to another folder"
                 )
+            cure = "write to another folder" if key == "version" else f"give --{key}={shard[key]}"
             raise ValueError(
-                f"{out} holds shards of {key} {shard.get(key)}, and this is {value}; remove it, or"
-                f" give --{key}={shard.get(key)}"
+                f"{out} holds shards of {key} {shard[key]}, and this is {value}; remove it, or"
+                f" {cure}"
             )
         shards[shard["file"]] = shard
     strangers = sorted(

@@ -52,6 +52,8 @@ CREATE {}TABLE IF NOT EXISTS refused (
 """
 BUSY = 30.0  # seconds; another writer may hold the file, and none of our commits takes so long
 
+# By a word of SQLite's.
+CURES = {"locked": "end the other program that writes there", "full": "make room on the disk"}
 COLUMNS = {
     "requests": "id, target, preprocessing, purpose, views, retry, answered, failed",
     "answers": "row, key, image, request, access, dtype, checksum",
@@ -139,7 +141,8 @@ class File:
         except sqlite3.OperationalError as error:
             if "Could not decode" in str(error):  # a text that damage has changed
                 raise Damaged(self.path, "a text is not UTF-8") from None
-            raise OSError(f"{self.path}: {error}") from None
+            cures = [cure for word, cure in CURES.items() if word in str(error)]
+            raise OSError("; ".join([f"{self.path}: {error}", *cures])) from None
         except sqlite3.DatabaseError as error:
             raise Damaged(self.path, error) from None
 

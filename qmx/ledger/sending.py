@@ -199,10 +199,7 @@ def _patiently(asking: Asking, answers: int, write: Callable[[], None]) -> None:
         except OSError as error:
             why = Unwritten(f"{answers} answers that came cannot be written: {error}")
         if attempt == 0:
-            asking.say(
-                f"{why}; they wait in memory, and writing is tried until it works: make room on the"
-                " disk, or end the other program that writes there"
-            )
+            asking.say(f"{why}; they wait in memory, and writing is tried until it works")
         try:
             asking.pause(PAUSES[min(attempt, len(PAUSES) - 1)], why)
         except BaseException as stop:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from qmx.contract import Network, PyTree
+from qmx.models.foreign import from_equinox, from_nnx
 from qmx.models.heads import Classifier, MocoHead, SimsiamPredictor, SimsiamProjector
 from qmx.models.norm import fold
 from qmx.models.resnet import ARCHS, ResNet
@@ -16,7 +17,9 @@ __all__ = [
     "backbone",
     "classifier",
     "fold",
+    "from_equinox",
     "from_linen",
+    "from_nnx",
     "moco_head",
     "simsiam_predictor",
     "simsiam_projector",

@@ -52,5 +52,5 @@ def evaluate(run: Run, cell: Cell, student: Student | NotDone, answers: Answers 
         **({"shows": access} if access != "logits" else {}),
         **({"without_answer": left_out} if left_out else {}),
     }
-    # Of a row the queries are told by purpose.
+    # The row has its queries by purpose.
     return {**cell._asdict(), **run.stage("evaluate", cell.name, inputs, work)}

@@ -1,4 +1,4 @@
-"""Features of an encoder for the whole pool, by which is chosen what to ask."""
+"""Features of an encoder for the whole pool; the images to ask about are chosen by them."""
 
 from pathlib import Path
 from typing import NamedTuple

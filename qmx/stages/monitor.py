@@ -22,7 +22,7 @@ def monitor(run: Run, encoder: Pretrained | NotDone) -> dict:
     encoder = needed(encoder)
     keys, student, seed = run.config.monitor, run.config.student, encoder.seed
     arch, dtype = student.arch, networks.evaluated_in(student.dtype)
-    seen = {"size": student.size}
+    size = {"size": student.size}
     neighbours = {"knn_k": keys.knn_k, "knn_temperature": keys.knn_temperature}
 
     def look_at_random(_: Path) -> dict:
@@ -43,14 +43,14 @@ def monitor(run: Run, encoder: Pretrained | NotDone) -> dict:
         "arch": arch,
         "dtype": dtype,
         "monitor": neighbours,
-        **seen,
+        **size,
     }
     random = run.stage("monitor", f"random-seed{seed}", shared, look_at_random)
     inputs = {
         "pool": run.data.pool_digest,
         "encoder": encoder.sha256,
         "monitor": neighbours,
-        **seen,
+        **size,
     }
     if keys.linear:
         inputs |= {"probe": plain(keys.probe), "weak_view": plain(run.config.weak_view)}

@@ -22,6 +22,7 @@ from qmx.train import Stopped
 KINDS = ("served", "callable", "onnx", "recorded")
 # Seconds before each further attempt at a batch; then the last again.
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
+SAME, NEW = "same-target", "new-target"  # words of --update on a target that changed
 
 
 def connect(keys: Any, data: Dataset) -> Outside:
@@ -64,8 +65,8 @@ def describe(keys: Any, data: Dataset) -> dict:
     """The name and digest of the target, in every process."""
 
     def look() -> dict:
-        found = _patiently(keys, data)
-        return {"name": found.name, "sha256": found.sha256, "preprocessing": found.preprocessing}
+        there = _patiently(keys, data)
+        return {"name": there.name, "sha256": there.sha256, "preprocessing": there.preprocessing}
 
     return from_first(look)
 
@@ -111,8 +112,8 @@ def query_of(keys: Any, data: Dataset, sha256: str) -> Query:
         if found.sha256 != sha256:
             raise ValueError(
                 f"{found.name} is not what it was when this workdir was begun: its version, or what"
-                " the server says of its inputs and outputs; take another --workdir, so that"
-                " answers of two models are not mixed"
+                f" the server says of its inputs and outputs; --update={SAME} goes on with the"
+                f" answers that are there, --update={NEW} asks it everything"
             )
         made.append(found.query)
 

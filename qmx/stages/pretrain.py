@@ -86,10 +86,10 @@ def _pretrain(run: Run, init: str, seed: int, directory: Path) -> dict:
 
 def _convert(run: Run, init: str, directory: Path) -> dict:
     began = time.monotonic()
-    made = converted(run.config, init, run.data)
-    for line in from_torch.dropped_lines(made):
+    weights = converted(run.config, init, run.data)
+    for line in from_torch.dropped_lines(weights):
         say(f"{Path(run.config.pretrain[init].path).name}: {line}")
-    digest = save_weights(directory / "encoder.safetensors", made.backbone, facts(run, init))
+    digest = save_weights(directory / "encoder.safetensors", weights.backbone, facts(run, init))
     return {
         "sha256": digest,
         "seconds": time.monotonic() - began,
@@ -100,9 +100,9 @@ def _convert(run: Run, init: str, directory: Path) -> dict:
 def converted(config: Any, init: str, data: Dataset) -> from_torch.Converted:
     """Read the config's weights for an init; ValueError unless a student can start from them."""
     path = config.pretrain[init].path
-    made = from_torch.load(path, config.student.arch)
-    check_channels(made, path, data)
-    return made
+    weights = from_torch.load(path, config.student.arch)
+    check_channels(weights, path, data)
+    return weights
 
 
 def backbone(run: Run) -> Network:

@@ -90,8 +90,8 @@ def query(run: Run, target: Target | NotDone, selections: Iterable[Selection | N
 
 
 def lost_answers(run: Run, target: Target) -> str | None:
-    """Say what is gone of the answers that the stage left, as when its ledger was replaced by one
-    that was recovered; None if nothing is."""
+    """A line on answers of the stage that are gone, as when its ledger was replaced by one that was
+    recovered; None if all are there."""
     rows = read_arrays(run.workdir / "query" / "keys.npz")
     keys = [row.tobytes() for name in ("train", "report") for row in rows[name]]
     with open_ledger(run, target.identity) as ledger:
@@ -149,8 +149,8 @@ def near_chance(top1: float, classes: int) -> str | None:
 def check_budget(config: Any, directory: Path, data: Dataset) -> None:
     """Raise BudgetSpent at once if the grid asks for more distinct images than the budget allows.
 
-    The ledger would stop it too, but only after the pretraining. Nothing is written. What is chosen
-    by features or answers is not known yet: of it only how many images the largest budget takes.
+    The ledger would stop it too, but only after the pretraining. Nothing is written. Choices by
+    features or answers are not known yet: of them the largest budget counts.
 
     Raises:
       ValueError: a selection that cannot be made of this pool.

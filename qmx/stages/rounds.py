@@ -21,21 +21,21 @@ from qmx.stages.target import Target, target_query
 def in_rounds(run: Run, cell: Cell, features: Features, target: Target) -> np.ndarray:
     """The images of a cell whose way is one of `BY_ANSWERS`, i64[queries], in the order of asking.
 
-    The first share of them is drawn at random: by the order of the selection "random", so that both
-    columns pay for these images once, and as Pal et al. 2020 begin, so that what a way gains over
-    "random" is due to answers alone. Then, `config.rounds` times, the answers so far are spread
-    over the pool by `propagate` on the frozen features of the cell's encoder, and the way chooses
-    the next share by them. Other than in Pal et al. no student is trained between rounds: a round
-    costs what `propagate` does, and the answers are what the cell's access level shows.
+    The first share is drawn at random, as in Pal et al. 2020. It is the beginning of the selection
+    "random": both columns pay for these images once, and a gain over "random" is due to answers
+    alone. Then, `config.rounds` times, `propagate` spreads the answers so far over the pool, on the
+    frozen features of the cell's encoder, and the way chooses the next share by them. Other than in
+    Pal et al. no student is trained between rounds: a round costs as much as `propagate`. Answers
+    have the cell's access level.
 
-    Asks the target, for the ledger's purpose "select": about all shares but the last, whose answers
-    choose nothing and which `qmx.stages.query.query` asks about for "train". The student learns
-    from all of them. An image that several columns want is paid for once and stays on the ledger's
-    account what it was first asked for, while in the report's rows each column counts its own
-    images for itself: as "select" all shares but the last, as "train" that.
+    All shares but the last are asked about here, for the ledger's purpose "select". Answers to the
+    last choose nothing; `qmx.stages.query.query` asks for them, for "train". The student learns
+    from all shares. An image that several columns want is paid for once, and keeps on the ledger's
+    account the purpose it was first asked for. In the report's rows each column counts its own
+    images: the last share as "train", the others as "select".
 
-    The choice depends on nothing but the cell, so that a killed run makes it again, with the
-    answers that are in the ledger, and asks only for what is missing.
+    The choice depends on nothing but the cell. A killed run makes it again, with the answers that
+    are in the ledger, and asks only for the missing ones.
 
     Raises:
       BudgetSpent: a share is more than the ledger's budget has left; nothing of it was asked.
@@ -66,7 +66,7 @@ def in_rounds(run: Run, cell: Cell, features: Features, target: Target) -> np.nd
         some = [keys[place] for place in np.flatnonzero(has)]
         known = softmax(read_scores(run, target.identity, some, cell.access), axis=1)
         spread = propagate(rows, ids[has], known, **run.config.propagation)
-        # In one process: another machine's sums may round another way, and choose others.
+        # In one process, since another machine's sums may round another way, and choose others.
         ids = np.concatenate([ids, from_first(partial(way, spread, ids, share))])
     return ids
 

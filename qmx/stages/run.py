@@ -81,7 +81,7 @@ class Run(NamedTuple):
             raise Stopped(f"{name} stopped after {min(done, total)} of {total} images")
 
 
-# What makes each stage's arrays smaller.
+# Keys that make each stage's arrays smaller.
 SMALLER = {
     "target": "target.batch_size, or data.crop",
     "pretrain": "the method's batch_size, as pretrain.moco.batch_size, or strong_view.size",

@@ -22,12 +22,12 @@ from qmx.models import from_torch
 from qmx.progress import say
 from qmx.sharding import from_first
 from qmx.stages import outside
+from qmx.stages.outside import NEW, SAME
 from qmx.stages.run import Run, facts, plain, read_weights, root_key
 from qmx.targets.query import Query, network_query
 from qmx.training import train
 
 T = TypeVar("T")
-SAME, NEW = "same-target", "new-target"  # what --update may say of a target that changed
 
 
 class Target(NamedTuple):
@@ -53,7 +53,7 @@ def target(run: Run) -> Target:
         inputs = {**outside.inputs_of(keys), "shape": data.shape, "classes": data.classes}
 
         def changed() -> str | None:
-            # What a server says of itself is in no input.
+            # The stage's inputs hold nothing that a server says of itself.
             asked_for = run.update in (SAME, NEW)
             return f"--update={run.update} looks at it again" if asked_for else None
 

@@ -29,7 +29,7 @@ def trial(run: Run, target: Target | NotDone) -> None:
     if run.only != "all" or isinstance(target, NotDone) or target.path or kind == "recorded":
         return
     note_calls(run, target)  # before a ledger that is gone is begun anew
-    if in_ledger(run, target.identity, lambda ledger: ledger.account().images):
+    if in_ledger(run, target.identity, lambda ledger: ledger.calls()):
         return
     ask = cache(lambda: target_query(run, target))
     ids = np.arange(min(3, run.data.evaluation.size))

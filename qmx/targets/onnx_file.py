@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from qmx.ledger.access import received
-from qmx.targets.query import Outside
+from qmx.targets.query import Outside, filled_up
 from qmx.targets.shown import UNCHANGED, Shown, prepare, resolved
 from qmx.targets.shown import name as name_of
 
@@ -67,9 +67,8 @@ def connect(
     fixed = max([0, *sizes[:1]])
 
     def query(images: np.ndarray) -> np.ndarray:
-        count, step = len(images), fixed or len(images)
-        rows = np.minimum(np.arange(-(-count // step) * step), count - 1).reshape(-1, step)
-        pixels = prepare(images, seen)
+        count = len(images)
+        pixels, rows = prepare(images, seen), filled_up(count, fixed or count)
         parts = [session.run([answer.name], {tensor.name: pixels[some]})[0] for some in rows]
         return received(np.concatenate(parts)[:count], count, classes, access)
 

@@ -30,6 +30,12 @@ PRECISIONS = {
 }
 
 
+def filled_up(count: int, size: int) -> np.ndarray:
+    """Rows of `count` images in requests of exactly `size`, i64[r, size]; the last request is
+    filled up with the last image."""
+    return np.minimum(np.arange(-(-count // size) * size), count - 1).reshape(-1, size)
+
+
 def network_query(
     network: Network,
     params: PyTree,

@@ -17,7 +17,7 @@ from qmx.ledger.access import received
 from qmx.targets.address import secrets
 from qmx.targets.http import Send, client
 from qmx.targets.protocol import INPUTS, LABELS, OUTPUTS, Tensor, parsed, read, request
-from qmx.targets.query import Outside
+from qmx.targets.query import Outside, filled_up
 from qmx.targets.said import masked, without
 from qmx.targets.shown import UNCHANGED, Shown, prepare, resolved
 from qmx.targets.shown import name as name_of
@@ -98,8 +98,8 @@ def connect(
             raise ValueError(
                 f"the model takes {fixed} images in a request; set target.batch_size={fixed}"
             )
-        if count < fixed:  # filled up with the last one
-            images = images[np.minimum(np.arange(fixed), count - 1)]
+        if fixed:
+            images = images[filled_up(count, fixed)[0]]
         pixels = prepare(images, seen)
         body, headers = request(number, model_input, model_output, pixels, binary)
         with without(*secrets(token_env, headers_env)):
