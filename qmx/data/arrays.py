@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from qmx.data.classes import number_of
+from qmx.data.originals import originals
 from qmx.data.sources import Dataset, in_memory
 
 
@@ -28,14 +29,20 @@ def digits() -> Dataset:
 def arrays(path: str, eval_path: str) -> Dataset:
     """Two npz files, each with "image" uint8[n, H, W, C] (or [n, H, W]) and "label" int[n].
 
+    Or one folder with the files that MNIST's, Fashion-MNIST's or CIFAR-10's authors publish, see
+    `qmx.data.originals`; `eval_path` is empty then.
+
     Raises:
       ValueError: a path is missing, or what is wrong with a file; images in both files; more
         classes than images.
     """
+    if path and not eval_path and Path(path).is_dir():
+        (images, labels), evaluation = originals(path)
+        return from_arrays(Path(path).resolve().name, images, labels, *evaluation)
     if not path or not eval_path:
         raise ValueError(
-            "data.source=arrays needs two files: data.path=POOL.npz and "
-            "data.eval_path=EVALUATION.npz"
+            "data.source=arrays needs two files: data.path=POOL.npz and data.eval_path="
+            "EVALUATION.npz; or data.path=FOLDER with MNIST's or CIFAR-10's original files"
         )
     pool, evaluation = read_npz(path), read_npz(eval_path)
     if pool[0].shape[1:] != evaluation[0].shape[1:]:
