@@ -26,7 +26,7 @@ Stages, in their order:
   query       ask the target about them, within the budget
   distill     train a student for each cell of the table
   evaluate    compare each student with the labels and with the target
-  report      print the table, and write the report, the curve and results.json
+  report      print the answer and the table, and write the report, the curve and results.json
 
 Exit status: 0 done; 2 a mistake, told in one line; 3 the budget is spent; 75 stopped by a signal
 after saving, the same command goes on.
@@ -36,6 +36,7 @@ import difflib
 import json
 import os
 import runpy
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -63,6 +64,7 @@ class Arguments(NamedTuple):
     processes: int
     process: int
     update: str
+    command: str
 
 
 # What --help shows of the keys.
@@ -86,14 +88,14 @@ MOST_USED = (
 SPENT, STOPPED = 3, 75  # exit statuses, beside those of qmx/terminal.py
 
 OUT_OF_MEMORY = (
-    "out of memory; data.limit takes fewer images, data.crop and data.canvas smaller ones"
+    "out of memory; lower data.limit (images), or data.crop and data.canvas (their sides)"
 )
 
-# What may be said of a workdir of something else, by --update or --update=WORD.
+# Of a workdir of something else, by --update or --update=WORD.
 UPDATES = ("", "keep", "same-target", "new-target")
 
-# XLA hands convolutions on CPUs to a library that runs several shapes on one core; this gives them
-# back to Eigen, which takes all cores: about 1.8 times the speed on two.
+# XLA's library runs several shapes of convolutions on one core of a CPU; this gives them back to
+# Eigen, which takes all cores: about 1.8 times the speed on two.
 CONVOLUTIONS_ON_ALL_CORES = (
     "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
 )
@@ -180,6 +182,7 @@ def parse(argv: list[str]) -> Arguments:
         values.processes,
         values.process,
         values.update,
+        shlex.join(["qmx", *argv[1:]]),
     )
 
 
@@ -290,7 +293,8 @@ def start(arguments: Arguments) -> str:
         for warning in warnings(config, images):
             say(f"warning: {warning}")
         with stop_on_signals() as stopped:
-            return pipeline.run(config, workdir, images, stage, stopped, arguments.update)
+            said = arguments.update, arguments.command
+            return pipeline.run(config, workdir, images, stage, stopped, *said)
 
 
 if __name__ == "__main__":
