@@ -3,11 +3,10 @@
 import math
 from typing import Any
 
-from qmx.grid import Column, budget_keys, columns, percent
-from qmx.report.reach import best, column_of, fewest
+from qmx.grid import budget_keys, columns, percent
+from qmx.report.reach import COPY, best, column_of, fewest
 from qmx.report.tables import label
 
-SHARE = 0.95  # of the images, on which a copy agrees that counts as one
 LOWER_BOUND = "This is a lower bound on exposure: stronger attackers may need fewer."
 
 
@@ -18,7 +17,7 @@ def answer(results: dict) -> dict[str, Any]:
     "share_of_pool", "attack", "lower_bound"}; "queries" is None where no budget is enough, and
     "attack" then the best there is, or None before any student has learned.
     """
-    found = fewest(results, "fidelity", SHARE)
+    found = fewest(results, "fidelity", COPY)
     facts = {key: found[key] if found else None for key in ("queries", "low", "high")}
     counted = {key: found[key] if found else 0 for key in ("seeds", "seeds_reached")}
     most = best(results, "fidelity")
@@ -27,7 +26,7 @@ def answer(results: dict) -> dict[str, Any]:
     return {
         "text": _sentence(results, found, most),
         "measure": "fidelity",
-        "share": SHARE,
+        "share": COPY,
         **facts,
         **counted,
         "share_of_pool": found["queries"] / pool if found else None,
@@ -43,14 +42,14 @@ def _sentence(results: dict, found: dict | None, most: dict | None) -> str:
         few = "at most " if found["queries"] == smallest else ""
         text = (
             f"{few}{queries} {'query' if queries == 1 else 'queries'} ({share_of(queries, size)} of"
-            f" the pool) are enough for a copy that agrees with your model on {percent(SHARE)} of"
+            f" the pool) are enough for a copy that agrees with your model on {percent(COPY)} of"
             f" images, by the strongest attack tried ({label(column_of(found), results)};"
             f" {interval(found)}). {LOWER_BOUND}"
         )
         return text[0].upper() + text[1:]
     if most:
         return (
-            f"No copy was found that agrees with your model on {percent(SHARE)} of images. The best"
+            f"No copy was found that agrees with your model on {percent(COPY)} of images. The best"
             f" ({label(column_of(most), results)}, {most['queries']} queries,"
             f" {share_of(most['queries'], size)} of the pool) agrees on {most['value']:.1f} %."
             f" {LOWER_BOUND}"
@@ -67,7 +66,9 @@ def interval(row: dict[str, Any]) -> str:
     """Spread of a row of `reach_of` over its seeds, in words."""
     if row["seeds"] < 2:
         return "one seed, so no interval"
-    low = math.ceil(row["low"])
+    low = math.ceil(row["low"] or 0)
+    if row["low"] == row["high"]:
+        return f"the same in all {row['seeds']} seeds"
     if row["high"] is None:
         return (
             f"{low} or more over {row['seeds']} seeds, of which {row['seeds_reached']} get there"
@@ -84,7 +85,7 @@ def share_of(queries: int, size: int) -> str:
 def next_steps(results: dict) -> list[str]:
     """Advice on the figures that are missing or can be made sharper, the most useful first."""
     config, audit = results["config"], results["config"]["audit"]
-    found = fewest(results, "fidelity", SHARE)
+    found = fewest(results, "fidelity", COPY)
     smallest = results["pool"]["budgets"][0]["queries"]
     weak = {label(column_of(row), results) for row in results["rows"] if row["undertrained"]}
     wanted = len(config["seeds"]) * len(columns(config)) * len(results["pool"]["budgets"])
@@ -100,10 +101,12 @@ def next_steps(results: dict) -> list[str]:
             f" agree with fewer than 80 % of the answers that they were given, and are left out"
             f" ({', '.join(sorted(weak))})."
         )
-    if found and found["queries"] == smallest and smallest > 1:
+    below = fewest(results, "fidelity", audit["below"])
+    if below and below["low"] <= smallest and smallest > 1:
+        fewer = str((smallest // 2, *config["queries"])).replace(" ", "")
         steps.append(
-            "Ask less: the smallest budget is enough already. --config.queries="
-            f'"{(smallest // 2, *config["queries"])}" shows where it begins.'
+            f"Ask less: {smallest} queries, the smallest budget, reach {percent(audit['below'])}"
+            f' already. --config.queries="{fewer}" shows where that begins.'
         )
     if not found and results["rows"]:
         steps.append(

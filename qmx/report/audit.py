@@ -4,9 +4,9 @@ import math
 from typing import Any
 
 from qmx.grid import Column, columns
-from qmx.report.answer import SHARE, answer, attacks_not_tried, next_steps
+from qmx.report.answer import answer, attacks_not_tried, next_steps
 from qmx.report.limits import Limits, largest_limits, time_to_extract
-from qmx.report.reach import MEASURES, best, column_of, fewest, full, reach_of
+from qmx.report.reach import COPY, MEASURES, best, column_of, fewest, full, reach_of
 from qmx.report.standards import STANDARDS
 from qmx.report.tables import rows_of
 
@@ -96,7 +96,7 @@ def effort(results: dict, measure: str, share: float) -> dict[str, Any] | None:
     row: dict[str, Any] = {"measure": measure, "share": share}
     row |= {key: found[key] if found else None for key in ("queries", "low", "high")}
     row["attack"] = column_of(found)._asdict() if found else None
-    queries = found and math.ceil(found["queries"])
+    queries = math.ceil(found["queries"]) if found else 0
     row["money"] = price * queries / 1000 if queries and price is not None else None
     for key, principals in (("alone", 1), ("pooled", config["audit"]["principals"])):
         known = queries and not limits.none
@@ -166,7 +166,7 @@ def access_levels(results: dict) -> list[dict[str, Any]]:
             row["queries"]
             for column in columns(config)
             if column.access == access
-            and (row := reach_of(results, column, "fidelity", SHARE))
+            and (row := reach_of(results, column, "fidelity", COPY))
             and row["queries"] is not None
         ]
         return min(numbers, default=None)
@@ -194,7 +194,7 @@ def controls(results: dict) -> dict[str, Any]:
 
 def strongest(results: dict) -> tuple[Column, int] | None:
     """The attack of the answer, and the smallest budget at which it gets there, else the best's."""
-    found = fewest(results, "fidelity", SHARE)
+    found = fewest(results, "fidelity", COPY)
     if not found:
         most = best(results, "fidelity")
         return (column_of(most), most["queries"]) if most else None

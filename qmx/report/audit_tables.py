@@ -6,10 +6,11 @@ from typing import Any
 from qmx.grid import percent
 from qmx.report.answer import interval
 from qmx.report.audit import limits_of
-from qmx.report.reach import column_of, reach_of
+from qmx.report.reach import column_of, ranked, reach_of
 from qmx.report.tables import Table, budget_label, label, marked, spread, values
 
 WORST = 10  # classes that are shown
+SAID = {"accuracy": "of the accuracy", "fidelity": "fidelity"}
 
 
 def strongest_table(results: dict) -> Table | None:
@@ -30,23 +31,25 @@ def strongest_table(results: dict) -> Table | None:
 
 def effort_table(results: dict) -> Table:
     """Queries, hours and money for each measure and share."""
-    rows = []
+    smallest, rows = results["pool"]["budgets"][0]["queries"], []
     for row in results["audit"]["time_to_extract"]:
         attack = row["attack"]
+        few = "at most " if row["queries"] == smallest else ""
         found = attack and reach_of(results, column_of(attack), row["measure"], row["share"])
+        over = f" ({interval(found)})" if found and not few else ""
         rows.append(
             [
-                f"{percent(row['share'])} {'of the accuracy' if row['measure'] == 'accuracy' else 'fidelity'}",
-                f"{math.ceil(row['queries'])} ({interval(found)})" if found else "not reached",
-                label(column_of(attack), results) if attack else "",
+                f"{percent(row['share'])} {SAID[row['measure']]}",
+                f"{few}{math.ceil(row['queries'])}{over}, by {label(column_of(attack), results)}"
+                if found
+                else "not reached",
                 hours(row["hours_alone"]),
                 hours(row["hours_pooled"]),
                 "" if row["money"] is None else f"{row['money']:.4g}",
             ]
         )
     principals = results["audit"]["limits"]["principals"]
-    header = ["a copy with", "queries", "by", "one principal"]
-    header += [f"{principals} principals", "price"]
+    header = ["a copy with", "queries", "alone", f"pooled ({principals})", "price"]
     return Table("Queries, time and price of the cheapest attack tried", header, rows)
 
 
@@ -73,29 +76,39 @@ def hours(number: float | None) -> str:
         return ""
     if number < 1:
         return f"{60 * number:.0f} minutes" if number else "no time"
-    return f"{number:.1f} hours" if number < 72 else f"{number / 24:.1f} days"
+    return f"{number:.3g} hours" if number < 72 else f"{number / 24:.3g} days"
 
 
-def largest_table(results: dict) -> Table:
-    """The limits that keep every attack tried below the config's share for a month."""
-    share, rows = percent(results["config"]["audit"]["below"]), []
-    principals = results["audit"]["limits"]["principals"]
-    for row in results["audit"]["largest_limits"]:
-        for who, key in (("one", "alone"), (str(principals), "pooled")):
-            if key == "pooled" and principals == 1:
-                continue
-            limits = row[key]
-            cells = (
-                [str(limits["per_month"]), str(limits["per_day"]), f"{limits['per_second']:.2g}"]
-                if limits
-                else [row["why"], "", ""]
-            )
-            rows.append([row["measure"], who, *cells])
-    return Table(
-        f"Largest limit of one principal, each alone, that keeps a copy below {share} for a month",
-        ["measure", "principals", "in a month", "in a day", "in a second"],
-        rows,
+def largest_table(results: dict) -> Table | None:
+    """The limits that keep every attack tried below the config's share for a month; None where no
+    measured budget says."""
+    share, principals = (
+        results["config"]["audit"]["below"],
+        results["config"]["audit"]["principals"],
     )
+    rows = []
+    for row in results["audit"]["largest_limits"]:
+        for who, key in dict([(1, "alone"), (principals, "pooled")]).items():
+            if limits := row[key]:
+                rate = f"{limits['per_second']:.2g}"
+                rows.append([row["measure"], str(who), f"{limits['per_month']}"])
+                rows[-1] += [f"{limits['per_day']}", rate]
+    title = (
+        "Largest limit of one principal, each alone, that keeps a copy below"
+        f" {percent(share)} for a month"
+    )
+    header = ["measure", "principals", "in a month", "in a day", "in a second"]
+    return Table(title, header, rows) if rows else None
+
+
+def unknown_limits(results: dict) -> list[str]:
+    """A line for each measure of which no limit can be said, and why."""
+    share = percent(results["config"]["audit"]["below"])
+    return [
+        f"No limit can be said that keeps a copy below {share} in {row['measure']}: {row['why']}."
+        for row in results["audit"]["largest_limits"]
+        if row["why"]
+    ]
 
 
 def access_table(results: dict) -> Table | None:
@@ -139,7 +152,12 @@ def seeds_table(results: dict) -> Table | None:
     for row in found:
         name = label(column_of(row), results)
         cells.setdefault(name, {})[row["queries"]] = f"{row['agreement']:.1f}"
-    rows = [[name, *(one.get(queries, "") for queries in budgets)] for name, one in cells.items()]
+    order = [label(column, results) for column in ranked(results)]
+    rows = [
+        [name, *(cells[name].get(queries, "") for queries in budgets)]
+        for name in order
+        if name in cells
+    ]
     title = "Images on which the copies of two seeds name the same class, in per cent"
     return Table(title, ["attack", *map(str, budgets)], rows) if rows else None
 
@@ -147,23 +165,26 @@ def seeds_table(results: dict) -> Table | None:
 def standards_table(results: dict) -> Table:
     """Ids with their versions."""
     rows = [
-        [one["standard"], one["version"], one["id"], one["title"]]
+        [f"{one['standard']} {one['version']}", one["id"], one["title"]]
         for one in results["audit"]["standards"]
     ]
-    return Table("Standards", ["standard", "version", "id", "of"], rows)
+    return Table("Standards", ["standard", "id", "of"], rows)
 
 
-def scope(results: dict) -> list[tuple[str, str | None]]:
-    """Scope and authorisation, as the config tells them."""
+def scope(results: dict) -> list[tuple[str, str]]:
+    """Scope and authorisation, as the config tells them; a last line names what it does not."""
     told, audit = results["audit"]["scope"], results["audit"]
-    return [
-        ("Authorised by", told["authorised_by"]),
-        ("Model", told["model"]),
-        ("Environment", told["environment"]),
-        ("Scope", told["scope"]),
-        ("Attacker", audit["attacker"]["text"]),
-        ("Residual risk", audit["residual_risk"]),
-    ]
+    texts = {
+        "Authorised by": told["authorised_by"],
+        "Model": told["model"],
+        "Environment": told["environment"],
+        "Scope": told["scope"],
+        "Attacker": audit["attacker"]["text"],
+        "Residual risk": audit["residual_risk"],
+    }
+    lacking = ", ".join(name.lower() for name, text in texts.items() if not text)
+    stated = [(name, text) for name, text in texts.items() if text]
+    return [*stated, ("Not stated (config.audit)", lacking)] if lacking else stated
 
 
 def origin(results: dict) -> list[tuple[str, str]]:

@@ -13,8 +13,10 @@ from qmx.report.audit_tables import (
     seeds_table,
     standards_table,
     strongest_table,
+    unknown_limits,
 )
-from qmx.report.svg import drawn, ranked
+from qmx.report.reach import ranked
+from qmx.report.svg import drawn
 from qmx.report.tables import Table, label
 
 GLOSSARY = (
@@ -47,6 +49,7 @@ def page(results: dict, tables: list[Table], notes: list[str]) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["narrow"] = narrow
     template = environment.from_string(Path(__file__).with_name("page.html").read_text("utf-8"))
     order = [label(column, results) for column in ranked(results)]
     turned = [transposed(table, order) for table in tables]
@@ -59,6 +62,7 @@ def page(results: dict, tables: list[Table], notes: list[str]) -> str:
         effort=effort_table(results),
         limits_note=limits_note(results),
         largest=largest_table(results),
+        unknown=unknown_limits(results),
         access=access_table(results),
         main_tables=[first_figure(table) for table in turned[:2]],
         more_tables=turned,
@@ -70,6 +74,11 @@ def page(results: dict, tables: list[Table], notes: list[str]) -> str:
         glossary=GLOSSARY,
         origin=origin(results),
     )
+
+
+def narrow(cell: str) -> str:
+    """A cell's text that breaks, where it must, before a sign and not behind it."""
+    return cell.replace("± ", "±\u00a0").replace(" %", "\u00a0%").replace(" *", "\u00a0*")
 
 
 def transposed(table: Table, order: list[str]) -> Table:

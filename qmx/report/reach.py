@@ -15,6 +15,8 @@ from qmx.report.tables import complete, rows_of
 # The measure of a row that each stands for, and what a full share of it is.
 MEASURES = {"accuracy": "top1", "fidelity": "fidelity_top1"}
 
+COPY = 0.95  # of the images, on which what agrees counts as a copy
+
 
 def first_reached(queries: Sequence[int], accuracy: Sequence[float], level: float) -> float | None:
     """Number of queries at which a curve first reaches `level`; None if it never does.
@@ -127,6 +129,19 @@ def best(results: dict, measure: str) -> dict[str, Any] | None:
         for queries, value in learned(results, column, measure)[None].items()
     ]
     return min(found, key=lambda row: (-row["value"], row["queries"]), default=None)
+
+
+def ranked(results: dict) -> list[Column]:
+    """The columns, the strongest attack first, the others by their fidelity at the smallest budget
+    at which they have one."""
+    attack = fewest(results, "fidelity", COPY) or best(results, "fidelity")
+    first = column_of(attack) if attack else None
+
+    def rank(column: Column) -> tuple[bool, float]:
+        curve = learned(results, column, "fidelity")[None]
+        return column != first, -next(iter(curve.values()), 0.0)
+
+    return sorted(columns(results["config"]), key=rank)
 
 
 def column_of(row: dict[str, Any]) -> Column:

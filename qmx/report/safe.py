@@ -1,4 +1,4 @@
-"""Texts of others (names of models, classes, files, servers) that do nothing where they are shown."""
+"""Texts of others, as names of models, classes, files and servers, that do nothing where shown."""
 
 import re
 from collections.abc import Callable

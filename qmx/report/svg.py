@@ -3,10 +3,10 @@
 import io
 import re
 from statistics import mean
+from typing import Any
 
-from qmx.grid import Column, columns
-from qmx.report.answer import SHARE
-from qmx.report.reach import MEASURES, column_of, full, learned
+from qmx.grid import Column
+from qmx.report.reach import COPY, MEASURES, full, learned, ranked
 from qmx.report.tables import label, rows_of
 
 # Colours that matplotlib writes, and the page's variables that take their place.
@@ -27,24 +27,11 @@ def drawn(results: dict) -> dict[str, str]:
     return {measure: _draw(results, measure, shown) for measure in MEASURES}
 
 
-def ranked(results: dict) -> list[Column]:
-    """The columns, the strongest attack first, the others by their fidelity at the smallest budget
-    at which they have one."""
-    attack = results["audit"]["answer"]["attack"]
-    first = column_of(attack) if attack else None
-
-    def rank(column: Column) -> tuple[bool, float]:
-        curve = learned(results, column, "fidelity")[None]
-        return column != first, -next(iter(curve.values()), 0.0)
-
-    return sorted(columns(results["config"]), key=rank)
-
-
 def _draw(results: dict, measure: str, shown: list[Column]) -> str:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    style = {
+    style: dict[Any, Any] = {
         **{"svg.fonttype": "none", "svg.hashsalt": measure, "font.size": FONT},
         **{"text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": LINE},
         **{"xtick.color": INK, "ytick.color": INK, "text.parse_math": False},
@@ -55,13 +42,13 @@ def _draw(results: dict, measure: str, shown: list[Column]) -> str:
         for place, column in reversed([*enumerate(shown)]):  # the strongest lies on top
             _line(panel, results, measure, column, place, len(shown))
         if whole := full(results, measure):
-            panel.axhline(SHARE * whole, color=MUTED, linestyle="--", linewidth=1.5)
+            panel.axhline(COPY * whole, color=MUTED, linestyle="--", linewidth=1.5)
             panel.text(
                 0.01,
-                SHARE * whole - 1,
-                "95 %" if measure == "fidelity" else "95 % of the target's",
+                COPY * whole,
+                "95 %",
                 color=MUTED,
-                va="top",
+                va="bottom",
                 transform=panel.get_yaxis_transform(),
             )
         _axes(panel, results)
@@ -72,9 +59,8 @@ def _draw(results: dict, measure: str, shown: list[Column]) -> str:
             loc="lower right",
             frameon=False,
             labelcolor="linecolor",
-            fontsize=FONT - 1,
             handlelength=1.0,
-            labelspacing=0.15,
+            labelspacing=0.1,
             borderpad=0.0,
             handletextpad=0.4,
         )
@@ -115,7 +101,7 @@ def _line(panel, results: dict, measure: str, column: Column, place: int, number
 
 
 def _axes(panel, results: dict) -> None:
-    """Shared by the measures: queries on a logarithmic axis, and per cent from the lowest figure."""
+    """Queries on a logarithmic axis, and per cent from the lowest figure, of any measure."""
     budgets = [budget["queries"] for budget in results["pool"]["budgets"]]
     figures = [row[key] for row in results["rows"] for key in MEASURES.values()]
     floor = 10 * int(min(figures, default=0) // 10)
@@ -125,7 +111,8 @@ def _axes(panel, results: dict) -> None:
     panel.set_xlim(left, right)
     panel.minorticks_off()
     span = panel.transData.transform
-    ticks, width = [], span((right, 0))[0] - span((left, 0))[0]
+    ticks: list[tuple[float, int]] = []
+    width = span((right, 0))[0] - span((left, 0))[0]
     for queries in reversed(budgets):
         place = (span((queries, 0))[0] - span((left, 0))[0]) / width
         if not ticks or ticks[-1][0] - place > APART:
@@ -140,7 +127,7 @@ def _axes(panel, results: dict) -> None:
 def _inlined(svg: str) -> str:
     """An SVG file as a part of a page: its own elements, without ids that another has too."""
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<(metadata|style)[ >].*?</\1>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     svg = re.sub(
         r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r' height="[\d.]+pt"', "", svg, count=1)
@@ -148,5 +135,5 @@ def _inlined(svg: str) -> str:
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, f"var(--{variable})")
     # matplotlib's own fonts are not the reader's.
-    svg = re.sub(r"font: (\d+)px '[^;\"]*", rf"font: \1px system-ui, sans-serif", svg)
+    svg = re.sub(r"font: (\d+)px '[^;\"]*", r"font: \1px system-ui, sans-serif", svg)
     return svg.replace("<svg ", '<svg aria-hidden="true" ', 1)

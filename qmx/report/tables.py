@@ -1,5 +1,6 @@
 """Tables of text from the rows of results."""
 
+import math
 from statistics import mean, stdev
 from typing import NamedTuple
 
@@ -153,7 +154,7 @@ def reach_tables(results: dict) -> list[Table]:
         if number is None:
             return "not trained" if largest is None else f"not by {largest}"
         paid = "" if price is None else f" ({price * number / 1000:.2f})"
-        return f"{'at most ' if number == smallest else ''}{number:.0f}{paid}"
+        return f"{'at most ' if number == smallest else ''}{math.ceil(number)}{paid}"
 
     shown = columns(results["config"])
     titles = {

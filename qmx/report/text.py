@@ -10,6 +10,7 @@ from qmx.report.audit_tables import (
     scope,
     seeds_table,
     standards_table,
+    unknown_limits,
 )
 from qmx.report.notes import account_notes
 from qmx.report.tables import aligned, result_tables
@@ -29,8 +30,8 @@ def terminal(results: dict) -> str:
         "\n".join(account_notes(results)),
     ]
     if any(row["hours_alone"] is not None for row in audit["time_to_extract"]):
-        parts.append(limits_note(results))
-        tables = [*tables, largest_table(results), effort_table(results)]
+        parts.append("\n".join([limits_note(results), *unknown_limits(results)]))
+        tables += [t for t in (largest_table(results), effort_table(results)) if t]
     parts += [f"{table.title}\n\n{aligned(table)}" for table in reversed(tables)]
     return "\n\n".join(parts)
 
@@ -46,9 +47,10 @@ def markdown(results: dict) -> str:
     parts += [f"## {table.title}\n\n{aligned(table)}" for table in result_tables(results)]
     parts += ["## What to do next\n\n" + "\n".join(f"- {step}" for step in audit["next_steps"])]
     parts += ["## What it takes at your limits", limits_note(results)]
+    parts += unknown_limits(results)
     more = [effort_table, largest_table, access_table, class_table, seeds_table, standards_table]
     parts += [f"### {table.title}\n\n{aligned(table)}" for make in more if (table := make(results))]
-    told = [f"- {name}: {words or 'not stated'}" for name, words in scope(results)]
+    told = [f"- {name}: {words}" for name, words in scope(results)]
     parts += ["## What was tested\n\n" + "\n".join(told)]
     parts += ["## What was not tried\n\n" + "\n".join(f"- {one}" for one in audit["not_tried"])]
     lines = [f"- {name}: {words}" for name, words in origin(results)]

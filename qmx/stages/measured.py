@@ -57,10 +57,10 @@ def zero_queries(run: Run, answers: Answers) -> dict[str, float]:
 
 
 def agreement(run: Run, rows: list[dict]) -> list[dict[str, Any]]:
-    """How often students of two seeds name the same class, for each column and budget with several.
+    """How often students of two seeds name the same class, where a cell has several seeds.
 
-    Rows of {the column's axes, "queries", "seeds", "agreement"}: the mean over pairs, in per cent of
-    the evaluation images. Copies that agree with the target as often may err on other images.
+    Rows of {the column's axes, "queries", "seeds", "agreement"}: the mean over pairs, in per cent
+    of the evaluation images. Copies that agree with the target as often may err on other images.
     """
     there = {tuple(row[field] for field in Column._fields + ("fraction", "seed")) for row in rows}
     found = []
@@ -91,7 +91,7 @@ def by_class(run: Run, column: Column, budget: Budget, seeds: list[int]) -> dict
     shares = [fidelity_by_class(*pair, run.data.classes) for pair in pairs]
     images = np.bincount(pairs[0][1], minlength=run.data.classes)
     names = run.data.class_names or tuple(map(str, range(run.data.classes)))
-    classes = [
+    classes: list[dict[str, Any]] = [
         {
             "class": k,
             "name": names[k],

@@ -35,7 +35,8 @@ def report(
     facts = {"name": target.name, "sha256": target.sha256}
     facts |= {"arch": target.arch} if target.path else {"preprocessing": target.preprocessing}
     accuracy: dict[str, Any] = {"top1": None, "top5": None}
-    warning, known = None, {"access": [], "zero_queries": None}
+    warning = None
+    known: dict[str, Any] = {"access": [], "zero_queries": None}
     if not isinstance(answers, NotDone):
         accuracy |= {"top1": answers.top1, "top5": answers.top5}
         warning = unexpected(keys.expect, accuracy, data.evaluation.size)
