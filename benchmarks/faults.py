@@ -54,6 +54,7 @@ COMMAND = [
 def table(workdir: Path) -> dict:
     """results.json without times, and without what was sent when a kill came and has no answer."""
     results = json.loads((workdir / "results.json").read_text())
+    del results["provenance"], results["audit"]  # dates and seconds
     for row in results["rows"] + results["monitors"]:
         del row["seconds"]
     del results["account"]["unanswered"]
@@ -147,7 +148,15 @@ def together(root: Path, given: argparse.Namespace, words: list[str], environmen
 
 
 # What each call writes anew, or is for people alone.
-WRITTEN = ("results.json", "report.md", "report.html", "curve.png", "lock", "metrics.jsonl")
+WRITTEN = (
+    "results.json",
+    "report.md",
+    "report.html",
+    "curve.png",
+    "report.sha256",
+    "lock",
+    "metrics.jsonl",
+)
 
 
 def damaged(root: Path, given: argparse.Namespace, words: list[str], environment: dict) -> dict:
