@@ -107,7 +107,7 @@ def run(
     if only not in ("all", "report"):
         return f"stage {only} is done; --stage=report shows where things stand"
     pairs = [encoder[start] for start in starts], [looks[start] for start in starts]
-    return report(call, target, *pairs, answers, rows)
+    return report(call, target, *pairs, chosen, answers, rows)
 
 
 def open_images(data: Dataset, directory: Path) -> None:

@@ -1,20 +1,25 @@
 """The report from figures made by hand: its answer, its audit block, its page, two compared."""
 
+import base64
 import copy
 import html.parser
+import io
 import json
 import math
 import re
 
 import jsonschema
+import numpy as np
 import pytest
 from conftest import ROOT
 from ml_collections import ConfigDict
+from PIL import Image
 
 from qmx.files import write_json
 from qmx.report import compare, files, safe
 from qmx.report.answer import answer, next_steps
 from qmx.report.audit import audit
+from qmx.report.pictures import picture
 from qmx.report.reach import reached
 from qmx.settings import base
 
@@ -259,7 +264,8 @@ def hostile(tmp_path_factory):
     texts_of_the_config = {
         f"audit.{key}": HOSTILE for key in ("authorised_by", "model", "scope", "residual_risk")
     }
-    return directory, files.write(directory, results(texts_of_the_config, **texts))
+    shown = picture(HOSTILE, np.arange(200 * 100 * 3, dtype=np.uint8).reshape(200, 100, 3))
+    return directory, files.write(directory, results(texts_of_the_config, **texts), [shown])
 
 
 def test_names_do_nothing(hostile):
@@ -269,7 +275,10 @@ def test_names_do_nothing(hostile):
     tags = Tags()
     page = (directory / "report.html").read_text()
     tags.feed(page)
-    assert not tags.acting and not tags.names & {"script", "img", "link", "iframe", "a", "object"}
+    ((name, address),) = tags.acting  # the one picture, in the page itself
+    drawn = Image.open(io.BytesIO(base64.b64decode(address.removeprefix("data:image/png;base64,"))))
+    assert name == "src" and drawn.size == (48, 96)
+    assert not tags.names & {"script", "link", "iframe", "a", "object"}
     assert "&lt;script&gt;" in page and "{{ 7 * 7 }}" in page and "\x1b" not in page
     text = (directory / "report.md").read_text()
     assert "\x1b" not in text and "\u202e" not in text

@@ -1,5 +1,6 @@
 """The report as one HTML file: no script, nothing from elsewhere, every text escaped."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from qmx.report.audit_tables import (
@@ -15,6 +16,7 @@ from qmx.report.audit_tables import (
     strongest_table,
     unknown_limits,
 )
+from qmx.report.pictures import Picture
 from qmx.report.reach import ranked
 from qmx.report.svg import drawn
 from qmx.report.tables import Table, label
@@ -41,7 +43,7 @@ GLOSSARY = (
 )
 
 
-def page(results: dict, tables: list[Table], notes: list[str]) -> str:
+def page(results: dict, tables: list[Table], notes: list[str], pictures: Sequence[Picture]) -> str:
     """Text of report.html; `results` holds plain text, see `qmx.report.safe`."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
@@ -69,6 +71,7 @@ def page(results: dict, tables: list[Table], notes: list[str]) -> str:
         classes=class_table(results),
         seeds=seeds_table(results),
         notes=notes,
+        pictures=pictures,
         scope=scope(results),
         standards=standards_table(results),
         glossary=GLOSSARY,

@@ -4,9 +4,10 @@ from importlib.metadata import version
 from typing import Any
 
 from qmx import __version__
-from qmx.grid import budgets
+from qmx.grid import Cell, Column, budgets
 from qmx.report import files
 from qmx.report.audit import audit, strongest
+from qmx.report.pictures import Picture, picture
 from qmx.report.reach import reached
 from qmx.report.tables import rows_of
 from qmx.sharding import from_first
@@ -15,9 +16,11 @@ from qmx.stages.answers import Answers
 from qmx.stages.pretrain import Pretrained
 from qmx.stages.query import note_calls, unexpected
 from qmx.stages.run import Run, needed, plain
+from qmx.stages.select import Selection
 from qmx.stages.target import Target, in_ledger
 from qmx.workdir import NotDone
 
+PICTURES = 12  # of images that were asked about: a row on a wide screen
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "pillow")
 
 
@@ -26,6 +29,7 @@ def report(
     target: Target | NotDone,
     encoders: list[Pretrained | NotDone],
     monitors: list[dict | NotDone],
+    chosen: dict[Cell, Selection | NotDone],
     answers: Answers | NotDone,
     rows: list[dict | NotDone],
 ) -> str:
@@ -88,7 +92,9 @@ def report(
     }
     results["reach"] = reached(results)
     results["audit"] = audit(results, of_classes(run, results))
-    return from_first(lambda: files.write(run.workdir, results))
+    return from_first(
+        lambda: files.write(run.workdir, results, asked_pictures(run, results, chosen))
+    )
 
 
 def of_classes(run: Run, results: dict) -> dict | None:
@@ -99,3 +105,19 @@ def of_classes(run: Run, results: dict) -> dict | None:
     (budget,) = (b for b in budgets(run.config, run.data.pool.size) if b.queries == queries)
     seeds = [row["seed"] for row in rows_of(results, column, queries)]
     return measured.by_class(run, column, budget, seeds)
+
+
+def asked_pictures(
+    run: Run, results: dict, chosen: dict[Cell, Selection | NotDone]
+) -> list[Picture]:
+    """The first images that the strongest attack asked about, at the budget of the answer."""
+    if not (found := strongest(results)):
+        return []
+    column, queries = found
+    for cell, selection in chosen.items():
+        own = Column(cell.init, cell.select, cell.access, cell.use), cell.queries
+        if own == (column, queries) and not isinstance(selection, NotDone):
+            ids, names = selection.ids[:PICTURES], run.data.pool.names
+            shown = [names[k] if names else f"image {k} of the pool" for k in ids]
+            return [picture(*pair) for pair in zip(shown, run.data.pool.shown(ids), strict=True)]
+    return []
