@@ -87,15 +87,13 @@ MOST_USED = (
 
 SPENT, STOPPED = 3, 75  # exit statuses, beside those of qmx/terminal.py
 
-OUT_OF_MEMORY = (
-    "out of memory; lower data.limit (images), or data.crop and data.canvas (their sides)"
-)
+OUT_OF_MEMORY = "out of memory; lower data.limit (images), data.crop or data.canvas (pixels)"
 
-# Of a workdir of something else, by --update or --update=WORD.
+# What may be said of a workdir of something else, by --update or --update=WORD.
 UPDATES = ("", "keep", "same-target", "new-target")
 
-# XLA's library runs several shapes of convolutions on one core of a CPU; this gives them back to
-# Eigen, which takes all cores: about 1.8 times the speed on two.
+# XLA hands convolutions on CPUs to a library that runs several shapes on one core; this gives them
+# back to Eigen, which takes all cores: about 1.8 times the speed on two.
 CONVOLUTIONS_ON_ALL_CORES = (
     "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
 )
