@@ -16,7 +16,15 @@ from pathlib import Path
 from fault_runs import COMMAND, Bench, mistake, table, wait_until
 
 # What each call writes anew, or is for people alone.
-WRITTEN = ("results.json", "report.md", "report.html", "curve.png", "lock", "metrics.jsonl")
+WRITTEN = (
+    "results.json",
+    "report.md",
+    "report.html",
+    "curve.png",
+    "report.sha256",
+    "lock",
+    "metrics.jsonl",
+)
 
 
 def damage(bench: Bench) -> dict:

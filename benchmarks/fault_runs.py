@@ -72,6 +72,7 @@ class Bench(NamedTuple):
 def table(workdir: Path) -> dict:
     """results.json without times, and without what was sent when a kill came and has no answer."""
     results = json.loads((workdir / "results.json").read_text())
+    del results["provenance"], results["audit"]  # dates and seconds
     for row in results["rows"] + results["monitors"]:
         del row["seconds"]
     del results["account"]["unanswered"]

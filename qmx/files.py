@@ -79,9 +79,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def write_sums(directory: Path, names: list[str]) -> None:
-    """Write down the SHA-256 of files of a directory, for `check_file`."""
-    write_text(directory / SUMS, "".join(f"{_sum(directory / name)}  {name}\n" for name in names))
+def write_sums(directory: Path, names: list[str], file: str = SUMS) -> None:
+    """Write down the SHA-256 of files of a directory, for `check_file`, which reads `SUMS`."""
+    write_text(directory / file, "".join(f"{_sum(directory / name)}  {name}\n" for name in names))
 
 
 def read_sums(directory: Path) -> dict[str, str]:

@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-from qmx import settings
+from qmx import audit_keys, settings
+
+# The settings, and the functions that make parts of them elsewhere.
+SOURCES = (audit_keys, settings)
 
 
 class Key(NamedTuple):
@@ -21,7 +24,7 @@ class Key(NamedTuple):
 
 def keys() -> list[Key]:
     """Every key that a config may change, in the order of the settings."""
-    said = remarks(inspect.getsource(settings))
+    said = remarks("".join(map(inspect.getsource, SOURCES)))
     place = {name: number for number, name in enumerate(said)}
     found = [
         Key(name, value, said.get(name, "")) for name, value in settings.leaves(settings.base())
@@ -35,7 +38,7 @@ def keys() -> list[Key]:
 
 def listing() -> str:
     """All keys as text, one in a line; a group's own remark stands above its keys."""
-    said = remarks(inspect.getsource(settings))
+    said = remarks("".join(map(inspect.getsource, SOURCES)))
     lines = ["# --config.KEY=VALUE changes a key. These are the defaults; a config has its own."]
     heads: list[str] = []
     for key in keys():

@@ -26,7 +26,7 @@ Stages, in their order:
   query       ask the target about them, within the budget
   distill     train a student for each cell of the table
   evaluate    compare each student with the labels and with the target
-  report      print the table, and write the report, the curve and results.json
+  report      print the answer and the table, and write the report, the curve and results.json
 
 Exit status: 0 done; 2 a mistake, told in one line; 3 the budget is spent; 75 stopped by a signal
 after saving, the same command goes on.
@@ -46,6 +46,7 @@ import difflib
 import json
 import os
 import runpy
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -71,6 +72,7 @@ class Arguments(NamedTuple):
     processes: int
     process: int
     update: str
+    command: str
 
 
 # What --help shows of the keys.
@@ -93,9 +95,7 @@ MOST_USED = (
 
 SPENT, STOPPED = 3, 75  # exit statuses, beside those of qmx/terminal.py
 
-OUT_OF_MEMORY = (
-    "out of memory; data.limit takes fewer images, data.crop and data.canvas smaller ones"
-)
+OUT_OF_MEMORY = "out of memory; lower data.limit (images), data.crop or data.canvas (pixels)"
 
 # What may be said of a workdir of something else, by --update or --update=WORD.
 UPDATES = ("", "keep", "same-target", "new-target")
@@ -188,6 +188,7 @@ def parse(argv: list[str]) -> Arguments:
         values.processes,
         values.process,
         values.update,
+        shlex.join(["qmx", *argv[1:]]),
     )
 
 
@@ -296,4 +297,5 @@ def start(arguments: Arguments) -> str:
         for warning in warnings(config, images):
             say(f"warning: {warning}")
         with stop_on_signals() as stopped:
-            return pipeline.run(config, workdir, images, stage, stopped, arguments.update)
+            said = arguments.update, arguments.command
+            return pipeline.run(config, workdir, images, stage, stopped, *said)

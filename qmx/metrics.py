@@ -60,6 +60,31 @@ def compare(student: np.ndarray, target: np.ndarray, labels: np.ndarray) -> dict
     }
 
 
+def fidelity_by_class(student: np.ndarray, target: np.ndarray, classes: int) -> list[float | None]:
+    """How often a student names the class that the target names, for each of these, in per cent.
+
+    Args:
+      student: i32[n], the class that it names first for each image.
+      target: i32[n], likewise.
+      classes: N. A class that the target never names has None.
+    """
+    images = np.bincount(target, minlength=classes)
+    same = np.bincount(target[student == target], minlength=classes)
+    return [100.0 * int(k) / int(n) if n else None for k, n in zip(same, images, strict=True)]
+
+
+def calibration_error(probs: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
+    """Expected calibration error of probabilities f[n, N] against true classes i32[n], in per cent.
+
+    Mean over images of |accuracy - confidence| of the images of like confidence, in bins of equal
+    width. Guo et al. 2017, *On Calibration of Modern Neural Networks*, equation 3, who take 15.
+    """
+    confidence, right = probs.max(1).astype(np.float64), probs.argmax(1) == labels
+    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)  # (low, high]
+    gaps = np.bincount(place, right - confidence, minlength=bins)
+    return 100.0 * float(np.abs(gaps).sum() / len(labels))
+
+
 def knn(
     bank: np.ndarray,
     bank_labels: np.ndarray,

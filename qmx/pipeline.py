@@ -12,7 +12,7 @@ Each stage leaves an artefact in the workdir and is skipped when the same inputs
     ledger.sqlite                 every answer of the target
     distill/<cell>/               a student
     evaluate/<cell>/              its row of the table
-    results.json report.md report.html curve.png
+    results.json report.md report.html curve.png report.sha256
     config.json lock              what it was made with, and who works in it
     target.json account.json      by what name the ledger knows the target, and its calls so far
     photos/                       the photos that were found good
@@ -55,6 +55,7 @@ def run(
     only: str,
     stopped: Callable[[], bool],
     update: str = "",
+    command: str = "",
 ) -> str:
     """All stages, or one; returns the text for standard out.
 
@@ -67,7 +68,7 @@ def run(
       NotDone: one stage was asked for whose inputs are missing.
       ValueError: weights that do not fit; found before anything is trained.
     """
-    call = Run(config, directory, data, only, stopped, [], update)
+    call = Run(config, directory, data, only, stopped, [], update, command)
     grid = cells(config, data.pool.size)
     starts = [(init, seed) for init in encoders(config) for seed in config.seeds]
     # Files that are brought along come first: a wrong one is found before anything is trained.
@@ -96,7 +97,7 @@ def run(
         before = len(call.made)
         made = encoder.get(cell.start), feature.get(cell.start), chosen[cell], answers
         student = handed_on(call, distill, cell, *made)
-        rows.append(handed_on(call, evaluate, cell, student, answers))
+        rows.append(handed_on(call, evaluate, cell, student, chosen[cell], answers))
         count(len(call.made) > before)
     if not call.made:
         say(f"all of it was done before, in {directory}; nothing was trained or asked")
@@ -106,7 +107,7 @@ def run(
     if only not in ("all", "report"):
         return f"stage {only} is done; --stage=report shows where things stand"
     pairs = [encoder[start] for start in starts], [looks[start] for start in starts]
-    return report(call, target, *pairs, answers, rows)
+    return report(call, target, *pairs, chosen, answers, rows)
 
 
 def open_images(data: Dataset, directory: Path) -> None:

@@ -45,6 +45,11 @@ RANGES = {
     "price": Range(0, 1e12, why="what 1,000 calls cost"),
     "reach": Range(0, 1, above=True, why="shares of the target's accuracy"),
     "save_minutes": ABOVE_0,
+    "per_second": Range(0, 1e6, why="queries of one principal; 0 is no limit"),
+    "per_day": Range(0, 2**53, why="queries of one principal; 0 is no limit"),
+    "per_month": Range(0, 2**53, why="queries of one principal; 0 is no limit"),
+    "principals": Range(1, 1e9, why="one is the attacker alone"),
+    "below": Range(0, 1, above=True, why="a share of accuracy and of agreement"),
     # Of a training.
     "epochs": ABOVE_0,
     "batch_size": Range(2, 1e6, why="two images have batch statistics"),

@@ -1,13 +1,14 @@
 """The keys of a config and what they mean.
 
-A comment behind a key, or directly above it, is the remark that `qmx --keys` prints; `qmx --help`
-prints its first sentence.
+A comment behind or above a key is what `qmx --keys` prints; `qmx --help`, its first sentence.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
+
+from qmx.audit_keys import auditing
 
 
 def training(**changes: Any) -> ConfigDict:
@@ -80,11 +81,11 @@ def base() -> ConfigDict:
     # kcenter, probcover, margin, entropy; qmx/selection/
     config.selects = ("random",)
     config.lists = ()  # for the selection "list": files of image names, one file for each budget
-    # for margin and entropy: how often more is asked after a random share, qmx/stages/rounds.py;
-    # two is the fewest in which answers that were chosen choose others
+    # for margin and entropy: how often more is asked after a random share; two is the fewest in
+    # which answers that were chosen choose others
     config.rounds = 2
-    # how much of an answer is seen: logits, probs, top5, rounded2, label. Answers are asked for
-    # once and replayed: qmx/ledger/access.py; with a defence, qmx/ledger/weaken.py.
+    # how much of an answer is seen: logits, probs, top5, rounded2, label, all replayed from answers
+    # asked for once: qmx/ledger/access.py; with a defence, qmx/ledger/weaken.py.
     config.accesses = ("logits",)
     # what a student learns from: "asked", the "pool" by propagation, "fixmatch" by itself
     config.uses = ("asked",)
@@ -98,7 +99,7 @@ def base() -> ConfigDict:
 
     # of 1,000 calls of the target, in any currency, for the report
     config.price = config_dict.placeholder(float)
-    # shares of the target's accuracy; the report says how many queries reach them
+    # shares of the target's accuracy, and of images, of which the report says what reaches them
     config.reach = (0.5, 0.75, 0.9, 0.95)
     # of the answers in the ledger; float16 halves the file and rounds to 3 digits
     config.ledger_dtype = "float32"
@@ -110,14 +111,12 @@ def base() -> ConfigDict:
             # the pool: npz file (arrays), class folders (folder), name (tfds)
             path="",
             eval_path="",  # the evaluation images, in the same form; tfds: name of the split
-            # folder, tfds: a text file with the names of photos that are not used, one a line, of
-            # the pool and of the evaluation images
+            # folder, tfds: a text file with the names of photos that are not used, one a line
             leave_out="",
             cache="",  # folder, tfds: what `python -m qmx.data.cache` wrote of the pool
             # so many images of the pool, and of the evaluation's, spread evenly; 0 takes all
             limit=0,
-            # folder, tfds: side of the square that photos are squashed to, for training
-            canvas=256,
+            canvas=256,  # folder, tfds: side of the square that photos are squashed to
             resize=256,  # folder, tfds: the short side of what the target and evaluations see
             crop=224,  # folder, tfds: side of the centre that is cut of it
             # of each channel in 0..1; () is measured (digits, arrays) or ImageNet's (folder, tfds)
@@ -158,10 +157,9 @@ def base() -> ConfigDict:
 
     # the model to copy; a training's keys are for the kind "train"
     config.target = training(
-        # the model to copy: train, torch, onnx, served, callable, recorded. It is trained on the
-        # pool's labels (train), read from PyTorch weights or an ONNX file in `path` (torch, onnx),
-        # a server of the Open Inference Protocol v2 (served), a Python function (callable), or a
-        # table of answers beyond which nothing can be asked (recorded).
+        # train, torch, onnx, served, callable, recorded: trained on the pool's labels (train), read
+        # from PyTorch weights or an ONNX file in `path`, a server of the Open Inference Protocol
+        # v2, a Python function, or a table of answers beyond which nothing can be asked (recorded).
         kind="train",
         arch="resnet50",  # train, torch; checked against the weights, and "" takes what they are
         seed=0,  # of its training
@@ -258,9 +256,8 @@ def base() -> ConfigDict:
         )
     )
 
-    # of the use "fixmatch", see qmx/methods/fixmatch.py. Beside what was asked the student sees the
-    # whole pool, what was asked included: so it is defined at any budget. EMAN's values on
-    # ImageNet.
+    # of the use "fixmatch", see qmx/methods/fixmatch.py: the student also sees the whole pool, what
+    # was asked included. EMAN's values on ImageNet.
     config.fixmatch = ConfigDict(
         dict(
             mu=5,  # images of the pool for each that was asked, in every batch
@@ -285,6 +282,9 @@ def base() -> ConfigDict:
     config.monitor.probe = training(
         epochs=100.0, learning_rate=30.0, milestones=(60.0, 80.0), weight_decay=0.0
     )
+
+    # the owner's limits, of which the report says what they mean, and texts for it
+    config.audit = auditing()
 
     config.lock()  # so that a misspelt key in a config file is an error
     config.recipes.unlock()  # a config gives its recipes names

@@ -2,8 +2,15 @@
 
 import os
 import sys
+import unicodedata
 
 DONE, MISTAKE = 0, 2  # exit statuses
+
+
+def printable(text: str) -> str:
+    """Text whose control characters, terminal escapes and marks of direction are question marks."""
+    shown = (c.isprintable() or c in "\n\t" or unicodedata.category(c) == "Zs" for c in text)
+    return "".join(c if known else "?" for c, known in zip(text, shown, strict=True))
 
 
 def tell(message: str) -> None:
@@ -11,13 +18,14 @@ def tell(message: str) -> None:
     if sys.stderr is None:  # closed before the program began
         return
     try:
-        print(message, file=sys.stderr, flush=True)
+        print(printable(message), file=sys.stderr, flush=True)
     except (OSError, ValueError):  # its reader has gone, its disk is full, or it was closed
         sys.stderr = open(os.devnull, "w")
 
 
 def show(text: str) -> int:
     """Print on standard out; returns the status. Whoever read it may have gone."""
+    text = printable(text)
     try:
         try:
             print(text, flush=True)

@@ -17,7 +17,14 @@ from qmx.data import load
 from qmx.inference import predict
 from qmx.ledger import Ledger
 from qmx.ledger.access import one_hot_logits
-from qmx.metrics import compare, held_out_knn, knn, top_k
+from qmx.metrics import (
+    calibration_error,
+    compare,
+    fidelity_by_class,
+    held_out_knn,
+    knn,
+    top_k,
+)
 from qmx.settings import base
 from qmx.targets.query import network_query
 
@@ -405,3 +412,28 @@ def test_the_monitor_asks_every_fifth_example_about_the_others():
 
     noise = np.random.default_rng(0).standard_normal((1000, 16)).astype(np.float32)
     assert held_out_knn(noise, np.arange(1000) % 10, 1, 0.1) < 25  # 100, were it its own
+
+
+def test_calibration_error():
+    """By hand in two bins, and bin by bin in a plain loop; bins are closed above."""
+    probs = np.array([[0.9, 0.1], [0.95, 0.05], [0.4, 0.6], [0.35, 0.65]])
+    # |1/2 - 0.925| of two images, |1 - 0.625| of the others.
+    assert calibration_error(probs, np.array([0, 1, 1, 1]), bins=5) == pytest.approx(40.0)
+    rng = np.random.default_rng(0)
+    probs, labels = softmax(rng.normal(size=(300, 4)), axis=1), rng.integers(0, 4, 300)
+    probs[:2] = np.eye(4)[:2]
+    want = 0.0
+    for k in range(15):
+        inside = [p for p in range(300) if k / 15 < probs[p].max() <= (k + 1) / 15]
+        right = sum(probs[p].argmax() == labels[p] for p in inside)
+        want += abs(right - sum(probs[p].max() for p in inside)) / 300
+    assert calibration_error(probs, labels) == pytest.approx(100 * want)
+
+
+def test_fidelity_by_class():
+    """Of each class that the target names, against a loop; a class that it never names has none."""
+    student, target = np.random.default_rng(0).integers(0, 4, (2, 200))
+    shares = fidelity_by_class(student, target, 5)
+    for k in range(4):
+        assert shares[k] == pytest.approx(100 * (student[target == k] == k).mean())
+    assert shares[4] is None

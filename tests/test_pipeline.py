@@ -1,13 +1,16 @@
 """The real command, end to end and stage by stage, on a few steps of everything."""
 
+import hashlib
 import json
 import shutil
 import sqlite3
 import time
 
+import jsonschema
 import matplotlib.image
+import numpy as np
 import pytest
-from conftest import TINY, table
+from conftest import ROOT, TINY, table
 
 from qmx import __version__
 
@@ -17,7 +20,8 @@ def test_results(finished):
     """results.json has the keys that scripts rely on, one row for each run, and figures in their
     ranges."""
     results = json.loads((finished / "results.json").read_text())
-    assert results["schema"] == 1
+    assert results["schema"] == 2
+    jsonschema.validate(results, json.loads((ROOT / "qmx/report/results.schema.json").read_text()))
     assert (
         len(results["target"]["sha256"]) == 64
         and 0 < results["target"]["top1"] <= results["target"]["top5"] <= 100
@@ -54,6 +58,19 @@ def test_results(finished):
             <= row["fidelity_top1"]
             <= 100 - abs(target - row["top1"]) + 1e-9
         )
+        # Of images of one kind, a tenth of a pool that was asked about in whole.
+        if row["fraction"] == 1:
+            assert abs(row["fidelity_asked"] - row["fidelity_top1"]) < 15
+        assert row["undertrained"] == (row["fidelity_asked"] < 80)
+        name = "-".join(str(row[axis]) for axis in axes[:4])
+        with np.load(finished / f"evaluate/{name}-{train}-seed0/named.npz") as named:
+            same = named["student"] == named["target"]
+            assert 100 * same.mean() == pytest.approx(row["fidelity_top1"])
+            worst = [100 * same[named["target"] == k].mean() for k in range(10)]
+            assert row["worst_class"]["fidelity"] == pytest.approx(min(worst))
+    honest = results["access"][0]  # as they are, so that honest users get what the target has
+    assert honest["top1"] == target and 0 < honest["calibration_error"] < 50
+    assert results["provenance"]["command"].startswith("qmx --config=configs/digits.py:float32 ")
     assert {(m["init"], m["knn_k"]) for m in results["monitors"]} == {
         ("rotation", 5),
         ("moco", 5),
@@ -90,7 +107,10 @@ def test_artefacts(finished):
     assert [line["step"] for line in lines] == list(range(1, 12))
     assert {"loss", "contrast_acc1", "contrast_acc5", "z_std"} <= lines[0].keys()
     page = (finished / "report.html").read_text()
-    assert page.count("<table>") == 5 and "data:image/png;base64," in page
+    assert page.count("<svg ") == 2
+    with open(finished / "report.sha256") as sums:
+        for digest, name in (line.split() for line in sums):
+            assert hashlib.sha256((finished / name).read_bytes()).hexdigest() == digest
 
 
 @pytest.mark.slow

@@ -236,7 +236,8 @@ def test_a_cut_line_of_the_metrics(tmp_path):
 
 def files_of(workdir):
     """Every file that a run leaves for itself, but what is written anew at each call."""
-    written = ("results.json", "report.md", "report.html", "curve.png", "lock", "metrics.jsonl")
+    written = ("results.json", "report.md", "report.html", "curve.png", "report.sha256")
+    written += ("lock", "metrics.jsonl")
     return sorted(
         path.relative_to(workdir)
         for path in workdir.rglob("*")

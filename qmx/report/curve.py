@@ -12,7 +12,7 @@ def curve(results: dict) -> bytes:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
-    panels = figure.subplots(1, 2)
+    panels = figure.subplots(1, 2, sharey=True)
     budgets = [budget["queries"] for budget in results["pool"]["budgets"]]
     for panel, metric, title in zip(
         panels, ("top1", "fidelity_top1"), ("accuracy", "fidelity"), strict=True
@@ -36,6 +36,8 @@ def curve(results: dict) -> bytes:
             panel.axhline(
                 results["target"]["top1"], color="grey", linestyle="--", label="the target"
             )
+        if metric == "fidelity_top1":
+            panel.axhline(95, color="grey", linestyle=":", label="95 %")
         panel.set(
             xscale="log",
             xlabel="queries",

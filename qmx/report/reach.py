@@ -1,14 +1,21 @@
-"""Number of queries that reach a share of the target's accuracy.
+"""Number of queries that reach a share of the target's accuracy, or an agreement with it.
 
-It is read off the measured curve, never beyond its ends.
+It is read off the measured curve, never beyond its ends. Students that did not learn what they were
+given count for nothing.
 """
 
 import math
 from collections.abc import Sequence
 from statistics import mean
+from typing import Any
 
-from qmx.grid import columns
-from qmx.report.tables import values
+from qmx.grid import Column, columns
+from qmx.report.tables import complete, rows_of
+
+# The measure of a row that each stands for, and what a full share of it is.
+MEASURES = {"accuracy": "top1", "fidelity": "fidelity_top1"}
+
+COPY = 0.95  # of the images, on which what agrees counts as a copy
 
 
 def first_reached(queries: Sequence[int], accuracy: Sequence[float], level: float) -> float | None:
@@ -33,25 +40,110 @@ def first_reached(queries: Sequence[int], accuracy: Sequence[float], level: floa
     return None
 
 
-def reached(results: dict) -> list[dict]:
-    """Queries for each column and each share of `config.reach`, on the mean curve over the seeds.
+def full(results: dict, measure: str) -> float | None:
+    """What a share of 1 is, in per cent: the target's accuracy, or agreement on all images; None if
+    it is not known."""
+    return results["target"]["top1"] if measure == "accuracy" else 100.0
 
-    Rows of {the column's axes, "share", "queries"}; "queries" is a float, or None if no measured
-    budget reaches the share. A column is left out until all of its budgets were run. `results` is
-    as in `results.json`.
+
+def learned(results: dict, column: Column, measure: str) -> dict[int | None, dict[int, float]]:
+    """Curves of a column, {seed: {queries: per cent}}; the mean over the seeds stands under None.
+
+    Students that did not learn what they were given are left out.
     """
-    target, rows = results["target"]["top1"], []
-    queries = [budget["queries"] for budget in results["pool"]["budgets"]]
-    for column in columns(results["config"]) if target is not None else ():
-        each = [values(results, column, number, "top1") for number in queries]
-        if all(each):
-            curve = [mean(accuracies) for accuracies in each]
-            rows += [
-                {
-                    **column._asdict(),
-                    "share": share,
-                    "queries": first_reached(queries, curve, share * target),
-                }
-                for share in results["config"]["reach"]
-            ]
-    return rows
+    curves: dict[int | None, dict[int, float]] = {None: {}}
+    for budget in results["pool"]["budgets"]:
+        queries = budget["queries"]
+        rows = [row for row in rows_of(results, column, queries) if not row["undertrained"]]
+        for row in rows:
+            curves.setdefault(row["seed"], {})[queries] = row[MEASURES[measure]]
+        if rows:
+            curves[None][queries] = mean(row[MEASURES[measure]] for row in rows)
+    return curves
+
+
+def reach_of(results: dict, column: Column, measure: str, share: float) -> dict[str, Any] | None:
+    """Queries of a column for a share of a measure, on the mean curve over the seeds.
+
+    None if the full share is not known, or a budget of the column was not run. Else {the column's
+    axes, "measure", "share", "queries", "low", "high", "seeds", "seeds_reached", "largest"}.
+    "queries" is a float, or None if no measured budget reaches the share; "low" and "high" are the
+    fewest and the most that one seed's own curve needs, "high" None if a seed's never gets there;
+    "largest" is the largest budget whose students learned, None if none did.
+    """
+    whole = full(results, measure)
+    if whole is None or not complete(results, column):
+        return None
+    curves = learned(results, column, measure)
+    middle = curves.pop(None)
+    each = [first_reached([*c], [*c.values()], share * whole) for c in curves.values()]
+    some = [queries for queries in each if queries is not None]
+    return {
+        **column._asdict(),
+        "measure": measure,
+        "share": share,
+        "queries": first_reached([*middle], [*middle.values()], share * whole),
+        "low": min(some, default=None),
+        "high": max(some) if some and len(some) == len(each) else None,
+        "seeds": len(each),
+        "seeds_reached": len(some),
+        "largest": max(middle, default=None),
+    }
+
+
+def reached(results: dict) -> list[dict[str, Any]]:
+    """`reach_of` each column, measure and share of `config.reach` for which it is known; `results`
+    as in `results.json`."""
+    rows = (
+        reach_of(results, column, measure, share)
+        for column in columns(results["config"])
+        for measure in MEASURES
+        for share in results["config"]["reach"]
+    )
+    return [row for row in rows if row]
+
+
+def fewest(results: dict, measure: str, share: float) -> dict[str, Any] | None:
+    """`reach_of` the column that needs the fewest queries for a share; None if none reaches it.
+
+    Of columns that need as few, the one with the best figure at the budget there or below it.
+    """
+
+    def rank(row: dict[str, Any]) -> tuple[float, float]:
+        curve = learned(results, column_of(row), measure)[None]
+        few = min(curve)
+        return row["queries"], -max(
+            value for queries, value in curve.items() if queries <= max(few, row["queries"])
+        )
+
+    rows = [reach_of(results, column, measure, share) for column in columns(results["config"])]
+    return min((row for row in rows if row and row["queries"] is not None), key=rank, default=None)
+
+
+def best(results: dict, measure: str) -> dict[str, Any] | None:
+    """The column and budget of the highest mean of a measure, {axes, "queries", "value"}; of equal
+    ones the one with the fewest queries. None if no student learned."""
+    found = [
+        {**column._asdict(), "queries": queries, "value": value}
+        for column in columns(results["config"])
+        for queries, value in learned(results, column, measure)[None].items()
+    ]
+    return min(found, key=lambda row: (-row["value"], row["queries"]), default=None)
+
+
+def ranked(results: dict) -> list[Column]:
+    """The columns, the strongest attack first, the others by their fidelity at the smallest budget
+    at which they have one."""
+    attack = fewest(results, "fidelity", COPY) or best(results, "fidelity")
+    first = column_of(attack) if attack else None
+
+    def rank(column: Column) -> tuple[bool, float]:
+        curve = learned(results, column, "fidelity")[None]
+        return column != first, -next(iter(curve.values()), 0.0)
+
+    return sorted(columns(results["config"]), key=rank)
+
+
+def column_of(row: dict[str, Any]) -> Column:
+    """The column that a row of the results, or of `reached`, belongs to."""
+    return Column(*(row[axis] for axis in Column._fields))

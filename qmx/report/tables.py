@@ -1,5 +1,6 @@
 """Tables of text from the rows of results."""
 
+import math
 from statistics import mean, stdev
 from typing import NamedTuple
 
@@ -36,14 +37,30 @@ def budget_label(results: dict, budget: dict) -> str:
     return f"{budget['queries']} ({percent(share if exact else float(f'{share:.2g}'))})"
 
 
-def values(results: dict, column: Column, queries: int, metric: str) -> list[float]:
-    """Values of a metric in one cell, one for each seed that was run."""
+def rows_of(results: dict, column: Column, queries: int) -> list[dict]:
+    """Rows of a column at a budget, one for each seed that was run."""
     return [
-        row[metric]
+        row
         for row in results["rows"]
         if Column(*(row[axis] for axis in Column._fields)) == column
         and row["queries"]["train"] + row["queries"]["select"] == queries
     ]
+
+
+def values(results: dict, column: Column, queries: int, metric: str) -> list[float]:
+    """Values of a metric in one cell, one for each seed that was run."""
+    return [row[metric] for row in rows_of(results, column, queries)]
+
+
+def complete(results: dict, column: Column) -> bool:
+    """True if every budget of a column was run with some seed."""
+    return all(rows_of(results, column, b["queries"]) for b in results["pool"]["budgets"])
+
+
+def marked(results: dict, column: Column, queries: int, text: str) -> str:
+    """A cell's text, with a star if one of its students did not learn what it was given."""
+    undertrained = any(row["undertrained"] for row in rows_of(results, column, queries))
+    return f"{text} *" if undertrained else text
 
 
 def spread(numbers: list[float], digits: int = 1) -> str:
@@ -80,7 +97,8 @@ def result_tables(results: dict) -> list[Table]:
                     spread(values(results, column, budget["queries"], metric), digits)
                     for metric in metrics
                 ]
-                cells.append(each[0] if each[0] == "not run" else " / ".join(each))
+                cell = each[0] if each[0] == "not run" else " / ".join(each)
+                cells.append(marked(results, column, budget["queries"], cell))
             rows.append([budget_label(results, budget), *cells])
         tables.append(Table(title, ["queries", *names], rows))
     tables += [*reach_tables(results), *access_tables(results, over)]
@@ -118,36 +136,44 @@ def result_tables(results: dict) -> list[Table]:
 
 
 def reach_tables(results: dict) -> list[Table]:
-    """Queries that reach a share of the target's accuracy, with their price if it is set."""
+    """Queries that reach a share of the target's accuracy and of full agreement, with their price
+    if it is set."""
     shares, price = results["config"]["reach"], results["config"]["price"]
-    smallest, largest = (results["pool"]["budgets"][place]["queries"] for place in (0, -1))
+    smallest = results["pool"]["budgets"][0]["queries"]
 
-    def cell(column: Column, share: float) -> str:
-        number = [
-            row["queries"]
+    def cell(column: Column, measure: str, share: float) -> str:
+        found = [
+            row
             for row in results["reach"]
-            if row["share"] == share and Column(*(row[axis] for axis in Column._fields)) == column
+            if (row["measure"], row["share"]) == (measure, share)
+            and Column(*(row[axis] for axis in Column._fields)) == column
         ]
-        if not number or number[0] is None:
-            return f"not by {largest}" if number else "not run"
-        paid = "" if price is None else f" ({price * number[0] / 1000:.2f})"
-        return f"{'at most ' if number[0] == smallest else ''}{number[0]:.0f}{paid}"
+        if not found:
+            return "not run"
+        number, largest = found[0]["queries"], found[0]["largest"]
+        if number is None:
+            return "not trained" if largest is None else f"not by {largest}"
+        paid = "" if price is None else f" ({price * number / 1000:.2f})"
+        return f"{'at most ' if number == smallest else ''}{math.ceil(number)}{paid}"
 
     shown = columns(results["config"])
-    title = (
-        "Queries that reach a share of the target's top-1 accuracy, interpolated between budgets"
-    )
-    return (
-        [
-            Table(
-                title + ("" if price is None else f" (price at {price:g} per 1,000)"),
-                ["share", *(label(column, results) for column in shown)],
-                [[percent(share), *(cell(column, share) for column in shown)] for share in shares],
-            )
-        ]
+    titles = {
+        "accuracy": "Queries that reach a share of the target's top-1 accuracy",
+        "fidelity": "Queries for fidelity on a share of the images",
+    }
+    paid = "" if price is None else f" (price at {price:g} per 1,000)"
+    return [
+        Table(
+            f"{title}, interpolated between budgets{paid}",
+            ["share", *(label(column, results) for column in shown)],
+            [
+                [percent(share), *(cell(column, measure, share) for column in shown)]
+                for share in shares
+            ],
+        )
+        for measure, title in titles.items()
         if shares
-        else []
-    )
+    ]
 
 
 def access_tables(results: dict, over: str) -> list[Table]:

@@ -1,30 +1,53 @@
 """A cell's row of the table: its student compared with the target's answers."""
 
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from qmx import networks
+from qmx.contract import Encoder, Network
+from qmx.data.sources import take
+from qmx.files import read_arrays, write_arrays
 from qmx.grid import Cell, recipe_of
-from qmx.metrics import compare
+from qmx.metrics import compare, fidelity_by_class, top_k
 from qmx.selection.by_answers import BY_ANSWERS, shares
+from qmx.sharding import first
 from qmx.stages.answers import Answers, read_scores
 from qmx.stages.distill import Student
 from qmx.stages.run import Run, needed, outputs, read_weights
+from qmx.stages.select import Selection
 from qmx.workdir import NotDone
 
+# Images asked about on which a student is looked at again: so many tell a share of 80 % to one or
+# two per cent, and cost seconds.
+ASKED = 2000
+# In per cent. A student that has learned agrees with nearly all answers that it was given; a small
+# network given a million of them does not learn them by heart, and stays above this.
+LEARNED = 80.0
+# Images of a class, at least, for a figure of its own: one image of ten is 10 %.
+OF_A_CLASS = 10
 
-def evaluate(run: Run, cell: Cell, student: Student | NotDone, answers: Answers | NotDone) -> dict:
+
+def evaluate(
+    run: Run,
+    cell: Cell,
+    student: Student | NotDone,
+    selection: Selection | NotDone,
+    answers: Answers | NotDone,
+) -> dict:
     """A cell's row, from its last step (never the best one).
 
     Evaluation images without an answer are left out of all figures, so that all are of the same.
     """
-    student, answers = needed(student), needed(answers)
+    student, selection, answers = needed(student), needed(selection), needed(answers)
     access, evaluation = run.config.target.access, run.data.evaluation
     # Images whose answers chose others.
     chose = 0
     if cell.select in BY_ANSWERS:
         chose = sum(shares(cell.queries, run.config.rounds)[:-1])
 
-    def work(_: Path) -> dict:
+    def work(directory: Path) -> dict:
         keys, standardize = run.config.student, recipe_of(run.config, cell).standardize
         dtype, facts = networks.evaluated_in(keys.dtype), networks.look(run.data)
         network = networks.classifier(keys.arch, dtype, facts, standardize=standardize)
@@ -33,17 +56,29 @@ def evaluate(run: Run, cell: Cell, student: Student | NotDone, answers: Answers 
         about = [row.tobytes() for row in answers.report]
         target = read_scores(run, answers.identity, about, access)
         there = answers.evaluation
+        named, wanted = scores[there].argmax(1), target.argmax(1)
+        if first():
+            write_arrays(
+                directory / "named.npz",
+                student=named.astype(np.int32),
+                target=wanted.astype(np.int32),
+            )
+        asked = asked_fidelity(run, cell, network, weights, selection, answers)
         queries = {"train": cell.queries - chose, "select": chose, "report": len(target)}
         return {
             "queries": queries,
             "calls": sum(queries.values()),
             **compare(scores[there], target, evaluation.labels[there]),
+            "fidelity_asked": asked,
+            "undertrained": asked < LEARNED,
+            "worst_class": worst_class(named, wanted, run.data.classes),
             "seconds": student.seconds,
             "recipe": student.recipe,
         }
 
     left_out = evaluation.size - len(answers.evaluation)
     inputs = {
+        "figures": 2,  # of which a row consists: 2 has what the report's audit reads
         "evaluation": run.data.evaluation_digest,
         "student": student.sha256,
         "size": run.config.student.size,
@@ -54,3 +89,36 @@ def evaluate(run: Run, cell: Cell, student: Student | NotDone, answers: Answers 
     }
     # The row has its queries by purpose.
     return {**cell._asdict(), **run.stage("evaluate", cell.name, inputs, work)}
+
+
+def asked_fidelity(
+    run: Run, cell: Cell, network: Network, weights: Encoder, chosen: Selection, answers: Answers
+) -> float:
+    """How often a student names the class of the answer that it was given, in per cent, on images
+    that the target was asked about, at most `ASKED` of them."""
+    ids = answers.there(np.sort(chosen.ids))
+    ids = ids[np.linspace(0, len(ids) - 1, min(len(ids), ASKED)).astype(int)]
+    scores = outputs(
+        run, f"asked images of {cell.name}", network, weights, take(run.data.pool, ids)
+    )
+    keys = [row.tobytes() for row in answers.train[np.searchsorted(answers.ids, ids)]]
+    return top_k(scores, read_scores(run, answers.identity, keys, cell.access).argmax(1), 1)
+
+
+def worst_class(student: np.ndarray, target: np.ndarray, classes: int) -> dict[str, Any] | None:
+    """Class of the target's in which a student agrees least often, among those with enough images;
+    None if no class has."""
+    images = np.bincount(target, minlength=classes)
+    fidelity = fidelity_by_class(student, target, classes)
+    known = [(share, k) for k, share in enumerate(fidelity) if images[k] >= OF_A_CLASS]
+    if not known:
+        return None
+    share, k = min(known)
+    return {"class": k, "fidelity": share, "images": int(images[k])}
+
+
+def named(run: Run, cell: Cell) -> tuple[np.ndarray, np.ndarray]:
+    """Classes that a cell's student and the target name first on the evaluation images that have an
+    answer, i32[m] each."""
+    arrays = read_arrays(run.workdir / "evaluate" / cell.name / "named.npz")
+    return arrays["student"], arrays["target"]

@@ -1,20 +1,26 @@
 """The report, from the artefacts of the other stages and nothing else."""
 
 from importlib.metadata import version
+from typing import Any
 
 from qmx import __version__
-from qmx.grid import budgets
+from qmx.grid import Cell, Column, budgets
 from qmx.report import files
+from qmx.report.audit import audit, strongest
+from qmx.report.pictures import Picture, picture
 from qmx.report.reach import reached
+from qmx.report.tables import rows_of
 from qmx.sharding import from_first
-from qmx.stages import outside
+from qmx.stages import measured, outside
 from qmx.stages.answers import Answers
 from qmx.stages.pretrain import Pretrained
 from qmx.stages.query import note_calls, unexpected
 from qmx.stages.run import Run, needed, plain
+from qmx.stages.select import Selection
 from qmx.stages.target import Target, in_ledger
 from qmx.workdir import NotDone
 
+PICTURES = 12  # of images that were asked about: a row on a wide screen
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "pillow")
 
 
@@ -23,6 +29,7 @@ def report(
     target: Target | NotDone,
     encoders: list[Pretrained | NotDone],
     monitors: list[dict | NotDone],
+    chosen: dict[Cell, Selection | NotDone],
     answers: Answers | NotDone,
     rows: list[dict | NotDone],
 ) -> str:
@@ -31,16 +38,31 @@ def report(
     keys, data = run.config.target, run.data
     facts = {"name": target.name, "sha256": target.sha256}
     facts |= {"arch": target.arch} if target.path else {"preprocessing": target.preprocessing}
-    accuracy: dict[str, float | None] = {"top1": None, "top5": None}
+    accuracy: dict[str, Any] = {"top1": None, "top5": None}
     warning = None
+    known: dict[str, Any] = {"access": [], "zero_queries": None}
     if not isinstance(answers, NotDone):
-        measured = {"top1": answers.top1, "top5": answers.top5}
-        accuracy |= measured
-        warning = unexpected(keys.expect, measured, data.evaluation.size)
+        accuracy |= {"top1": answers.top1, "top5": answers.top5}
+        warning = unexpected(keys.expect, accuracy, data.evaluation.size)
+        known = {
+            "access": measured.honest(run, answers),
+            "zero_queries": measured.zero_queries(run, answers),
+        }
 
     account = in_ledger(run, target.identity, lambda ledger: ledger.account()._asdict())
-    results = {
-        "schema": 1,
+    done = [row for row in rows if not isinstance(row, NotDone)]
+    looks = [
+        {"init": encoder.init, "seed": encoder.seed, **encoder.facts, **look}
+        for encoder, look in zip(encoders, monitors, strict=True)
+        if not (isinstance(encoder, NotDone) or isinstance(look, NotDone))
+    ]
+    seconds = {
+        "encoders": sum(look["seconds"] for look in looks),
+        "students": sum(row["seconds"] for row in done),
+    }
+    grid = budgets(run.config, data.pool.size)
+    results: dict[str, Any] = {
+        "schema": 2,
         "target": {
             **facts,
             **accuracy,
@@ -54,15 +76,14 @@ def report(
             "evaluation": data.evaluation.size,
             "classes": data.classes,
             "sha256": data.digest,
-            "budgets": [budget._asdict() for budget in budgets(run.config, data.pool.size)],
+            "budgets": [budget._asdict() for budget in grid],
         },
-        "rows": [row for row in rows if not isinstance(row, NotDone)],
+        "rows": done,
         "account": {**account, "lost": note_calls(run, target)},
-        "monitors": [
-            {"init": encoder.init, "seed": encoder.seed, **encoder.facts, **look}
-            for encoder, look in zip(encoders, monitors, strict=True)
-            if not (isinstance(encoder, NotDone) or isinstance(look, NotDone))
-        ],
+        "monitors": looks,
+        **known,
+        "agreement": measured.agreement(run, done),
+        "provenance": measured.provenance(run, seconds),
         "versions": {
             "qmx": __version__,  # runs in a checkout that is not installed, too
             **{name: version(name) for name in PACKAGES},
@@ -70,4 +91,33 @@ def report(
         "config": plain(run.config),
     }
     results["reach"] = reached(results)
-    return from_first(lambda: files.write(run.workdir, results))
+    results["audit"] = audit(results, of_classes(run, results))
+    return from_first(
+        lambda: files.write(run.workdir, results, asked_pictures(run, results, chosen))
+    )
+
+
+def of_classes(run: Run, results: dict) -> dict | None:
+    """Fidelity by class of the strongest attack; None if there is none."""
+    if not (found := strongest(results)):
+        return None
+    column, queries = found
+    (budget,) = (b for b in budgets(run.config, run.data.pool.size) if b.queries == queries)
+    seeds = [row["seed"] for row in rows_of(results, column, queries)]
+    return measured.by_class(run, column, budget, seeds)
+
+
+def asked_pictures(
+    run: Run, results: dict, chosen: dict[Cell, Selection | NotDone]
+) -> list[Picture]:
+    """The first images that the strongest attack asked about, at the budget of the answer."""
+    if not (found := strongest(results)):
+        return []
+    column, queries = found
+    for cell, selection in chosen.items():
+        own = Column(cell.init, cell.select, cell.access, cell.use), cell.queries
+        if own == (column, queries) and not isinstance(selection, NotDone):
+            ids, names = selection.ids[:PICTURES], run.data.pool.names
+            shown = [names[k] if names else f"image {k} of the pool" for k in ids]
+            return [picture(*pair) for pair in zip(shown, run.data.pool.shown(ids), strict=True)]
+    return []

@@ -36,6 +36,7 @@ class Run(NamedTuple):
     stopped: Callable[[], bool]
     made: list[str]  # what this call did and did not find done
     update: str = ""  # what the user said of a workdir of something else, see `qmx.main`
+    command: str = ""  # the command line, for the report
 
     def stage(
         self,

@@ -1,0 +1,154 @@
+"""The answer of a report in one or two sentences, and what to do next."""
+
+import math
+from typing import Any
+
+from qmx.grid import budget_keys, columns, percent
+from qmx.report.reach import COPY, best, column_of, fewest
+from qmx.report.tables import label
+
+LOWER_BOUND = "This is a lower bound on exposure: stronger attackers may need fewer."
+
+
+def answer(results: dict) -> dict[str, Any]:
+    """How many queries copy the target, by the strongest attack tried.
+
+    {"text", "measure", "share", "queries", "low", "high", "seeds", "seeds_reached",
+    "share_of_pool", "attack", "lower_bound"}; "queries" is None where no budget is enough, and
+    "attack" then the best there is, or None before any student has learned.
+    """
+    found = fewest(results, "fidelity", COPY)
+    facts = {key: found[key] if found else None for key in ("queries", "low", "high")}
+    counted = {key: found[key] if found else 0 for key in ("seeds", "seeds_reached")}
+    most = best(results, "fidelity")
+    attack = found or most
+    pool = results["pool"]["size"]
+    return {
+        "text": _sentence(results, found, most),
+        "measure": "fidelity",
+        "share": COPY,
+        **facts,
+        **counted,
+        "share_of_pool": found["queries"] / pool if found else None,
+        "attack": column_of(attack)._asdict() if attack else None,
+        "lower_bound": LOWER_BOUND,
+    }
+
+
+def _sentence(results: dict, found: dict | None, most: dict | None) -> str:
+    size, smallest = results["pool"]["size"], results["pool"]["budgets"][0]["queries"]
+    if found:
+        queries = math.ceil(found["queries"])
+        few = "at most " if found["queries"] == smallest else ""
+        text = (
+            f"{few}{queries} {'query' if queries == 1 else 'queries'} ({share_of(queries, size)} of"
+            f" the pool) are enough for a copy that agrees with your model on {percent(COPY)} of"
+            f" images, by the strongest attack tried ({label(column_of(found), results)};"
+            f" {interval(found)}). {LOWER_BOUND}"
+        )
+        return text[0].upper() + text[1:]
+    if most:
+        return (
+            f"No copy was found that agrees with your model on {percent(COPY)} of images. The best"
+            f" ({label(column_of(most), results)}, {most['queries']} queries,"
+            f" {share_of(most['queries'], size)} of the pool) agrees on {most['value']:.1f} %."
+            f" {LOWER_BOUND}"
+        )
+    if results["rows"]:
+        return (
+            "Nothing can be said yet: no student learned the answers that it was given, so that"
+            " none shows what these answers are worth."
+        )
+    return "Nothing can be said yet: no student was trained and evaluated."
+
+
+def interval(row: dict[str, Any]) -> str:
+    """Spread of a row of `reach_of` over its seeds, in words."""
+    if row["seeds"] < 2:
+        return "one seed, so no interval"
+    low = math.ceil(row["low"] or 0)
+    if row["low"] == row["high"]:
+        return f"the same in all {row['seeds']} seeds"
+    if row["high"] is None:
+        return (
+            f"{low} or more over {row['seeds']} seeds, of which {row['seeds_reached']} get there"
+            f" by {row['largest']}"
+        )
+    return f"{low} to {math.ceil(row['high'])} over {row['seeds']} seeds"
+
+
+def share_of(queries: int, size: int) -> str:
+    """A share of the pool, with two digits: "2.4 %"."""
+    return f"{float(f'{100 * queries / size:.2g}'):g} %"
+
+
+def next_steps(results: dict) -> list[str]:
+    """Advice on the figures that are missing or can be made sharper, the most useful first."""
+    config, audit = results["config"], results["config"]["audit"]
+    found = fewest(results, "fidelity", COPY)
+    smallest = results["pool"]["budgets"][0]["queries"]
+    weak = {label(column_of(row), results) for row in results["rows"] if row["undertrained"]}
+    wanted = len(config["seeds"]) * len(columns(config)) * len(results["pool"]["budgets"])
+    steps = []
+    if len(results["rows"]) < wanted:
+        steps.append(
+            f"Run the same command again: {wanted - len(results['rows'])} of {wanted} students are"
+            " not there yet."
+        )
+    if weak:
+        steps.append(
+            "Train the students longer (min_steps and epochs of their recipe): those marked with *"
+            f" agree with fewer than 80 % of the answers that they were given, and are left out"
+            f" ({', '.join(sorted(weak))})."
+        )
+    below = fewest(results, "fidelity", audit["below"])
+    if below and below["low"] <= smallest and smallest > 1:
+        fewer = str((smallest // 2, *config["queries"])).replace(" ", "")
+        steps.append(
+            f"Ask less: {smallest} queries, the smallest budget, reach {percent(audit['below'])}"
+            f' already. --config.queries="{fewer}" shows where that begins.'
+        )
+    if not found and results["rows"]:
+        steps.append(
+            f"Raise {budget_keys(config)}, or try stronger attacks (--config.also with a"
+            " selection and the use pool)."
+        )
+    if not any(audit[key] for key in ("per_second", "per_day", "per_month")):
+        steps.append(
+            "Tell your limits (--config.audit.per_day and --config.audit.principals), to read here"
+            " what the copy takes in hours."
+        )
+    if len({column.access for column in columns(config)}) == 1:
+        steps.append(
+            "See what weaker answers would change (--config.accesses), which asks nothing more."
+        )
+    if len(config["seeds"]) < 3:
+        steps.append("Run three seeds (--config.seeds=(0,1,2)) for an interval.")
+    steps.append(
+        "After a change of the model or its limits, run the same command in another --workdir, and"
+        " compare: qmx compare BEFORE/results.json AFTER/results.json."
+    )
+    return steps
+
+
+def attacks_not_tried(results: dict) -> list[str]:
+    """Attacks that this audit did not run, in words."""
+    tried = columns(results["config"])
+    known = [
+        (
+            "a selection of the images to ask about by their features",
+            lambda c: c.select in ("typiclust", "balanced", "kcenter", "probcover"),
+        ),
+        (
+            "a selection by the answers (margin, entropy)",
+            lambda c: c.select in ("margin", "entropy"),
+        ),
+        ("answers spread to the rest of the pool", lambda c: c.use == "pool"),
+        ("a student that labels the rest of the pool itself", lambda c: c.use == "fixmatch"),
+        ("a public encoder, pretrained by others", lambda c: c.init == "imported"),
+    ]
+    return [words for words, of in known if not any(of(column) for column in tried)] + [
+        "images that are synthesised, or taken from another distribution",
+        "questions made from earlier answers, image by image (adversarial directions)",
+        "recovery of weights by algebra",
+    ]

@@ -1,0 +1,208 @@
+"""The block "audit" of results.json: what an auditor files."""
+
+import math
+from typing import Any
+
+from qmx.grid import Column, columns
+from qmx.report.answer import answer, attacks_not_tried, next_steps
+from qmx.report.limits import Limits, largest_limits, time_to_extract
+from qmx.report.reach import COPY, MEASURES, best, column_of, fewest, full, reach_of
+from qmx.report.standards import STANDARDS
+from qmx.report.tables import rows_of
+
+
+def audit(results: dict, by_class: dict[str, Any] | None) -> dict[str, Any]:
+    """Everything that follows from the other parts of `results.json`, and from the config's texts.
+
+    Args:
+      results: as in `results.json`, without "audit".
+      by_class: of the strongest attack, see `qmx.stages.measured.by_class`.
+    """
+    keys = results["config"]["audit"]
+    return {
+        "standards": [*STANDARDS],
+        "scope": {
+            key: keys[key] or None for key in ("authorised_by", "model", "environment", "scope")
+        },
+        "attacker": attacker(results),
+        "answer": answer(results),
+        "limits": {
+            **{key: keys[key] or None for key in Limits._fields},
+            "principals": keys["principals"],
+            "price_per_1000": results["config"]["price"],
+        },
+        "time_to_extract": [
+            row
+            for measure in MEASURES
+            for share in results["config"]["reach"]
+            if (row := effort(results, measure, share))
+        ],
+        "largest_limits": [inverse(results, measure, keys["below"]) for measure in MEASURES],
+        "access": access_levels(results),
+        "controls": controls(results),
+        "detection": None,
+        "traffic": {
+            "how": "python -m qmx.ledger export WORKDIR/ledger.sqlite answers.npz",
+            "images": results["account"]["images"],
+            "calls": results["account"]["calls"],
+        },
+        "watermarks": None,
+        "by_class": by_class,
+        "agreement_between_seeds": results["agreement"],
+        "not_tried": attacks_not_tried(results),
+        "residual_risk": keys["residual_risk"] or None,
+        "next_steps": next_steps(results),
+        "retest": {
+            "command": results["provenance"]["command"],
+            "compare": "qmx compare BEFORE/results.json AFTER/results.json",
+        },
+    }
+
+
+def attacker(results: dict) -> dict[str, Any]:
+    """The attacker that the figures are of: images, starts, answers, accounts; and the text of the
+    config."""
+    config, pool = results["config"], results["pool"]
+    return {
+        "text": config["audit"]["attacker"] or None,
+        "images": f"{pool['size']} unlabelled images of {pool['name']}",
+        "starts": sorted({column.init for column in columns(config)}),
+        "selections": sorted({column.select for column in columns(config)}),
+        "access": sorted({column.access for column in columns(config)}),
+        "student": config["student"]["arch"],
+        "principals": config["audit"]["principals"],
+        "training_seconds": results["provenance"]["seconds"]["encoders"]
+        + results["provenance"]["seconds"]["students"],
+    }
+
+
+def limits_of(config: dict) -> Limits:
+    """The limits of `config.audit`, where 0 is none."""
+    return Limits(*(config["audit"][key] or math.inf for key in Limits._fields))
+
+
+def effort(results: dict, measure: str, share: float) -> dict[str, Any] | None:
+    """Queries, hours and money of the cheapest attack that reaches a share; None where the full
+    share is not known.
+
+    {"measure", "share", "attack", "queries", "low", "high", "money", "hours_alone",
+    "hours_pooled"}: the last three of the number of queries, None where there is no price, no limit
+    or no attack that reaches the share.
+    """
+    if full(results, measure) is None:
+        return None
+    found, config = fewest(results, measure, share), results["config"]
+    limits, price = limits_of(config), config["price"]
+    row: dict[str, Any] = {"measure": measure, "share": share}
+    row |= {key: found[key] if found else None for key in ("queries", "low", "high")}
+    row["attack"] = column_of(found)._asdict() if found else None
+    queries = math.ceil(found["queries"]) if found else 0
+    row["money"] = price * queries / 1000 if queries and price is not None else None
+    for key, principals in (("alone", 1), ("pooled", config["audit"]["principals"])):
+        known = queries and not limits.none
+        row[f"hours_{key}"] = time_to_extract(queries, limits, principals) if known else None
+    return row
+
+
+def inverse(results: dict, measure: str, share: float) -> dict[str, Any]:
+    """The largest limits, each alone, that keep every attack tried below a share for a month.
+
+    Of the fewest queries that any seed needed, as an attacker may be as lucky. {"measure", "share",
+    "queries", "alone", "pooled", "why"}: the limits of one principal where there is one, and where
+    there are `config.audit.principals`; None where the measured budgets cannot say, and "why" then
+    says why.
+    """
+    row: dict[str, Any] = {"measure": measure, "share": share, "queries": None}
+    row |= {"alone": None, "pooled": None, "why": None}
+    smallest = results["pool"]["budgets"][0]["queries"]
+    found = fewest_of_any_seed(results, measure, share)
+    if full(results, measure) is None:
+        return row | {"why": "the target's accuracy was not measured"}
+    if found is None:
+        most = max((row["queries"] for row in learned_rows(results)), default=0)
+        each = most // results["config"]["audit"]["principals"]
+        reason = f"no attack tried reaches it by {most} queries: {each} a month for each are safe"
+        return row | {"why": reason if most else "no student has learned"}
+    if found <= smallest:
+        return row | {"why": f"{smallest} queries, the smallest budget, reach it already"}
+    principals = results["config"]["audit"]["principals"]
+    return row | {
+        "queries": found,
+        "alone": largest_limits(found)._asdict(),
+        "pooled": largest_limits(found, principals)._asdict(),
+    }
+
+
+def learned_rows(results: dict) -> list[dict[str, Any]]:
+    """{"queries"} of each row whose student learned."""
+    return [
+        {"queries": row["queries"]["train"] + row["queries"]["select"]}
+        for row in results["rows"]
+        if not row["undertrained"]
+    ]
+
+
+def fewest_of_any_seed(results: dict, measure: str, share: float) -> float | None:
+    """The fewest queries by which some seed of some column reaches a share; None if none does."""
+    lows = [
+        row["low"]
+        for column in columns(results["config"])
+        if (row := reach_of(results, column, measure, share)) and row["low"] is not None
+    ]
+    return min(lows, default=None)
+
+
+def access_levels(results: dict) -> list[dict[str, Any]]:
+    """What honest users get at each level of access, beside the queries that a copy takes.
+
+    Rows of {"access", "top1", "top5", "calibration_error", "queries"}: the target's accuracy by
+    such answers and their expected calibration error in per cent; the queries of the strongest
+    attack tried at this level for fidelity on 95 % of images, None where none gets there.
+    """
+
+    def queries(access: str) -> float | None:
+        config = results["config"]
+        numbers = [
+            row["queries"]
+            for column in columns(config)
+            if column.access == access
+            and (row := reach_of(results, column, "fidelity", COPY))
+            and row["queries"] is not None
+        ]
+        return min(numbers, default=None)
+
+    return [{**row, "queries": queries(row["access"])} for row in results["access"]]
+
+
+def controls(results: dict) -> dict[str, Any]:
+    """What is had without the answers: nothing asked at all, and true labels in their place."""
+    config = results["config"]
+    by_labels = {
+        name
+        for name, keys in {"distill": config["distill"], **config["recipes"]}.items()
+        if keys["learn_from"] == "labels"
+    }
+    cells = [
+        {**column._asdict(), "queries": budget["queries"], "top1": row["top1"]}
+        for column in columns(config)
+        for budget in results["pool"]["budgets"]
+        for row in rows_of(results, column, budget["queries"])
+        if row["recipe"] in by_labels
+    ]
+    return {"zero_queries": results["zero_queries"], "labels": cells or None}
+
+
+def strongest(results: dict) -> tuple[Column, int] | None:
+    """The attack of the answer, and the smallest budget at which it gets there, else the best's."""
+    found = fewest(results, "fidelity", COPY)
+    if not found:
+        most = best(results, "fidelity")
+        return (column_of(most), most["queries"]) if most else None
+    column = column_of(found)
+    enough = [
+        budget["queries"]
+        for budget in results["pool"]["budgets"]
+        if budget["queries"] >= found["queries"]
+        and any(not row["undertrained"] for row in rows_of(results, column, budget["queries"]))
+    ]
+    return column, min(enough)

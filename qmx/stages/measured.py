@@ -1,0 +1,140 @@
+"""Figures of a report that the stages' artefacts give together: honest users, seeds, classes."""
+
+import datetime
+import hashlib
+import json
+import os
+import platform
+from itertools import combinations
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import jax
+import numpy as np
+from scipy.special import softmax
+
+import qmx
+from qmx.checkpoint import file_digest
+from qmx.grid import Budget, Cell, Column, budgets, columns
+from qmx.metrics import calibration_error, fidelity_by_class, top_k
+from qmx.stages.answers import Answers, read_scores
+from qmx.stages.evaluate import named
+from qmx.stages.run import Run
+
+
+def honest(run: Run, answers: Answers) -> list[dict[str, Any]]:
+    """What honest users get at each level of access in the grid, on the evaluation images.
+
+    Rows of {"access", "top1", "top5", "calibration_error"}, in per cent; from the ledger.
+    """
+    keys = [row.tobytes() for row in answers.report]
+    labels = run.data.evaluation.labels[answers.evaluation]
+    rows = []
+    for access in dict.fromkeys(column.access for column in columns(run.config)):
+        scores = read_scores(run, answers.identity, keys, access)
+        rows.append(
+            {
+                "access": access,
+                "top1": top_k(scores, labels, 1),
+                "top5": top_k(scores, labels, 5),
+                "calibration_error": calibration_error(softmax(scores, axis=1), labels),
+            }
+        )
+    return rows
+
+
+def zero_queries(run: Run, answers: Answers) -> dict[str, float]:
+    """A copy that asks nothing and names one class for every image, at its best: {"top1",
+    "fidelity_top1"} in per cent, of the most frequent class and the most frequent answer."""
+    keys = [row.tobytes() for row in answers.report]
+    wanted = read_scores(run, answers.identity, keys, run.config.target.access).argmax(1)
+    labels = run.data.evaluation.labels[answers.evaluation]
+    return {
+        name: 100.0 * int(np.bincount(classes).max()) / len(classes)
+        for name, classes in (("top1", labels), ("fidelity_top1", wanted))
+    }
+
+
+def agreement(run: Run, rows: list[dict]) -> list[dict[str, Any]]:
+    """How often students of two seeds name the same class, where a cell has several seeds.
+
+    Rows of {the column's axes, "queries", "seeds", "agreement"}: the mean over pairs, in per cent
+    of the evaluation images. Copies that agree with the target as often may err on other images.
+    """
+    there = {tuple(row[field] for field in Column._fields + ("fraction", "seed")) for row in rows}
+    found = []
+    for column in columns(run.config):
+        for budget in budgets(run.config, run.data.pool.size):
+            seeds = [s for s in run.config.seeds if (*column, budget.fraction, s) in there]
+            each = [named(run, Cell(*column, *budget, seed))[0] for seed in seeds]
+            same = [float((one == other).mean()) for one, other in combinations(each, 2)]
+            if same:
+                found.append(
+                    {
+                        **column._asdict(),
+                        "queries": budget.queries,
+                        "seeds": len(seeds),
+                        "agreement": 100.0 * mean(same),
+                    }
+                )
+    return found
+
+
+def by_class(run: Run, column: Column, budget: Budget, seeds: list[int]) -> dict[str, Any]:
+    """Fidelity of a column's students at a budget for each class of the target's, mean over seeds.
+
+    {the column's axes, "queries", "seeds", "classes"}; a class is {"class", "name", "images",
+    "fidelity"}, the worst first, those that the target never names left out.
+    """
+    pairs = [named(run, Cell(*column, *budget, seed)) for seed in seeds]
+    shares = [fidelity_by_class(*pair, run.data.classes) for pair in pairs]
+    images = np.bincount(pairs[0][1], minlength=run.data.classes)
+    names = run.data.class_names or tuple(map(str, range(run.data.classes)))
+    classes: list[dict[str, Any]] = [
+        {
+            "class": k,
+            "name": names[k],
+            "images": int(images[k]),
+            "fidelity": mean(share[k] or 0.0 for share in shares),
+        }
+        for k in np.flatnonzero(images).tolist()
+    ]
+    classes.sort(key=lambda one: one["fidelity"])
+    facts = {**column._asdict(), "queries": budget.queries, "seeds": len(seeds)}
+    return {**facts, "classes": classes}
+
+
+def provenance(run: Run, seconds: dict[str, float]) -> dict[str, Any]:
+    """When, with what and by which command a report was made; digests of what it stands on."""
+    ledger = run.workdir / "ledger.sqlite"
+    config = json.dumps(json.loads(run.config.to_json()), sort_keys=True)
+    devices = jax.devices()
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": run.command,
+        "qmx": qmx.__version__,
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "python": platform.python_version(),
+            "cores": os.cpu_count() or 0,
+            "devices": f"{len(devices)} x {devices[0].device_kind}",
+        },
+        "seconds": seconds,
+        "seeds": list(run.config.seeds),
+        "sha256": {
+            "config": hashlib.sha256(config.encode()).hexdigest(),
+            "code": code_digest(),
+            "ledger": file_digest(ledger) if ledger.exists() else None,
+        },
+    }
+
+
+def code_digest() -> str:
+    """SHA-256 over the package's own files, names and contents, in the order of their names."""
+    root = Path(qmx.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        digest.update(f"{name}\0{file_digest(path)}\n".encode())
+    return digest.hexdigest()
