@@ -290,10 +290,8 @@ def start(arguments: Arguments) -> str:
             jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
             compilation_cache.reset_cache()  # what was compiled before would have ruled it out
         several = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-        say(
-            f"{jax.device_count()} {jax.devices()[0].platform} device(s){several}, jax"
-            f" {jax.__version__}; writing to {workdir}"
-        )
+        devices = f"{jax.device_count()} {jax.devices()[0].platform} device(s){several}"
+        say(f"{devices}, jax {jax.__version__}; writing to {workdir}")
         for warning in warnings(config, images):
             say(f"warning: {warning}")
         with stop_on_signals() as stopped:
