@@ -37,10 +37,10 @@ def originals(folder: str) -> tuple[Arrays, Arrays]:
         pool, evaluation = ((idx(root, images), idx(root, labels)) for images, labels in IDX)
         return (pool[0][..., None], pool[1]), (evaluation[0][..., None], evaluation[1])
     if (root / BATCHES[0][0]).is_file():
-        pool, evaluation = (
+        training, test = (
             np.concatenate([rows(root / name) for name in names]) for names in BATCHES
         )
-        return split(pool), split(evaluation)
+        return split(training), split(test)
     raise ValueError(
         f"{folder}: it has neither {IDX[0][0]}.gz (MNIST, Fashion-MNIST) nor {BATCHES[0][0]}"
         " (CIFAR-10, binary version); give a folder with those, or data.path=POOL.npz and"
