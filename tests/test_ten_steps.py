@@ -122,6 +122,7 @@ def assert_alike(method, tx, follow, folder):
     return last
 
 
+@pytest.mark.slow
 def test_emp_ssl(tmp_path):
     """With LARC and Nesterov's momentum, where some kernels' rates are limited and others not."""
     views, similarity, distortion, hidden, features = 4, 5.0, 0.3, 8, 16
@@ -180,6 +181,7 @@ def siamese(make, **changes):
     return make(NET, models.simsiam_projector(6), models.simsiam_predictor(4), view, **changes)
 
 
+@pytest.mark.slow
 def test_fastsiam(tmp_path):
     """The predictor's rate apart, three views."""
     method = siamese(fastsiam.make, views=3)
