@@ -20,7 +20,16 @@ if TYPE_CHECKING:
     from qmx.encoders import encode, load_encoder
     from qmx.inference import predict
     from qmx.ledger import BudgetSpent, Ledger, Unavailable
-    from qmx.methods import distill, fixmatch, linear, moco, rotation, simsiam
+    from qmx.methods import (
+        distill,
+        emp_ssl,
+        fastsiam,
+        fixmatch,
+        linear,
+        moco,
+        rotation,
+        simsiam,
+    )
     from qmx.metrics import compare, knn
     from qmx.models import from_equinox, from_linen, from_nnx
     from qmx.selection.propagate import propagate
@@ -32,7 +41,16 @@ MODULES = {
     **{name: f"qmx.{name}" for name in ("augment", "losses", "models", "optim", "selection")},
     **{
         name: f"qmx.methods.{name}"
-        for name in ("distill", "fixmatch", "linear", "moco", "rotation", "simsiam")
+        for name in (
+            "distill",
+            "emp_ssl",
+            "fastsiam",
+            "fixmatch",
+            "linear",
+            "moco",
+            "rotation",
+            "simsiam",
+        )
     },
 }
 # The module of each other name.
@@ -63,7 +81,9 @@ __all__ = [
     "chain",
     "compare",
     "distill",
+    "emp_ssl",
     "encode",
+    "fastsiam",
     "fit",
     "fixmatch",
     "from_equinox",

@@ -33,10 +33,14 @@ def warnings(config: Any, data: Dataset) -> list[str]:
             fixmatch_steps(recipe_of(config, cell), keys, cell.queries, pool)
             for cell in self_labelled
         )
-        if 3 / (1 - keys.decay) > steps:  # less than 95 % of the teacher is what was trained
-            found.append(
-                f"fixmatch.decay {keys.decay} averages over about {1 / (1 - keys.decay):.0f} steps,"
-                f" and of {steps} steps the teacher, which is the student that is kept, sees too"
-                " little; lower it, or raise fixmatch.epochs"
-            )
+        averages = {"decay": "the teacher, which is the student that is kept, sees"}
+        if keys.align != "none" or keys.rule in ("free", "soft"):
+            averages["guess_decay"] = f"the averages of rule {keys.rule} and align {keys.align} see"
+        for key, sees in averages.items():
+            if 3 / (1 - keys[key]) > steps:  # less than 95 % of the average is what was trained
+                found.append(
+                    f"fixmatch.{key} {keys[key]} averages over about {1 / (1 - keys[key]):.0f}"
+                    f" steps, and of {steps} steps {sees} too little; lower it, or raise"
+                    " fixmatch.epochs"
+                )
     return found

@@ -18,6 +18,7 @@ from qmx.contract import PyTree
 SCHEDULES = ("constant", "cosine", "cosine_by_epoch", "step")
 DECAYS = ("all", "kernels")
 TRUST_COEFFICIENT = 0.001  # of LARS, as the SimSiam reference's linear evaluation has it
+CLIPPED_COEFFICIENT = 0.005  # of LARC, as `main.py` of EMP-SSL's reference has it
 
 Mask = Callable[[PyTree], PyTree]  # params -> True for each leaf that decays
 
@@ -107,7 +108,7 @@ def sgd(
         rates,
         momentum,
         nesterov,
-        lambda mask: optax.add_decayed_weights(weight_decay, mask=mask),
+        lambda mask, rate: optax.add_decayed_weights(weight_decay, mask=mask),
         weight_decay_on,
     )
 
@@ -128,11 +129,11 @@ def lars(
     neither decay nor scaling.
     """
     return _momentum_sgd(
-        rates, momentum, nesterov, lambda mask: _larc(weight_decay, mask), weight_decay_on
+        rates, momentum, nesterov, lambda mask, rate: _scaled(weight_decay, mask), weight_decay_on
     )
 
 
-def _larc(weight_decay: float, mask: Mask | None) -> optax.GradientTransformation:
+def _scaled(weight_decay: float, mask: Mask | None) -> optax.GradientTransformation:
     """Decay and scaling of `lars`."""
 
     def scaled(decayed: bool, g: jax.Array, w: jax.Array) -> jax.Array:
@@ -148,18 +149,72 @@ def _larc(weight_decay: float, mask: Mask | None) -> optax.GradientTransformatio
     return optax.stateless(update)
 
 
-OPTIMIZERS = {"sgd": sgd, "lars": lars}
+def larc(
+    rates: optax.Schedule | Mapping[str, optax.Schedule],
+    *,
+    momentum: float = 0.9,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    weight_decay_on: str = "all",
+) -> optax.GradientTransformation:
+    """SGD whose rate is, for each parameter, at most 0.005 |w| / (|g| + decay |w|); arguments as
+    `sgd`.
+
+    No parameter moves by much more than 0.5 % of its length in one step, however large the loss.
+    What does not decay is not limited either.
+    Source: You et al. 2017, as solo-learn's `LARSWrapper(clip=True)`, in `lars.py` of EMP-SSL's
+    reference, where biases and batch-norm scales are left out ("kernels" here): where |w| or |g| is
+    0 neither decay nor limit.
+    """
+    return _momentum_sgd(
+        rates,
+        momentum,
+        nesterov,
+        lambda mask, rate: _limited(weight_decay, mask, rate),
+        weight_decay_on,
+    )
+
+
+def _limited(
+    weight_decay: float, mask: Mask | None, schedule: optax.Schedule
+) -> optax.GradientTransformation:
+    """Decay and limit of `larc`."""
+
+    def init(params: PyTree) -> optax.ScaleByScheduleState:
+        return optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32))
+
+    def update(
+        grads: PyTree, state: optax.ScaleByScheduleState, params: PyTree | None = None
+    ) -> tuple[PyTree, optax.ScaleByScheduleState]:
+        rate = schedule(state.count)
+
+        def limited(chosen: bool, g: jax.Array, w: jax.Array) -> jax.Array:
+            if not chosen:
+                return g
+            size, slope = jnp.linalg.norm(w), jnp.linalg.norm(g)
+            most = CLIPPED_COEFFICIENT * size / (slope + weight_decay * size + 1e-8)  # its epsilon
+            share = jnp.minimum(most / rate, 1).astype(g.dtype)
+            return jnp.where((size > 0) & (slope > 0), share * (g + weight_decay * w), g)
+
+        chosen = mask(params) if mask else jax.tree.map(lambda _: True, params)
+        changed = jax.tree.map(limited, chosen, grads, params)
+        return changed, optax.ScaleByScheduleState(state.count + 1)
+
+    return optax.GradientTransformation(init, update)
+
+
+OPTIMIZERS = {"sgd": sgd, "lars": lars, "larc": larc}
 
 
 def _momentum_sgd(
     rates: optax.Schedule | Mapping[str, optax.Schedule],
     momentum: float,
     nesterov: bool,
-    decayed: Callable[[Mask | None], optax.GradientTransformation],
+    decayed: Callable[[Mask | None, optax.Schedule], optax.GradientTransformation],
     weight_decay_on: str,
 ) -> optax.GradientTransformation:
-    """Decay as `decayed` makes it for a mask, momentum and rate, for all parameters or each
-    top-level part."""
+    """Decay as `decayed` makes it for a mask and a rate, momentum and rate, for all parameters or
+    each top-level part."""
     if weight_decay_on not in DECAYS:
         raise ValueError(
             f"weight_decay_on {weight_decay_on!r} is unknown; choose one of {', '.join(DECAYS)}"
@@ -168,7 +223,7 @@ def _momentum_sgd(
 
     def one(rate: optax.Schedule) -> optax.GradientTransformation:
         return optax.chain(
-            decayed(mask),
+            decayed(mask, rate),
             optax.sgd(rate, momentum=momentum or None, nesterov=nesterov),
         )
 

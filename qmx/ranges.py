@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from qmx.ledger import access
 from qmx.ledger.content import DTYPES as LEDGER_DTYPES
+from qmx.methods.fixmatch import ALIGNMENTS, RULES
 from qmx.models.resnet import ARCHS
 from qmx.optim import DECAYS, OPTIMIZERS, SCHEDULES
 from qmx.settings import base, leaves, recipe
@@ -97,6 +98,9 @@ RANGES = {
     "decay": Range(0, 1, why="0 copies, 1 freezes"),
     "features": Range(1, 65536),
     "group_size": Range(2, 1e6, why="images that share batch statistics"),
+    "views": Range(2, 10_000, why="of each image in one step"),
+    "similarity": FROM_0,
+    "distortion": ABOVE_0,
     "layers": Range(1, 100),
     "hidden": Range(1, 65536),
     "neighbours": FROM_1,
@@ -104,6 +108,8 @@ RANGES = {
     "alpha": Range(0, 1, above=True, below=True),
     "mu": Range(1, 1000, why="images of the pool for each that was asked about"),
     "threshold": PROBABILITY,
+    "guess_temperature": Range(0, 1e6, why="0 learns the class"),
+    "guess_decay": Range(0, 1, below=True, why="1 freezes the averages"),
     "weight": FROM_0,
     "fixmatch.decay": Range(0, 1, below=True, why="1 freezes the teacher"),
     "fixmatch.epochs": Range(0, 1e6, why="0 is as many steps as the recipe has"),
@@ -132,6 +138,8 @@ WORDS = {
     "student.arch": ARCHS,
     "student.dtype": ("float64", "float32", "bfloat16"),
     "pretrain.moco.head": ("mlp", "linear"),
+    "rule": RULES,
+    "align": ALIGNMENTS,
 }
 
 

@@ -9,60 +9,9 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from qmx.audit_keys import auditing
+from qmx.training_keys import distilling, recipe, training
 
-
-def training(**changes: Any) -> ConfigDict:
-    """The keys that every training has, with PyTorch's ImageNet protocol as their defaults."""
-    keys = dict(
-        epochs=90.0,  # passes over the images; warmup_epochs and milestones count them too
-        batch_size=256,  # global, over all devices
-        optimizer="sgd",  # sgd, lars
-        learning_rate=0.1,  # after the warm-up, for the whole batch_size
-        schedule="step",  # constant, cosine, cosine_by_epoch, step
-        warmup_epochs=0.0,  # the rate rises linearly over these
-        warmup_start=0.0,  # the share of the rate that the warm-up starts from
-        milestones=(30.0, 60.0),  # the schedule "step" multiplies the rate by `factor` at each
-        factor=0.1,  # see milestones
-        momentum=0.9,
-        nesterov=False,  # Nesterov's momentum
-        weight_decay=1e-4,
-        weight_decay_on="all",  # or "kernels": no batch-norm scales, no biases
-    )
-    return ConfigDict({**keys, **changes})
-
-
-def distilling() -> ConfigDict:
-    """The keys of a student's training; the defaults are the fine-tuning protocol of PCL at 1 %."""
-    return training(
-        epochs=20.0,
-        learning_rate=0.01,
-        milestones=(12.0, 16.0),
-        factor=0.2,
-        weight_decay=5e-4,
-        head_learning_rate=1.0,  # of the classifier; the backbone has learning_rate
-        min_steps=0,  # a transfer set so small that `epochs` are fewer steps trains for this many
-        learn_from="scores",  # the target's, or the true "labels" of the same images
-        target_temperature=1.5,  # what the target's logits are divided by
-        student_temperature=1.0,  # what the student's logits are divided by
-        # brightness, contrast, saturation, hue of the weak view
-        jitter=(0.0, 0.0, 0.0, 0.0),
-        # features before the classifier by batch statistics, without scale and bias
-        standardize=False,
-    )
-
-
-def recipe(
-    inits: tuple[str, ...], above: float = 0.0, up_to: float = 1.0, **changes: Any
-) -> ConfigDict:
-    """One of `config.recipes`: how students train that start from one of `inits`, above < share of
-    the pool <= up_to.
-
-    Raises:
-      KeyError: a key that `distilling` does not have.
-    """
-    keys = distilling().lock()
-    keys.update(changes)
-    return ConfigDict({**keys, "inits": inits, "above": above, "up_to": up_to})
+__all__ = ["base", "leaves", "recipe"]
 
 
 def base() -> ConfigDict:
@@ -130,7 +79,7 @@ def base() -> ConfigDict:
         crop_ratio=(3 / 4, 4 / 3),  # width by height, at least and at most
         flip_p=0.5,  # probability, as all that end in _p
     )
-    # what moco and simsiam see, MoCo v2's; keywords of qmx.augment.make_view
+    # what moco, simsiam, fastsiam and emp_ssl see, MoCo v2's; keywords of qmx.augment.make_view
     config.strong_view = ConfigDict(
         dict(
             **crop,
@@ -230,6 +179,34 @@ def base() -> ConfigDict:
         hidden=512,  # of the predictor
         fix_predictor_rate=True,  # the predictor's rate stays as it is, whatever the schedule
     )
+    # SimSiam with more views. Batch and epochs are its paper's; the rest is SimSiam's.
+    config.pretrain.fastsiam = training(
+        epochs=25.0,
+        batch_size=32,
+        learning_rate=0.00625,  # 0.05 x batch_size / 256
+        schedule="cosine_by_epoch",
+        views=4,  # of an image in one step; each predicts the mean of the others
+        features=2048,  # D
+        layers=3,  # of the projector; 2 on CIFAR
+        hidden=512,  # of the predictor
+        fix_predictor_rate=True,  # the predictor's rate stays as it is, whatever the schedule
+    )
+    # The values of its reference, on CIFAR.
+    config.pretrain.emp_ssl = training(
+        epochs=30.0,
+        batch_size=100,  # images; a step has `views` times as many crops
+        optimizer="larc",
+        learning_rate=0.3,
+        schedule="cosine",
+        nesterov=True,
+        weight_decay_on="kernels",
+        views=20,  # crops of an image in one step
+        crop_scale=(0.25, 0.25),  # share of the image's area, in the place of strong_view's
+        similarity=200.0,  # weight of the mean cosine of crops to their mean, lambda
+        distortion=0.2,  # eps^2 of the total coding rate
+        features=1024,  # D
+        hidden=4096,  # of the projector
+    )
     config.pretrain.rotation = training(
         epochs=70.0,
         batch_size=128,
@@ -261,7 +238,17 @@ def base() -> ConfigDict:
     config.fixmatch = ConfigDict(
         dict(
             mu=5,  # images of the pool for each that was asked, in every batch
-            threshold=0.7,  # the teacher's confidence in an image that is learned from
+            # how much a guess counts: fixed, relative, free, soft; FixMatch's, AdaMatch's,
+            # FreeMatch's and SoftMatch's way
+            rule="fixed",
+            # the teacher's confidence in an image that is learned from; for the rule relative, as a
+            # share of that in what was asked; free and soft have none
+            threshold=0.7,
+            # shares of the classes that guesses are brought to: none; uniform; asked, those of the
+            # student's answers on what was asked
+            align="none",
+            guess_temperature=0.0,  # of soft guesses; 0 learns the class, 1 the guess as it is
+            guess_decay=0.999,  # of the averages that rules and alignment take over the steps
             weight=10.0,  # of the pool's loss, lambda_u
             decay=0.999,  # of the teacher, which is the student that is evaluated
             # passes over the pool, which is how both papers count; over them the recipe's schedule

@@ -14,7 +14,16 @@ from qmx.augment import make_view
 from qmx.contract import Batch, Method, Network, View
 from qmx.data import epoch_steps
 from qmx.grid import Cell, recipe_of
-from qmx.methods import distill, fixmatch, linear, moco, rotation, simsiam
+from qmx.methods import (
+    distill,
+    emp_ssl,
+    fastsiam,
+    fixmatch,
+    linear,
+    moco,
+    rotation,
+    simsiam,
+)
 from qmx.networks import Look, backbone, evaluated_in
 from qmx.recipes import Recipe, distill_steps, optimiser, pretrain_steps
 from qmx.train import TrainState, init_state, make_step
@@ -78,19 +87,36 @@ def _moco(keys: Any, net: Callable[..., Network], view: View) -> Method:
     )
 
 
-# By the name in `config.inits` and `config.pretrain`. A new method is one file in qmx/methods, a
-# line here, and its keys in qmx/settings.py.
-PRETRAINING: dict[str, Pretraining] = {
-    "moco": Pretraining(_moco),
-    "simsiam": Pretraining(
-        lambda keys, net, view: simsiam.make(
+def _siamese(make: Callable[..., Method], *also: str) -> Pretraining:
+    """The line of `simsiam.make` or of `fastsiam.make`, which takes the keys `also` too."""
+    return Pretraining(
+        lambda keys, net, view: make(
             net(zero_init=True),
             models.simsiam_projector(keys.features, keys.layers),
             models.simsiam_predictor(keys.hidden),
             view,
+            **{key: keys[key] for key in also},
         ),
         parts=("backbone", "head", "predictor"),
         constant=lambda keys: ("predictor",) if keys.fix_predictor_rate else (),
+    )
+
+
+# By the name in `config.inits` and `config.pretrain`. A new method is one file in qmx/methods, a
+# line here, and its keys in qmx/settings.py.
+PRETRAINING: dict[str, Pretraining] = {
+    "moco": Pretraining(_moco),
+    "simsiam": _siamese(simsiam.make),
+    "fastsiam": _siamese(fastsiam.make, "views"),
+    "emp_ssl": Pretraining(
+        lambda keys, net, view: emp_ssl.make(
+            net(),
+            models.emp_ssl_projector(keys.features, keys.hidden),
+            view,
+            views=keys.views,
+            similarity=keys.similarity,
+            distortion=keys.distortion,
+        )
     ),
     "rotation": Pretraining(
         lambda keys, net, view: rotation.make(net(), models.classifier(4), view), view="weak_view"
@@ -110,6 +136,7 @@ def pretrainer(
             return backbone(student.arch, student.dtype, seen)
         return models.backbone(student.arch, dtype=jnp.dtype(student.dtype), **options)
 
+    view_keys = {**view_keys, "crop_scale": keys.get("crop_scale", view_keys["crop_scale"])}
     method = row.make(keys, net, view(view_keys, seen))
     constant = row.constant(keys)
     rates = {
@@ -149,16 +176,14 @@ def self_labeller(
         weak,
         view(strong_keys, seen),
         **temperatures,
-        threshold=fixmatch_keys.threshold,
-        weight=fixmatch_keys.weight,
-        decay=fixmatch_keys.decay,
+        **{key: fixmatch_keys[key] for key in fixmatch_keys if key not in ("mu", "epochs")},
     )
     return _trainer(method, tx, seen, keys.batch_size, scores=True)
 
 
 def _student(
     keys: Recipe, view_keys: Any, seen: Look, steps: int
-) -> tuple[Network, View, optax.GradientTransformation, dict[str, float]]:
+) -> tuple[Network, View, optax.GradientTransformation, dict[str, Any]]:
     """The head, the weak view, the optimiser and the temperatures of a student's recipe."""
     if any(keys.jitter):
         view_keys = {**view_keys, "jitter": keys.jitter, "jitter_p": 1.0}

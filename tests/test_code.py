@@ -23,7 +23,7 @@ LEVELS = (
     ("data", "metrics", "inference", "checkpoint", "workdir"),
     ("progress", "train", "losses", "augment", "optim", "files"),
     ("sharding",),
-    ("contract", "terminal", "signals", "audit_keys"),
+    ("contract", "terminal", "signals", "audit_keys", "training_keys"),
 )
 LEVEL = {name: place for place, names in enumerate(LEVELS) for name in names}
 

@@ -8,15 +8,49 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qmx import augment, distill, fixmatch, moco, models, optim, rotation, simsiam
+from qmx import (
+    augment,
+    distill,
+    emp_ssl,
+    fastsiam,
+    fixmatch,
+    moco,
+    models,
+    optim,
+    rotation,
+    simsiam,
+)
 from qmx.contract import Encoder, by_path, chain
 from qmx.methods import linear
 from qmx.train import init_state, make_step
 
 B = 8
-NAMES = ("moco", "simsiam", "rotation", "distill", "linear", "fixmatch")
+VIEWS = {  # calls of a view in one step
+    "moco": 2,
+    "simsiam": 2,
+    "fastsiam": 3,
+    "emp_ssl": 1,
+    "rotation": 1,
+    "distill": 1,
+    "linear": 1,
+    "fixmatch": 3,
+}
+NAMES = tuple(VIEWS)
 STRONG = augment.make_view(8, jitter=(0.4, 0.4, 0, 0), grey_p=0, mean=(0.3,), std=(0.4,))
 WEAK = augment.weak_view(8, mean=(0.3,), std=(0.4,))
+
+
+# On the pixels, with batch statistics, for what needs no convolutions: it compiles quickly.
+LAYER = models.classifier(16, standardize=True)
+QUICK = models.Network(
+    lambda rng, x: LAYER.init(rng, x.reshape(len(x), -1)),
+    lambda p, s, x, train, rng=None: LAYER.apply(p, s, x.reshape(len(x), -1), train),
+)
+
+
+def backbone(name):
+    """The backbone of `make`."""
+    return QUICK if name in ("emp_ssl", "fastsiam") else models.backbone("resnet8")
 
 
 def make(name, view=None, **changes):
@@ -34,6 +68,11 @@ def make(name, view=None, **changes):
         return simsiam.make(
             net, models.simsiam_projector(16, 2), models.simsiam_predictor(8), view or STRONG
         )
+    if name == "fastsiam":
+        heads = models.simsiam_projector(16, 2), models.simsiam_predictor(8)
+        return fastsiam.make(QUICK, *heads, view or STRONG, views=3)
+    if name == "emp_ssl":
+        return emp_ssl.make(QUICK, models.emp_ssl_projector(16, 8), view or STRONG, views=3)
     if name == "rotation":
         return rotation.make(models.backbone("resnet8"), models.classifier(4), view or WEAK)
     if name == "linear":
@@ -95,14 +134,13 @@ def test_contract(name):
         assert "loss" in values
         for key, value in values.items():
             assert value.shape == () and value.dtype == jnp.float32 and np.isfinite(value), key
-    views = {"moco": 2, "simsiam": 2, "rotation": 1, "distill": 1, "linear": 1, "fixmatch": 3}[name]
-    assert traces == views, "the step was traced more than once"
+    assert traces == VIEWS[name], "the step was traced more than once"
     assert int(states[-1].step) == 3
     encoder = method.encoder(states[-1].params, states[-1].state)
-    features, _ = models.backbone("resnet8").apply(
+    features, _ = backbone(name).apply(
         encoder.params, encoder.stats, jnp.zeros((2, 8, 8, 1)), False
     )
-    assert features.shape == (2, 64)
+    assert features.shape == (2, 16 if backbone(name) is QUICK else 64)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -447,7 +485,7 @@ def test_start_from_is_strict():
 def test_begins_from_an_encoder(name):
     """Every method: the backbone is the given one, copied; what it keeps holds that backbone."""
     method, _, states, _, _ = trained(name)
-    encoder = Encoder(*models.backbone("resnet8").init(jax.random.key(9), jnp.zeros((2, 8, 8, 1))))
+    encoder = Encoder(*backbone(name).init(jax.random.key(9), jnp.zeros((2, 8, 8, 1))))
     params, state = method.start(states[0].params, states[0].state, encoder)
     assert jax.tree.structure((params, state)) == jax.tree.structure(
         (states[0].params, states[0].state)
@@ -479,6 +517,8 @@ def test_a_step_has_a_key_for_dropout(name):
     method = {
         "moco": lambda: moco.make(net, head, plain, queue_size=4 * B),
         "simsiam": lambda: simsiam.make(net, head, models.classifier(10), plain),
+        "fastsiam": lambda: fastsiam.make(net, head, models.classifier(10), plain),
+        "emp_ssl": lambda: emp_ssl.make(net, head, plain, views=2),
         "rotation": lambda: rotation.make(net, models.classifier(4), plain),
         "distill": lambda: distill.make(net, head, plain),
         "linear": lambda: linear.make(net, head, plain),
@@ -536,13 +576,8 @@ def plain(rng, data):
 
 def plain_fixmatch(**changes):
     """On a network that compiles quickly, with batch statistics: (network, method)."""
-    layer = models.classifier(16, standardize=True)
-    net = models.Network(
-        lambda rng, x: layer.init(rng, x.reshape(len(x), -1)),
-        lambda p, s, x, train, rng=None: layer.apply(p, s, x.reshape(len(x), -1), train),
-    )
-    method = fixmatch.make(net, models.classifier(10), plain, plain, decay=0.9, **changes)
-    return chain(backbone=net, head=models.classifier(10)), method
+    method = fixmatch.make(QUICK, models.classifier(10), plain, plain, decay=0.9, **changes)
+    return chain(backbone=QUICK, head=models.classifier(10)), method
 
 
 @cache

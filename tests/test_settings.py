@@ -113,6 +113,23 @@ def test_simsiam_predictor_rate():
         assert (moved(last, "predictor") > 0.5 * moved(first, "predictor")) is fixed
 
 
+def test_many_views():
+    """The values of EMP-SSL's reference and of FastSiam's paper; both are built of them, EMP-SSL
+    with crops of its own."""
+    emp, fast = base().pretrain.emp_ssl, base().pretrain.fastsiam
+    assert (emp.batch_size, emp.learning_rate, emp.optimizer) == (100, 0.3, "larc")
+    assert (emp.views, emp.similarity, emp.distortion) == (20, 200, 0.2)
+    assert (emp.features, emp.hidden, emp.crop_scale) == (1024, 4096, (0.25, 0.25))
+    assert (fast.epochs, fast.batch_size, fast.views, fast.learning_rate) == (25, 32, 4, 0.05 / 8)
+    config, seen = digits(inits=("emp_ssl", "fastsiam"), selects=("random",), also=()), []
+    validate(config, DIGITS)
+    for name in config.inits:
+        trainer, _ = trainers.of_encoder(config, name, networks.look(DIGITS), DIGITS.pool.size)
+        seen.append(jax.eval_shape(trainer.init, jax.random.key(0)).params)
+    assert seen[0]["head"]["fc_6"]["kernel"].shape == (4096, 1024)
+    assert seen[1].keys() == {"backbone", "head", "predictor"}
+
+
 def test_sets_differ_in_their_recipes():
     """A small set has a smaller queue and a quicker momentum encoder than ImageNet."""
     ours, theirs = digits().pretrain.moco, base().pretrain.moco
@@ -239,6 +256,8 @@ def test_warnings():
     keep up."""
     slow = digits(also=("none+fixmatch",), fixmatch__decay=0.999)
     assert "fixmatch.decay 0.999 averages over about 1000 steps" in warnings(slow, DIGITS)[0]
+    free = digits(also=("none+fixmatch",), fixmatch__rule="free", fixmatch__decay=0.5)
+    assert "the averages of rule free and align none see too little" in warnings(free, DIGITS)[0]
     assert "larger than the pool" in warnings(digits(pretrain__moco__queue_size=2048), DIGITS)[0]
     assert "batch statistics" in warnings(digits(pretrain__moco__group_size=128), DIGITS)[0]
 
@@ -311,6 +330,9 @@ def test_no_budget():
             ("none+typiclust+fixmatch",),
             "none [+] typiclust [+] logits [+] fixmatch, which needs an encoder",
         ),
+        ("fixmatch__rule", "fre", "did you mean 'free'"),
+        ("fixmatch__align", "unifrom", "did you mean 'uniform'"),
+        ("pretrain__emp_ssl__views", 1, "views 1 must be a whole number from 2 to"),
         ("fixmatch__mu", 0, "fixmatch.mu 0 must be a whole number from 1 to 1,000"),
         ("fixmatch__threshold", 1.5, "fixmatch.threshold 1.5 must be from 0 to 1 .a probability."),
         ("fixmatch__weight", -1.0, "fixmatch.weight -1.0 must be from 0 to"),

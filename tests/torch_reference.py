@@ -298,6 +298,18 @@ def simsiam_predictor(features, hidden, splits=1):
     )
 
 
+def emp_ssl_projector(features, hidden, out):
+    return Fc(
+        nn.Linear(features, hidden, bias=False),
+        SplitBatchNorm(hidden),
+        ReLU(),
+        nn.Linear(hidden, hidden, bias=False),
+        SplitBatchNorm(hidden),
+        ReLU(),
+        nn.Linear(hidden, out),
+    )
+
+
 def network(**parts):
     """The parts one after the other, under their names."""
     return nn.Sequential(OrderedDict(parts))
@@ -335,6 +347,32 @@ def simsiam_loss(net, x1, x2):
     z1, z2 = (net.head(net.backbone(x)) for x in (x1, x2))
     p1, p2 = net.predictor(z1), net.predictor(z2)
     return -0.5 * (similarity(p1, z2.detach()).mean() + similarity(p2, z1.detach()).mean())
+
+
+def fastsiam_loss(net, xs):
+    """Pototzky et al. 2022: each view against the mean of the other views' projections."""
+    zs = [net.head(net.backbone(x)) for x in xs]
+    total = 0
+    for i, p in enumerate([net.predictor(z) for z in zs]):
+        others = torch.stack([z.detach() for j, z in enumerate(zs) if j != i])
+        total = total - F.cosine_similarity(p, others.mean(0), dim=1).mean()
+    return total / len(xs)
+
+
+def coding_rate(z, distortion):
+    """Half the log-determinant of I + d / (m eps^2) times the sum of the rows' outer products."""
+    count, features = z.shape
+    outer = torch.einsum("bi,bj->ij", z, z)
+    return torch.logdet(torch.eye(features) + features / (count * distortion) * outer) / 2
+
+
+def emp_ssl_loss(net, crops, similarity, distortion):
+    """Tong et al. 2023 of a list of batches, the first crops of all images, the second ones, ...;
+    all of them go through the network together."""
+    z = F.normalize(net(torch.cat(crops)), dim=1).chunk(len(crops))
+    mean = sum(z) / len(z)
+    agree = sum(F.cosine_similarity(one, mean, dim=1).mean() for one in z) / len(z)
+    return -sum(coding_rate(one, distortion) for one in z) / len(z) - similarity * agree
 
 
 def rotation_loss(net, x):
@@ -382,7 +420,76 @@ class FixMatch:
                 value.mul_(self.decay).add_(theirs[name], alpha=1 - self.decay)
 
 
+class Judged(FixMatch):
+    """The same with the rules of AdaMatch, FreeMatch and SoftMatch; averages that start from equal
+    shares."""
+
+    def __init__(self, *args, rule, align, guess_temperature, guess_decay, classes):
+        super().__init__(*args)
+        self.rule, self.align = rule, align
+        self.guess_temperature, self.keep = guess_temperature, guess_decay
+        self.p_model = torch.full((classes,), 1 / classes)
+        self.p_asked = self.p_model.clone()
+        self.mean, self.var = torch.tensor(1 / classes), torch.tensor(1.0)
+
+    def average(self, name, value):
+        setattr(self, name, self.keep * getattr(self, name) + (1 - self.keep) * value)
+        return getattr(self, name)
+
+    def loss(self, x_asked, scores, x_weak, x_strong):
+        """And how much each guess counts."""
+        with torch.no_grad():
+            raw = F.softmax(self.teacher(x_weak), 1)
+        logits = self.student(torch.cat([x_asked, x_strong]))
+        asked, pool = logits[: len(x_asked)], logits[len(x_asked) :]
+        with torch.no_grad():
+            of_asked = F.softmax(asked, 1)
+            p_model = self.average("p_model", raw.mean(0))
+            wanted = self.average("p_asked", of_asked.mean(0))
+            p = raw
+            if self.align != "none":
+                wanted = (
+                    wanted if self.align == "asked" else torch.full_like(p_model, 1 / len(p_model))
+                )
+                p = raw * (wanted + 1e-6) / (p_model + 1e-6)
+                p = p / p.sum(1, keepdim=True)
+            sure, labels = p.max(1)
+            mean = self.average("mean", sure.mean())
+            var = self.average("var", sure.var(unbiased=True))
+            if self.rule == "soft":
+                count = torch.exp(-((sure - mean).clamp(max=0) ** 2) / (2 * var / 2**2))
+                p, labels = raw, raw.argmax(1)
+            else:
+                least = {
+                    "fixed": self.threshold,
+                    "relative": self.threshold * of_asked.max(1).values.mean(),
+                    "free": mean * (p_model / p_model.max())[labels],
+                }[self.rule]
+                count = (sure >= least).to(sure)
+            target = F.one_hot(labels, p.shape[1]).to(p)
+            if self.guess_temperature:
+                target = p ** (1 / self.guess_temperature)
+                target = target / target.sum(1, keepdim=True)
+        known = F.kl_div(
+            F.log_softmax(asked, 1), F.softmax(scores / self.temperature, 1), reduction="batchmean"
+        )
+        guessed = -(target * F.log_softmax(pool, 1)).sum(1) * count
+        return known + self.weight * guessed.mean(), count
+
+
 # Optimiser
+
+
+def limited(net, rate, decay):
+    """What LARC with clipping makes of the gradients of kernels: decay, and a rate of at most 0.005
+    of the weights' length over the gradient's; the share of kernels that it limits."""
+    shares = []
+    for p in net.parameters():
+        if p.grad is not None and p.ndim > 1:
+            most = 0.005 * p.detach().norm() / (p.grad.norm() + decay * p.detach().norm() + 1e-8)
+            shares.append(min(float(most) / rate, 1))
+            p.grad = (p.grad + decay * p.detach()) * shares[-1]
+    return np.mean(np.array(shares) < 1)
 
 
 def cosine_by_epoch(rate, epochs, steps):

@@ -4,6 +4,13 @@ Sohn et al. 2020, *FixMatch: Simplifying Semi-Supervised Learning with Consisten
 with the teacher of Cai et al. 2021, *Exponential Moving Average Normalization for Self-supervised
 and Semi-supervised Learning* (EMAN), whose batch-norm statistics are averaged as its parameters
 are. It asks nothing.
+
+How much each guess counts is a choice (`RULES`), and so is its correction by class (`ALIGNMENTS`):
+
+Berthelot et al. 2022, *AdaMatch: A Unified Approach to Semi-Supervised Learning and Domain
+Adaptation*; Wang et al. 2023, *FreeMatch: Self-adaptive Thresholding for Semi-supervised Learning*;
+Chen et al. 2023, *SoftMatch: Addressing the Quantity-Quality Trade-off in Semi-supervised
+Learning*; all of them in `microsoft/Semi-supervised-learning` (USB), where the constants are from.
 """
 
 from typing import NamedTuple
@@ -25,8 +32,22 @@ from qmx.contract import (
     view_shape,
     wide,
 )
-from qmx.losses import kl_target_student
+from qmx.losses import kl_target_student, soft_cross_entropy
 from qmx.optim import EmaState, ema
+
+RULES = ("fixed", "relative", "free", "soft")
+ALIGNMENTS = ("none", "uniform", "asked")
+SIGMAS = 2.0  # n_sigma of SoftMatch: its weights fall with half the standard deviation
+ALIGNED = 1e-6  # what USB adds to both sides of a ratio of shares
+
+
+class Guesses(NamedTuple):
+    """Moving averages over the teacher's guesses, of which the rules and the alignment are made."""
+
+    pool: jax.Array  # f32[N], mean probabilities on the pool's images, before any alignment
+    asked: jax.Array  # f32[N], the student's mean probabilities on the asked images
+    confidence: jax.Array  # f32[], mean of the pool's largest probabilities, after it
+    variance: jax.Array  # f32[], variance of those
 
 
 class FixmatchState(NamedTuple):
@@ -34,6 +55,7 @@ class FixmatchState(NamedTuple):
 
     stats: PyTree  # running statistics of the network that is trained
     teacher: EmaState  # of an Encoder: the average of its parameters and of these statistics
+    guesses: Guesses
 
 
 def make(
@@ -42,7 +64,11 @@ def make(
     weak_view: View,
     strong_view: View,
     *,
+    rule: str = "fixed",
     threshold: float = 0.7,
+    align: str = "none",
+    guess_temperature: float = 0.0,
+    guess_decay: float = 0.999,
     weight: float = 10.0,
     decay: float = 0.999,
     target_temperature: float = 1.5,
@@ -54,18 +80,37 @@ def make(
     and names a class for each. The asked images in the weak view and the pool's in the strong one
     go through the network in one batch, with batch statistics of all of them, as in both
     references. The loss is that of `qmx.methods.distill` on the asked images, and `weight` times
-    the cross-entropy with the teacher's class on the pool's, which counts as 0 where the teacher is
-    less sure than `threshold`; the mean is over all of the pool's images, those too. The teacher's
-    class is hard, as in both papers: with a threshold it replaces the sharpening of soft ones
-    (FixMatch, section 2.2).
+    the cross-entropy with the teacher's guess on the pool's, each times what `rule` gives for it;
+    the mean is over all of the pool's images, also those that count as 0.
+
+    The rules, for a guess whose largest probability is c, of class k:
+      "fixed": 1 where c >= `threshold`, else 0. FixMatch.
+      "relative": the same with `threshold` times the student's mean confidence on the asked images
+        of the batch. AdaMatch. A student of soft scores is less sure than one of labels; this
+        follows it.
+      "free": the same with the average confidence, times the average share of k over that of the
+        most frequent class. FreeMatch, without its fairness term, whose weight is 0.001 on
+        CIFAR-10. It starts at 1 / N, so that all count at first.
+      "soft": exp(-(c - m)^2 / (2 s^2)) below m, 1 above; m is the average confidence and s half its
+        standard deviation. SoftMatch. It starts at m = 1 / N and a variance of 1.
+    The averages are over the steps, with `guess_decay`, the step's own images among them.
 
     Args:
       net: f32[B, S, S, C] -> f32[B, F].
       head: f32[B, F] -> f32[B, N] (`qmx.models.classifier`).
       weak_view, strong_view: of one side S; the weak one is called on the asked images and on the
         pool's, with keys of their own. The papers' strong view is RandAugment, on ImageNet.
-      threshold: tau, on the teacher's softmax. EMAN's on ImageNet; FixMatch's on CIFAR-10 is 0.95.
-        A student of soft scores is less sure than one of labels.
+      rule: how much a guess counts, see above.
+      threshold: tau, on the teacher's softmax. EMAN's on ImageNet; FixMatch's on CIFAR-10 is 0.95,
+        and so is AdaMatch's share. "free" and "soft" have none.
+      align: "none"; or each guess is multiplied, class by class, by wanted over average shares and
+        brought back to a sum of 1. Wanted are equal shares ("uniform", SoftMatch's), or those of
+        the asked images' average ("asked", AdaMatch's). With the rule "soft" alignment is for the
+        weights alone, as in its reference. USB's averages start from a first batch, these from 1/N.
+      guess_temperature: 0 takes the guess's class, as all four papers do: with a threshold it
+        replaces sharpening (FixMatch, section 2.2). Above 0 the guess stays soft, its
+        log-probabilities divided by it; 1 leaves them as they are, USB's is 0.5.
+      guess_decay: of the averages, USB's `ema_p`. A thousand steps: shorter runs need less.
       weight: lambda_u. EMAN's and FixMatch's on ImageNet; FixMatch's on CIFAR-10 is 1.
       decay: the teacher's share of itself. With 0.999 it averages over a thousand steps: shorter
         runs need less.
@@ -77,18 +122,27 @@ def make(
       same prefix; mu is a whole number (5 in EMAN, 7 in FixMatch on CIFAR-10). `encoder` and
       `network` give the teacher, which both papers evaluate.
       Metrics: `agreement_top1` as distillation's; `confident`, the share of the pool's images that
-      count; `pool_agreement`, the share of them all on which the student, in the strong view, names
-      the teacher's class; `pool_loss`, before `weight`.
+      count, or the mean of what they count; `pool_agreement`, the share of them all on which the
+      student, in the strong view, names the teacher's class; `pool_loss`, before `weight`.
 
     Raises:
-      ValueError: in `loss`, when the pool's images are no multiple of the asked.
+      ValueError: an unknown rule or alignment; in `loss`, when the pool's images are no multiple of
+        the asked.
     """
+    for name, word, words in (("rule", rule, RULES), ("align", align, ALIGNMENTS)):
+        if word not in words:
+            raise ValueError(f"{name} {word!r} is unknown; choose one of {', '.join(words)}")
     network = chain(backbone=net, head=head)
     average = ema(decay)
 
     def init(rng: jax.Array, batch: Batch) -> tuple[PyTree, FixmatchState]:
-        params, stats = network.init(rng, view_shape(weak_view, batch))
-        return params, FixmatchState(stats, average.init(Encoder(params, stats)))
+        x = view_shape(weak_view, batch)
+        params, stats = network.init(rng, x)
+        scores = jax.eval_shape(lambda: network.apply(params, stats, x, False)[0])
+        classes, dtype = scores.shape[-1], jnp.promote_types(scores.dtype, jnp.float32)
+        equal = jnp.full(classes, 1 / classes, dtype)
+        guesses = Guesses(equal, jnp.copy(equal), equal[0], jnp.ones((), dtype))
+        return params, FixmatchState(stats, average.init(Encoder(params, stats)), guesses)
 
     def loss(
         params: PyTree, state: FixmatchState, batch: Batch, rng: jax.Array
@@ -111,7 +165,7 @@ def make(
             jax.lax.stop_gradient(Encoder(params, state.stats)), state.teacher
         )
         guess, _ = network.apply(teacher.params, teacher.stats, weak_view(weak_key, pool), False)
-        classes, sure = guess.argmax(-1), jax.nn.softmax(wide(guess)).max(-1) >= threshold
+        guess = jax.lax.stop_gradient(guess)
 
         # Each asked image is followed by its share of the pool's, so that neither has to change its
         # device.
@@ -126,16 +180,52 @@ def make(
         known = kl_target_student(
             batch["scores"], on_asked, target_temperature, student_temperature
         ).mean()
-        guessed = (
-            optax.losses.softmax_cross_entropy_with_integer_labels(wide(on_pool), classes) * sure
-        ).mean()
+        guess, counts, guesses = judged(state.guesses, guess, on_asked)
+        classes = guess.argmax(-1)
+        if guess_temperature:
+            losses = soft_cross_entropy(guess, on_pool, guess_temperature)
+        else:
+            losses = optax.losses.softmax_cross_entropy_with_integer_labels(wide(on_pool), classes)
+        guessed = (losses * counts).mean()
         metrics = {
             "agreement_top1": (on_asked.argmax(-1) == batch["scores"].argmax(-1)).mean(),
-            "confident": sure.mean(),
+            "confident": counts.mean(),
             "pool_agreement": (on_pool.argmax(-1) == classes).mean(),
             "pool_loss": guessed,
         }
-        return known + weight * guessed, (FixmatchState(stats, averaged), metrics)
+        return known + weight * guessed, (FixmatchState(stats, averaged, guesses), metrics)
+
+    def judged(
+        old: Guesses, guess: jax.Array, on_asked: jax.Array
+    ) -> tuple[jax.Array, jax.Array, Guesses]:
+        """The guesses, aligned, as unnormalised log-probabilities; how much each counts; and the
+        averages after them."""
+        raw, asked = jax.nn.softmax(wide(guess)), jax.nn.softmax(wide(on_asked))
+        asked = jax.lax.stop_gradient(asked)
+
+        def moved(before: jax.Array, now: jax.Array) -> jax.Array:
+            return guess_decay * before + (1 - guess_decay) * now
+
+        shares, asked_shares = moved(old.pool, raw.mean(0)), moved(old.asked, asked.mean(0))
+        aligned = guess
+        if align != "none":
+            wanted = asked_shares if align == "asked" else 1 / len(shares)
+            aligned = wide(guess) + jnp.log((wanted + ALIGNED) / (shares + ALIGNED))
+        sure = jax.nn.softmax(wide(aligned)).max(-1)
+        confidence = moved(old.confidence, sure.mean())
+        variance = moved(old.variance, sure.var(ddof=1))
+        if rule == "soft":
+            below = jnp.minimum(sure - confidence, 0)
+            counts = jnp.exp(-(below**2) / (2 * variance / SIGMAS**2))
+        else:
+            least: jax.Array | float = threshold
+            if rule == "relative":
+                least = threshold * asked.max(-1).mean()
+            if rule == "free":
+                least = confidence * (shares / shares.max())[aligned.argmax(-1)]
+            counts = sure >= least
+        kept = guess if rule == "soft" else aligned
+        return kept, counts, Guesses(shares, asked_shares, confidence, variance)
 
     def encoder(params: PyTree, state: FixmatchState) -> Encoder:
         teacher = state.teacher.average
@@ -147,7 +237,7 @@ def make(
         params, stats = begin_from(params, state.stats, encoder)
         # The teacher starts as a copy, with the same fresh head.
         copy = jax.tree.map(jnp.copy, Encoder(params, stats))
-        return params, FixmatchState(stats, EmaState(copy))
+        return params, state._replace(stats=stats, teacher=EmaState(copy))
 
     def kept(params: PyTree, state: FixmatchState) -> Encoder:
         return state.teacher.average  # of the last step

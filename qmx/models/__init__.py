@@ -8,7 +8,13 @@ import jax.numpy as jnp
 
 from qmx.contract import Network, PyTree
 from qmx.models.foreign import from_equinox, from_nnx
-from qmx.models.heads import Classifier, MocoHead, SimsiamPredictor, SimsiamProjector
+from qmx.models.heads import (
+    Classifier,
+    EmpSslProjector,
+    MocoHead,
+    SimsiamPredictor,
+    SimsiamProjector,
+)
 from qmx.models.norm import fold
 from qmx.models.resnet import ARCHS, ResNet
 
@@ -16,6 +22,7 @@ __all__ = [
     "ARCHS",
     "backbone",
     "classifier",
+    "emp_ssl_projector",
     "fold",
     "from_equinox",
     "from_linen",
@@ -78,6 +85,11 @@ def classifier(
 def moco_head(features: int = 128, hidden: int | None = None) -> Network:
     """MoCo v2's two-layer head; see `qmx.models.heads.MocoHead`."""
     return from_linen(MocoHead(features, hidden))
+
+
+def emp_ssl_projector(features: int = 1024, hidden: int = 4096, stats_groups: int = 1) -> Network:
+    """EMP-SSL's projector; see `qmx.models.heads.EmpSslProjector`."""
+    return from_linen(EmpSslProjector(features, hidden, stats_groups))
 
 
 def simsiam_projector(features: int = 2048, layers: int = 3, stats_groups: int = 1) -> Network:

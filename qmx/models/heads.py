@@ -111,6 +111,24 @@ class SimsiamProjector(nn.Module):
         return norm(self.stats_groups, affine=False, name=f"fc_{last + 1}")(x, train)
 
 
+class EmpSslProjector(nn.Module):
+    """EMP-SSL's projector: Linear - batch norm - ReLU, twice, then a Linear with a bias.
+
+    `model/model.py` of the reference. Its hidden Linears have biases, which a batch norm cancels.
+    """
+
+    features: int = 1024
+    hidden: int = 4096
+    stats_groups: int = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        for layer in (0, 3):
+            x = Linear(self.hidden, bias=False, name=f"fc_{layer}")(x)
+            x = nn.relu(BatchNorm(self.stats_groups, name=f"fc_{layer + 1}")(x, train))
+        return Linear(self.features, name="fc_6")(x)
+
+
 class SimsiamPredictor(nn.Module):
     """SimSiam's bottleneck: Linear - batch norm - ReLU - Linear with a bias, nothing after it."""
 

@@ -1,0 +1,62 @@
+"""The keys that a training has, a student's too; `qmx.settings` and configs make theirs of them.
+
+Comments are remarks as they are there.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+def training(**changes: Any) -> ConfigDict:
+    """The keys that every training has, with PyTorch's ImageNet protocol as their defaults."""
+    keys = dict(
+        epochs=90.0,  # passes over the images; warmup_epochs and milestones count them too
+        batch_size=256,  # global, over all devices
+        optimizer="sgd",  # sgd, lars, larc
+        learning_rate=0.1,  # after the warm-up, for the whole batch_size
+        schedule="step",  # constant, cosine, cosine_by_epoch, step
+        warmup_epochs=0.0,  # the rate rises linearly over these
+        warmup_start=0.0,  # the share of the rate that the warm-up starts from
+        milestones=(30.0, 60.0),  # the schedule "step" multiplies the rate by `factor` at each
+        factor=0.1,  # see milestones
+        momentum=0.9,
+        nesterov=False,  # Nesterov's momentum
+        weight_decay=1e-4,
+        weight_decay_on="all",  # or "kernels": no batch-norm scales, no biases
+    )
+    return ConfigDict({**keys, **changes})
+
+
+def distilling() -> ConfigDict:
+    """The keys of a student's training; the defaults are the fine-tuning protocol of PCL at 1 %."""
+    return training(
+        epochs=20.0,
+        learning_rate=0.01,
+        milestones=(12.0, 16.0),
+        factor=0.2,
+        weight_decay=5e-4,
+        head_learning_rate=1.0,  # of the classifier; the backbone has learning_rate
+        min_steps=0,  # a transfer set so small that `epochs` are fewer steps trains for this many
+        learn_from="scores",  # the target's, or the true "labels" of the same images
+        target_temperature=1.5,  # what the target's logits are divided by
+        student_temperature=1.0,  # what the student's logits are divided by
+        # brightness, contrast, saturation, hue of the weak view
+        jitter=(0.0, 0.0, 0.0, 0.0),
+        # features before the classifier by batch statistics, without scale and bias
+        standardize=False,
+    )
+
+
+def recipe(
+    inits: tuple[str, ...], above: float = 0.0, up_to: float = 1.0, **changes: Any
+) -> ConfigDict:
+    """One of `config.recipes`: how students train that start from one of `inits`, above < share of
+    the pool <= up_to.
+
+    Raises:
+      KeyError: a key that `distilling` does not have.
+    """
+    keys = distilling().lock()
+    keys.update(changes)
+    return ConfigDict({**keys, "inits": inits, "above": above, "up_to": up_to})
