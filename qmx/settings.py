@@ -33,8 +33,8 @@ def base() -> ConfigDict:
     # for margin and entropy: how often more is asked after a random share; two is the fewest in
     # which answers that were chosen choose others
     config.rounds = 2
-    # how much of an answer is seen: logits, probs, top5, rounded2, label, all replayed from answers
-    # asked for once: qmx/ledger/access.py; with a defence, qmx/ledger/weaken.py.
+    # how much of an answer is seen: logits, probs, top5, rounded2, label. Answers are asked for
+    # once and replayed: qmx/ledger/access.py; with a defence, qmx/ledger/weaken.py.
     config.accesses = ("logits",)
     # what a student learns from: "asked", the "pool" by propagation, "fixmatch" by itself
     config.uses = ("asked",)
@@ -106,9 +106,10 @@ def base() -> ConfigDict:
 
     # the model to copy; a training's keys are for the kind "train"
     config.target = training(
-        # train, torch, onnx, served, callable, recorded: trained on the pool's labels (train), read
-        # from PyTorch weights or an ONNX file in `path`, a server of the Open Inference Protocol
-        # v2, a Python function, or a table of answers beyond which nothing can be asked (recorded).
+        # the model to copy: train, torch, onnx, served, callable, recorded. It is trained on the
+        # pool's labels (train), read from PyTorch weights or an ONNX file in `path` (torch, onnx),
+        # a server of the Open Inference Protocol v2 (served), a Python function (callable), or a
+        # table of answers beyond which nothing can be asked (recorded).
         kind="train",
         arch="resnet50",  # train, torch; checked against the weights, and "" takes what they are
         seed=0,  # of its training
