@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 
 from qmx.contract import PyTree
 
 ITERATIONS = 100  # of L-BFGS, each a pass or two over the answers
+CHOOSING = 30  # of them, from the last decay's minimum on, where a decay is only looked at
 FEW = 10  # answers with which nothing is chosen: the middle decay and the first temperature
 
 
@@ -53,14 +53,23 @@ def _dense(layer: PyTree, x: jax.Array) -> jax.Array:
     return jnp.matmul(x, layer["kernel"], precision="highest") + layer["bias"]
 
 
-@partial(jax.jit, static_argnames=("tree",))
+def _tree(flat: Any, sizes: tuple[int, ...]) -> PyTree:
+    """A head of layers of these sizes (D, N, or D, hidden, N) from one vector."""
+    layers, at = {}, 0
+    for name, n, m in zip(("fc_0", "fc")[3 - len(sizes) :], sizes, sizes[1:], strict=False):
+        kernel, bias = flat[at : at + n * m].reshape(n, m), flat[at + n * m : at + n * m + m]
+        layers[name], at = {"kernel": kernel, "bias": bias}, at + n * m + m
+    return layers
+
+
+@partial(jax.jit, static_argnames=("sizes",))
 def _gradient(
-    flat: Any, features: Any, answers: Any, weight: Any, decay: Any, *, tree: Any
+    flat: Any, features: Any, answers: Any, weight: Any, decay: Any, *, sizes: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array]:
     """(the loss, its gradient) of a head as one vector: one dispatch for each of many calls."""
 
     def loss(flat: jax.Array) -> jax.Array:
-        params = tree(flat)
+        params = _tree(flat, sizes)
         log_q = jax.nn.log_softmax(forward(params, features))
         losses = -(answers * log_q).sum(-1)
         squares = sum(jnp.square(layer["kernel"]).sum() for layer in params.values())
@@ -69,17 +78,19 @@ def _gradient(
     return jax.value_and_grad(loss)(flat)
 
 
-def _minimum(flat: np.ndarray, tree: Any, *batch: Any) -> np.ndarray:
+def _minimum(
+    flat: np.ndarray, sizes: tuple[int, ...], *batch: Any, most: int = ITERATIONS
+) -> np.ndarray:
     """The vector at which `_gradient` is nothing, from one to begin with."""
     from scipy.optimize import minimize
 
     dtype = flat.dtype
 
     def fun(x: np.ndarray) -> tuple[float, np.ndarray]:
-        value, gradient = _gradient(x.astype(dtype), *batch, tree=tree)
+        value, gradient = _gradient(x.astype(dtype), *batch, sizes=sizes)
         return float(value), np.asarray(gradient, np.float64)
 
-    options = {"maxiter": ITERATIONS, "maxfun": 2 * ITERATIONS, "ftol": 1e-6, "gtol": 1e-5}
+    options = {"maxiter": most, "maxfun": 2 * most, "ftol": 1e-6, "gtol": 1e-5}
     begin = flat.astype(np.float64)
     return minimize(fun, begin, jac=True, method="L-BFGS-B", options=options).x.astype(dtype)
 
@@ -142,8 +153,8 @@ def fit(
         return jax.nn.softmax(jnp.asarray(rows, dtype) / temperature)
 
     begun = start(seed, features.shape[1], logits.shape[1], hidden, dtype)
-    unravel: Any = ravel_pytree(begun)
-    fresh, tree = np.asarray(unravel[0]), unravel[1]
+    sizes = tuple(size for size in (features.shape[1], hidden, logits.shape[1]) if size)
+    fresh = np.concatenate([layer[key].ravel() for layer in begun.values() for key in layer])
     x, n = scaled(features), len(features)
     part = np.random.default_rng(seed).permutation(n) % folds
     truth = np.asarray(soft(logits, 1.0))
@@ -156,8 +167,10 @@ def fit(
             weight, found = jnp.asarray(part != fold, dtype), fresh
             for place, decay in enumerate(decays):
                 begin = fresh if hidden else found  # the last one's is near
-                found = _minimum(begin, tree, x, answers, weight, decay)
-                log_q = log_softmax(temperature * np.asarray(_scores(tree(found), x)), axis=1)
+                found = _minimum(begin, sizes, x, answers, weight, decay, most=CHOOSING)
+                log_q = log_softmax(
+                    temperature * np.asarray(_scores(_tree(found, sizes), x)), axis=1
+                )
                 losses[place] -= (truth * log_q).sum(1)[part == fold].sum()
         return [float(loss) for loss in losses / n]
 
@@ -172,8 +185,8 @@ def fit(
     learn, answers = also or (features, logits)
     x = x if also is None else scaled(learn)
     weight = jnp.ones(len(learn), dtype)
-    found = _minimum(fresh, tree, x, soft(answers, temperature), weight, decay)
-    return Head(_plain(tree(found), mean, scale, temperature), decay, temperature, best)
+    found = _minimum(fresh, sizes, x, soft(answers, temperature), weight, decay)
+    return Head(_plain(_tree(found, sizes), mean, scale, temperature), decay, temperature, best)
 
 
 def _plain(params: PyTree, mean: Any, scale: float, temperature: float) -> PyTree:

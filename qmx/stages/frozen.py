@@ -136,7 +136,7 @@ def network_of(run: Run, path: Path, said: dict[str, Any]) -> tuple[Network, Enc
     """The network of a converted encoder, its variables on the devices, and its view."""
     dtype = said["dtype"]
     network = models.backbone(said["arch"], dtype=jnp.dtype(dtype), features=said["features"])
-    view = networks.shown_view(said["mean"], said["std"], said["size"])
+    view = networks.shown_view(tuple(said["mean"]), tuple(said["std"]), said["size"])
     side = said["size"]
     shape = (side, side) if side else tuple(run.data.shape[:2])
     check_file(path)
