@@ -8,7 +8,18 @@ import jax
 
 from qmx import trainers
 from qmx.data import Dataset
-from qmx.grid import USES, Cell, cells, columns, encoders, inits, recipe_name, recipe_of
+from qmx.grid import (
+    HEADS,
+    USES,
+    Cell,
+    cells,
+    columns,
+    encoders,
+    frozen,
+    inits,
+    recipe_name,
+    recipe_of,
+)
 from qmx.ledger import access
 from qmx.metrics import held_out
 from qmx.models.from_torch import split_part
@@ -73,6 +84,13 @@ def _problems(config: Any, data: Dataset) -> Iterator[str]:
         **{f"pretrain.{init}.path": keys.path for init, keys in config.pretrain.items()},
         **{f"lists[{place}]": path for place, path in enumerate(config.lists)},
     }
+    frozen_inits = [init for init in encoders(config) if frozen(config, init)]
+    for init in frozen_inits:
+        keys = config.pretrain[init]
+        if not keys.path:
+            yield f"the init {init!r} needs --config.pretrain.{init}.path, its {keys.kind}"
+        if keys.kind == "callable":  # no file alone
+            files.pop(f"pretrain.{init}.path")
     for key, path in files.items():
         if path and not split_part(path)[0].is_file():
             yield f"{key} {path}: no such file"
@@ -87,8 +105,16 @@ def _problems(config: Any, data: Dataset) -> Iterator[str]:
     trained = {
         f"pretrain.{init}": config.pretrain[init]
         for init in encoders(config)
-        if not config.pretrain[init].path
+        if not config.pretrain[init].path and init not in frozen_inits
     }
+    if strange := [
+        key for key in trained if key.partition(".")[2] not in (*trainers.PRETRAINING, "imported")
+    ]:
+        yield (
+            f"{strange[0]} is no method; it needs a kind: weights, callable or table, as in"
+            f" config.{strange[0]} = qmx.settings.public(kind='callable', path='FILE.py:function')"
+        )
+        return
     if trained.pop("pretrain.imported", None):
         yield "the init 'imported' needs --config.pretrain.imported.path=WEIGHTS"
     if config.target.kind == "train":
@@ -127,12 +153,16 @@ def _trainers(config: Any, data: Dataset) -> Iterator[tuple[str, Callable[[], tu
     if config.target.kind == "train":
         yield "target", partial(trainers.of_target, config, seen, pool)
     for init in encoders(config):
-        if not config.pretrain[init].path:
+        if not config.pretrain[init].path and not frozen(config, init):
             yield f"pretrain.{init}", partial(trainers.of_encoder, config, init, seen, pool)
-    if config.monitor.linear and encoders(config):
+    if config.monitor.linear and any(not frozen(config, init) for init in encoders(config)):
         learn = int((~held_out(pool)).sum())
         yield "monitor.probe", partial(trainers.of_probe, config, seen, learn)
-    kinds = {(recipe_name(config, cell), cell.use): cell for cell in cells(config, pool)}
+    kinds = {
+        (recipe_name(config, cell), cell.use): cell
+        for cell in cells(config, pool)
+        if cell.use not in HEADS.values()
+    }
     for (name, _), cell in kinds.items():
         key = f"recipes.{name}" if name else "distill"
         yield key, partial(trainers.of_student, config, cell, seen, pool)
@@ -143,6 +173,7 @@ def _recipes(config: Any, runs: list[Cell]) -> dict[str, Any]:
     return {
         f"recipes.{name}" if name else "distill": recipe_of(config, cell)
         for cell in runs
+        if cell.use not in HEADS.values()
         for name in [recipe_name(config, cell)]
     }
 

@@ -11,8 +11,10 @@ from qmx import models
 from qmx.augment import plain_view
 from qmx.checkpoint import load_weights
 from qmx.contract import Encoder, Network, View, chain, variable_shapes
+from qmx.files import write_arrays
 from qmx.inference import predict
-from qmx.networks import evaluated_in
+from qmx.ledger import pixel_digests
+from qmx.networks import evaluated_in, shown_view
 
 
 class Loaded(NamedTuple):
@@ -38,14 +40,24 @@ def load_encoder(path: Path | str) -> Loaded:
         left over, or of another shape.
     """
     facts = read_facts(Path(path))
+    if "head" in facts:
+        raise ValueError(
+            f"{path} is a head on features of the encoder {facts['method']}, and no network of"
+            " images; qmx.heads.scores takes it"
+        )
     dtype = jnp.dtype(evaluated_in(facts["dtype"]))
-    network = models.backbone(facts["arch"], dtype=dtype)
+    network = models.backbone(facts["arch"], dtype=dtype, features=facts.get("features", "class"))
     if facts["classes"]:
         head = models.classifier(facts["classes"], standardize=facts["standardize"])
         network = chain(backbone=network, head=head)
     shape = tuple(facts["shape"])
-    variables = load_weights(Path(path), variable_shapes(network, shape))
     view = plain_view(facts["mean"], facts["std"], facts["size"])
+    like = shape
+    if "features" in facts:  # of others, who may have trained on other images
+        view = shown_view(tuple(facts["mean"]), tuple(facts["std"]), facts["size"])
+        side = facts["size"]
+        like = (*((side, side) if side else shape[:2]), len(facts["mean"]))
+    variables = load_weights(Path(path), variable_shapes(network, like))
     return Loaded(network, variables, view, shape, facts)
 
 
@@ -80,3 +92,49 @@ def encode(encoder: Loaded, images: np.ndarray, batch_size: int = 256) -> np.nda
             f" uint8[n, {', '.join(map(str, encoder.shape))}]"
         )
     return predict(encoder.network, *encoder.variables, encoder.view, images, batch_size)
+
+
+def save_features(path: Path | str, images: np.ndarray, features: np.ndarray) -> None:
+    """Write a table of features, which `pretrain.NAME.kind=table` reads.
+
+    Args:
+      path: to write, .npz.
+      images: uint8[n, H, W, C], as the pipeline shows them; of equal ones the first counts.
+      features: f32[n, D].
+
+    Raises:
+      ValueError: the images are not uint8, or there are more or fewer features.
+    """
+    if len(images) != len(features):
+        raise ValueError(f"there are {len(images)} images and {len(features)} features")
+    rows = {digest: row for row, digest in reversed([*enumerate(pixel_digests(images))])}
+    image = np.stack([np.frombuffer(digest, np.uint8) for digest in rows])
+    write_arrays(Path(path), image=image, features=features[[*rows.values()]])
+
+
+def read_features(path: Path) -> tuple[list[bytes], np.ndarray]:
+    """(SHA-256 of the images, features f32[n, D]) of an .npz; nothing in it is executed.
+
+    Raises:
+      ValueError: it is not such a table.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            image, rows = file["image"], file["features"]
+    except Exception as error:  # of many kinds for damaged files
+        raise ValueError(
+            f"{path} cannot be read as an .npz of image and features: {error}"
+        ) from None
+    if (
+        (image.dtype, image.shape[1:]) != (np.uint8, (32,))
+        or rows.dtype not in (np.float32, np.float16)
+        or rows.ndim != 2
+        or len(rows) != len(image)
+        or not np.isfinite(rows).all()
+    ):
+        raise ValueError(
+            f"{path} has image {image.dtype}{list(image.shape)} and features"
+            f" {rows.dtype}{list(rows.shape)}; they must be uint8[n, 32], SHA-256 digests, and"
+            " finite float32 or float16 [n, D]"
+        )
+    return [row.tobytes() for row in image], rows.astype(np.float32)

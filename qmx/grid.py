@@ -10,8 +10,11 @@ from qmx.selection.select import NEED_FEATURES, SELECTS
 
 # Images that a student learns from: those that were asked about; the whole pool, the others with
 # their neighbours' scores (qmx/selection/propagate.py); or the whole pool, the others with the
-# student's own labels (qmx/methods/fixmatch.py).
-USES = ("asked", "pool", "fixmatch")
+# student's own labels (qmx/methods/fixmatch.py). A head learns as the first two do, on features of
+# an encoder that stays as it is (qmx/heads.py).
+USES = ("asked", "pool", "fixmatch", "head", "head_pool")
+HEADS = {"asked": "head", "pool": "head_pool"}
+NEED_ENCODER = ("pool", *HEADS.values())
 
 
 class Column(NamedTuple):
@@ -79,7 +82,8 @@ def recipe_of(config: Any, cell: Cell) -> Any:
 
 def columns(config: Any) -> list[Column]:
     """The product of the grid's axes and the columns of `config.also`. Columns of the product that
-    need features and have no encoder are left out.
+    need features and have no encoder are left out; students of encoders that stay as they are are
+    heads.
 
     Raises:
       ValueError: a word in `config.also` that no axis has; no column at all.
@@ -89,10 +93,22 @@ def columns(config: Any) -> list[Column]:
         for axes in product(*(config[axis] for axis in ("inits", "selects", "accesses", "uses")))
     ]
     also = [_column(words, config) for words in config["also"]]
+    grid, also = (
+        [_of_frozen(column) if frozen(config, column.init) else column for column in some]
+        for some in (grid, also)
+    )
+    if impossible := [
+        column.init for column in also if column.use == "fixmatch" and frozen(config, column.init)
+    ]:
+        raise ValueError(
+            f"also has {impossible[0]} + fixmatch, and the encoder {impossible[0]} stays as it is;"
+            " its students are heads"
+        )
+    grid = [c for c in grid if c.use != "fixmatch" or not frozen(config, c.init)]
     featureless = {
         column
         for column in (*grid, *also)
-        if column.init == "none" and (column.select in NEED_FEATURES or column.use == "pool")
+        if column.init == "none" and (column.select in NEED_FEATURES or column.use in NEED_ENCODER)
     }
     if impossible := [" + ".join(column) for column in also if column in featureless]:
         raise ValueError(
@@ -106,6 +122,15 @@ def columns(config: Any) -> list[Column]:
             f"{config['selects']} and uses {config['uses']} need; add one that is pretrained"
         )
     return rest
+
+
+def frozen(config: Any, init: str) -> bool:
+    """True if an init is an encoder that stays as it is, so that its students are heads."""
+    return "kind" in config.get("pretrain", {}).get(init, ())
+
+
+def _of_frozen(column: Column) -> Column:
+    return column._replace(use=HEADS.get(column.use, column.use))
 
 
 def inits(config: Any) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from qmx import models
 from qmx.augment import plain_view
-from qmx.contract import Encoder, Network, View, chain, variable_shapes
+from qmx.contract import Batch, Encoder, Network, View, chain, variable_shapes
 from qmx.data import Dataset
 from qmx.targets.query import PRECISIONS
 
@@ -77,6 +77,21 @@ def random_backbone(arch: str, dtype: str, seen: Look) -> Callable[[jax.Array], 
 def variables(network: Network, seen: Look) -> Encoder:
     """`qmx.contract.variable_shapes` of a network, for reading weights; traced once."""
     return variable_shapes(network, seen.shape)
+
+
+@cache
+def shown_view(mean: tuple[float, ...], std: tuple[float, ...], size: int = 0) -> View:
+    """The view of a network that somebody else trained, as `qmx.augment.plain_view`; grey images
+    are shown to one of three channels in three equal ones."""
+    plain = plain_view(mean, std, size)
+
+    def view(rng: jax.Array, batch: Batch) -> jax.Array:
+        images = batch["image"]
+        if images.shape[-1] == 1 and len(mean) == 3:
+            images = jnp.repeat(images, 3, -1)
+        return plain(rng, {"image": images})
+
+    return view
 
 
 @cache

@@ -5,6 +5,8 @@ Each stage leaves an artefact in the workdir and is skipped when the same inputs
     target/                       the target's weights
     pretrain/<init>-seed<s>/      an encoder
     monitor/<init>-seed<s>/       what its features are good for
+    pretrain/<init>/              one that stays as it is; select/ and evaluate/features-<init>/
+                                  have its features
     select/<way>-<queries>-seed<s>/   the pool's images that are asked about; to choose by answers
                                       (margin, entropy) this stage asks the target too, all rounds
                                       but the last
@@ -26,15 +28,15 @@ from pathlib import Path
 from typing import Any
 
 from qmx.data import Dataset, open_photos, opened
-from qmx.grid import cells, encoders
+from qmx.grid import HEADS, cells, encoders, frozen
 from qmx.progress import counted, progress, say
 from qmx.sharding import from_first
 from qmx.stages import outside, recorded
 from qmx.stages.distill import distill
 from qmx.stages.evaluate import evaluate
-from qmx.stages.features import features
+from qmx.stages.features import evaluation_features, features
 from qmx.stages.monitor import monitor
-from qmx.stages.pretrain import converted as converted_encoder
+from qmx.stages.pretrain import check as check_encoder
 from qmx.stages.pretrain import pretrain
 from qmx.stages.query import query
 from qmx.stages.report import report
@@ -79,15 +81,28 @@ def run(
     encoder |= {
         start: handed_on(call, pretrain, *start) for start in starts if start not in brought
     }
-    looks = {start: handed_on(call, monitor, encoder[start]) for start in starts}
-    # Cells whose images are chosen, or whose answers are spread, by features of their encoder.
-    by_features = {
+    # Cells whose images are chosen, or whose answers are spread, by features of their encoder, and
+    # heads on them.
+    heads = {cell.start for cell in grid if cell.use in HEADS.values()}
+    by_features = heads | {
         cell.start
         for cell in grid
         if chosen_by_features(cell, data.pool.size) or cell.use == "pool"
     }
-    feature = {
-        start: handed_on(call, features, encoder[start]) for start in starts if start in by_features
+    still = [start for start in starts if frozen(config, start[0])]
+    feature = {start: handed_on(call, features, encoder[start]) for start in still}
+    looks = {
+        start: handed_on(call, monitor, encoder[start], feature.get(start)) for start in starts
+    }
+    feature |= {
+        start: handed_on(call, features, encoder[start])
+        for start in starts
+        if start in by_features and start not in still
+    }
+    shown = {
+        start: handed_on(call, evaluation_features, encoder[start])
+        for start in starts
+        if start in heads
     }
     chosen = {cell: handed_on(call, select, cell, feature.get(cell.start), target) for cell in grid}
     answers = handed_on(call, query, target, chosen.values())  # the last that sees the target
@@ -97,7 +112,8 @@ def run(
         before = len(call.made)
         made = encoder.get(cell.start), feature.get(cell.start), chosen[cell], answers
         student = handed_on(call, distill, cell, *made)
-        rows.append(handed_on(call, evaluate, cell, student, chosen[cell], answers))
+        both = feature.get(cell.start), shown.get(cell.start)
+        rows.append(handed_on(call, evaluate, cell, student, *both, chosen[cell], answers))
         count(len(call.made) > before)
     if not call.made:
         say(f"all of it was done before, in {directory}; nothing was trained or asked")
@@ -137,4 +153,4 @@ def check_weights(config: Any, data: Dataset) -> None:
         converted_target(config.target, data)
     for init in encoders(config):
         if config.pretrain[init].path:
-            converted_encoder(config, init, data)
+            check_encoder(config, init, data)

@@ -13,8 +13,9 @@ from qmx.ledger import access
 from qmx.ledger.content import DTYPES as LEDGER_DTYPES
 from qmx.methods.fixmatch import ALIGNMENTS, RULES
 from qmx.models.resnet import ARCHS
+from qmx.models.vit import FEATURES
 from qmx.optim import DECAYS, OPTIMIZERS, SCHEDULES
-from qmx.settings import base, leaves, recipe
+from qmx.settings import base, leaves, public, recipe
 from qmx.targets.query import PRECISIONS
 from qmx.targets.shown import DTYPES as SHOWN_DTYPES
 from qmx.targets.shown import INTERPOLATIONS, LAYOUTS
@@ -37,6 +38,9 @@ FROM_0 = Range(0, 1e6)
 FROM_1 = Range(1, 1e6)
 PIXELS = Range(1, 65536)
 SEED = Range(0, 2**32 - 1)  # what numpy's generators take
+
+DTYPES = ("float64", "float32", "bfloat16")
+KINDS = ("weights", "callable", "table")  # of encoders that stay as they are
 
 RANGES = {
     "seeds": SEED,
@@ -118,10 +122,17 @@ RANGES = {
     # Of recipes.
     "above": SHARE,
     "up_to": SHARE,
+    # Of heads.
+    "head.hidden": Range(0, 65536, why="0 is a linear head"),
+    "folds": Range(2, 1000, why="parts of the answers"),
+    "decays": Range(0, 1e6, why="a decay of the weights"),
+    "temperatures": ABOVE_0,
 }
+# Of an encoder that stays as it is, by any name.
+PUBLIC = {"kind": KINDS, "features": FEATURES, "dtype": DTYPES}
 WHOLE = ("seeds", "queries")  # tuples of whole numbers
 OF_THE_GRID = ("fractions", "queries")  # whose limits are the pool's: qmx/grid.py
-ANY_LENGTH = ("milestones", "mean", "std", "expect")
+ANY_LENGTH = ("milestones", "mean", "std", "expect", "decays", "temperatures")
 
 WORDS = {
     "optimizer": OPTIMIZERS,
@@ -136,10 +147,11 @@ WORDS = {
     "interpolation": INTERPOLATIONS,
     "target.shown.dtype": SHOWN_DTYPES,
     "student.arch": ARCHS,
-    "student.dtype": ("float64", "float32", "bfloat16"),
+    "student.dtype": DTYPES,
     "pretrain.moco.head": ("mlp", "linear"),
     "rule": RULES,
     "align": ALIGNMENTS,
+    **{f"pretrain.public.{key}": words for key, words in PUBLIC.items()},
 }
 
 
@@ -148,8 +160,13 @@ def value_problems(config: Any) -> Iterator[str]:
     defaults = dict(leaves(base()))
     for name in config.recipes:
         defaults.update(leaves(recipe(inits=("none",)), f"recipes.{name}."))
+    named = [f"pretrain.{name}." for name in set(config.pretrain) - set(base().pretrain)]
+    for group in named:
+        defaults.update(leaves(public(), group))
     for key, value in leaves(config):
         default, last = defaults.get(key, value), key.rpartition(".")[2]
+        if key.startswith(tuple(named)):
+            last = f"pretrain.public.{last}" if last in PUBLIC else last
         allowed = RANGES.get(key, RANGES.get(last))
         if value is None and default is None:
             continue

@@ -9,6 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from qmx.audit_keys import auditing
+from qmx.frozen_keys import heads, public
 from qmx.training_keys import distilling, recipe, training
 
 __all__ = ["base", "leaves", "recipe"]
@@ -21,10 +22,8 @@ def base() -> ConfigDict:
     """
     config = ConfigDict()
 
-    # The grid: its product is what is run, see qmx/grid.py.
-
     config.seeds = (0,)  # one run for each; the report has their mean and deviation
-    # what a student starts from; also "imported", the weights of pretrain.imported.path
+    # what a student starts from; also "imported" and "public", the weights of pretrain.*.path
     config.inits = ("none", "rotation", "moco", "simsiam")
     # how the images to ask about are chosen; random, class_balanced, list, typiclust, balanced,
     # kcenter, probcover, margin, entropy; qmx/selection/
@@ -36,7 +35,7 @@ def base() -> ConfigDict:
     # how much of an answer is seen: logits, probs, top5, rounded2, label. Answers are asked for
     # once and replayed: qmx/ledger/access.py; with a defence, qmx/ledger/weaken.py.
     config.accesses = ("logits",)
-    # what a student learns from: "asked", the "pool" by propagation, "fixmatch" by itself
+    # what a student learns from: "asked", "pool" (propagation), "fixmatch"; "head", "head_pool"
     config.uses = ("asked",)
     # columns beside the product: "moco+typiclust+pool"; what is not named is each axis's first
     config.also = ()
@@ -218,13 +217,13 @@ def base() -> ConfigDict:
     )
     config.pretrain.imported = ConfigDict()
     for keys in config.pretrain.values():
-        # weights that somebody else pretrained: PyTorch's, or a qmx encoder; nothing is trained
-        keys.path = ""
+        keys.path = ""  # weights of somebody else, PyTorch's or qmx's: nothing is trained
+    config.pretrain.public = public()  # an encoder that stays as it is; more by other names
+    config.head = heads()
 
     config.distill = distilling()  # how students train that no recipe describes
     # By name, how those do that `recipe` describes by their init and share of the pool.
     config.recipes = ConfigDict()
-
     # of the use "pool", see qmx/selection/propagate.py
     config.propagation = ConfigDict(
         dict(
@@ -252,8 +251,8 @@ def base() -> ConfigDict:
             guess_decay=0.999,  # of the averages that rules and alignment take over the steps
             weight=10.0,  # of the pool's loss, lambda_u
             decay=0.999,  # of the teacher, which is the student that is evaluated
-            # passes over the pool, which is how both papers count; over them the recipe's schedule
-            # is stretched. 0 is as many steps as the recipe has, and so is whatever is fewer.
+            # passes over the pool, over which the recipe's schedule is stretched; 0 is as many
+            # steps as the recipe has, and so is whatever is fewer
             epochs=100.0,
         )
     )
@@ -275,7 +274,10 @@ def base() -> ConfigDict:
     config.audit = auditing()
 
     config.lock()  # so that a misspelt key in a config file is an error
-    config.recipes.unlock()  # a config gives its recipes names
+    for named in (config.recipes, config.pretrain):  # a config gives its own names to more
+        named.unlock()
+        for keys in named.values():
+            keys.lock()
     return config
 
 

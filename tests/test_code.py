@@ -19,11 +19,11 @@ LEVELS = (
     ("settings",),
     ("grid", "networks", "recipes"),
     ("targets",),
-    ("ledger", "selection", "methods", "models", "diagnostics"),
+    ("ledger", "selection", "methods", "models", "diagnostics", "heads"),
     ("data", "metrics", "inference", "checkpoint", "workdir"),
     ("progress", "train", "losses", "augment", "optim", "files"),
     ("sharding",),
-    ("contract", "terminal", "signals", "audit_keys", "training_keys"),
+    ("contract", "terminal", "signals", "audit_keys", "frozen_keys", "training_keys"),
 )
 LEVEL = {name: place for place, names in enumerate(LEVELS) for name in names}
 

@@ -91,7 +91,7 @@ def test_artefacts(finished):
         "ledger.sqlite",
         "query/keys.npz",
         "select/moco-typiclust-71-seed0/ids.npz",
-        "select/features-moco-seed0/features.npz",
+        "select/features-moco-seed0/features.npy",
         "distill/moco-random-logits-asked-71-seed0/metrics.jsonl",
         "evaluate/none-random-logits-asked-1437-seed0/result.json",
         "report.md",

@@ -17,9 +17,11 @@ from qmx.models.heads import (
 )
 from qmx.models.norm import fold
 from qmx.models.resnet import ARCHS, ResNet
+from qmx.models.vit import VITS, ViT
 
 __all__ = [
     "ARCHS",
+    "VITS",
     "backbone",
     "classifier",
     "emp_ssl_projector",
@@ -64,14 +66,19 @@ def backbone(
     zero_init: bool = False,
     dtype: Any = jnp.float32,
     folded: bool = False,
+    features: str = "class",
 ) -> Network:
-    """A ResNet or ResNeXt by name, up to its pooled features; see `qmx.models.resnet.ResNet`.
+    """A network by name up to its features: a ResNet or ResNeXt, see `qmx.models.resnet.ResNet`; or
+    a ViT, see `qmx.models.vit.ViT`, for which `dtype` and `features` alone count.
 
     Raises:
       ValueError: an unknown name, with the known ones.
     """
+    if arch in VITS:
+        return from_linen(ViT(VITS[arch], features, dtype))
     if arch not in ARCHS:
-        raise ValueError(f"network {arch!r} is unknown; choose one of {', '.join(ARCHS)}")
+        known = ", ".join([*ARCHS, *VITS])
+        raise ValueError(f"network {arch!r} is unknown; choose one of {known}")
     return from_linen(ResNet(ARCHS[arch], stats_groups, zero_init, dtype, folded))
 
 

@@ -1,9 +1,10 @@
 """Released PyTorch weights: `python -m qmx.models.from_torch FILE OUT.safetensors`.
 
 It knows ResNets and ResNeXts with torchvision's, transformers' and kuangliu's names, wherever they
-stand in a file: `qmx/models/roots.py`. Files are read as data alone (safetensors, or torch with
-`weights_only=True`). Every tensor is used, dropped by name, or an error. FILE#PART is one of
-several networks in a file, as in net.pth.tar#state_dict_ema.
+stand in a file (`qmx/models/roots.py`), and ViT, DINOv2 and DINOv3 with their own, transformers',
+timm's and torchvision's (`qmx/models/vit_layout.py`). Files are read as data alone (safetensors,
+or torch with `weights_only=True`). Every tensor is used, dropped by name, or an error. FILE#PART is
+one of several networks in a file, as in net.pth.tar#state_dict_ema.
 """
 
 import argparse
@@ -22,12 +23,15 @@ from qmx.models.read_torch import read
 from qmx.models.resnet import ARCHS
 from qmx.models.roots import Tables, classifiers, clean, find
 from qmx.models.to_torch import to_torch, unflatten
+from qmx.models.vit import VITS
+from qmx.models.vit_from_torch import convert as convert_transformer
+from qmx.models.vit_from_torch import transformers
 
 
 class Converted(NamedTuple):
     """A network from a file. The arrays may be transposed views of the mapped file."""
 
-    arch: str  # one of `ARCHS`
+    arch: str  # one of `ARCHS`, or of `VITS`
     backbone: Encoder
     head: PyTree | None  # {"fc": {"kernel", "bias"}}, or None if the file has no classifier
     used: int  # number of tensors in the network
@@ -77,8 +81,9 @@ def convert_tables(
         or classifiers; tensors of the network that are missing, unexpected or of the wrong shape,
         each by name; values that are not finite; a variance below zero.
     """
-    if arch and arch not in ARCHS:
-        raise ValueError(f"network {arch!r} is unknown; choose one of {', '.join(ARCHS)}")
+    if arch and arch not in ARCHS and arch not in VITS:
+        known = ", ".join([*ARCHS, *VITS])
+        raise ValueError(f"network {arch!r} is unknown; choose one of {known}")
     ours = any(name.startswith("params/") for name in tables.get("", {}))
     if ours:
         try:
@@ -86,6 +91,10 @@ def convert_tables(
         except ValueError as error:
             raise ValueError(f"{what}: {error}") from None
 
+    if patches := transformers(tables):
+        made = convert_transformer(tables, patches, arch, part, what=what)
+        left = () if ours else tuple(made.dropped)
+        return Converted(made.arch, Encoder(made.params, {}), None, made.used, left, made.root)
     network, others = find(tables, part, what)
     tensors = tables[network.table]
     have = {name: tuple(tensors[at].shape) for name, at in network.names.items()}
@@ -197,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status, 2 for a mistake."""
     parser = argparse.ArgumentParser(
         "python -m qmx.models.from_torch",
-        description="Convert released PyTorch weights of a ResNet or ResNeXt, once and strictly.",
+        description="Convert released PyTorch weights of a ResNet or a ViT, once and strictly.",
     )
     parser.add_argument(
         "file",
@@ -207,7 +216,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("out", type=Path, help="to write, .safetensors")
     parser.add_argument(
-        "--arch", default="", help="fail unless it is this network; one of " + ", ".join(ARCHS)
+        "--arch",
+        default="",
+        help="fail unless it is this network; one of " + ", ".join([*ARCHS, *VITS]),
     )
     args = parser.parse_args(argv)
     try:

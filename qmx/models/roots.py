@@ -138,6 +138,16 @@ def find(tables: Tables, part: str, what: str) -> tuple[Network, list[Network]]:
         raise ValueError(f"{what}: {error}") from None
     if not every:
         return nearest(tables), []
+    network = chosen_one(every, part, tables, what)
+    return network, [other for other in every if other != network]
+
+
+def chosen_one(every: list[Network], part: str, tables: Tables, what: str) -> Network:
+    """The network of several that a file is read for; see `find`.
+
+    Raises:
+      ValueError: several, and `part` does not say which; or it names none.
+    """
     chosen = selected(every, part) if part else distinct(without_momentum(every), tables)
     labels = ", ".join(network.label for network in (chosen or every))
     if not chosen:
@@ -148,7 +158,7 @@ def find(tables: Tables, part: str, what: str) -> tuple[Network, list[Network]]:
             f"{what} holds {len(chosen)} networks: {labels}; say which with"
             f" {file}#{chosen[-1].label}, for instance"
         )
-    return chosen[0], [network for network in every if network != chosen[0]]
+    return chosen[0]
 
 
 def selected(every: list[Network], part: str) -> list[Network]:

@@ -1,4 +1,4 @@
-"""Our weights under torchvision's names.
+"""Our weights under torchvision's names, or under timm's for vision transformers.
 
 python -m qmx.models.to_torch WEIGHTS.safetensors OUT.safetensors
 """
@@ -15,6 +15,7 @@ from qmx.models.layout import shapes, torch_name
 from qmx.models.norm import EPSILON
 from qmx.models.read_torch import import_torch, read_safetensors
 from qmx.models.resnet import ARCHS
+from qmx.models.vit_layout import to_timm
 
 # Names of torchvision.models; of the others its class takes the widths.
 TORCHVISION = {
@@ -34,7 +35,8 @@ OTHERS = {
 
 
 def to_torch(params: PyTree, stats: PyTree) -> dict[str, np.ndarray]:
-    """The state dict of torchvision's network with the variables `params` and `stats`.
+    """The state dict of torchvision's network, or timm's ViT, with the variables `params` and
+    `stats`.
 
     Args:
       params, stats: those of a backbone, or of `chain(backbone=..., head=...)` with a classifier as
@@ -58,6 +60,8 @@ def to_torch(params: PyTree, stats: PyTree) -> dict[str, np.ndarray]:
         if "norm" in head_stats and "fc" in head:
             head, head_stats = {"fc": standardised(head["fc"], head_stats["norm"])}, {}
         return tensors | names(head, head_stats)
+    if "patch" in params:
+        return to_timm(params)
     if "conv1" not in params or "bn1" not in params:
         raise ValueError(
             f"variables of {', '.join(sorted(params)) or 'nothing'} are not those of a backbone; a "
@@ -123,6 +127,8 @@ def loader(variables: Encoder) -> str:
       ValueError: no class of torchvision does.
     """
     backbone = variables.params.get("backbone", variables.params)
+    if "patch" in backbone:
+        return "timm's names; timm.create_model(..., num_classes=0, img_size=...) loads them"
     have = {name: value.shape for name, value in names(backbone, {}).items()}
     channels = backbone["conv1"]["kernel"].shape[2]
     arch = next(

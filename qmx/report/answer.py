@@ -143,9 +143,12 @@ def attacks_not_tried(results: dict) -> list[str]:
             "a selection by the answers (margin, entropy)",
             lambda c: c.select in ("margin", "entropy"),
         ),
-        ("answers spread to the rest of the pool", lambda c: c.use == "pool"),
+        ("answers spread to the rest of the pool", lambda c: c.use in ("pool", "head_pool")),
         ("a student that labels the rest of the pool itself", lambda c: c.use == "fixmatch"),
-        ("a public encoder, pretrained by others", lambda c: c.init == "imported"),
+        (
+            "a public encoder, pretrained by others",
+            lambda c: c.init == "imported" or c.use in ("head", "head_pool"),
+        ),
     ]
     return [words for words, of in known if not any(of(column) for column in tried)] + [
         "images that are synthesised, or taken from another distribution",

@@ -38,8 +38,33 @@ def account_notes(results: dict) -> list[str]:
             f" ({account['retried']} sent again), {account['unanswered']} without an answer.{lost}"
             f"{refused}{paid}"
         ),
+        *encoder_notes(results),
         recipes_note(results) + " Figures are those of the last step.",
     ] + ([f"Warning: {target['warning']}."] if target["warning"] else [])
+
+
+def encoder_notes(results: dict) -> list[str]:
+    """A line on each encoder that was brought along and stays as it is, with its licence."""
+    lines = {}
+    for found in results["monitors"]:
+        if "kind" not in found:
+            continue
+        made_of = {
+            "weights": f"{found.get('arch')} from {found['source']}",
+            "callable": f"the function in {found['source']}",
+            "table": f"features in {found['source']}",
+        }[found["kind"]]
+        how = (
+            f", shown at {found['size'] or 'their own'} pixels, features {found['features']},"
+            f" positions {found['positions'] or 'none'}"
+            if found["kind"] == "weights"
+            else ""
+        )
+        lines[found["init"]] = (
+            f"Encoder {found['init']}: {made_of}{how}, sha256 {found['sha256'][:16]}, licence"
+            f" {found['licence'] or 'not told'}; it stays as it is, and its students are heads."
+        )
+    return [*lines.values()]
 
 
 def recipes_note(results: dict) -> str:

@@ -11,9 +11,10 @@ from qmx import networks, trainers
 from qmx.checkpoint import save_weights
 from qmx.data import Source
 from qmx.data.sources import Beside, take
-from qmx.grid import Cell, recipe_name, recipe_of
+from qmx.grid import HEADS, Cell, recipe_name, recipe_of
 from qmx.ledger.access import as_logits
 from qmx.selection.propagate import propagate
+from qmx.stages import heads
 from qmx.stages.answers import Answers, read_scores
 from qmx.stages.features import Features
 from qmx.stages.pretrain import Pretrained, backbone
@@ -31,6 +32,7 @@ class Student(NamedTuple):
     sha256: str
     seconds: float  # of its training
     recipe: str
+    chosen: dict[str, Any] | None = None  # of a head: its decay and temperature, and how they did
 
 
 def distill(
@@ -45,7 +47,8 @@ def distill(
 
     Args:
       encoder: that it starts from; None for a start from nothing.
-      features: of that encoder, by which answers are spread where the cell's use is "pool".
+      features: of that encoder, by which answers are spread where the cell's use is "pool", and on
+        which a head learns.
       answers: not read by a recipe that learns from labels.
     """
     config, keys = run.config, recipe_of(run.config, cell)
@@ -55,12 +58,18 @@ def distill(
         "pool": run.data.pool_digest,
         # By its name, without the share: 71 of 1,437 images are the same student as 5 %.
         "cell": cell.name,
-        "distill": plain(keys),
-        "weak_view": plain(config.weak_view),
-        "student": plain(config.student),
         "encoder": encoder.sha256 if encoder else "none",
         "images": selection.crc32,
     }
+    is_head = cell.use in HEADS.values()
+    if is_head:
+        inputs |= {**heads.inputs_of(run, cell), "learn_from": keys.learn_from}
+    else:
+        inputs |= {
+            "distill": plain(keys),
+            "weak_view": plain(config.weak_view),
+            "student": plain(config.student),
+        }
     if keys.learn_from != "labels":
         inputs |= needed(answers).identity
         if left_out := len(selection.ids) - len(needed(answers).there(selection.ids)):
@@ -72,6 +81,9 @@ def distill(
         inputs["strong_view"] = plain(config.strong_view)
 
     def work(directory: Path) -> dict:
+        if is_head:
+            known = asked(run, cell, selection, answers)
+            return heads.fit(run, cell, needed(features), *known, directory)
         source = transfer_set(run, cell, features, selection, answers)
         seen, pool = networks.look(run.data), run.data.pool.size
         trainer, steps = trainers.of_student(config, cell, seen, pool)
@@ -109,7 +121,22 @@ def distill(
         }
 
     result = run.stage("distill", cell.name, inputs, work)
-    return Student(run.workdir / "distill" / cell.name / "student.safetensors", **result)
+    path = run.workdir / "distill" / cell.name / "student.safetensors"
+    told = {key: result.pop(key) for key in ("decay", "temperature", "held_out") if key in result}
+    return Student(path, **result, chosen=told or None)
+
+
+def asked(
+    run: Run, cell: Cell, selection: Selection, answers: Answers | NotDone
+) -> tuple[np.ndarray, Any]:
+    """(the images i64[n] that have an answer, their scores f32[n, N]) of a cell."""
+    ids = selection.ids
+    if recipe_of(run.config, cell).learn_from == "labels":
+        return ids, Labels(run.data.pool.labels[ids], run.data.classes)
+    answers = needed(answers)
+    ids = answers.there(ids)
+    keys = [row.tobytes() for row in answers.train[np.searchsorted(answers.ids, ids)]]
+    return ids, read_scores(run, answers.identity, keys, cell.access)
 
 
 def transfer_set(
@@ -120,15 +147,8 @@ def transfer_set(
     answers: Answers | NotDone,
 ) -> Source:
     """The images that a student sees, with "scores" beside them."""
-    pool, ids = run.data.pool, selection.ids
-    scores: Any
-    if recipe_of(run.config, cell).learn_from == "labels":
-        scores = Labels(pool.labels[ids], run.data.classes)
-    else:
-        answers = needed(answers)
-        ids = answers.there(ids)
-        keys = [row.tobytes() for row in answers.train[np.searchsorted(answers.ids, ids)]]
-        scores = read_scores(run, answers.identity, keys, cell.access)
+    pool = run.data.pool
+    ids, scores = asked(run, cell, selection, answers)
     if cell.use == "pool":
         known = softmax(scores[np.arange(len(ids))], axis=1)
         rows = propagate(needed(features).read(), ids, known, **run.config.propagation)

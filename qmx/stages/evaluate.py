@@ -6,15 +6,16 @@ from typing import Any
 import numpy as np
 
 from qmx import networks
-from qmx.contract import Encoder, Network
 from qmx.data.sources import take
 from qmx.files import read_arrays, write_arrays
-from qmx.grid import Cell, recipe_of
+from qmx.grid import HEADS, Cell, recipe_of
 from qmx.metrics import compare, fidelity_by_class, top_k
 from qmx.selection.by_answers import BY_ANSWERS, shares
 from qmx.sharding import first
+from qmx.stages import heads
 from qmx.stages.answers import Answers, read_scores
 from qmx.stages.distill import Student
+from qmx.stages.features import Features
 from qmx.stages.run import Run, needed, outputs, read_weights
 from qmx.stages.select import Selection
 from qmx.workdir import NotDone
@@ -33,10 +34,15 @@ def evaluate(
     run: Run,
     cell: Cell,
     student: Student | NotDone,
+    features: Features | NotDone | None,
+    shown: Features | NotDone | None,
     selection: Selection | NotDone,
     answers: Answers | NotDone,
 ) -> dict:
     """A cell's row, from its last step (never the best one).
+
+    Args:
+      features, shown: of the pool and of the evaluation images; read for a head.
 
     Evaluation images without an answer are left out of all figures, so that all are of the same.
     """
@@ -48,11 +54,12 @@ def evaluate(
         chose = sum(shares(cell.queries, run.config.rounds)[:-1])
 
     def work(directory: Path) -> dict:
-        keys, standardize = run.config.student, recipe_of(run.config, cell).standardize
-        dtype, facts = networks.evaluated_in(keys.dtype), networks.look(run.data)
-        network = networks.classifier(keys.arch, dtype, facts, standardize=standardize)
-        weights = read_weights(run, network, student.path)
-        scores = outputs(run, f"evaluate {cell.name}", network, weights, evaluation)
+        pool_ids = asked_images(selection, answers)
+        if cell.use in HEADS.values():
+            scores = heads.scores(run, student.path, needed(shown))
+            on_asked = heads.scores(run, student.path, needed(features), pool_ids)
+        else:
+            scores, on_asked = of_network(run, cell, student, pool_ids)
         about = [row.tobytes() for row in answers.report]
         target = read_scores(run, answers.identity, about, access)
         there = answers.evaluation
@@ -63,7 +70,7 @@ def evaluate(
                 student=named.astype(np.int32),
                 target=wanted.astype(np.int32),
             )
-        asked = asked_fidelity(run, cell, network, weights, selection, answers)
+        asked = asked_fidelity(run, cell, on_asked, pool_ids, answers)
         queries = {"train": cell.queries - chose, "select": chose, "report": len(target)}
         return {
             "queries": queries,
@@ -74,6 +81,7 @@ def evaluate(
             "worst_class": worst_class(named, wanted, run.data.classes),
             "seconds": student.seconds,
             "recipe": student.recipe,
+            **({"head": student.chosen} if student.chosen else {}),
         }
 
     left_out = evaluation.size - len(answers.evaluation)
@@ -91,16 +99,32 @@ def evaluate(
     return {**cell._asdict(), **run.stage("evaluate", cell.name, inputs, work)}
 
 
+def asked_images(selection: Selection, answers: Answers) -> np.ndarray:
+    """Images of the pool that the target was asked about, at most `ASKED` of them, i64[n]."""
+    ids = answers.there(np.sort(selection.ids))
+    return ids[np.linspace(0, len(ids) - 1, min(len(ids), ASKED)).astype(int)]
+
+
+def of_network(
+    run: Run, cell: Cell, student: Student, ids: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of a student for the evaluation images and for the pool's images `ids`, f32[n, N]."""
+    keys, standardize = run.config.student, recipe_of(run.config, cell).standardize
+    dtype, facts = networks.evaluated_in(keys.dtype), networks.look(run.data)
+    network = networks.classifier(keys.arch, dtype, facts, standardize=standardize)
+    weights = read_weights(run, network, student.path)
+    names = f"evaluate {cell.name}", f"asked images of {cell.name}"
+    shown, asked = run.data.evaluation, take(run.data.pool, ids)
+    return outputs(run, names[0], network, weights, shown), outputs(
+        run, names[1], network, weights, asked
+    )
+
+
 def asked_fidelity(
-    run: Run, cell: Cell, network: Network, weights: Encoder, chosen: Selection, answers: Answers
+    run: Run, cell: Cell, scores: np.ndarray, ids: np.ndarray, answers: Answers
 ) -> float:
     """How often a student names the class of the answer that it was given, in per cent, on images
-    that the target was asked about, at most `ASKED` of them."""
-    ids = answers.there(np.sort(chosen.ids))
-    ids = ids[np.linspace(0, len(ids) - 1, min(len(ids), ASKED)).astype(int)]
-    scores = outputs(
-        run, f"asked images of {cell.name}", network, weights, take(run.data.pool, ids)
-    )
+    that the target was asked about."""
     keys = [row.tobytes() for row in answers.train[np.searchsorted(answers.ids, ids)]]
     return top_k(scores, read_scores(run, answers.identity, keys, cell.access).argmax(1), 1)
 

@@ -1,48 +1,119 @@
-"""Features of an encoder for the whole pool; the images to ask about are chosen by them."""
+"""Features of an encoder for the pool, by which is chosen what to ask and on which heads learn, and
+for the evaluation images."""
 
+import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from qmx import networks
-from qmx.files import read_arrays, write_arrays
+from qmx.data import Source
+from qmx.data.sources import take
+from qmx.files import Unreadable, check_file, read_json, write_json
+from qmx.progress import Progress, progress
 from qmx.selection.by_features import unit
-from qmx.sharding import first
+from qmx.sharding import first, from_first
+from qmx.stages import frozen
 from qmx.stages.pretrain import Pretrained, backbone
 from qmx.stages.run import Run, needed, outputs, read_weights
 from qmx.workdir import NotDone
 
+LEAST, MOST = 1024, 65536  # images between two writes: as many as take about SECONDS
+SECONDS = 10.0  # of work that a kill may cost
+
 
 class Features(NamedTuple):
-    """Features of the pool in a file."""
+    """Features of a source in a file."""
 
     encoder: Pretrained
     path: Path
 
+    def rows(self) -> np.ndarray:
+        """f32[n, D] as the encoder makes them, mapped from the file."""
+        check_file(self.path)
+        return np.load(self.path, mmap_mode="r", allow_pickle=False)
+
     def read(self) -> np.ndarray:
         """f32[n, D], unit rows."""
-        return read_arrays(self.path)["features"]
+        return unit(np.asarray(self.rows())).astype(np.float32)
 
 
 def features(run: Run, encoder: Pretrained | NotDone) -> Features:
     """An encoder's features of every image of the pool."""
     encoder = needed(encoder)
-    inputs = {
-        "pool": run.data.pool_digest,
-        "encoder": encoder.sha256,
-        "dtype": networks.evaluated_in(run.config.student.dtype),
-        "size": run.config.student.size,
-    }
+    return _of(run, encoder, "select", run.data.pool, {"pool": run.data.pool_digest})
+
+
+def evaluation_features(run: Run, encoder: Pretrained | NotDone) -> Features:
+    """An encoder's features of every evaluation image."""
+    encoder, inputs = needed(encoder), {"evaluation": run.data.evaluation_digest}
+    return _of(run, encoder, "evaluate", run.data.evaluation, inputs)
+
+
+def _of(run: Run, encoder: Pretrained, kind: str, source: Source, inputs: dict) -> Features:
+    inputs = {**inputs, "encoder": encoder.sha256, "rows": "as they are"}
+    if not encoder.kind:
+        inputs["dtype"] = networks.evaluated_in(run.config.student.dtype)
+        inputs["size"] = run.config.student.size
 
     def work(directory: Path) -> dict:
-        network, name = backbone(run), f"features of {encoder.name}"
-        variables = read_weights(run, network, encoder.path)
-        rows = unit(outputs(run, name, network, variables, run.data.pool))
-        if first():
-            write_arrays(directory / "features.npz", features=rows.astype(np.float32))
-        return {"images": len(rows), "dimension": rows.shape[1]}
+        return compute(run, encoder, source, directory)
 
     name = f"features-{encoder.name}"
-    run.stage("select", name, inputs, work)
-    return Features(encoder, run.workdir / "select" / name / "features.npz")
+    run.stage(kind, name, inputs, work)
+    return Features(encoder, run.workdir / kind / name / "features.npy")
+
+
+def ahead(shown: Progress, done: int, count: int) -> None:
+    """Show `count` images more than were done before."""
+    shown.update(done + count)
+
+
+def compute(run: Run, encoder: Pretrained, source: Source, directory: Path) -> dict:
+    """Write the features of a source; what a killed run wrote is not computed again."""
+    name, size = f"features of {encoder.name}", source.size
+    if encoder.kind:
+        rows_of = frozen.rows_of(run, encoder, source, name)
+    else:
+        network = backbone(run)
+        variables = read_weights(run, network, encoder.path)
+
+        def rows_of(ids, shown):  # type: ignore[no-untyped-def]
+            return outputs(run, name, network, variables, take(source, ids), None, shown)
+
+    part, log = directory / "features.npy.part", directory / "done.json"
+
+    def begun() -> dict:
+        try:
+            return read_json(log) if part.exists() else {"done": 0}
+        except Unreadable:
+            return {"done": 0}
+
+    done, chunk = from_first(begun)["done"], LEAST
+    with progress(name, size) as shown:
+        while done < size:
+            ids, began = np.arange(done, min(done + chunk, size)), time.monotonic()
+            rows = rows_of(ids, partial(ahead, shown, done))
+            if first():
+                mode = "r+" if done else "w+"
+                file = np.lib.format.open_memmap(part, mode, rows.dtype, (size, rows.shape[1]))
+                if file.shape[1] != rows.shape[1]:
+                    raise ValueError(
+                        f"{name} have {rows.shape[1]} numbers, and had {file.shape[1]} before"
+                    )
+                file[ids] = rows
+                file.flush()
+                write_json(log, {"done": int(ids[-1]) + 1})
+            done = int(ids[-1]) + 1
+            quick = from_first(partial(bool, time.monotonic() - began < SECONDS / 2))
+            chunk = min(2 * chunk, MOST) if quick else chunk
+
+    def finish() -> dict:
+        dimension = np.load(part, mmap_mode="r").shape[1]
+        log.unlink()
+        part.replace(directory / "features.npy")
+        return {"images": size, "dimension": dimension}
+
+    return from_first(finish)

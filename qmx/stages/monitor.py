@@ -10,6 +10,7 @@ from qmx.contract import Encoder
 from qmx.data.sources import take
 from qmx.metrics import held_out, held_out_knn, top_k
 from qmx.sharding import put_state
+from qmx.stages.features import Features
 from qmx.stages.pretrain import Pretrained, backbone
 from qmx.stages.run import Run, needed, outputs, plain, read_weights, root_key
 from qmx.stages.target import Labels
@@ -17,13 +18,35 @@ from qmx.training import train
 from qmx.workdir import NotDone
 
 
-def monitor(run: Run, encoder: Pretrained | NotDone) -> dict:
-    """Compare an encoder's features with a random network's, on a held-out part of the pool."""
+def monitor(
+    run: Run, encoder: Pretrained | NotDone, features: Features | NotDone | None = None
+) -> dict:
+    """Compare an encoder's features with a random network's, on a held-out part of the pool.
+
+    Args:
+      features: of an encoder that stays as it is, which has no random network beside it.
+    """
     encoder = needed(encoder)
     keys, student, seed = run.config.monitor, run.config.student, encoder.seed
     arch, dtype = student.arch, networks.evaluated_in(student.dtype)
     size = {"size": student.size}
     neighbours = {"knn_k": keys.knn_k, "knn_temperature": keys.knn_temperature}
+    if encoder.kind:
+        rows = needed(features)
+        told = {"pool": run.data.pool_digest, "encoder": encoder.sha256, "monitor": neighbours}
+        return {
+            **neighbours,
+            **run.stage(
+                "monitor",
+                encoder.name,
+                told,
+                lambda _: {
+                    "knn_top1": held_out_knn(
+                        rows.read(), run.data.pool.labels, *neighbours.values()
+                    )
+                },
+            ),
+        }
 
     def look_at_random(_: Path) -> dict:
         random = networks.random_backbone(arch, dtype, networks.look(run.data))

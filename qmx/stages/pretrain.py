@@ -4,16 +4,20 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qmx import networks, trainers
+from qmx import grid, networks, trainers
 from qmx.checkpoint import save_weights
 from qmx.contract import Network
 from qmx.data import Dataset
 from qmx.diagnostics import watch
 from qmx.models import from_torch
 from qmx.progress import say
+from qmx.stages import frozen
 from qmx.stages.run import Run, facts, plain, root_key
 from qmx.stages.target import check_channels, source_of
 from qmx.training import train
+
+# The file of an encoder that stays as it is.
+RESULT = dict.fromkeys(("callable", "table"), "result.json") | {"weights": "encoder.safetensors"}
 
 
 class Pretrained(NamedTuple):
@@ -29,14 +33,25 @@ class Pretrained(NamedTuple):
         return self.facts["sha256"]
 
     @property
+    def kind(self) -> str:
+        """Of one that stays as it is: "weights", "callable", "table"; else ""."""
+        return self.facts.get("kind", "")
+
+    @property
     def name(self) -> str:
-        return f"{self.init}-seed{self.seed}"
+        return self.init if self.kind else f"{self.init}-seed{self.seed}"
 
 
 def pretrain(run: Run, init: str, seed: int) -> Pretrained:
     """An encoder: trained without labels, or converted from the weights that the config names."""
     keys, student = run.config.pretrain[init], run.config.student
     name = f"{init}-seed{seed}"
+    if grid.frozen(run.config, init):  # one for all seeds
+        inputs = frozen.inputs_of(run.config, init, run.data)
+        result = run.stage(
+            "pretrain", init, inputs, lambda directory: frozen.make(run, init, directory)
+        )
+        return Pretrained(init, seed, run.workdir / "pretrain" / init / RESULT[keys.kind], result)
     if keys.path:
         inputs = {"arch": student.arch, **source_of(keys.path), "shape": run.data.shape}
         result = run.stage(
@@ -95,6 +110,14 @@ def _convert(run: Run, init: str, directory: Path) -> dict:
         "seconds": time.monotonic() - began,
         "source": Path(run.config.pretrain[init].path).name,
     }
+
+
+def check(config: Any, init: str, data: Dataset) -> None:
+    """Raise ValueError unless the encoder that the config names for an init can be used."""
+    if grid.frozen(config, init):
+        frozen.check(config, init, data)
+    else:
+        converted(config, init, data)
 
 
 def converted(config: Any, init: str, data: Dataset) -> from_torch.Converted:

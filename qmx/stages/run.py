@@ -13,7 +13,7 @@ import numpy as np
 from qmx import __version__ as version
 from qmx import networks, workdir
 from qmx.checkpoint import load_weights
-from qmx.contract import Encoder, Network
+from qmx.contract import Encoder, Network, View
 from qmx.data import Dataset, Source
 from qmx.data.batches import ahead
 from qmx.files import check_file
@@ -159,23 +159,37 @@ def read_weights(run: Run, network: Network, path: Path) -> Encoder:
 
 
 def outputs(
-    run: Run, name: str, network: Network, variables: Encoder, source: Source
+    run: Run,
+    name: str,
+    network: Network,
+    variables: Encoder,
+    source: Source,
+    view: View | None = None,
+    shown: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """Outputs of a network for every image of a source, f32[n, D], with progress called `name`."""
-    view = networks.evaluation_view(networks.look(run.data), run.config.student.size)
+    """Outputs of a network for every image of a source, f32[n, D].
+
+    Args:
+      name: of the progress.
+      view: of the images; None is the one of evaluations.
+      shown: takes the number of images done, in the place of a progress of its own.
+    """
+    if shown is None:
+        with progress(name, source.size) as own:
+            return outputs(run, name, network, variables, source, view, own.update)
+    view = view or networks.evaluation_view(networks.look(run.data), run.config.student.size)
     ids = ids_here(source.size)
-    with progress(name, source.size) as shown:
 
-        def batches() -> Iterator[np.ndarray]:
-            for done, images in ahead(source.shown, ids.ravel(), ids.shape[1]):
-                yield images
-                done *= jax.process_count()
-                shown.update(min(done, source.size))
-                run.go_on(name, done, source.size)
+    def batches() -> Iterator[np.ndarray]:
+        for done, images in ahead(source.shown, ids.ravel(), ids.shape[1]):
+            yield images
+            done *= jax.process_count()
+            shown(min(done, source.size))
+            run.go_on(name, done, source.size)
 
-        return predict_batches(network, variables.params, variables.stats, view, batches())[
-            : source.size
-        ]
+    return predict_batches(network, variables.params, variables.stats, view, batches())[
+        : source.size
+    ]
 
 
 def root_key(seed: int, purpose: str) -> jax.Array:

@@ -48,9 +48,8 @@ def connect(
       ValueError: there is no such file or function, or it cannot be loaded. By the query: the
         function raised anything but an OSError, or its result is not an answer of that level.
     """
-    file, _, name = path.rpartition(":")
-    _source(file, path)
-    function = _load(file, name, path)
+    name, function = load(path)
+    file = path.rpartition(":")[0]
     known = resolved(shown, shape, "", [])
 
     def query(images: np.ndarray) -> np.ndarray:
@@ -68,25 +67,68 @@ def connect(
     return Outside(query, f"{name} of {Path(file).name}", digest(path, watch), name_of(known))
 
 
-def digest(path: str, watch: Sequence[str] = ()) -> str:
+def encoder(
+    path: str, *, dimension: int | None = None, key: str = "path"
+) -> Callable[[np.ndarray], np.ndarray]:
+    """The user's function of an encoder, uint8[b, H, W, C] -> f32[b, D], with its results checked.
+
+    Args:
+      path: as `connect`'s. The file is executed.
+      dimension: D, if it is known already.
+      key: name of the path in errors.
+
+    Raises:
+      ValueError: see `connect`; or a result of another shape, or that is not finite.
+    """
+    _, function = load(path, key)
+
+    def rows(images: np.ndarray) -> np.ndarray:
+        try:
+            result = np.asarray(function(images))
+            numeric = result.dtype.kind in "biuf"
+        except OSError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise ValueError(f"{key} {path} failed: {_place(error)}") from error
+        wanted = (len(images), dimension or (result.shape + (0, 0))[1])
+        if not numeric or result.shape != wanted or not result.size:
+            raise ValueError(
+                f"{key} {path} returned {result.dtype}{list(result.shape)} for {len(images)}"
+                f" images; it must be float32[{len(images)}, {dimension or 'D'}]"
+            )
+        if not np.isfinite(result).all():
+            raise ValueError(f"{key} {path} returned features that are not finite")
+        return result.astype(np.float32)
+
+    return rows
+
+
+def load(path: str, key: str = "target.path") -> tuple[str, Callable[[np.ndarray], object]]:
+    """(name, function) of the user's; see `connect`."""
+    file, _, name = path.rpartition(":")
+    _source(file, path, key)
+    return name, _load(file, name, path, key)
+
+
+def digest(path: str, watch: Sequence[str] = (), key: str = "target.path") -> str:
     """SHA-256 of the function's file and name, and of the files to watch.
 
     Raises:
       ValueError: there is no such file.
     """
     file, _, name = path.rpartition(":")
-    result = hashlib.sha256(f"{name}\0".encode() + _source(file, path).read_bytes())
+    result = hashlib.sha256(f"{name}\0".encode() + _source(file, path, key).read_bytes())
     for other in watch:
         if not Path(other).is_file():
-            raise ValueError(f"target.watch {other}: no such file")
+            raise ValueError(f"{key.removesuffix('path')}watch {other}: no such file")
         result.update(file_digest(other).encode())
     return result.hexdigest()
 
 
-def _source(file: str, path: str) -> Path:
+def _source(file: str, path: str, key: str) -> Path:
     """The file of a module, or the file itself."""
     if not file:
-        raise ValueError(f"target.path {path} must be FILE.py:function or module:function")
+        raise ValueError(f"{key} {path} must be FILE.py:function or module:function")
     if file.endswith(".py"):
         origin = file
     else:
@@ -97,21 +139,21 @@ def _source(file: str, path: str) -> Path:
         origin = (spec and spec.origin) or ""
     if not Path(origin).is_file():
         raise ValueError(
-            f"target.path {path}: there is no {'file' if file.endswith('.py') else 'module'} {file}"
+            f"{key} {path}: there is no {'file' if file.endswith('.py') else 'module'} {file}"
         )
     return Path(origin)
 
 
-def _load(file: str, name: str, path: str) -> Callable[[np.ndarray], object]:
+def _load(file: str, name: str, path: str, key: str) -> Callable[[np.ndarray], object]:
     try:
         names = (
             runpy.run_path(file) if file.endswith(".py") else vars(importlib.import_module(file))
         )
     except (Exception, SystemExit) as error:
-        raise ValueError(f"target.path {path} does not load: {_place(error)}") from error
+        raise ValueError(f"{key} {path} does not load: {_place(error)}") from error
     function = names.get(name)
     if not callable(function):
-        raise ValueError(f"target.path {path}: {file} has no function {name!r}")
+        raise ValueError(f"{key} {path}: {file} has no function {name!r}")
     return function
 
 
