@@ -255,8 +255,13 @@ def test_faults(environment):
             # The programs of `TINY`, which others compile too; one encoder instead of three.
             "--config.student.dtype=float32",
             "--config.target.precision=float32",
+            "--config.target.epochs=1",
+            "--config.distill.epochs=0.1",
+            "--config.distill.batch_size=16",
+            "--config.fractions=(0.05,)",
             "--config.inits=('none','moco')",
             "--config.also=()",
+            "--config.save_minutes=0.02",
         ],
         cwd=ROOT,
         env=environment,
