@@ -7,10 +7,17 @@ from qmx.grid import cells, encoders, recipe_of
 from qmx.trainers import fixmatch_steps
 
 
-def warnings(config: Any, data: Dataset) -> list[str]:
+def warnings(config: Any, data: Dataset, stage: str = "all") -> list[str]:
     """Settings that can be run and are likely to disappoint, a line each."""
     # With names of its own a target may have more classes than the images show.
     found = [] if config.target.classes else classes.warnings(data)
+    if not data.evaluation.labelled and stage != "pretrain":
+        found.append(
+            'the evaluation images have no labels (class folders, or "label" in an npz), so that'
+            " fidelity to the target is measured and no accuracy"
+        )
+    if not data.pool.labelled and stage != "pretrain" and encoders(config):
+        found.append("the pool has no labels, so that no accuracy of the encoders is measured")
     if "moco" in encoders(config) and not config.pretrain.moco.path:
         keys = config.pretrain.moco
         if keys.queue_size > data.pool.size:
@@ -25,6 +32,8 @@ def warnings(config: Any, data: Dataset) -> list[str]:
                 " belongs to which query, and no shuffling hides it; 32 images a group is the"
                 " reference's"
             )
+    if stage == "pretrain":
+        return found
     pool = data.pool.size
     self_labelled = [cell for cell in cells(config, pool) if cell.use == "fixmatch"]
     if self_labelled:

@@ -25,11 +25,12 @@ from qmx.metrics import held_out
 from qmx.models.from_torch import split_part
 from qmx.models.resnet import ARCHS
 from qmx.networks import look
-from qmx.ranges import choice, value_problems
+from qmx.ranges import choice, value_problems, view_problems
 from qmx.selection.select import SELECTS
 from qmx.sharding import check_batch
 from qmx.targets.address import check_address
 
+NO_WEIGHTS = "the init 'imported' needs --config.pretrain.imported.path=WEIGHTS"
 FROM_FILES = ("torch", "onnx", "recorded")  # kinds of targets whose path is a file
 
 
@@ -39,16 +40,48 @@ def check_values(config: Any) -> None:
         raise ValueError(problem)
 
 
-def validate(config: Any, data: Dataset) -> None:
+def validate(config: Any, data: Dataset, stage: str = "all") -> None:
     """Raise ValueError, one line with the value and the cure, for a config that cannot be run.
 
-    Its values are those that `check_values` let pass.
+    Its values are those that `check_values` let pass. The stage pretrain needs a pool and its own
+    settings, and nothing else.
     """
-    for problem in _problems(config, data):
+    problems = _pretraining_problems if stage == "pretrain" else _problems
+    for problem in problems(config, data, stage):
         raise ValueError(problem)
 
 
-def _problems(config: Any, data: Dataset) -> Iterator[str]:
+def _pretraining_problems(config: Any, data: Dataset, stage: str) -> Iterator[str]:
+    try:
+        names = encoders(config)
+    except ValueError as error:
+        yield str(error)
+        return
+    if not config.seeds:
+        yield "seeds is empty; name at least one"
+    if not names:
+        yield (
+            f"--stage={stage} has nothing to train, for inits {config.inits} names no pretraining;"
+            f" choose among {', '.join(inits(config)[1:])}"
+        )
+    for init in names:
+        yield from choice("inits", init, inits(config))
+        keys = config.pretrain[init]
+        if frozen(config, init) and not keys.path:
+            yield f"the init {init!r} needs --config.pretrain.{init}.path, its {keys.kind}"
+        elif frozen(config, init) and keys.kind == "callable":
+            continue  # no file alone
+        elif keys.path and not split_part(keys.path)[0].is_file():
+            yield f"pretrain.{init}.path {keys.path}: no such file"
+        elif not keys.path and init == "imported":
+            yield NO_WEIGHTS
+        elif not keys.path:
+            yield from _training_problems(f"pretrain.{init}", keys, data, whole_epochs=True)
+    for name in ("strong_view", "weak_view"):
+        yield from view_problems(name, config[name], data.shape)
+
+
+def _problems(config: Any, data: Dataset, stage: str) -> Iterator[str]:
     known = {"inits": inits(config), "selects": SELECTS, "uses": USES}
     for axis in ("seeds", "accesses", *known):
         values = config[axis]
@@ -102,6 +135,7 @@ def _problems(config: Any, data: Dataset) -> Iterator[str]:
                 " shows no more than that; lower accesses"
             )
     recipes = _recipes(config, runs)
+    yield from _label_problems(config, data, stage, {column.select for column in shown}, recipes)
     trained = {
         f"pretrain.{init}": config.pretrain[init]
         for init in encoders(config)
@@ -116,7 +150,7 @@ def _problems(config: Any, data: Dataset) -> Iterator[str]:
         )
         return
     if trained.pop("pretrain.imported", None):
-        yield "the init 'imported' needs --config.pretrain.imported.path=WEIGHTS"
+        yield NO_WEIGHTS
     if config.target.kind == "train":
         trained["target"] = config.target
     if config.monitor.linear:
@@ -130,16 +164,46 @@ def _problems(config: Any, data: Dataset) -> Iterator[str]:
             f" {config.weak_view.size}; strong_view.size is the encoders'"
         )
     for name in ("strong_view", "weak_view"):
-        yield from _view_problems(name, config[name], data)
+        yield from view_problems(name, config[name], data.shape)
 
 
-def check_trainers(config: Any, data: Dataset) -> None:
+def _label_problems(
+    config: Any, data: Dataset, stage: str, selects: set[str], recipes: dict[str, Any]
+) -> Iterator[str]:
+    """A line for each thing that is missing of the evaluation images and of the labels."""
+    if not data.evaluation.size and stage != "monitor":
+        yield (
+            "there are no images to evaluate on; name some with data.eval_path, with labels or"
+            f" without (--stage=pretrain alone does without, and this is --stage={stage})"
+        )
+    if data.pool.labelled:
+        return
+    none = f"and the pool {data.name} has none"
+    if config.target.kind == "train":
+        yield (
+            f"target.kind=train learns from labels, {none}; name the model to audit, as"
+            " --config.target.kind=callable --config.target.path=FILE.py:function"
+        )
+    if "class_balanced" in selects:
+        yield f"the selection 'class_balanced' reads labels, {none}; 'typiclust' reads none"
+    for name, keys in recipes.items():
+        if keys.learn_from == "labels":
+            yield f"{name}.learn_from 'labels' reads labels, {none}; set it to 'scores'"
+    if config.monitor.linear:
+        yield f"monitor.linear trains on labels, {none}; set it to False"
+    if stage == "monitor":
+        yield f"--stage=monitor compares with labels, {none}; --stage=pretrain trains the encoders"
+
+
+def check_trainers(config: Any, data: Dataset, stage: str = "all") -> None:
     """Build everything that will be trained, abstractly, so that nothing is computed.
 
     Raises:
       ValueError: what its owner says against it, under the key of the config.
     """
-    for key, make in _trainers(config, data):
+    # A number of classes that is not known yet changes nothing that could be wrong.
+    data = data._replace(classes=data.classes or 2)
+    for key, make in _trainers(config, data, stage):
         try:
             trainer, _ = make()
             jax.eval_shape(trainer.init, jax.random.key(0))
@@ -147,14 +211,16 @@ def check_trainers(config: Any, data: Dataset) -> None:
             raise ValueError(f"{key}: {error}") from None
 
 
-def _trainers(config: Any, data: Dataset) -> Iterator[tuple[str, Callable[[], tuple]]]:
+def _trainers(config: Any, data: Dataset, stage: str) -> Iterator[tuple[str, Callable[[], tuple]]]:
     """(key, what makes the trainer) of each kind of training that the config asks for."""
     seen, pool = look(data), data.pool.size
-    if config.target.kind == "train":
+    if config.target.kind == "train" and stage != "pretrain":
         yield "target", partial(trainers.of_target, config, seen, pool)
     for init in encoders(config):
         if not config.pretrain[init].path and not frozen(config, init):
             yield f"pretrain.{init}", partial(trainers.of_encoder, config, init, seen, pool)
+    if stage == "pretrain":
+        return
     if config.monitor.linear and any(not frozen(config, init) for init in encoders(config)):
         learn = int((~held_out(pool)).sum())
         yield "monitor.probe", partial(trainers.of_probe, config, seen, learn)
@@ -225,17 +291,3 @@ def _training_problems(name: str, keys: Any, data: Dataset, whole_epochs: bool) 
         )
     if whole_epochs and keys.epochs != int(keys.epochs):
         yield f"{name}.epochs {keys.epochs} must be a whole number"
-
-
-def _view_problems(name: str, view: Any, data: Dataset) -> Iterator[str]:
-    for key in ("crop_scale", "crop_ratio", "blur_sigma"):
-        low, high = view[key]
-        if low > high:
-            yield f"{name}.{key} {view[key]} must be the smallest and then the largest"
-    if view.jitter[3] > 0.5:
-        yield f"{name}.jitter {view.jitter} turns the hue by more than half a turn; use 0.5 or less"
-    if not view.size and data.shape[0] != data.shape[1]:
-        yield (
-            f"{name}.size must be given, for the images are not square but {data.shape[0]} x"
-            f" {data.shape[1]}"
-        )

@@ -176,7 +176,8 @@ def budgets(config: Any, size: int) -> list[Budget]:
     ]
     if not named:
         raise ValueError(
-            "fractions and queries are both empty; name a budget, as in --config.queries=20"
+            "fractions and queries are both empty; name a budget, as in --config.queries=20, or"
+            " have encoders alone with --stage=pretrain"
         )
     named.sort(key=lambda pair: pair[1].queries)
     for (one, budget), (other, following) in pairwise(named):

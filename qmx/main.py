@@ -45,7 +45,6 @@ if __name__ == "__main__":  # the imports below take a second, in which it can b
 import difflib
 import json
 import os
-import runpy
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,7 +57,7 @@ from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from qmx import keys
 from qmx.settings import leaves
-from qmx.shipped import config_file, own_configs, with_files
+from qmx.shipped import Derive, derivation, load_file, own_configs, with_files
 from qmx.terminal import DONE, MISTAKE, explain, fail, show
 
 
@@ -73,6 +72,7 @@ class Arguments(NamedTuple):
     process: int
     update: str
     command: str
+    derive: Derive  # values of keys that depend on the images and the device
 
 
 # What --help shows of the keys.
@@ -189,6 +189,7 @@ def parse(argv: list[str]) -> Arguments:
         values.process,
         values.update,
         shlex.join(["qmx", *argv[1:]]),
+        derivation(argv),
     )
 
 
@@ -199,19 +200,6 @@ def usage() -> str:
         f"{__doc__}\nConfigs: {names}\n\nKeys that are used most (all of them: --keys):\n\n"
         f"{keys.most_used(MOST_USED)}"
     )
-
-
-def load_file(name: str) -> ConfigDict:
-    """The config that `name`, see `config_file`, makes; an error in it is named with the file."""
-    path, _, argument = config_file(name).partition(":")
-    try:
-        return runpy.run_path(path)["get_config"](*[argument] if argument else [])
-    except (Exception, SystemExit) as error:
-        # ml_collections goes on with the whole config.
-        reason = str(error).partition(" Other fields present")[0]
-        raise ValueError(
-            f"--config={name} does not load: {type(error).__name__}: {reason}"
-        ) from None
 
 
 def check_overrides(config: ConfigDict, argv: list[str]) -> None:
@@ -270,18 +258,21 @@ def start(arguments: Arguments) -> str:
     check_values(config)
     sharding.connect(arguments.coordinator, arguments.processes, arguments.process)
     images = data.load(**config.data)
-    if config.target.classes:
-        images = data.named(images, config.target.classes)
-    validate(config, images)
+    config = arguments.derive(config, images.pool.size, jax.default_backend())
+    check_values(config)
+    if stage != "pretrain":
+        images = pipeline.of_targets_classes(config, images)
+    validate(config, images, stage)
     if stage not in ("all", "target", "pretrain", "monitor", "select") and not workdir.exists():
         raise ValueError(
             f"--stage={stage} needs what earlier stages leave in {workdir}, and it does not exist"
         )
-    check_budget(config, workdir, images)
+    if stage != "pretrain":
+        check_budget(config, workdir, images)
     # Else it was done before; it takes seconds for a large network.
     if not (workdir / "config.json").exists():
-        pipeline.check_weights(config, images)
-        check_trainers(config, images)
+        pipeline.check_weights(config, images, stage)
+        check_trainers(config, images, stage)
     with locked(workdir):
         pipeline.open_images(images, workdir)
         claim(workdir, json.loads(config.to_json()), bool(arguments.update), say)
@@ -292,7 +283,7 @@ def start(arguments: Arguments) -> str:
         several = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
         devices = f"{jax.device_count()} {jax.devices()[0].platform} device(s){several}"
         say(f"{devices}, jax {jax.__version__}; writing to {workdir}")
-        for warning in warnings(config, images):
+        for warning in warnings(config, images, stage):
             say(f"warning: {warning}")
         with stop_on_signals() as stopped:
             said = arguments.update, arguments.command

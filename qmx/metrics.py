@@ -22,20 +22,22 @@ def top_k(scores: np.ndarray, classes: np.ndarray, k: int) -> float:
     return 100.0 * float((rank <= k).mean())
 
 
-def compare(student: np.ndarray, target: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def compare(
+    student: np.ndarray, target: np.ndarray, labels: np.ndarray | None
+) -> dict[str, float | None]:
     """Accuracy of a student and its fidelity to the target, on the same images.
 
     Args:
       student: f32[n, N], logits.
       target: f32[n, N], unnormalised log-probabilities.
-      labels: i32[n], true classes.
+      labels: i32[n], true classes; None if they are not known.
 
     Returns:
-      top1, top5: accuracy, in per cent. fidelity_top1: how often both name the same class (also
-      called agreement), in per cent. fidelity_top5: how often the target's first class is among
-      the student's first five. kl_target_student: mean KL(target || student) in nats, both at
-      temperature 1; infinite where the target's access hides all classes but one only if the
-      student gives that class no probability.
+      top1, top5: accuracy, in per cent; None without labels. fidelity_top1: how often both name
+      the same class (also called agreement), in per cent. fidelity_top5: how often the target's
+      first class is among the student's first five. kl_target_student: mean KL(target || student)
+      in nats, both at temperature 1; infinite where the target's access hides all classes but one
+      only if the student gives that class no probability.
 
     Raises:
       ValueError: the student's scores are not all finite.
@@ -52,8 +54,8 @@ def compare(student: np.ndarray, target: np.ndarray, labels: np.ndarray) -> dict
     p = np.exp(log_p)
     kl = np.where(p > 0, p * (np.where(p > 0, log_p, 0) - log_q), 0).sum(1)
     return {
-        "top1": top_k(student, labels, 1),
-        "top5": top_k(student, labels, 5),
+        "top1": None if labels is None else top_k(student, labels, 1),
+        "top5": None if labels is None else top_k(student, labels, 5),
         "fidelity_top1": top_k(student, first, 1),
         "fidelity_top5": top_k(student, first, 5),
         "kl_target_student": float(kl.mean()),

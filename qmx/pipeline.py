@@ -27,7 +27,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qmx.data import Dataset, open_photos, opened
+from qmx.data import Dataset, named, open_photos, opened
+from qmx.data.named import with_names
 from qmx.grid import HEADS, cells, encoders, frozen
 from qmx.progress import counted, progress, say
 from qmx.sharding import from_first
@@ -45,6 +46,7 @@ from qmx.stages.select import chosen_by_features, chosen_up_front, select
 from qmx.stages.target import converted as converted_target
 from qmx.stages.target import target as target_stage
 from qmx.stages.trial import trial
+from qmx.targets import onnx_file
 from qmx.workdir import NotDone
 
 STAGES = ("target", "pretrain", "monitor", "select", "query", "distill", "evaluate", "report")
@@ -71,16 +73,21 @@ def run(
       ValueError: weights that do not fit; found before anything is trained.
     """
     call = Run(config, directory, data, only, stopped, [], update, command)
-    grid = cells(config, data.pool.size)
     starts = [(init, seed) for init in encoders(config) for seed in config.seeds]
     # Files that are brought along come first: a wrong one is found before anything is trained.
     brought = [start for start in starts if config.pretrain[start[0]].path]
     encoder = {start: handed_on(call, pretrain, *start) for start in brought}
-    target = handed_on(call, target_stage)
-    trial(call, target)
+    if only != "pretrain":  # which needs a pool and nothing else
+        target = handed_on(call, target_stage)
+        call = trial(call, target)
     encoder |= {
         start: handed_on(call, pretrain, *start) for start in starts if start not in brought
     }
+    if only == "pretrain":
+        said_done(call)
+        paths = [str(one.path) for one in encoder.values() if not isinstance(one, NotDone)]
+        return "\n".join([*paths, "qmx.load_encoder reads them; python -m qmx.embed uses them"])
+    grid = cells(config, data.pool.size)
     # Cells whose images are chosen, or whose answers are spread, by features of their encoder, and
     # heads on them.
     heads = {cell.start for cell in grid if cell.use in HEADS.values()}
@@ -115,15 +122,17 @@ def run(
         both = feature.get(cell.start), shown.get(cell.start)
         rows.append(handed_on(call, evaluate, cell, student, *both, chosen[cell], answers))
         count(len(call.made) > before)
-    if not call.made:
-        say(f"all of it was done before, in {directory}; nothing was trained or asked")
-    if only == "pretrain":
-        paths = [str(one.path) for one in encoder.values() if not isinstance(one, NotDone)]
-        return "\n".join([*paths, "qmx.load_encoder reads them; python -m qmx.embed uses them"])
+    said_done(call)
     if only not in ("all", "report"):
         return f"stage {only} is done; --stage=report shows where things stand"
     pairs = [encoder[start] for start in starts], [looks[start] for start in starts]
     return report(call, target, *pairs, chosen, answers, rows)
+
+
+def said_done(run: Run) -> None:
+    """Tell the user if nothing was left to do."""
+    if not run.made:
+        say(f"all of it was done before, in {run.workdir}; nothing was trained or asked")
 
 
 def open_images(data: Dataset, directory: Path) -> None:
@@ -142,14 +151,34 @@ def open_images(data: Dataset, directory: Path) -> None:
             say(line)
 
 
-def check_weights(config: Any, data: Dataset) -> None:
+def of_targets_classes(config: Any, data: Dataset) -> Dataset:
+    """The images with their labels numbered as the target's classes: by `target.classes`, or by the
+    names in an ONNX file's metadata, if they are those of the images' classes."""
+    if config.target.classes:
+        return named(data, config.target.classes)
+    if config.target.kind != "onnx" or not Path(config.target.path).is_file():
+        return data
+    names = onnx_file.class_names(config.target.path)
+    where = f"the metadata of {config.target.path}"
+    if not names or (not data.class_names and data.classes):
+        return data  # labels that are numbers are the target's already
+    try:
+        return with_names(data, names, where)
+    except ValueError as error:
+        say(f"{error}; until then classes are taken in the order of their folders")
+        return data
+
+
+def check_weights(config: Any, data: Dataset, stage: str = "all") -> None:
     """Raise ValueError for weights files that the config names and that do not fit, or a target
-    elsewhere that does not, and Unavailable if it is not there; nothing is written."""
-    if config.target.kind in outside.KINDS:
+    elsewhere that does not, and Unavailable if it is not there; nothing is written. For the stage
+    pretrain no target is looked at."""
+    kind = "" if stage == "pretrain" else config.target.kind
+    if kind in outside.KINDS:
         outside.describe(config.target, data)
-    if config.target.kind == "recorded":
+    if kind == "recorded":
         recorded.refuse_missing(config, data, chosen_up_front(config, data))
-    if config.target.kind == "torch":
+    if kind == "torch":
         converted_target(config.target, data)
     for init in encoders(config):
         if config.pretrain[init].path:

@@ -181,6 +181,20 @@ def value_problems(config: Any) -> Iterator[str]:
             yield f"{key} {value!r} must be {whole}{_said(allowed or FROM_0)}"
 
 
+def view_problems(name: str, view: Any, shape: tuple[int, int, int]) -> Iterator[str]:
+    """A line for each value of a view that does not fit the others, or images of this shape."""
+    for key in ("crop_scale", "crop_ratio", "blur_sigma"):
+        low, high = view[key]
+        if low > high:
+            yield f"{name}.{key} {view[key]} must be the smallest and then the largest"
+    if view.jitter[3] > 0.5:
+        yield f"{name}.jitter {view.jitter} turns the hue by more than half a turn; use 0.5 or less"
+    if not view.size and shape[0] != shape[1]:
+        yield (
+            f"{name}.size must be given, for the images are not square but {shape[0]} x {shape[1]}"
+        )
+
+
 def choice(key: str, value: Any, known: Any) -> Iterator[str]:
     """A problem unless `value` is among the known ones."""
     if value not in known:

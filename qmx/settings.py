@@ -56,7 +56,7 @@ def base() -> ConfigDict:
     config.data = ConfigDict(
         dict(
             source="digits",  # digits, arrays, folder, tfds
-            # the pool: npz file (arrays), class folders (folder), name (tfds)
+            # the pool: npz file (arrays), class folders or one folder (folder), name (tfds)
             path="",
             eval_path="",  # the evaluation images, in the same form; tfds: name of the split
             # folder, tfds: a text file with the names of photos that are not used, one a line

@@ -1,6 +1,14 @@
-"""The configs that come with qmx, found by their names."""
+"""The configs that come with qmx, found by their names; and what their files hold."""
 
+import runpy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict, FrozenConfigDict
+
+# (a config, number of images in the pool, "cpu" or "gpu") -> the config that is run.
+Derive = Callable[[Any, int, str], Any]
 
 
 def own_configs() -> dict[str, Path]:
@@ -25,6 +33,37 @@ def config_file(name: str) -> str:
             f" {', '.join(sorted(known))}"
         )
     return f"{path if Path(path).is_file() else known[path]}{colon}{words}"
+
+
+def load_file(name: str) -> ConfigDict:
+    """The config that `name`, see `config_file`, makes; an error in it is named with the file."""
+    path, _, argument = config_file(name).partition(":")
+    try:
+        return runpy.run_path(path)["get_config"](*[argument] if argument else [])
+    except (Exception, SystemExit) as error:
+        # ml_collections goes on with the whole config.
+        reason = str(error).partition(" Other fields present")[0]
+        raise ValueError(
+            f"--config={name} does not load: {type(error).__name__}: {reason}"
+        ) from None
+
+
+def derivation(argv: list[str]) -> Derive:
+    """The function `for_pool` of the command line's config file, which gives values by key; what
+    the command line itself names stays as it is. Without one, the config is run as it is."""
+    names = [word.partition("=")[2] for word in argv if word.startswith("--config=")]
+    file = runpy.run_path(config_file(names[-1]).partition(":")[0]) if names else {}
+    given = {word.partition("=")[0].removeprefix("--config.") for word in argv}
+
+    def derive(config: Any, images: int, device: str) -> Any:
+        if "for_pool" not in file:
+            return config
+        values = file["for_pool"](config, images, device)
+        whole = ConfigDict(config)
+        whole.update_from_flattened_dict({k: v for k, v in values.items() if k not in given})
+        return FrozenConfigDict(whole)
+
+    return derive
 
 
 def with_files(argv: list[str]) -> list[str]:

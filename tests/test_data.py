@@ -680,7 +680,6 @@ def with_nan(images):
 
 IMAGE, LABEL = GOOD["image"], GOOD["label"]
 BAD = {
-    "no label": (dict(image=IMAGE), "'label'"),
     "no image": (dict(label=LABEL), "'image'"),
     "other names": (dict(x=IMAGE, y=LABEL), r"'image'.*\['x', 'y'\]"),
     "nothing": (dict(), "'image'"),
@@ -803,8 +802,8 @@ def test_a_missing_file_is_refused(tmp_path, good):
         refused(missing, "no such file", good, str(missing))
 
 
-def test_both_files_must_be_named(good):
-    for paths in (("", ""), (good, ""), ("", good)):
+def test_the_pool_must_be_named(good):
+    for paths in (("", ""), ("", good)):
         with pytest.raises(ValueError, match="data.path=.*data.eval_path="):
             load("arrays", *paths)
 

@@ -75,7 +75,7 @@ def npz(path, n=40, **changes):
         (["--config=digits:float16"], "'float16' is none of float32"),
         (["--config={tmp}/typo.py"], "does not load: AttributeError.*epochs"),
         ([], "--config=NAME, or FILE.py, and --workdir=DIRECTORY are needed"),
-        ([DIGITS, "--config.data.source=arrays"], "needs two files"),
+        ([DIGITS, "--config.data.source=arrays"], "needs a file of images"),
         (
             [
                 DIGITS,

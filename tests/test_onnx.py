@@ -8,6 +8,9 @@ import pytest
 from conftest import TINY
 from onnx import TensorProto, helper, numpy_helper
 
+from qmx.data.arrays import from_arrays
+from qmx.pipeline import of_targets_classes
+from qmx.settings import base
 from qmx.targets import onnx_file
 from qmx.targets.shown import Shown
 
@@ -102,3 +105,35 @@ def test_the_command(command, tmp_path):
     status, _, err = command(*words)
     assert status == 0, err
     assert json.loads((tmp_path / "w/results.json").read_text())["target"]["name"] == "a.onnx"
+
+
+NAMES = ("cat", "great owl", "dog")
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("names", "{0: 'cat', 1: 'great owl', 2: 'dog'}"),  # Ultralytics
+        ("names", '{"2": "dog", "0": "cat", "1": "great owl"}'),
+        ("classes", '["cat", "great owl", "dog"]'),
+        ("labels", "cat, great owl,dog"),
+        ("class_names", "cat\ngreat owl\ndog\n"),
+    ],
+)
+def test_names_of_classes(tmp_path, key, text, capfd):
+    """Of the metadata; folders are numbered by them, and where they are others a line says so."""
+    path = model(tmp_path / "a.onnx", ["n", 8, 8, 1])
+    assert onnx_file.class_names(path) == []
+    made = onnx.load(path)
+    helper.set_model_props(made, {key: text, "author": "a, b"})
+    onnx.save(made, path)
+    assert onnx_file.class_names(path) == [[name] for name in NAMES]
+    config = base()
+    config.target.update(kind="onnx", path=path)
+    data = from_arrays("own", IMAGES[:4], np.arange(4) % 2, IMAGES[4:], np.arange(3) % 2)
+    assert of_targets_classes(config, data) is data, "numbers are the target's already"
+    found = of_targets_classes(config, data._replace(class_names=("Dog", "cat")))
+    assert found.classes == 3 and found.pool.labels.tolist() == [2, 0, 2, 0]
+    other = data._replace(class_names=("wolf", "cat"))
+    assert of_targets_classes(config, other) is other
+    assert "1 of 2 classes of the images are in no line of the metadata" in capfd.readouterr().err

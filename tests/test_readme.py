@@ -59,7 +59,7 @@ def test_installed_command(command, tmp_path):
 def test_commands(command, tmp_path):
     """The flags in the README's commands exist, and the files they name do."""
     lines = [line for block in blocks("sh") for line in block.splitlines() if "qmx.main" in line]
-    assert len(lines) == 8
+    assert len(lines) == 10
     for line in lines:
         check(command, line, tmp_path)
 

@@ -8,6 +8,7 @@ import logging
 import socket
 import threading
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -304,3 +305,25 @@ def test_after_a_trickle_the_next_answer_comes(serve, token):
     for _ in range(3):
         assert send("GET", "/v2", None, {})[0] == b"{}"
         time.sleep(0.2)
+
+
+@pytest.mark.parametrize("length", [0, 6, 18, 24, 36])
+def test_a_port_for_grpc(length):
+    """Its server speaks first, in HTTP/2: said in words, at once, and not asked again."""
+    settings = length.to_bytes(3, "big") + b"\4" + bytes(5) + b"\0\3\0\0\0\7" * (length // 6)
+
+    def serve():
+        with suppress(OSError):
+            while True:
+                connection, _ = listening.accept()
+                with connection:
+                    connection.recv(4096)
+                    connection.sendall(settings + b"\0\0\x08\7\0\0\0\0\0\n\r\n\0")
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=serve, daemon=True).start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        with pytest.raises(
+            ValueError, match=r"HTTP/2, as ports for gRPC do .*port for HTTP \(8000"
+        ):
+            http.client(url)("GET", "/v2/models/m", None, {})

@@ -27,7 +27,8 @@ def digits() -> Dataset:
 
 
 def arrays(path: str, eval_path: str) -> Dataset:
-    """Two npz files, each with "image" uint8[n, H, W, C] (or [n, H, W]) and "label" int[n].
+    """Two npz files, each with "image" uint8[n, H, W, C] (or [n, H, W]), and "label" int[n] if it
+    has labels. Without `eval_path` there are no evaluation images.
 
     Or one folder with the files that MNIST's, Fashion-MNIST's or CIFAR-10's authors publish, see
     `qmx.data.originals`; `eval_path` is empty then.
@@ -39,12 +40,14 @@ def arrays(path: str, eval_path: str) -> Dataset:
     if path and not eval_path and Path(path).is_dir():
         (images, labels), evaluation = originals(path)
         return from_arrays(Path(path).resolve().name, images, labels, *evaluation)
-    if not path or not eval_path:
+    if not path:
         raise ValueError(
-            "data.source=arrays needs two files: data.path=POOL.npz and data.eval_path="
-            "EVALUATION.npz; or data.path=FOLDER with MNIST's or CIFAR-10's original files"
+            "data.source=arrays needs a file of images: data.path=POOL.npz; and to evaluate on,"
+            " another one: data.eval_path=EVALUATION.npz; or data.path=FOLDER with MNIST's or"
+            " CIFAR-10's original files"
         )
-    pool, evaluation = read_npz(path), read_npz(eval_path)
+    pool = read_npz(path)
+    evaluation = read_npz(eval_path) if eval_path else (pool[0][:0], pool[1][:0])
     if pool[0].shape[1:] != evaluation[0].shape[1:]:
         raise ValueError(
             f"images are {pool[0].shape[1:]} in {path} and {evaluation[0].shape[1:]} in"
@@ -55,7 +58,8 @@ def arrays(path: str, eval_path: str) -> Dataset:
 
 
 def read_npz(path: str) -> tuple[np.ndarray, np.ndarray]:
-    """(images uint8[n, H, W, C], labels i32[n]) of a file; ValueError says what is wrong."""
+    """(images uint8[n, H, W, C], labels i32[n], or i32[0] if there are none) of a file; ValueError
+    says what is wrong."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
     if not Path(path).stat().st_size:
@@ -66,14 +70,14 @@ def read_npz(path: str) -> tuple[np.ndarray, np.ndarray]:
         )
     try:
         with np.load(path, allow_pickle=False) as file:
-            missing = [name for name in ("image", "label") if name not in file]
-            if missing:
+            if "image" not in file:
                 raise ValueError(
-                    f"no array {missing[0]!r} in it, only {sorted(file)}; save "
-                    "image=uint8[n, H, W, C] and label=int[n]"
+                    f"no array 'image' in it, only {sorted(file)}; save "
+                    "image=uint8[n, H, W, C], and label=int[n] if there are labels"
                 )
-            images, labels = file["image"], file["label"]
-            if not isinstance(images, np.ndarray) or not isinstance(labels, np.ndarray):
+            images = file["image"]
+            labels = file["label"] if "label" in file else None
+            if not isinstance(images, np.ndarray) or not isinstance(labels, np.ndarray | None):
                 raise ValueError("image and label must be arrays saved by numpy")
     except Exception as error:  # numpy, zipfile and zlib raise a dozen kinds for damaged files
         raise ValueError(f"{path}: {(str(error) or repr(error)).splitlines()[0]}") from None
@@ -94,6 +98,8 @@ def read_npz(path: str) -> tuple[np.ndarray, np.ndarray]:
         problem = f"image is {images.dtype}; it must be uint8, 0..255"
     elif not len(images):
         problem = "it holds no image"
+    elif labels is None:
+        pass
     elif labels.shape != (len(images),):
         problem = f"label has shape {labels.shape}; it must be [{len(images)}], one for each image"
     elif not np.issubdtype(labels.dtype, np.integer):
@@ -104,7 +110,7 @@ def read_npz(path: str) -> tuple[np.ndarray, np.ndarray]:
         problem = f"label {labels.max()} is too large; classes are 0..N-1"
     if problem:
         raise ValueError(f"{path}: {problem}")
-    return images, labels.astype(np.int32)
+    return images, np.zeros(0, np.int32) if labels is None else labels.astype(np.int32)
 
 
 def from_arrays(
@@ -114,7 +120,7 @@ def from_arrays(
     eval_images: np.ndarray,
     eval_labels: np.ndarray,
 ) -> Dataset:
-    """A data set in memory, with its statistics and digest.
+    """A data set in memory, with its statistics and digest; labels i32[n], or i32[0] for none.
 
     Raises:
       ValueError: an evaluation image is in the pool too, which would raise every figure.
@@ -136,8 +142,8 @@ def from_arrays(
     std = np.sqrt(np.maximum(counts @ values**2 / counts.sum(1) - mean**2, 1e-12))
     return Dataset(
         name=name,
-        pool=in_memory(image=images, label=labels.astype(np.int32)),
-        evaluation=in_memory(image=eval_images, label=eval_labels.astype(np.int32)),
+        pool=in_memory(image=images, **_labels(labels)),
+        evaluation=in_memory(image=eval_images, **_labels(eval_labels)),
         classes=number_of({f"{name}, pool": labels, f"{name}, evaluation": eval_labels}),
         shape=images.shape[1:],
         mean=tuple(map(float, mean)),
@@ -145,6 +151,10 @@ def from_arrays(
         pool_digest=digest(images, labels),
         evaluation_digest=digest(eval_images, eval_labels),
     )
+
+
+def _labels(labels: np.ndarray) -> dict[str, np.ndarray]:
+    return {"label": labels.astype(np.int32)} if len(labels) else {}
 
 
 def digest(images: np.ndarray, labels: np.ndarray) -> str:

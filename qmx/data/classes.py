@@ -6,11 +6,14 @@ from qmx.data.sources import Dataset
 
 
 def number_of(labels: dict[str, np.ndarray]) -> int:
-    """N, the classes 0..N-1 of labels by the name of their file or folder.
+    """N, the classes 0..N-1 of labels by the name of their file or folder; 0 without labels.
 
     Raises:
       ValueError: there are more classes than images, so that the labels number something else.
     """
+    labels = {name: some for name, some in labels.items() if len(some)}
+    if not labels:
+        return 0
     images = sum(map(len, labels.values()))
     where = max(labels, key=lambda name: labels[name].max())
     largest = int(labels[where].max())

@@ -39,8 +39,9 @@ def load(
 
     Args:
       source: one of `SOURCES`.
-      path, eval_path: the pool and the evaluation images: npz files (arrays), class folders
-        (folder), the name of a prepared set and of its split (tfds). Not for "digits".
+      path, eval_path: the pool and the evaluation images: npz files (arrays), class folders or
+        folders of photos without labels (folder), the name of a prepared set and of its split
+        (tfds). Not for "digits". Without `eval_path`, arrays and folders are a pool alone.
       leave_out: a text file with the names of photos that are not used, one a line, of the pool
         and of the evaluation images alike; see `qmx.data.chosen.leave_out`. "" uses all.
       cache: folder that qmx.data.cache wrote from the pool's photos, "" to decode the files.
@@ -136,7 +137,8 @@ def photographs(
         dropped = [*broken, *(name for name in dropped if name not in broken)]
     else:
         source = sized(pool, kept=kept if dropped else None)
-    classes = len(pool.class_names) or number_of(
+    class_names = pool.class_names or evaluation.class_names
+    classes = len(class_names) or number_of(
         {pool.where: pool.labels, evaluation.where: evaluation.labels}
     )
     return Dataset(
@@ -149,7 +151,7 @@ def photographs(
         IMAGENET_STD,
         digest_of(pool.digest, bool(cache), dropped, canvas, resize, crop),
         digest_of(evaluation.digest, resize, crop, *([eval_dropped] if eval_dropped else ())),
-        pool.class_names,
+        class_names,
         left_out,
     )
 

@@ -1,4 +1,5 @@
-"""Photos in one folder for each class: the layout of ImageNet and torchvision's ImageFolder."""
+"""Photos in one folder for each class, the layout of ImageNet and torchvision's ImageFolder; or
+without labels, in one folder."""
 
 import hashlib
 import os
@@ -46,11 +47,16 @@ def walk(path: str, prefix: str, skipped: list[str]) -> Iterator[tuple[str, list
             elif entry.is_dir():
                 yield from walk(entry.path, f"{prefix}/{entry.name}", skipped)
             elif entry.name.lower().endswith(EXTENSIONS):
-                try:
-                    files.append((f"{prefix}/{entry.name}", entry.stat().st_size))
-                except FileNotFoundError:
-                    raise ValueError(f"{entry.path}: a link to a file that is not there") from None
+                files.append((f"{prefix}/{entry.name}", size_of(entry)))
     yield prefix, files
+
+
+def size_of(file: os.DirEntry | str) -> int:
+    """Bytes of a file; ValueError for a link to nothing."""
+    try:
+        return os.stat(file).st_size
+    except FileNotFoundError:
+        raise ValueError(f"{os.fspath(file)}: a link to a file that is not there") from None
 
 
 def listing(path: str) -> tuple[Photos, np.ndarray]:
@@ -58,11 +64,12 @@ def listing(path: str) -> tuple[Photos, np.ndarray]:
 
     Classes are the subfolders in sorted order; files come class by class, folder by folder, sorted
     by code point: the order of torchvision's ImageFolder (0.29). Other files are ignored. Hidden
-    files and folders are skipped, which ImageFolder does not do, and one line says how many. The
-    digest is over the relative names and the sizes in bytes, and not over the contents.
+    files and folders are skipped, which ImageFolder does not do, and one line says how many. A
+    folder without subfolders has photos without labels. The digest is over the relative names and
+    the sizes in bytes, and not over the contents.
 
     Raises:
-      ValueError: no such folder, no class folders, or one without photos.
+      ValueError: no such folder, neither class folders nor photos, or a class without photos.
     """
     root = Path(path)
     if not root.is_dir():
@@ -73,11 +80,11 @@ def listing(path: str) -> tuple[Photos, np.ndarray]:
         skipped = [name for name, _ in everything if hidden(name)]
         inside = [entry for entry in everything if not hidden(entry[0])]
         classes = tuple(name for name, is_folder in inside if is_folder)
-        if not classes:
-            loose = sum(name.lower().endswith(EXTENSIONS) for name, _ in inside)
+        loose = [name for name, _ in inside if name.lower().endswith(EXTENSIONS)]
+        if not classes and not loose:
             raise ValueError(
-                f"{path}: no class folders in it{f', only {loose} loose images' if loose else ''};"
-                " photos are looked for as FOLDER/CLASS/NAME.JPEG"
+                f"{path}: no photos in it; they are looked for as FOLDER/CLASS/NAME.JPEG, or"
+                " without labels as FOLDER/NAME.JPEG"
             )
         with ThreadPoolExecutor(LISTING_THREADS) as threads:
             folders = list(
@@ -95,6 +102,12 @@ def listing(path: str) -> tuple[Photos, np.ndarray]:
         raise ValueError(
             f"{path}: no image in class folder {first_few(empty)}; remove it, or fill it"
         )
+    if not classes:
+        files = [[(name, size_of(os.path.join(path, name))) for name in loose]]
+    elif loose:
+        say(
+            f"{path}: {len(loose)} photos beside the class folders are not used: {first_few(loose)}"
+        )
     if skipped:
         say(
             f"{path}: {len(skipped)} hidden files and folders are skipped:"
@@ -102,9 +115,8 @@ def listing(path: str) -> tuple[Photos, np.ndarray]:
         )
     names = tuple(name for of_class in files for name, _ in of_class)
     sizes = np.array([size for of_class in files for _, size in of_class], np.int64)
-    labels = np.repeat(
-        np.arange(len(classes), dtype=np.int32), [len(of_class) for of_class in files]
-    )
+    numbers = np.arange(len(classes), dtype=np.int32)
+    labels = np.repeat(numbers, [len(of_class) for of_class in files]) if classes else numbers
     lines = "".join(f"{name}\0{size}\n" for name, size in zip(names, sizes.tolist(), strict=True))
     photos = Photos(
         path.rstrip("/") or path,
@@ -125,16 +137,21 @@ def first_few(names: list[str], most: int = 3) -> str:
 
 
 def photos(path: str, eval_path: str) -> tuple[str, Photos, Photos]:
-    """(name, pool, evaluation photos) of two folders with the same classes.
+    """(name, pool, evaluation photos) of two folders with the same classes, or without labels on
+    one side or both. Without `eval_path` there are no evaluation photos.
 
     Raises:
       ValueError: see `listing`; the classes differ; one folder lies within the other.
     """
-    if not path or not eval_path:
+    if not path:
         raise ValueError(
-            "data.source=folder needs two folders of class folders: data.path=POOL and "
-            "data.eval_path=EVALUATION"
+            "data.source=folder needs a folder of photos: data.path=POOL; and to evaluate on,"
+            " another one: data.eval_path=EVALUATION"
         )
+    if not eval_path:
+        none = np.zeros(0, np.int64)
+        nothing = Photos("no evaluation folder", partial(read_file, ""), (), none, (), "", "", none)
+        return "/".join(Path(path).resolve().parts[-2:]), listing(path)[0], nothing
     here, there = Path(path).resolve(), Path(eval_path).resolve()
     if here == there or here in there.parents or there in here.parents:
         raise ValueError(
@@ -147,7 +164,7 @@ def photos(path: str, eval_path: str) -> tuple[str, Photos, Photos]:
         ((evaluation, eval_path), (pool, path)),
     ):
         lacking = sorted(set(one.class_names) - set(other.class_names))
-        if lacking:
+        if lacking and other.class_names:
             raise ValueError(
                 f"{len(lacking)} class folders of {first} are not in {second}:"
                 f" {first_few(lacking)}; both must have the same classes"

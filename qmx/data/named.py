@@ -28,23 +28,34 @@ def named(data: Dataset, path: str) -> Dataset:
       ValueError: the file cannot be read, or names a class twice; a class of the images is in no
         line.
     """
-    lines = read(path)
+    return with_names(data, read(path), f"target.classes {path}")
+
+
+def with_names(data: Dataset, lines: list[list[str]], where: str) -> Dataset:
+    """The same by the names of each class, in the order of the target's scores.
+
+    Args:
+      where: they come from, for messages.
+    """
     if data.class_names:
-        columns = matched(data.class_names, lines, path)
+        columns = matched(data.class_names, lines, where)
     elif data.classes <= len(lines):
         columns = np.arange(data.classes, dtype=np.int32)
     else:
-        raise ValueError(
-            f"target.classes {path} names {len(lines)} classes and {data.name} has {data.classes}"
-        )
+        raise ValueError(f"{where} names {len(lines)} classes and {data.name} has {data.classes}")
     facts = json.dumps([len(lines), columns.tolist()])
+
+    def digest(side: Source, before: str) -> str:
+        # A side without labels stays as it is, and so do the encoders of a pool.
+        return hashlib.sha256((before + facts).encode()).hexdigest() if side.labelled else before
+
     return data._replace(
         classes=len(lines),
         class_names=tuple(names[0] for names in lines),
         pool=renumbered(data.pool, columns),
         evaluation=renumbered(data.evaluation, columns),
-        pool_digest=hashlib.sha256((data.pool_digest + facts).encode()).hexdigest(),
-        evaluation_digest=hashlib.sha256((data.evaluation_digest + facts).encode()).hexdigest(),
+        pool_digest=digest(data.pool, data.pool_digest),
+        evaluation_digest=digest(data.evaluation, data.evaluation_digest),
     )
 
 
@@ -64,7 +75,7 @@ def read(path: str) -> list[list[str]]:
     return lines
 
 
-def matched(names: tuple[str, ...], lines: list[list[str]], path: str) -> np.ndarray:
+def matched(names: tuple[str, ...], lines: list[list[str]], where: str) -> np.ndarray:
     """The line of each name, i32[len(names)]."""
     columns: dict[str, list[int]] = {}
     for column, aliases in enumerate(lines):
@@ -74,21 +85,24 @@ def matched(names: tuple[str, ...], lines: list[list[str]], path: str) -> np.nda
     if lost:
         more = f" and {len(lost) - SHOWN} more" if len(lost) > SHOWN else ""
         raise ValueError(
-            f"{len(lost)} of {len(names)} classes of the images are in no line of target.classes"
-            f" {path}: {', '.join(lost[:SHOWN])}{more}; name the folders as the lines do"
+            f"{len(lost)} of {len(names)} classes of the images are in no line of {where}:"
+            f" {', '.join(lost[:SHOWN])}{more}; name the folders as the lines do"
         )
     for name in names:
         if len(found := columns[name.casefold()]) > 1:
-            where = " and ".join(str(column + 1) for column in found[:2])
+            both = " and ".join(str(column + 1) for column in found[:2])
             raise ValueError(
-                f"the class {name} is in the lines {where} of target.classes {path}; name its"
-                " folder by a name that is in one alone"
+                f"the class {name} is in the lines {both} of {where}; name its folder by a name"
+                " that is in one alone"
             )
     return np.array([columns[name.casefold()][0] for name in names], np.int32)
 
 
 def renumbered(source: Source, columns: np.ndarray) -> Source:
-    """A source whose label l has become columns[l]."""
+    """A source whose label l has become columns[l]; the same source if it has no labels."""
+
+    if not source.labelled:
+        return source
 
     def read_renumbered(ids: np.ndarray) -> dict[str, np.ndarray]:
         batch = source.read(ids)

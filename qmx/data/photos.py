@@ -17,6 +17,7 @@ from PIL import Image
 from qmx.data.sources import Files, Photos, Source
 
 EXIF_ORIENTATION = 0x0112
+MEMORY = 1 << 30  # bytes of canvases that are kept: 21,845 photos at 128 pixels
 CHUNK = 4  # photos that a thread takes at a time; handing out single ones costs more
 
 
@@ -160,6 +161,26 @@ def canvases(photos: Photos, side: int) -> Callable[[np.ndarray], tuple[np.ndarr
     return squashed
 
 
+def remembered(
+    read: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], size: int, side: int
+) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """The same reader of canvases, which decodes each of `size` photos once if all of them fit into
+    `MEMORY`: large photos take longer to decode than a small network to train on."""
+    if size * side * side * 3 > MEMORY:
+        return read
+    images = np.empty((size, side, side, 3), np.uint8)  # taken by the system as it is filled
+    sizes, known = np.empty((size, 2), np.float32), np.zeros(size, bool)
+
+    def remember(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        new = ids[~known[ids]]
+        if len(new):
+            images[new], sizes[new] = read(new)
+            known[new] = True
+        return images[ids], sizes[ids]
+
+    return remember
+
+
 def usable(photos: Photos, i: int) -> Image.Image:
     """Decode photo i; ValueError names it and the cure."""
     try:
@@ -191,11 +212,13 @@ def photo_source(
     """
     ids_of = np.arange(photos.size) if kept is None else kept
     files = Files(photos, ids_of, squashed is not None)
-    labels, from_files = photos.labels[ids_of], canvases(photos, canvas)
+    labels = photos.labels[ids_of] if len(photos.labels) else photos.labels
+    from_files = remembered(canvases(photos, canvas), photos.size, canvas)
 
     def read(ids: np.ndarray) -> dict[str, np.ndarray]:
         images, sizes = squashed(ids) if squashed else from_files(ids_of[ids])
-        return {"image": images, "label": labels[ids], "size": sizes}
+        known = {"label": labels[ids]} if len(labels) else {}
+        return {"image": images, "size": sizes, **known}
 
     def show(ids: np.ndarray) -> np.ndarray:
         images = np.empty((len(ids), crop, crop, 3), np.uint8)

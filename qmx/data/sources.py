@@ -11,18 +11,24 @@ class Source(NamedTuple):
     """Examples by number."""
 
     size: int
-    # ids i64[b] -> the input of training's views: "image" uint8[b, H, W, C], "label" i32[b], and
-    # for photos squashed onto a canvas "size" f32[b, 2], their own height and width.
+    # ids i64[b] -> the input of training's views: "image" uint8[b, H, W, C], "label" i32[b] if
+    # there are labels, and for photos squashed onto a canvas "size" f32[b, 2], their own height
+    # and width.
     read: Callable[[np.ndarray], dict[str, np.ndarray]]
     # ids i64[b] -> uint8[b, S, S, C], the exact pixels for targets and evaluations
     shown: Callable[[np.ndarray], np.ndarray]
-    labels: np.ndarray  # i32[n]; empty if the arrays have none
+    labels: np.ndarray  # i32[n]; empty if there are none
     # Of the files, "n01440764/n01440764_10026.JPEG"; () if there are no files.
     names: tuple[str, ...] = ()
     beside: "Beside | None" = None  # another source, whose examples come in the same batches
     # The arrays in memory that `read` reads; None if it reads files.
     held: "Held | None" = None
     files: "Files | None" = None  # the photos that `read` and `shown` decode; None for arrays
+
+    @property
+    def labelled(self) -> bool:
+        """True if the examples have labels."""
+        return len(self.labels) > 0
 
     def all(self) -> dict[str, np.ndarray]:
         """Every example as `read` gives it, in order. All of them must fit in memory."""
@@ -48,7 +54,7 @@ class Photos(NamedTuple):
     # (number, name) -> the file's bytes; picklable; its ValueError names the photo.
     read: Callable[[int, str], bytes]
     names: tuple[str, ...]  # of the files; () if there are no files
-    labels: np.ndarray  # i32[n]
+    labels: np.ndarray  # i32[n]; empty if there are none
     class_names: tuple[str, ...]
     digest: str  # SHA-256 of the listing, see the source
     remake: str  # the arguments of qmx.data.cache that name these photos
@@ -57,7 +63,7 @@ class Photos(NamedTuple):
     @property
     def size(self) -> int:
         """Number of photos."""
-        return len(self.labels)
+        return max(len(self.names), len(self.labels))
 
     def title(self, i: int) -> str:
         """Name of photo i in messages."""
@@ -88,8 +94,8 @@ class Dataset(NamedTuple):
 
     name: str
     pool: Source
-    evaluation: Source
-    classes: int  # N
+    evaluation: Source  # of size 0 where there is but a pool
+    classes: int  # N; 0 if neither labels nor the target's names say it
     shape: tuple[int, int, int]  # H, W, C of the images from `shown`
     mean: tuple[float, ...]  # of each channel, in 0..1, for the normalisation
     std: tuple[float, ...]

@@ -77,6 +77,7 @@ def received(answer: np.ndarray, rows: int, classes: int, access: str) -> np.nda
 
     Args:
       answer: numbers [rows, N]; for "label" class numbers, [rows] or [rows, 1], or one-hot rows.
+      classes: N; 0 takes as many as there are, from two on.
 
     Raises:
       ValueError: the number of images or classes is wrong, or the numbers do not fit the level:
@@ -89,16 +90,27 @@ def received(answer: np.ndarray, rows: int, classes: int, access: str) -> np.nda
         and answer.shape in ((rows,), (rows, 1))
     ):
         numbers = answer.reshape(rows)
+        if not classes:
+            raise ValueError(
+                "the target answers with class numbers, which do not say how many classes there"
+                " are; target.classes names a file that does, one a line"
+            )
         if ((numbers < 0) | (numbers >= classes)).any():
             raise ValueError(
                 f"the target names classes from {numbers.min()} to {numbers.max()}, and there are "
                 f"{classes}, from 0 on"
             )
         return np.eye(classes, dtype=np.float32)[numbers]
-    if answer.ndim != 2 or len(answer) != rows or answer.shape[1] != classes:
+    if (
+        answer.ndim != 2
+        or len(answer) != rows
+        or answer.shape[1] != (classes or max(answer.shape[1], 2))
+    ):
         raise ValueError(
             f"the target answered {rows} images with the shape {list(answer.shape)}, and it must be"
-            f" {[rows, classes]}, a number for each image and class; nothing of this batch is kept"
+            f" [{rows}, {classes or 'N'}], a number for each image and class; nothing of this batch"
+            " is kept"
+            + ("; target.classes names the classes of a target that has others" if classes else "")
         )
     with np.errstate(over="ignore"):
         scores = answer.astype(np.float32)
@@ -116,7 +128,7 @@ def received(answer: np.ndarray, rows: int, classes: int, access: str) -> np.nda
             f"the target's answers are no probabilities: the least is {finite.min():.4g}, and the"
             f" sum of a row is {off:.4g} away from 1; set target.access=logits if they are logits"
         )
-    if access == "logits" and classes > 1 and finite.min() >= 0 and off < 1e-3:
+    if access == "logits" and answer.shape[1] > 1 and finite.min() >= 0 and off < 1e-3:
         raise ValueError(
             "the target's answers are probabilities, for they are positive and each row sums to 1;"
             " set target.access=probs"

@@ -7,7 +7,7 @@ from qmx.grid import percent
 from qmx.report.answer import interval
 from qmx.report.audit import limits_of
 from qmx.report.reach import column_of, ranked, reach_of
-from qmx.report.tables import Table, budget_label, label, marked, spread, values
+from qmx.report.tables import NO_LABELS, Table, budget_label, figure, label, marked
 
 WORST = 10  # classes that are shown
 SAID = {"accuracy": "of the accuracy", "fidelity": "fidelity"}
@@ -22,7 +22,7 @@ def strongest_table(results: dict) -> Table | None:
     rows = []
     for budget in results["pool"]["budgets"]:
         queries = budget["queries"]
-        each = [spread(values(results, column, queries, m)) for m in ("fidelity_top1", "top1")]
+        each = [figure(results, column, queries, m) for m in ("fidelity_top1", "top1")]
         named = marked(results, column, queries, budget_label(results, budget))
         rows.append([named, *each])
     title = f"Strongest attack: {label(column, results)}"
@@ -116,9 +116,10 @@ def access_table(results: dict) -> Table | None:
     rows = [
         [
             row["access"],
-            f"{row['top1']:.1f}",
-            f"{row['top5']:.1f}",
-            f"{row['calibration_error']:.1f}",
+            *(
+                NO_LABELS if row[key] is None else f"{row[key]:.1f}"
+                for key in ("top1", "top5", "calibration_error")
+            ),
             "not reached" if row["queries"] is None else str(math.ceil(row["queries"])),
         ]
         for row in results["audit"]["access"]

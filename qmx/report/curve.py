@@ -4,19 +4,20 @@ import io
 from statistics import mean, stdev
 
 from qmx.grid import columns
-from qmx.report.tables import label, values
+from qmx.report.tables import label, labelled, values
 
 
 def curve(results: dict) -> bytes:
-    """Plot accuracy and fidelity as a PNG; bars are one standard deviation over the seeds."""
+    """Plot accuracy, where there are labels, and fidelity as a PNG; bars are one standard deviation
+    over the seeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
+    kinds = [("top1", "accuracy"), ("fidelity_top1", "fidelity")]
+    kinds = kinds if labelled(results) else kinds[1:]
+    panels = figure.subplots(1, len(kinds), squeeze=False, sharey=True)[0]
     budgets = [budget["queries"] for budget in results["pool"]["budgets"]]
-    for panel, metric, title in zip(
-        panels, ("top1", "fidelity_top1"), ("accuracy", "fidelity"), strict=True
-    ):
+    for panel, (metric, title) in zip(panels, kinds, strict=True):
         shown = columns(results["config"])
         for place, column in enumerate(shown):
             aside = 1.03 ** (place - len(shown) / 2)  # so that the bars do not hide each other

@@ -1,14 +1,14 @@
 """Lines above the tables: target, pool, and account of the queries."""
 
 from qmx.grid import columns
-from qmx.report.tables import budget_label
+from qmx.report.tables import budget_label, labelled
 
 
 def account_notes(results: dict) -> list[str]:
     """One line each on the target, the images and the account of the queries."""
     target, pool, account = results["target"], results["pool"], results["account"]
     measured = (
-        "accuracy not measured yet"
+        ("accuracy not measured yet" if labelled(results) else "accuracy not known without labels")
         if target["top1"] is None
         else (f"top-1 / top-5 {target['top1']:.1f} / {target['top5']:.1f} on the evaluation images")
     )

@@ -49,12 +49,16 @@ def full(results: dict, measure: str) -> float | None:
 def learned(results: dict, column: Column, measure: str) -> dict[int | None, dict[int, float]]:
     """Curves of a column, {seed: {queries: per cent}}; the mean over the seeds stands under None.
 
-    Students that did not learn what they were given are left out.
+    Students that did not learn what they were given are left out, and so is what is not known.
     """
     curves: dict[int | None, dict[int, float]] = {None: {}}
     for budget in results["pool"]["budgets"]:
         queries = budget["queries"]
-        rows = [row for row in rows_of(results, column, queries) if not row["undertrained"]]
+        rows = [
+            row
+            for row in rows_of(results, column, queries)
+            if not row["undertrained"] and row[MEASURES[measure]] is not None
+        ]
         for row in rows:
             curves.setdefault(row["seed"], {})[queries] = row[MEASURES[measure]]
         if rows:

@@ -7,7 +7,7 @@ from typing import Any
 
 from qmx.grid import Column
 from qmx.report.reach import COPY, MEASURES, full, learned, ranked
-from qmx.report.tables import label, rows_of
+from qmx.report.tables import label, labelled, rows_of
 
 # Colours that matplotlib writes, and the page's variables that take their place.
 INK, MUTED, LINE = "#010101", "#020202", "#030303"
@@ -22,9 +22,11 @@ APART = 0.13  # of the axis, between two numbers below it
 
 
 def drawn(results: dict) -> dict[str, str]:
-    """An SVG for each measure, on shared axes, with the seeds' range and the 95 % line."""
+    """An SVG for each measure, on shared axes, with the seeds' range and the 95 % line; without
+    labels of fidelity alone."""
     shown = ranked(results)
-    return {measure: _draw(results, measure, shown) for measure in MEASURES}
+    known = [m for m in MEASURES if m != "accuracy" or labelled(results)]
+    return {measure: _draw(results, measure, shown) for measure in known}
 
 
 def _draw(results: dict, measure: str, shown: list[Column]) -> str:
@@ -103,7 +105,8 @@ def _line(panel, results: dict, measure: str, column: Column, place: int, number
 def _axes(panel, results: dict) -> None:
     """Queries on a logarithmic axis, and per cent from the lowest figure, of any measure."""
     budgets = [budget["queries"] for budget in results["pool"]["budgets"]]
-    figures = [row[key] for row in results["rows"] for key in MEASURES.values()]
+    every = [row[key] for row in results["rows"] for key in MEASURES.values()]
+    figures = [figure for figure in every if figure is not None]
     floor = 10 * int(min(figures, default=0) // 10)
     panel.set_ylim(min(floor, 90), 101)
     panel.set_xscale("log")

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from qmx.grid import Column, columns, percent
 
+NOT_RUN, NO_LABELS = "not run", "no labels"  # in the place of a figure
+
 
 class Table(NamedTuple):
     """A titled table of strings."""
@@ -48,8 +50,9 @@ def rows_of(results: dict, column: Column, queries: int) -> list[dict]:
 
 
 def values(results: dict, column: Column, queries: int, metric: str) -> list[float]:
-    """Values of a metric in one cell, one for each seed that was run."""
-    return [row[metric] for row in rows_of(results, column, queries)]
+    """Values of a metric in one cell, one for each seed that was run; none of an accuracy that is
+    unknown."""
+    return [row[metric] for row in rows_of(results, column, queries) if row[metric] is not None]
 
 
 def complete(results: dict, column: Column) -> bool:
@@ -63,10 +66,22 @@ def marked(results: dict, column: Column, queries: int, text: str) -> str:
     return f"{text} *" if undertrained else text
 
 
+def labelled(results: dict) -> bool:
+    """True if the evaluation images have labels, as they must have before there was this key."""
+    return results["pool"].get("labelled", True)
+
+
+def figure(results: dict, column: Column, queries: int, metric: str, digits: int = 1) -> str:
+    """The text of one metric in one cell."""
+    if metric in ("top1", "top5") and not labelled(results):
+        return NO_LABELS
+    return spread(values(results, column, queries, metric), digits)
+
+
 def spread(numbers: list[float], digits: int = 1) -> str:
     """Mean, and with several seeds the sample standard deviation."""
     if not numbers:
-        return "not run"
+        return NOT_RUN
     if len(numbers) == 1:
         return f"{numbers[0]:.{digits}f}"
     return f"{mean(numbers):.{digits}f} ± {stdev(numbers):.{digits}f}"
@@ -94,18 +109,18 @@ def result_tables(results: dict) -> list[Table]:
             cells = []
             for column in shown:
                 each = [
-                    spread(values(results, column, budget["queries"], metric), digits)
-                    for metric in metrics
+                    figure(results, column, budget["queries"], metric, digits) for metric in metrics
                 ]
-                cell = each[0] if each[0] == "not run" else " / ".join(each)
+                cell = each[0] if each[0] in (NOT_RUN, NO_LABELS) else " / ".join(each)
                 cells.append(marked(results, column, budget["queries"], cell))
             rows.append([budget_label(results, budget), *cells])
         tables.append(Table(title, ["queries", *names], rows))
     tables += [*reach_tables(results), *access_tables(results, over)]
-    if results["monitors"]:
-        first = results["monitors"][0]
+    monitors = [m for m in results["monitors"] if "knn_top1" in m]  # with labels alone
+    if monitors:
+        first = monitors[0]
         looks = {"knn_top1": "pretrained", "knn_top1_random": "the same network, random"}
-        if any("linear_top1" in m for m in results["monitors"]):
+        if any("linear_top1" in m for m in monitors):
             looks["linear_top1"] = "linear probe"
         tables.append(
             Table(
@@ -118,17 +133,11 @@ def result_tables(results: dict) -> list[Table]:
                     [
                         init,
                         *(
-                            spread(
-                                [
-                                    m[key]
-                                    for m in results["monitors"]
-                                    if m["init"] == init and key in m
-                                ]
-                            )
+                            spread([m[key] for m in monitors if m["init"] == init and key in m])
                             for key in looks
                         ),
                     ]
-                    for init in dict.fromkeys(m["init"] for m in results["monitors"])
+                    for init in dict.fromkeys(m["init"] for m in monitors)
                 ],
             )
         )
@@ -149,7 +158,7 @@ def reach_tables(results: dict) -> list[Table]:
             and Column(*(row[axis] for axis in Column._fields)) == column
         ]
         if not found:
-            return "not run"
+            return NOT_RUN
         number, largest = found[0]["queries"], found[0]["largest"]
         if number is None:
             return "not trained" if largest is None else f"not by {largest}"
@@ -172,7 +181,7 @@ def reach_tables(results: dict) -> list[Table]:
             ],
         )
         for measure, title in titles.items()
-        if shares
+        if shares and (measure != "accuracy" or labelled(results))
     ]
 
 
@@ -192,7 +201,7 @@ def access_tables(results: dict, over: str) -> list[Table]:
                     column.access,
                     *(
                         " / ".join(
-                            spread(values(results, column, budget["queries"], metric))
+                            figure(results, column, budget["queries"], metric)
                             for metric in ("top1", "fidelity_top1")
                         )
                         for budget in budgets

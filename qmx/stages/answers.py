@@ -142,8 +142,8 @@ class Answers(NamedTuple):
     train: np.ndarray  # uint8[n, 32], their keys
     evaluation: np.ndarray  # i64[m], the evaluation images that have an answer, ascending
     report: np.ndarray  # uint8[m, 32], their keys
-    top1: float  # the target's accuracy on these, in per cent
-    top5: float
+    top1: float | None  # the target's accuracy on these, in per cent; None without labels
+    top5: float | None
 
     def there(self, ids: np.ndarray) -> np.ndarray:
         """Those of some images of the pool that have an answer, in that order."""

@@ -71,11 +71,12 @@ def evaluate(
                 target=wanted.astype(np.int32),
             )
         asked = asked_fidelity(run, cell, on_asked, pool_ids, answers)
+        labels = evaluation.labels[there] if evaluation.labelled else None
         queries = {"train": cell.queries - chose, "select": chose, "report": len(target)}
         return {
             "queries": queries,
             "calls": sum(queries.values()),
-            **compare(scores[there], target, evaluation.labels[there]),
+            **compare(scores[there], target, labels),
             "fidelity_asked": asked,
             "undertrained": asked < LEARNED,
             "worst_class": worst_class(named, wanted, run.data.classes),

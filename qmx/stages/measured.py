@@ -26,11 +26,16 @@ from qmx.stages.run import Run
 def honest(run: Run, answers: Answers) -> list[dict[str, Any]]:
     """What honest users get at each level of access in the grid, on the evaluation images.
 
-    Rows of {"access", "top1", "top5", "calibration_error"}, in per cent; from the ledger.
+    Rows of {"access", "top1", "top5", "calibration_error"}, in per cent, None without labels; from
+    the ledger.
     """
     keys = [row.tobytes() for row in answers.report]
-    labels = run.data.evaluation.labels[answers.evaluation]
-    rows = []
+    evaluation, rows = run.data.evaluation, list[dict[str, Any]]()
+    unknown = {"top1": None, "top5": None, "calibration_error": None}
+    if not evaluation.labelled:
+        levels = dict.fromkeys(column.access for column in columns(run.config))
+        return [{"access": access, **unknown} for access in levels]
+    labels = evaluation.labels[answers.evaluation]
     for access in dict.fromkeys(column.access for column in columns(run.config)):
         scores = read_scores(run, answers.identity, keys, access)
         rows.append(
@@ -44,14 +49,16 @@ def honest(run: Run, answers: Answers) -> list[dict[str, Any]]:
     return rows
 
 
-def zero_queries(run: Run, answers: Answers) -> dict[str, float]:
+def zero_queries(run: Run, answers: Answers) -> dict[str, float | None]:
     """A copy that asks nothing and names one class for every image, at its best: {"top1",
-    "fidelity_top1"} in per cent, of the most frequent class and the most frequent answer."""
+    "fidelity_top1"} in per cent, of the most frequent class (None without labels) and the most
+    frequent answer."""
     keys = [row.tobytes() for row in answers.report]
     wanted = read_scores(run, answers.identity, keys, run.config.target.access).argmax(1)
-    labels = run.data.evaluation.labels[answers.evaluation]
+    evaluation = run.data.evaluation
+    labels = evaluation.labels[answers.evaluation] if evaluation.labelled else None
     return {
-        name: 100.0 * int(np.bincount(classes).max()) / len(classes)
+        name: None if classes is None else 100.0 * int(np.bincount(classes).max()) / len(classes)
         for name, classes in (("top1", labels), ("fidelity_top1", wanted))
     }
 

@@ -21,12 +21,15 @@ from qmx.workdir import NotDone
 def monitor(
     run: Run, encoder: Pretrained | NotDone, features: Features | NotDone | None = None
 ) -> dict:
-    """Compare an encoder's features with a random network's, on a held-out part of the pool.
+    """Compare an encoder's features with a random network's, on a held-out part of the pool;
+    {} for a pool without labels.
 
     Args:
       features: of an encoder that stays as it is, which has no random network beside it.
     """
     encoder = needed(encoder)
+    if not run.data.pool.labelled:
+        return {}
     keys, student, seed = run.config.monitor, run.config.student, encoder.seed
     arch, dtype = student.arch, networks.evaluated_in(student.dtype)
     size = {"size": student.size}

@@ -49,16 +49,7 @@ def query(run: Run, target: Target | NotDone, selections: Iterable[Selection | N
             if not has.all():
                 say(f"{name}: {(~has).sum()} of {len(has)} images have no answer and are left out")
             if purpose == "report":
-                scores = read_scores(run, target.identity, keys["report"], access)
-                labels = evaluation.labels[there["report"]]
-                measured = {f"top{k}": top_k(scores, labels, k) for k in (1, 5)}
-                expect, size = run.config.target.expect, evaluation.size
-                for warning in (
-                    unexpected(expect, measured, size),
-                    near_chance(measured["top1"], run.data.classes),
-                ):
-                    if warning:
-                        say(f"warning: {warning}")
+                measured = accuracy(run, target, there["report"], keys["report"])
         both = len(set(keys["report"]) & set(keys["train"]))
         if both:
             say(
@@ -87,6 +78,25 @@ def query(run: Run, target: Target | NotDone, selections: Iterable[Selection | N
     rows = read_arrays(run.workdir / "query" / "keys.npz")
     rows.setdefault("evaluation", np.arange(len(rows["report"])))  # an older file has all
     return Answers(target.identity, **rows, top1=result["top1"], top5=result["top5"])
+
+
+def accuracy(
+    run: Run, target: Target, ids: np.ndarray, keys: list[bytes]
+) -> dict[str, float | None]:
+    """The target's accuracy on some evaluation images, in per cent, with a warning where it is
+    strange; None if they have no labels."""
+    config, evaluation = run.config.target, run.data.evaluation
+    if not evaluation.labelled:
+        return {"top1": None, "top5": None}
+    scores = read_scores(run, target.identity, keys, config.access)
+    measured = {f"top{k}": top_k(scores, evaluation.labels[ids], k) for k in (1, 5)}
+    for warning in (
+        unexpected(config.expect, measured, evaluation.size),
+        near_chance(measured["top1"], run.data.classes),
+    ):
+        if warning:
+            say(f"warning: {warning}")
+    return {**measured}
 
 
 def lost_answers(run: Run, target: Target) -> str | None:

@@ -23,7 +23,7 @@ def connect(keys: Any, data: Dataset) -> Outside:
         `target.access`.
     """
     table = load(Path(keys.path))
-    if table.scores.shape[1] != data.classes:
+    if table.scores.shape[1] != (data.classes or table.scores.shape[1]):
         raise ValueError(
             f"{keys.path} scores {table.scores.shape[1]} classes and {data.name} has"
             f" {data.classes}; they must be the same classes in the same order"

@@ -43,7 +43,8 @@ def report(
     known: dict[str, Any] = {"access": [], "zero_queries": None}
     if not isinstance(answers, NotDone):
         accuracy |= {"top1": answers.top1, "top5": answers.top5}
-        warning = unexpected(keys.expect, accuracy, data.evaluation.size)
+        if answers.top1 is not None:
+            warning = unexpected(keys.expect, accuracy, data.evaluation.size)
         known = {
             "access": measured.honest(run, answers),
             "zero_queries": measured.zero_queries(run, answers),
@@ -74,6 +75,7 @@ def report(
             "name": data.name,
             "size": data.pool.size,
             "evaluation": data.evaluation.size,
+            "labelled": data.evaluation.labelled,
             "classes": data.classes,
             "sha256": data.digest,
             "budgets": [budget._asdict() for budget in grid],

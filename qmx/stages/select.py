@@ -77,7 +77,8 @@ def _choose(run: Run, cell: Cell, features: Any, target: Any) -> np.ndarray:
         f"{cell.select} chooses {budget} of {len(rows)} images by the features of {cell.init} seed"
         f" {cell.seed}"
     )
-    rng, classes = np.random.default_rng(cell.seed), len(np.unique(pool.labels))
+    rng = np.random.default_rng(cell.seed)
+    classes = len(np.unique(pool.labels)) or run.data.classes
     # In one process: another machine's sums may round another way, and choose others.
     return from_first(lambda: way(rows, budget, rng, classes))
 

@@ -146,7 +146,7 @@ def _convert(run: Run, directory: Path) -> dict:
         {"backbone": made.backbone.params, "head": made.head},
         {"backbone": made.backbone.stats, "head": {}},
     )
-    said = facts(run, "target", arch=made.arch, classes=run.data.classes)
+    said = facts(run, "target", arch=made.arch, classes=classes_of(made))
     digest = save_weights(directory / "target.safetensors", weights, said)
     return {"name": f"{made.arch} from {Path(keys.path).name}", "arch": made.arch, "sha256": digest}
 
@@ -160,13 +160,18 @@ def converted(keys: Any, data: Dataset) -> from_torch.Converted:
             " scores"
         )
     check_channels(made, keys.path, data)
-    classes = made.head["fc"]["kernel"].shape[1]
-    if classes != data.classes:
+    classes = classes_of(made)
+    if classes != (data.classes or classes):
         raise ValueError(
             f"{keys.path} scores {classes} classes and {data.name} has {data.classes}; they must be"
             " the same classes in the same order"
         )
     return made
+
+
+def classes_of(made: from_torch.Converted) -> int:
+    """Number of classes that weights score; 0 without a classifier."""
+    return 0 if made.head is None else made.head["fc"]["kernel"].shape[1]
 
 
 def source_of(path: str) -> dict[str, str]:

@@ -38,7 +38,7 @@ def connect(
     Args:
       path: "FILE.py:function" or "module:function". The file is executed.
       shape: of the images, H, W, C.
-      classes: N.
+      classes: N, 0 if it is not known.
       watch: more files that the function is made of, as weights.
       shown: how the function gets them; by default uint8[b, H, W, C].
       access: level of its results, "logits", "probs" or "label"; see

@@ -31,6 +31,9 @@ LARGEST = 1 << 28  # bytes of an answer: 256 x 21,841 classes (ImageNet-21k) as 
 CHUNK = 1 << 16
 # In a refusal: a server that is still starting says so with any status.
 STARTING = re.compile("not (yet )?ready|is loading|still loading|starting up", re.IGNORECASE)
+# The head of the frame of settings that a server of HTTP/2 sends first (RFC 9113, sections 3.4, 4.1
+# and 6.5), as http.client quotes the line: a length of 3 bytes, a type of 4, no flags, stream 0.
+HTTP2 = re.compile(r"\\x00.{1,8}?\\x04\\x00\\x00\\x00\\x00\\x00")
 CURES = {
     401: "target.token_env names the environment variable with a valid token",
     403: "target.token_env names the environment variable with a token that may ask this",
@@ -129,6 +132,11 @@ def client(
             if isinstance(error, urllib3.exceptions.NewConnectionError):
                 raise Unreachable(
                     f"{url} cannot be reached: {reason}; does a server run at target.url?"
+                ) from None
+            if HTTP2.search(str(error)):
+                raise ValueError(
+                    f"{url} answers in HTTP/2, as ports for gRPC do (8001, 8081, 9000); target.url"
+                    " takes the server's port for HTTP (8000, 8080)"
                 ) from None
             raise Unavailable(f"{where} gave no whole answer: {reason}") from None
         if response.status != 200:

@@ -1,5 +1,6 @@
 """A target in an ONNX file, computed here by onnxruntime, as it is deployed."""
 
+import ast
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,24 @@ from qmx.targets.shown import UNCHANGED, Shown, prepare, resolved
 from qmx.targets.shown import name as name_of
 
 # Types of an input that images can be shown as: ONNX's name, NumPy's.
+NAMES = ("names", "class_names", "classes", "labels")  # keys of metadata that hold class names
 INPUTS = {"tensor(uint8)": "uint8", "tensor(float16)": "float16", "tensor(float)": "float32"}
+
+
+def opened(path: str) -> Any:
+    """The session of onnxruntime for a file; ValueError if there is none, or it cannot be read."""
+    try:
+        import onnxruntime
+    except ModuleNotFoundError:
+        raise ValueError("target.kind=onnx needs onnxruntime: pip install 'qmx[onnx]'") from None
+    if not Path(path).is_file():
+        raise ValueError(f"target.path {path}: no such file")
+    onnxruntime.set_default_logger_severity(3)  # errors alone
+    try:
+        return onnxruntime.InferenceSession(path, providers=onnxruntime.get_available_providers())
+    except Exception as error:  # it has exceptions of its own, without a common base
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"target.path {path} cannot be read as ONNX: {reason}") from None
 
 
 def connect(
@@ -33,7 +51,7 @@ def connect(
     Args:
       path: of the .onnx file.
       shape: of the images, H, W, C.
-      classes: N.
+      classes: N, 0 if it is not known.
       input, output: names of the tensors; by default the only ones.
       access: level of the output, "logits", "probs" or "label"; see `qmx.ledger.access.received`.
       shown: how the model gets the images; the file says the type and the order of the axes.
@@ -42,20 +60,7 @@ def connect(
       ValueError: onnxruntime is not installed, or cannot read the file; no such tensor; images that
         do not fit. By the query: an answer that does not.
     """
-    try:
-        import onnxruntime
-    except ModuleNotFoundError:
-        raise ValueError("target.kind=onnx needs onnxruntime: pip install 'qmx[onnx]'") from None
-    if not Path(path).is_file():
-        raise ValueError(f"target.path {path}: no such file")
-    onnxruntime.set_default_logger_severity(3)  # errors alone
-    try:
-        session = onnxruntime.InferenceSession(
-            path, providers=onnxruntime.get_available_providers()
-        )
-    except Exception as error:  # it has exceptions of its own, without a common base
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"target.path {path} cannot be read as ONNX: {reason}") from None
+    session = opened(path)
     tensor = _one(session.get_inputs(), "input", input)
     answer = _one(session.get_outputs(), "output", output)
     if tensor.type not in INPUTS:
@@ -75,6 +80,36 @@ def connect(
     named = f"\0{tensor.name}\0{answer.name}".encode()
     digest = hashlib.sha256(Path(path).read_bytes() + named).hexdigest()
     return Outside(query, Path(path).name, digest, name_of(seen))
+
+
+def class_names(path: str) -> list[list[str]]:
+    """The classes' names in a file's metadata, as `qmx.data.named.read` has them; [] without any.
+
+    They are looked for under `NAMES`, as a list or a table by number in JSON or Python's notation
+    (Ultralytics has "names" so), or with commas or line ends between them.
+
+    Raises:
+      ValueError: see `opened`.
+    """
+    metadata = opened(path).get_modelmeta().custom_metadata_map
+    for key in NAMES:
+        names = listed(metadata.get(key, ""))
+        if len(names) > 1:
+            return [[name] for name in names]
+    return []
+
+
+def listed(text: str) -> list[str]:
+    """Names in a text, in their order."""
+    try:
+        value = ast.literal_eval(text.strip())  # JSON's lists and tables of strings, too
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return [name.strip() for name in text.replace("\n", ",").split(",") if name.strip()]
+    if isinstance(value, dict):
+        numbers = {int(key): name for key, name in value.items() if str(key).isdigit()}
+        complete = sorted(numbers) == [*range(len(numbers))]
+        value = [numbers[i] for i in range(len(numbers))] if complete else []
+    return [str(name) for name in value] if isinstance(value, list | tuple) else []
 
 
 def _one(tensors: list[Any], kind: str, name: str) -> Any:

@@ -54,7 +54,7 @@ def connect(
       shape: of the images, H, W, C.
       shown: how the model gets them; its metadata say the type and the order of the axes, where
         they say anything.
-      classes: N.
+      classes: N, 0 if it is not known.
       version: of the model; by default the one that the server lists.
       input, output: names of the tensors; by default the only ones that the server lists.
       access: level of the output, "logits", "probs" or "label"; see `qmx.ledger.access.received`.
@@ -184,7 +184,7 @@ def _check_tensors(model_input: Tensor, model_output: Tensor, classes: int, acce
                 else ""
             )
         )
-    if model_output.shape and not _fits(model_output.shape, (-1, classes)):
+    if model_output.shape and not _fits(model_output.shape, (-1, classes or -1)):
         raise ValueError(
             f"the model's output {model_output.name} has the shape {model_output.shape} and should"
             f" have {[-1, classes]}: the images have {classes} classes, which must be the model's,"
