@@ -146,7 +146,7 @@ def _problems(config: Any, data: Dataset, stage: str) -> Iterator[str]:
     ]:
         yield (
             f"{strange[0]} is no method; it needs a kind: weights, callable or table, as"
-            " qmx.frozen_settings.add_encoder gives it"
+            " qmx.frozen_keys.add_encoder gives it"
         )
         return
     if trained.pop("pretrain.imported", None):

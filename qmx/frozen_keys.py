@@ -29,8 +29,10 @@ def public(**changes: Any) -> ConfigDict:
 
 
 def add_encoder(config: Any, name: str, **changes: Any) -> None:
-    """Add an encoder that stays as it is to a config, under a name for `config.inits`; `changes` are
-    keys of `public`.
+    """Add an encoder that stays as it is to a config, under a name for `config.inits`.
+
+    Args:
+      changes: keys of `public`.
 
     Raises:
       KeyError: a key that `public` does not have.

@@ -218,9 +218,7 @@ def base() -> ConfigDict:
     config.pretrain.imported = ConfigDict()
     for keys in config.pretrain.values():
         keys.path = ""  # weights of somebody else, PyTorch's or qmx's: nothing is trained
-    config.pretrain.public = (
-        public()
-    )  # an encoder that stays as it is; qmx.frozen_settings adds more
+    config.pretrain.public = public()  # an encoder that stays as it is; qmx.frozen_keys adds more
     config.head = heads()
 
     config.distill = distilling()  # how students train that no recipe describes

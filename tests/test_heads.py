@@ -104,7 +104,7 @@ FUNCTIONS = """
 CONFIG = """
     import runpy
 
-    from qmx.frozen_settings import add_encoder
+    from qmx.frozen_keys import add_encoder
 
 
     def get_config():
