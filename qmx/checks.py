@@ -145,8 +145,8 @@ def _problems(config: Any, data: Dataset, stage: str) -> Iterator[str]:
         key for key in trained if key.partition(".")[2] not in (*trainers.PRETRAINING, "imported")
     ]:
         yield (
-            f"{strange[0]} is no method; it needs a kind: weights, callable or table, as in"
-            f" config.{strange[0]} = qmx.settings.public(kind='callable', path='FILE.py:function')"
+            f"{strange[0]} is no method; it needs a kind: weights, callable or table, as"
+            " qmx.frozen_keys.add_encoder gives it"
         )
         return
     if trained.pop("pretrain.imported", None):

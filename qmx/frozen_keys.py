@@ -7,8 +7,7 @@ from ml_collections import ConfigDict
 
 
 def public(**changes: Any) -> ConfigDict:
-    """The keys of an encoder that is brought along and stays as it is: `config.pretrain.NAME =
-    public(kind=..., path=...)`, and NAME is one of `config.inits`."""
+    """The keys of an encoder that is brought along and stays as it is."""
     keys = dict(
         # weights, callable, table: weights of a network, a Python function of images, or features
         # that were computed elsewhere
@@ -27,6 +26,21 @@ def public(**changes: Any) -> ConfigDict:
         licence="",  # for the report, where the weights' family does not tell
     )
     return ConfigDict({**keys, **changes})
+
+
+def add_encoder(config: Any, name: str, **changes: Any) -> None:
+    """Add an encoder that stays as it is to a config, under a name for `config.inits`.
+
+    Args:
+      changes: keys of `public`.
+
+    Raises:
+      KeyError: a key that `public` does not have.
+    """
+    keys = public().lock()
+    keys.update(changes)
+    with config.unlocked():
+        config.pretrain[name] = keys
 
 
 def heads() -> ConfigDict:

@@ -218,7 +218,7 @@ def base() -> ConfigDict:
     config.pretrain.imported = ConfigDict()
     for keys in config.pretrain.values():
         keys.path = ""  # weights of somebody else, PyTorch's or qmx's: nothing is trained
-    config.pretrain.public = public()  # an encoder that stays as it is; more by other names
+    config.pretrain.public = public()  # an encoder that stays as it is; qmx.frozen_keys adds more
     config.head = heads()
 
     config.distill = distilling()  # how students train that no recipe describes
@@ -274,10 +274,7 @@ def base() -> ConfigDict:
     config.audit = auditing()
 
     config.lock()  # so that a misspelt key in a config file is an error
-    for named in (config.recipes, config.pretrain):  # a config gives its own names to more
-        named.unlock()
-        for keys in named.values():
-            keys.lock()
+    config.recipes.unlock()  # a config gives its recipes names
     return config
 
 

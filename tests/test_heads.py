@@ -104,7 +104,7 @@ FUNCTIONS = """
 CONFIG = """
     import runpy
 
-    from qmx.settings import public
+    from qmx.frozen_keys import add_encoder
 
 
     def get_config():
@@ -112,10 +112,9 @@ CONFIG = """
         config.update(seeds=(0,), queries=(30,), fractions=(), also=("mine+balanced+pool",))
         config.inits = ("mine", "tabled", "public")
         config.target.update(kind="callable", path="{here}/own.py:target")
-        config.pretrain.mine = public(
-            kind="callable", path="{here}/own.py:features", licence="MIT"
-        )
-        config.pretrain.tabled = public(kind="table", path="{here}/table.npz")
+        own = "{here}/own.py:features"
+        add_encoder(config, "mine", kind="callable", path=own, licence="MIT")
+        add_encoder(config, "tabled", kind="table", path="{here}/table.npz")
         config.pretrain.public.update(path="{here}/vit.safetensors", size=8, features="both")
         config.head.update(folds=2, decays=(1e-2, 1e-4), temperatures=(1.0,))
         config.propagation.neighbours = 5
