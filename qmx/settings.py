@@ -56,7 +56,8 @@ def base() -> ConfigDict:
     config.data = ConfigDict(
         dict(
             source="digits",  # digits, arrays, folder, tfds
-            # the pool: npz file (arrays), class folders or one folder (folder), name (tfds)
+            # the pool: npz file (arrays), folder or class folders (folder), name (tfds). A folder
+            # with MNIST's or CIFAR-10's original files (arrays) has both sides.
             path="",
             eval_path="",  # the evaluation images, in the same form; tfds: name of the split
             # folder, tfds: a text file with the names of photos that are not used, one a line
@@ -217,7 +218,8 @@ def base() -> ConfigDict:
     )
     config.pretrain.imported = ConfigDict()
     for keys in config.pretrain.values():
-        keys.path = ""  # weights of somebody else, PyTorch's or qmx's: nothing is trained
+        # weights that somebody else pretrained: PyTorch's, or a qmx encoder; nothing is trained
+        keys.path = ""
     config.pretrain.public = public()  # an encoder that stays as it is; qmx.frozen_keys adds more
     config.head = heads()
 

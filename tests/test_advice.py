@@ -187,10 +187,10 @@ def test_arrays_of_ones_own(npz):
     image = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8)
     label = np.arange(12) % 3
     pool, held = npz("pool", image[:8], label[:8]), npz("held", image[8:], label[8:])
-    advice("data.path=POOL.npz and data.eval_path=EVAL", load, "arrays")
+    advice("data.path=POOL.npz; .* data.eval_path=EVAL", load, "arrays")
     assert load("arrays", pool, held).pool.size == 8
     bad = npz("bad", image[8:])
-    advice(r"save image=uint8\[n, H, W, C\] and label=int\[n\]", load, "arrays", pool, bad)
+    assert load("arrays", pool, bad).evaluation.size == 4, "labels are not needed"
     npz("bad", image[8:], label[8:])
     load("arrays", pool, bad)
     for wrong, pattern in (
@@ -232,7 +232,7 @@ def test_folders(tmp_path):
         tree(tmp_path / side, {f"n{c}/{side}{c}.JPEG": (40 + c, 30 + len(side)) for c in (1, 2)})
         for side in ("train", "val")
     ]
-    advice("data.path=POOL and data.eval_path=EVALUATION", load, "folder")
+    advice("data.path=POOL; .* data.eval_path=EVALUATION", load, "folder")
     (tmp_path / "train/n3").mkdir()
     empty = advice(r"no image in class folder (\w+); remove it, or fill it", load, "folder", *sides)
     tree(tmp_path / "train", {f"{empty[1]}/a.JPEG": (50, 50)})
@@ -248,10 +248,7 @@ def test_folders(tmp_path):
     assert load("folder", *sides).classes == 2
     (tmp_path / "loose").mkdir()
     Path(sides[1], "n1/val1.JPEG").rename(tmp_path / "loose/x.JPEG")
-    found = advice(
-        "looked for as (FOLDER/CLASS/NAME.JPEG)", load, "folder", sides[0], str(tmp_path / "loose")
-    )
-    assert found[1].count("/") == 2
+    assert load("folder", sides[0], str(tmp_path / "loose")).evaluation.size == 1, "no labels"
     inside = f"{sides[0]}/n1"
     advice("evaluate on images outside the pool", load, "folder", sides[0], inside)
     (tmp_path / "loose/x.JPEG").rename(Path(sides[1], "n1/val1.JPEG"))

@@ -258,7 +258,6 @@ def test_faults(environment):
             "--config.target.epochs=1",
             "--config.distill.epochs=0.1",
             "--config.distill.batch_size=16",
-            "--config.fractions=(0.05,)",
             "--config.inits=('none','moco')",
             "--config.also=()",
             "--config.save_minutes=0.02",

@@ -82,8 +82,9 @@ def npz(path, n=40, **changes):
                 "--config.data.source=arrays",
                 "--config.data.path={tmp}/nolabel.npz",
                 "--config.data.eval_path={tmp}/good.npz",
+                "--config.queries=(10,)",
             ],
-            "nolabel.npz: no array 'label'",
+            "target.kind=train learns from labels, and the pool nolabel has none",
         ),
         (
             [
