@@ -56,7 +56,7 @@ def base() -> ConfigDict:
     config.data = ConfigDict(
         dict(
             source="digits",  # digits, arrays, folder, tfds
-            # the pool: npz (arrays), folder or class folders (folder), name (tfds). A folder
+            # the pool: npz (arrays), photos in folders (folder), name (tfds); a folder
             # with MNIST's or CIFAR-10's original files (arrays) has both sides.
             path="",
             eval_path="",  # the evaluation images, in the same form; tfds: name of the split
