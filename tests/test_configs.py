@@ -177,7 +177,12 @@ def weights(tmp_path_factory):
 TORCH = [
     "--config=configs/imagenet.py:tiny,none,moco",
     "--config.student.arch=resnet18",
-    "--config.data.limit=32",  # this network at this size is slow as tests compile it
+    # Half the side: this network is slow as tests compile it.
+    "--config.data.limit=32",
+    "--config.data.resize=18",
+    "--config.data.crop=16",
+    "--config.weak_view.size=16",
+    "--config.strong_view.size=16",
     "--config.fractions=(1.0,)",
     "--config.target.kind=torch",
     "--config.target.arch=resnet18",
