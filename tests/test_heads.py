@@ -146,6 +146,7 @@ def public_run(tmp_path, command, tiny):  # noqa: F811
     return tmp_path, tmp_path / "run", arguments
 
 
+@pytest.mark.slow
 def test_students(public_run, command):
     """A function, a table and weights are encoders of one grid: features once, heads in seconds; a
     table of the same features gives the same students."""
