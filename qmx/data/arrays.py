@@ -1,6 +1,7 @@
 """Images that fit in memory: `digits` (inside scikit-learn, offline) and `arrays` (npz files)."""
 
 import hashlib
+import os
 import zipfile
 from pathlib import Path
 
@@ -75,6 +76,14 @@ def read_npz(path: str) -> tuple[np.ndarray, np.ndarray]:
                     f"no array 'image' in it, only {sorted(file)}; save "
                     "image=uint8[n, H, W, C], and label=int[n] if there are labels"
                 )
+            others = sorted({*file} - {"image", "label"})
+            if "label" not in file and others:  # labels by another name, or a damaged name
+                raise ValueError(
+                    f"no array 'label' in it, but {others}; name the labels 'label', or save "
+                    "image alone if there are none"
+                )
+            if "label" not in file and arrays_written(path) != len(file.files):
+                raise ValueError("its list of arrays is damaged, so labels may be missing")
             images = file["image"]
             labels = file["label"] if "label" in file else None
             if not isinstance(images, np.ndarray) or not isinstance(labels, np.ndarray | None):
@@ -111,6 +120,13 @@ def read_npz(path: str) -> tuple[np.ndarray, np.ndarray]:
     if problem:
         raise ValueError(f"{path}: {problem}")
     return images, np.zeros(0, np.int32) if labels is None else labels.astype(np.int32)
+
+
+def arrays_written(path: str) -> int:
+    """Number of entries that the end of a zip says it has; zipfile does not compare it."""
+    with open(path, "rb") as file:
+        file.seek(-12, os.SEEK_END)  # of the record's last 22 bytes, numpy writes no comment
+        return int.from_bytes(file.read(2), "little")
 
 
 def from_arrays(
