@@ -680,6 +680,7 @@ def with_nan(images):
 
 IMAGE, LABEL = GOOD["image"], GOOD["label"]
 BAD = {
+    "labels": (dict(image=IMAGE, labels=LABEL), "no array 'label'.*'labels'.*save image alone"),
     "no image": (dict(label=LABEL), "'image'"),
     "other names": (dict(x=IMAGE, y=LABEL), r"'image'.*\['x', 'y'\]"),
     "nothing": (dict(), "'image'"),
