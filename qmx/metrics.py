@@ -63,7 +63,7 @@ def compare(
 
 
 def fidelity_by_class(student: np.ndarray, target: np.ndarray, classes: int) -> list[float | None]:
-    """How often a student names the class that the target names, for each of these, in per cent.
+    """Agreement of a student with the target on the images of each class, in per cent.
 
     Args:
       student: i32[n], the class that it names first for each image.

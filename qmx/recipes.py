@@ -1,4 +1,4 @@
-"""How something is trained: its numbers, its optimiser, and how many steps that is."""
+"""Recipe of a training: its numbers, its optimiser, and its number of steps."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from qmx.data import epoch_steps
 
 
 class Recipe(NamedTuple):
-    """How something is trained: the keys of a training in a config, by their names there."""
+    """Keys of a training in a config, by their names there."""
 
     epochs: float
     batch_size: int

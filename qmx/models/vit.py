@@ -19,7 +19,7 @@ from qmx.contract import wide
 from qmx.models.norm import drawn
 
 FEATURES = ("class", "mean", "both")
-ROPE_BASE = 100.0  # of DINOv3's periods; language models take 10,000
+ROPE_BASE = 100.0  # of DINOv3's periods; RoFormer has 10,000
 # Truncated normal of 0.02, of all weights (DINOv2, DINOv3, timm).
 normal = drawn(nn.initializers.truncated_normal(0.02))
 

@@ -11,7 +11,7 @@ LOWER_BOUND = "This is a lower bound on exposure: stronger attackers may need fe
 
 
 def answer(results: dict) -> dict[str, Any]:
-    """How many queries copy the target, by the strongest attack tried.
+    """Number of queries that copy the target, by the strongest attack tried.
 
     {"text", "measure", "share", "queries", "low", "high", "seeds", "seeds_reached",
     "share_of_pool", "attack", "lower_bound"}; "queries" is None where no budget is enough, and

@@ -8,7 +8,7 @@ from qmx.report.answer import answer, attacks_not_tried, next_steps
 from qmx.report.limits import Limits, largest_limits, time_to_extract
 from qmx.report.reach import COPY, MEASURES, best, column_of, fewest, full, reach_of
 from qmx.report.standards import STANDARDS
-from qmx.report.tables import rows_of
+from qmx.report.tables import rows_of, spent
 
 
 def audit(results: dict, by_class: dict[str, Any] | None) -> dict[str, Any]:
@@ -119,7 +119,8 @@ def inverse(results: dict, measure: str, share: float) -> dict[str, Any]:
     if full(results, measure) is None:
         return row | {"why": "the target's accuracy was not measured"}
     if found is None:
-        most = max((row["queries"] for row in learned_rows(results)), default=0)
+        learned = (row for row in results["rows"] if not row["undertrained"])
+        most = max(map(spent, learned), default=0)
         each = most // results["config"]["audit"]["principals"]
         reason = f"no attack tried reaches it by {most} queries: {each} a month for each are safe"
         return row | {"why": reason if most else "no student has learned"}
@@ -133,15 +134,6 @@ def inverse(results: dict, measure: str, share: float) -> dict[str, Any]:
     }
 
 
-def learned_rows(results: dict) -> list[dict[str, Any]]:
-    """{"queries"} of each row whose student learned."""
-    return [
-        {"queries": row["queries"]["train"] + row["queries"]["select"]}
-        for row in results["rows"]
-        if not row["undertrained"]
-    ]
-
-
 def fewest_of_any_seed(results: dict, measure: str, share: float) -> float | None:
     """The fewest queries by which some seed of some column reaches a share; None if none does."""
     lows = [
@@ -153,7 +145,7 @@ def fewest_of_any_seed(results: dict, measure: str, share: float) -> float | Non
 
 
 def access_levels(results: dict) -> list[dict[str, Any]]:
-    """What honest users get at each level of access, beside the queries that a copy takes.
+    """Accuracy of honest users at each level of access, beside the queries that a copy takes.
 
     Rows of {"access", "top1", "top5", "calibration_error", "queries"}: the target's accuracy by
     such answers and their expected calibration error in per cent; the queries of the strongest
@@ -175,7 +167,7 @@ def access_levels(results: dict) -> list[dict[str, Any]]:
 
 
 def controls(results: dict) -> dict[str, Any]:
-    """What is had without the answers: nothing asked at all, and true labels in their place."""
+    """Controls without the answers: nothing asked at all, and true labels in their place."""
     config = results["config"]
     by_labels = {
         name

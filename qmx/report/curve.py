@@ -3,7 +3,8 @@
 import io
 from statistics import mean, stdev
 
-from qmx.grid import columns
+from qmx.grid import columns, percent
+from qmx.report.reach import COPY
 from qmx.report.tables import label, labelled, values
 
 
@@ -38,7 +39,7 @@ def curve(results: dict) -> bytes:
                 results["target"]["top1"], color="grey", linestyle="--", label="the target"
             )
         if metric == "fidelity_top1":
-            panel.axhline(95, color="grey", linestyle=":", label="95 %")
+            panel.axhline(100 * COPY, color="grey", linestyle=":", label=percent(COPY))
         panel.set(
             xscale="log",
             xlabel="queries",

@@ -1,7 +1,7 @@
 """Lines above the tables: target, pool, and account of the queries."""
 
 from qmx.grid import columns
-from qmx.report.tables import budget_label, labelled
+from qmx.report.tables import budget_label, labelled, spent
 
 
 def account_notes(results: dict) -> list[str]:
@@ -72,9 +72,7 @@ def recipes_note(results: dict) -> str:
     config = results["config"]
     used = {
         budget_label(results, budget): {
-            row["recipe"]
-            for row in results["rows"]
-            if row["queries"]["train"] + row["queries"]["select"] == budget["queries"]
+            row["recipe"] for row in results["rows"] if spent(row) == budget["queries"]
         }
         for budget in results["pool"]["budgets"]
     }

@@ -41,8 +41,8 @@ def first_reached(queries: Sequence[int], accuracy: Sequence[float], level: floa
 
 
 def full(results: dict, measure: str) -> float | None:
-    """What a share of 1 is, in per cent: the target's accuracy, or agreement on all images; None if
-    it is not known."""
+    """Value of a share of 1, in per cent: the target's accuracy, or agreement on all images; None
+    if it is not known."""
     return results["target"]["top1"] if measure == "accuracy" else 100.0
 
 

@@ -39,13 +39,17 @@ def budget_label(results: dict, budget: dict) -> str:
     return f"{budget['queries']} ({percent(share if exact else float(f'{share:.2g}'))})"
 
 
+def spent(row: dict) -> int:
+    """Number of images that a row's student took from the budget, those for choosing included."""
+    return row["queries"]["train"] + row["queries"]["select"]
+
+
 def rows_of(results: dict, column: Column, queries: int) -> list[dict]:
     """Rows of a column at a budget, one for each seed that was run."""
     return [
         row
         for row in results["rows"]
-        if Column(*(row[axis] for axis in Column._fields)) == column
-        and row["queries"]["train"] + row["queries"]["select"] == queries
+        if Column(*(row[axis] for axis in Column._fields)) == column and spent(row) == queries
     ]
 
 

@@ -124,8 +124,8 @@ def of_network(
 def asked_fidelity(
     run: Run, cell: Cell, scores: np.ndarray, ids: np.ndarray, answers: Answers
 ) -> float:
-    """How often a student names the class of the answer that it was given, in per cent, on images
-    that the target was asked about."""
+    """Agreement of a student with the answers that it was given, on images that the target was
+    asked about, in per cent."""
     keys = [row.tobytes() for row in answers.train[np.searchsorted(answers.ids, ids)]]
     return top_k(scores, read_scores(run, answers.identity, keys, cell.access).argmax(1), 1)
 

@@ -77,7 +77,7 @@ def make(run: Run, init: str, directory: Path) -> dict:
 
 
 def seen_by(config: Any, init: str, data: Dataset, made: from_torch.Converted) -> dict[str, Any]:
-    """How images are shown to a network, and its licence: its family's, or as the keys say.
+    """Preparation of a network's images, and its licence: its family's, or as the keys say.
 
     Raises:
       ValueError: it is not known; or the network was made for other channels.

@@ -24,7 +24,7 @@ from qmx.stages.run import Run
 
 
 def honest(run: Run, answers: Answers) -> list[dict[str, Any]]:
-    """What honest users get at each level of access in the grid, on the evaluation images.
+    """Accuracy of honest users at each level of access in the grid, on the evaluation images.
 
     Rows of {"access", "top1", "top5", "calibration_error"}, in per cent, None without labels; from
     the ledger.
@@ -64,7 +64,7 @@ def zero_queries(run: Run, answers: Answers) -> dict[str, float | None]:
 
 
 def agreement(run: Run, rows: list[dict]) -> list[dict[str, Any]]:
-    """How often students of two seeds name the same class, where a cell has several seeds.
+    """Agreement between students of two seeds, where a cell has several seeds.
 
     Rows of {the column's axes, "queries", "seeds", "agreement"}: the mean over pairs, in per cent
     of the evaluation images. Copies that agree with the target as often may err on other images.

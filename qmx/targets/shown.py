@@ -28,7 +28,7 @@ USUAL = (
 
 
 class Shown(NamedTuple):
-    """What is done to an image before a target gets it; the defaults are nothing."""
+    """Preparation of an image before a target gets it; the defaults change nothing."""
 
     layout: str = ""  # nhwc or nchw; "" is what the target says, else nhwc
     dtype: str = ""  # uint8, float32, float16; "" is what the target says, else uint8
