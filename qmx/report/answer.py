@@ -5,7 +5,7 @@ from typing import Any
 
 from qmx.grid import budget_keys, columns, percent
 from qmx.report.reach import COPY, best, column_of, fewest
-from qmx.report.tables import label
+from qmx.report.tables import LEARNED, label
 
 LOWER_BOUND = "This is a lower bound on exposure: stronger attackers may need fewer."
 
@@ -98,8 +98,8 @@ def next_steps(results: dict) -> list[str]:
     if weak:
         steps.append(
             "Train the students longer (min_steps and epochs of their recipe): those marked with *"
-            f" agree with fewer than 80 % of the answers that they were given, and are left out"
-            f" ({', '.join(sorted(weak))})."
+            f" agree with fewer than {LEARNED:g} % of the answers that they were given, and are left"
+            f" out ({', '.join(sorted(weak))})."
         )
     below = fewest(results, "fidelity", audit["below"])
     if below and below["low"] <= smallest and smallest > 1:

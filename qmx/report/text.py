@@ -13,11 +13,11 @@ from qmx.report.audit_tables import (
     unknown_limits,
 )
 from qmx.report.notes import account_notes
-from qmx.report.tables import aligned, result_tables
+from qmx.report.tables import LEARNED, aligned, result_tables
 
 STAR = (
-    "* marks students that agree with fewer than 80 % of the answers that they were given: they did"
-    " not learn, and count for no statement."
+    f"* marks students that agree with fewer than {LEARNED:g} % of the answers that they were given"
+    ": they did not learn, and count for no statement."
 )
 
 

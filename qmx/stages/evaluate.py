@@ -10,6 +10,7 @@ from qmx.data.sources import take
 from qmx.files import read_arrays, write_arrays
 from qmx.grid import HEADS, Cell, recipe_of
 from qmx.metrics import compare, fidelity_by_class, top_k
+from qmx.report.tables import LEARNED
 from qmx.selection.by_answers import BY_ANSWERS, shares
 from qmx.sharding import first
 from qmx.stages import heads
@@ -23,9 +24,6 @@ from qmx.workdir import NotDone
 # Images asked about on which a student is looked at again: so many tell a share of 80 % to one or
 # two per cent, and cost seconds.
 ASKED = 2000
-# In per cent. A student that has learned agrees with nearly all answers that it was given; a small
-# network given a million of them does not learn them by heart, and stays above this.
-LEARNED = 80.0
 # Images of a class, at least, for a figure of its own: one image of ten is 10 %.
 OF_A_CLASS = 10
 
