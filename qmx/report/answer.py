@@ -98,8 +98,8 @@ def next_steps(results: dict) -> list[str]:
     if weak:
         steps.append(
             "Train the students longer (min_steps and epochs of their recipe): those marked with *"
-            f" agree with fewer than {LEARNED:g} % of the answers that they were given, and are left"
-            f" out ({', '.join(sorted(weak))})."
+            f" agree with fewer than {LEARNED:g} % of the answers that they were given, and are"
+            f" left out ({', '.join(sorted(weak))})."
         )
     below = fewest(results, "fidelity", audit["below"])
     if below and below["low"] <= smallest and smallest > 1:
