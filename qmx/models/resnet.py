@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from qmx.contract import wide
 from qmx.models.conv import convolve
 from qmx.models.norm import BatchNorm, drawn
+from qmx.models.pool import max_pool
 
 # Kaiming normal with fan_out, as torchvision initialises every convolution.
 kaiming_normal = drawn(nn.initializers.variance_scaling(2.0, "fan_out", "normal"))
@@ -156,7 +157,7 @@ class ResNet(nn.Module):
             x = convolution(self.arch.width, 3, name="conv1")(x)
         x = nn.relu(norm(name="bn1")(x, train))
         if self.arch.stem != "small":
-            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+            x = max_pool(x)
         for stage, blocks in enumerate(self.arch.blocks):
             for index in range(blocks):
                 stride = 2 if stage > 0 and index == 0 else 1
