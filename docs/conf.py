@@ -18,6 +18,7 @@ copyright = "the authors of qmx, Apache-2.0"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
+html_copy_source = False
 html_title = f"qmx {__version__}"
 smartquotes = False  # -- is a flag here
 myst_heading_anchors = 3
@@ -45,7 +46,7 @@ def keys_page() -> str:
         groups.setdefault(key.name.rpartition(".")[0], []).append(key)
     parts = []
     for group, members in groups.items():
-        parts.append(f"## {group or 'of the whole run'}")
+        parts.append(f"## {group or 'The whole run'}")
         parts.append(plain(said.get(group, "")))
         rows = [(f"`{keys.line(key._replace(remark=''))}`", plain(key.remark)) for key in members]
         parts.append(table(("key and default", "meaning"), rows))

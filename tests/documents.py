@@ -3,14 +3,17 @@
 import contextlib
 import re
 import shlex
+from functools import cache
 
 from conftest import ROOT
 
-from qmx.checks import check_values
+from qmx.checks import check_values, validate
+from qmx.data.arrays import digits
 from qmx.main import parse
 from qmx.pipeline import STAGES
 from qmx.shipped import with_files
 
+images = cache(digits)
 # Of one among several processes; a check is of one alone.
 OF_PROCESSES = ("--workdir", "--coordinator", "--process")
 
@@ -21,8 +24,9 @@ def blocks(text, language):
 
 
 def lines(text):
-    """The command lines, one by one."""
-    return [line for block in blocks(text, "sh") for line in block.splitlines() if line.strip()]
+    """The command lines, one by one; those that go on after a backslash are one."""
+    whole = [re.sub(r" \\\n\s*", " ", block) for block in blocks(text, "sh")]
+    return [line for block in whole for line in block.splitlines() if line.strip()]
 
 
 def alone(block, name):
@@ -40,6 +44,11 @@ def check(command, words, tmp_path):
         given = parse(with_files(["qmx", *words]))
     check_values(given.config)
     assert given.stage in ("all", *STAGES)
+    if given.config.data.source == "digits":  # whose images are at hand
+        try:
+            validate(given.config, images(), given.stage)
+        except ValueError as error:
+            assert "no such file" in str(error), error  # the reader has it
     # Stops at the first check, after the flags were read: nothing is called nonsense.
     status, _, err = command(*words, "--stage=nonsense")
     assert status == 2 and err.startswith("qmx: --stage=nonsense is unknown"), err
