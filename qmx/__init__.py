@@ -1,9 +1,9 @@
 """qmx: how few queries does it take to copy an image classifier?
 
 The pieces, each usable alone: the training methods under one contract, the step and loop they run
-in, the augmentations, the ledger, the ways to choose what to ask, the metrics. README.md shows them
-on one screen. The names of `__all__` and their arguments stay as they are until CHANGELOG.md says
-otherwise.
+in, the augmentations, the ledger, the ways to choose what to ask, the metrics. docs/functional.md
+shows them at work. The names of `__all__` and their arguments stay as they are until CHANGELOG.md
+says otherwise.
 
 Letters of the shapes, everywhere: B batch (global), H W C image (NHWC), S side of a view,
 F features, D embedding, K queue, N classes, G groups of batch statistics, n examples.

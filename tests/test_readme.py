@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import ROOT
+from documents import alone, behind, blocks, check, lines
 
 from qmx import __version__
 from qmx.shipped import own_configs
@@ -16,35 +17,25 @@ from qmx.shipped import own_configs
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
-
-
 @pytest.mark.slow
 def test_pieces(tmp_path, monkeypatch, capsys):
     """The functional API on one screen: a MoCo step in a loop of one's own, and the ledger. Each
     runs alone and prints something."""
     monkeypatch.chdir(tmp_path)
-    step, ledger = blocks("python")
-    names = alone(step)
+    (step,) = blocks((ROOT / "docs/functional.md").read_text(), "python")
+    (ledger,) = blocks(README, "python")
+    names = alone(step, "docs/functional.md")
     assert int(names["state"].step) == 32 and np.isfinite(names["metrics"]["loss"])
     assert names["encoder"].params["w"].shape == (192, 32)
     printed = capsys.readouterr().out
     assert printed == f"after 32 steps the loss is {float(names['metrics']['loss']):.2f}\n"
 
-    names = alone(ledger)
+    names = alone(ledger, "README.md")
     np.testing.assert_array_equal(names["scores"], names["again"])
     np.testing.assert_array_equal(names["labels"].argmax(1), names["scores"].argmax(1))
     printed = capsys.readouterr().out
     assert "60 of 100 queries are spent and 41 more are asked for" in printed
     assert "calls=60, images=60, views=60, unanswered=0" in printed
-
-
-def alone(block):
-    """The names that a block makes out of none."""
-    names = {}
-    exec(compile(block, "README.md", "exec"), names)  # noqa: S102
-    return names
 
 
 def test_installed_command(command, tmp_path):
@@ -57,21 +48,11 @@ def test_installed_command(command, tmp_path):
 
 
 def test_commands(command, tmp_path):
-    """The flags in the README's commands exist, and the files they name do."""
-    lines = [line for block in blocks("sh") for line in block.splitlines() if "qmx.main" in line]
-    assert len(lines) == 10
-    for line in lines:
-        check(command, line, tmp_path)
-
-
-def check(command, line, tmp_path):
-    words = shlex.split(line)[shlex.split(line).index("qmx.main") + 1 :]
-    words = [
-        word for word in words if not word.startswith(("--workdir", "--coordinator", "--process"))
-    ]
-    # Stops at the first check, after the flags were read: nothing is called nonsense.
-    status, _, err = command(*words, f"--workdir={tmp_path}/w", "--stage=nonsense")
-    assert status == 2 and err.startswith("qmx: --stage=nonsense is unknown"), err
+    """The flags and keys in the README's commands exist, and the configs that they name do."""
+    commands = [line for line in lines(README) if "qmx.main" in line]
+    assert len(commands) == 4  # the others are in docs/, see test_docs.py
+    for line in commands:
+        check(command, behind(line), tmp_path)
 
 
 def test_kubernetes(command, tmp_path):
@@ -79,7 +60,7 @@ def test_kubernetes(command, tmp_path):
     service, job = yaml.safe_load_all((ROOT / "configs/kubernetes.yaml").read_text())
     pod, name = job["spec"]["template"]["spec"], job["metadata"]["name"]
     line = pod["containers"][0]["args"][0]
-    check(command, line, tmp_path)
+    check(command, behind(line), tmp_path)
     assert job["spec"]["completions"] == job["spec"]["parallelism"]
     assert f"--processes={job['spec']['parallelism']} " in line
     assert (
