@@ -89,7 +89,11 @@ def detect(
         nearest = KNeighborsClassifier(1, algorithm="brute")
         nearest.fit(np.concatenate([rows, known]), np.concatenate([answers, classes]))
         classes = nearest.predict(regular)
-    said = f"{Path(encoder).name}, sha256 {file_digest(encoder)[:16]}" if encoder else "pixels"
+    said = (
+        f"{Path(encoder).name}, sha256 {file_digest(encoder)[:16]}"
+        if encoder
+        else "standardised pixels"
+    )
     return {
         "traffic": {"queries": len(there), "left_out": len(asked) - len(there)},
         "honest": {"images": len(regular), "source": source},

@@ -117,8 +117,10 @@ def watermark_table(results: dict[str, Any]) -> Table | None:
     for one in found["students"]:
         column, queries = column_of(one), one["queries"]
         shares = [row["watermark"]["answered"] for row in _marked_rows(results, column, queries)]
-        key = label(column, results), one["control"]
-        cells.setdefault(key, {})[queries] = marked(results, column, queries, spread(shares))
+        key, text = (label(column, results), one["control"]), spread(shares)
+        # A control disagrees with the answers because it learned others.
+        text = text if one["control"] else marked(results, column, queries, text)
+        cells.setdefault(key, {})[queries] = text
     rows = [
         [f"{name} (control)" if control else name, *(of.get(n, "") for n in budgets)]
         for (name, control), of in cells.items()
