@@ -50,7 +50,8 @@ def pixels(
     cut = images[:, : rows * block, : columns * block]
     parts = cut.reshape(n, rows, cut.shape[1] // rows, columns, cut.shape[2] // columns, channels)
     means = parts.mean((2, 4), dtype=np.float32) / 255
-    return ((means - np.float32(mean)) / np.float32(std)).reshape(n, -1)
+    low, scale = np.array(mean, np.float32), np.array(std, np.float32)
+    return ((means - low) / scale).reshape(n, -1)
 
 
 def prada(

@@ -3,6 +3,7 @@ in its real order; a watermark in a student, and not in its control; the command
 
 import itertools
 import json
+import re
 from types import SimpleNamespace
 
 import jsonschema
@@ -198,6 +199,15 @@ def test_table_of_few_queries():
     assert [row[1] for row in rows] == ["too few queries (40)"] * 2
     assert rows[0][2:] == ["0 of 2 orders of 40 queries", "0 of 2 orders of 200 queries"]
     assert "; 7 more are left out" in detection_note(found) and detection_table(None) is None
+
+
+def test_snippet_of_the_documentation(capsys):
+    """It prints what stands behind its lines."""
+    text = (ROOT / "docs/detection.md").read_text()
+    (snippet,) = re.findall(r"```python\n(import .*?)```", text, re.DOTALL)
+    exec(snippet, {})  # noqa: S102
+    said = re.findall(r"print.*# (\w+)", snippet)
+    assert capsys.readouterr().out.split() == said == ["100", "None"]
 
 
 # The ledger's traffic
