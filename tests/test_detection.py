@@ -3,7 +3,6 @@ in its real order; a watermark in a student, and not in its control; the command
 
 import itertools
 import json
-import re
 from types import SimpleNamespace
 
 import jsonschema
@@ -199,15 +198,6 @@ def test_table_of_few_queries():
     assert [row[1] for row in rows] == ["too few queries (40)"] * 2
     assert rows[0][2:] == ["0 of 2 orders of 40 queries", "0 of 2 orders of 200 queries"]
     assert "; 7 more are left out" in detection_note(found) and detection_table(None) is None
-
-
-def test_snippet_of_the_documentation(capsys):
-    """It prints what stands behind its lines."""
-    text = (ROOT / "docs/detection.md").read_text()
-    (snippet,) = re.findall(r"```python\n(import .*?)```", text, re.DOTALL)
-    exec(snippet, {})  # noqa: S102
-    said = re.findall(r"print.*# (\w+)", snippet)
-    assert capsys.readouterr().out.split() == said == ["100", "None"]
 
 
 # The ledger's traffic
@@ -412,8 +402,17 @@ def test_detect(audited, command, capsys):
     }
 
     assert data["audit"]["detection"] is None
-    assert command(*words, "--stage=report")[0] == 0
+    # Other marks change nothing that was trained or asked.
+    shown = np.load(workdir.parent / "triggers.npz")["image"]
+    np.savez(workdir.parent / "other.npz", image=shown, label=np.ones(len(shown), int))
+    more = f"--config.audit.watermark.path={workdir.parent}/other.npz", "--update"
+    status, _, err = command(*words, *more)
+    assert status == 0, err
+    anew = [line for line in err.splitlines() if "done again" in line or " steps" in line]
+    assert len(anew) == 2 and all(line.startswith("watermark-") for line in anew)
     results = read_json(workdir / "results.json")
+    assert results["audit"]["watermarks"]["students"][1]["answered"] < 10
+    assert results["account"] == data["account"]
     schema = json.loads((ROOT / "qmx/report/results.schema.json").read_text())
     jsonschema.validate(results, schema)
     assert results["audit"]["detection"] == found
