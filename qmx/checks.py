@@ -8,6 +8,7 @@ import jax
 
 from qmx import trainers
 from qmx.data import Dataset
+from qmx.data.arrays import trigger_images
 from qmx.grid import (
     HEADS,
     USES,
@@ -127,6 +128,11 @@ def _problems(config: Any, data: Dataset, stage: str) -> Iterator[str]:
     for key, path in files.items():
         if path and not split_part(path)[0].is_file():
             yield f"{key} {path}: no such file"
+    if path := config.audit.watermark.path:
+        try:
+            trigger_images(path, data.shape, data.classes)
+        except ValueError as error:
+            yield f"audit.watermark.path {error}"
     yield from _target_problems(config.target)
     for level in {column.access for column in shown}:
         if access.known(level) and not access.derivable(config.target.access, level):

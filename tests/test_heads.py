@@ -118,8 +118,12 @@ CONFIG = """
         config.pretrain.public.update(path="{here}/vit.safetensors", size=8, features="both")
         config.head.update(folds=2, decays=(1e-2, 1e-4), temperatures=(1.0,))
         config.propagation.neighbours = 5
+        config.audit.watermark.path = "{here}/triggers.npz"
         return config
 """
+
+
+TRIGGERS = 40  # evaluation images that stand for a watermark's
 
 
 @pytest.fixture
@@ -135,6 +139,8 @@ def public_run(tmp_path, command, tiny):  # noqa: F811
         [side.shown(np.arange(side.size)) for side in (data.pool, data.evaluation)]
     )
     encoders.save_features(tmp_path / "table.npz", images, rows["rows"](images))
+    shown = data.evaluation.shown(np.arange(TRIGGERS))
+    np.savez(tmp_path / "triggers.npz", image=shown, label=rows["target"](shown).argmax(1))
     names = RECORDED["transformers dinov2"]["names"]
     save_file(
         {name: weights(name, tuple(shape)) for name, shape in names.items()},
@@ -165,9 +171,14 @@ def test_students(public_run, command):
     assert [mine[key] for key in figures] == [tabled[key] for key in figures]
     assert mine["fidelity_top1"] > 50 and mine["head"]["decay"] in (1e-2, 1e-4)
     # 1,024 of the pool before the kill, and each other image once.
-    assert int((folder / "asked").read_text()) == results["pool"]["size"] + 360
+    assert int((folder / "asked").read_text()) == results["pool"]["size"] + 360 + TRIGGERS
     asked = results["account"]["images"]
     assert asked <= 60 + 360, "answers alone are paid for"
+    for row in results["rows"]:  # on evaluation images marked as the target answers them: fidelity
+        name = f"{row['init']}-{row['select']}-logits-{row['use']}-30-seed0"
+        pair = np.load(workdir / "evaluate" / name / "named.npz")
+        same = 100 * np.mean(pair["student"][:TRIGGERS] == pair["target"][:TRIGGERS])
+        assert row["watermark"]["answered"] == pytest.approx(same)
     assert "licence MIT" in out and "licence Apache-2.0" in out and "features both" in out
 
     path = workdir / "pretrain/public/encoder.safetensors"

@@ -9,7 +9,7 @@ import numpy as np
 
 from qmx.data.classes import number_of
 from qmx.data.originals import originals
-from qmx.data.sources import Dataset, in_memory
+from qmx.data.sources import Dataset, Source, in_memory
 
 
 def digits() -> Dataset:
@@ -120,6 +120,32 @@ def read_npz(path: str) -> tuple[np.ndarray, np.ndarray]:
     if problem:
         raise ValueError(f"{path}: {problem}")
     return images, np.zeros(0, np.int32) if labels is None else labels.astype(np.int32)
+
+
+def trigger_images(
+    path: str, shape: tuple[int, int, int], classes: int
+) -> tuple[Source, np.ndarray, str]:
+    """(images, marks i32[n], digest) of a watermark's npz: "image" and "label", the class with
+    which a marked model answers.
+
+    Args:
+      shape: H, W, C that the images must have.
+      classes: N; 0 if it is not known.
+
+    Raises:
+      ValueError: what is wrong with the file.
+    """
+    images, labels = read_npz(path)
+    problem = None
+    if not len(labels):
+        problem = "no array 'label' in it; save label=int[n], the class of each trigger image"
+    elif images.shape[1:] != shape:
+        problem = f"image has shape {images.shape[1:]}; the model is shown {tuple(shape)}"
+    elif classes and labels.max() >= classes:
+        problem = f"label {labels.max()} is no class of the model's {classes}, 0..{classes - 1}"
+    if problem:
+        raise ValueError(f"{path}: {problem}")
+    return in_memory(image=images, label=labels), labels, digest(images, labels)
 
 
 def arrays_written(path: str) -> int:

@@ -6,6 +6,9 @@
       check that the file is as it was written; if not, save the whole answers in a new file
   python -m qmx.ledger export FILE OUT.npz|OUT.parquet [--target=BEGINNING]
       the answers of one target as a table, see qmx/ledger/table.py
+  python -m qmx.ledger replay FILE [OUT.jsonl] [--target=BEGINNING]
+      the requests to one target in the order in which they were made, one JSON line each: its
+      number, its purpose and outcome, and the SHA-256 of each image; a ledger holds no times
 
   python -m qmx.ledger forget FILE [--target=BEGINNING]
       forget which images the target refused, so that a run asks about them again
@@ -20,11 +23,13 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from qmx.files import write_text
 from qmx.ledger import refused
 from qmx.ledger import table as recorded
 from qmx.ledger.accounts import account
 from qmx.ledger.content import count_classes
 from qmx.ledger.file import Damaged, looked_into, opened
+from qmx.ledger.replay import lines, traffic
 from qmx.ledger.verify import problems, recover
 from qmx.progress import progress
 
@@ -46,7 +51,7 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    for name in ("summary", "verify", "export", "forget"):
+    for name in ("summary", "verify", "export", "replay", "forget"):
         command = commands.add_parser(
             name, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
         )
@@ -55,7 +60,9 @@ def main(argv: list[str]) -> int:
             command.add_argument("--out", type=Path)
         if name == "export":
             command.add_argument("out", type=Path)
-        if name in ("export", "forget"):
+        if name == "replay":
+            command.add_argument("out", type=Path, nargs="?")
+        if name in ("export", "replay", "forget"):
             command.add_argument("--target")
     args = parser.parse_args(argv)
     try:
@@ -66,6 +73,8 @@ def main(argv: list[str]) -> int:
             return WHOLE
         if args.command == "verify":
             return verify(args.file, args.out or args.file.with_name(args.file.name + ".recovered"))
+        if args.command == "replay":
+            return replay(args.file, args.out, args.target or "")
         if args.command == "forget":
             return forget(args.file, args.target or "")
         return export(args.file, args.out, args.target)
@@ -167,6 +176,26 @@ def export(path: Path, out: Path, target: str | None) -> int:
             f"{views} answers to views of other images were left out; a table holds images as"
             " they are"
         )
+    return WHOLE
+
+
+def replay(path: Path, out: Path | None, target: str) -> int:
+    """Write the traffic of one target, to standard out if there is no file for it."""
+    if out and out.exists():
+        raise FileExistsError(f"{out} is there already; move it away or give another name")
+    requests = traffic(path, target)
+    text = "".join(f"{line}\n" for line in lines(requests))
+    if out:
+        write_text(out, text)
+    else:
+        print(text, end="")
+    images = sum(len(one.images) for one in requests)
+    print(
+        f"{len(requests)} requests with {images} images"
+        + (f" are in {out}" if out else "")
+        + "; the ledger holds no times, and 'batch' is their order",
+        file=sys.stdout if out else sys.stderr,
+    )
     return WHOLE
 
 

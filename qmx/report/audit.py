@@ -5,18 +5,22 @@ from typing import Any
 
 from qmx.grid import Column, columns
 from qmx.report.answer import answer, attacks_not_tried, next_steps
+from qmx.report.evidence import learn_labels, watermarks
 from qmx.report.limits import Limits, largest_limits, time_to_extract
 from qmx.report.reach import COPY, MEASURES, best, column_of, fewest, full, reach_of
 from qmx.report.standards import STANDARDS
 from qmx.report.tables import rows_of, spent
 
 
-def audit(results: dict, by_class: dict[str, Any] | None) -> dict[str, Any]:
+def audit(
+    results: dict, by_class: dict[str, Any] | None, detection: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Everything that follows from the other parts of `results.json`, and from the config's texts.
 
     Args:
       results: as in `results.json`, without "audit".
       by_class: of the strongest attack, see `qmx.stages.measured.by_class`.
+      detection: as `python -m qmx.detect` wrote it; None if it was not run.
     """
     keys = results["config"]["audit"]
     return {
@@ -40,13 +44,13 @@ def audit(results: dict, by_class: dict[str, Any] | None) -> dict[str, Any]:
         "largest_limits": [inverse(results, measure, keys["below"]) for measure in MEASURES],
         "access": access_levels(results),
         "controls": controls(results),
-        "detection": None,
+        "detection": detection,
         "traffic": {
-            "how": "python -m qmx.ledger export WORKDIR/ledger.sqlite answers.npz",
+            "how": "python -m qmx.ledger replay WORKDIR/ledger.sqlite traffic.jsonl",
             "images": results["account"]["images"],
             "calls": results["account"]["calls"],
         },
-        "watermarks": None,
+        "watermarks": watermarks(results),
         "by_class": by_class,
         "agreement_between_seeds": results["agreement"],
         "not_tried": attacks_not_tried(results),
@@ -169,11 +173,7 @@ def access_levels(results: dict) -> list[dict[str, Any]]:
 def controls(results: dict) -> dict[str, Any]:
     """Controls without the answers: nothing asked at all, and true labels in their place."""
     config = results["config"]
-    by_labels = {
-        name
-        for name, keys in {"distill": config["distill"], **config["recipes"]}.items()
-        if keys["learn_from"] == "labels"
-    }
+    by_labels = learn_labels(config)
     cells = [
         {**column._asdict(), "queries": budget["queries"], "top1": row["top1"]}
         for column in columns(config)

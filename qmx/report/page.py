@@ -16,6 +16,7 @@ from qmx.report.audit_tables import (
     strongest_table,
     unknown_limits,
 )
+from qmx.report.evidence import detection_note, detection_table, watermark_table
 from qmx.report.pictures import Picture
 from qmx.report.reach import ranked
 from qmx.report.svg import drawn
@@ -39,6 +40,10 @@ GLOSSARY = (
     ("pool, fixmatch", "the copy also learns from the images that were not asked about."),
     ("Seed", "one repetition with other random numbers. Intervals span the seeds."),
     ("Calibration error", "how far confidence and accuracy are apart on average (15 bins)."),
+    ("PRADA", "a detector: are a class's queries as far from each other as honest ones are?"),
+    ("MMD", "a detector: are the last queries distributed as honest ones are?"),
+    ("Watermark, trigger images", "images that only the model, or a copy, answers in a set way."),
+    ("Control", "a student of the same images that learned from true labels."),
     ("Principal", "an account, key or address to which a limit applies."),
 )
 
@@ -52,12 +57,13 @@ def page(results: dict, tables: list[Table], notes: list[str], pictures: Sequenc
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["narrow"] = narrow
+    audit = results["audit"]
     template = environment.from_string(Path(__file__).with_name("page.html").read_text("utf-8"))
     order = [label(column, results) for column in ranked(results)]
     turned = [transposed(table, order) for table in tables]
     return template.render(
         model=results["config"]["audit"]["model"] or results["target"]["name"],
-        audit=results["audit"],
+        audit=audit,
         # Drawn from numbers and from words of the grid, which the drawing escapes.
         curves={name: Markup(svg) for name, svg in drawn(results).items()},
         strongest=strongest_table(results),
@@ -68,6 +74,9 @@ def page(results: dict, tables: list[Table], notes: list[str], pictures: Sequenc
         access=access_table(results),
         main_tables=[first_figure(table) for table in turned[:2]],
         more_tables=turned,
+        detection=detection_table(audit["detection"]),
+        detection_note=audit["detection"] and detection_note(audit["detection"]),
+        watermark=watermark_table(results),
         classes=class_table(results),
         seeds=seeds_table(results),
         notes=notes,

@@ -12,6 +12,7 @@ from qmx.report.audit_tables import (
     standards_table,
     unknown_limits,
 )
+from qmx.report.evidence import detection_note, detection_table, watermark_table
 from qmx.report.notes import account_notes
 from qmx.report.tables import LEARNED, aligned, result_tables
 
@@ -32,6 +33,7 @@ def terminal(results: dict) -> str:
     if any(row["hours_alone"] is not None for row in audit["time_to_extract"]):
         parts.append("\n".join([limits_note(results), *unknown_limits(results)]))
         tables += [t for t in (largest_table(results), effort_table(results)) if t]
+    parts += signs(results, "")
     parts += [f"{table.title}\n\n{aligned(table)}" for table in reversed(tables)]
     return "\n\n".join(parts)
 
@@ -50,12 +52,24 @@ def markdown(results: dict) -> str:
     parts += unknown_limits(results)
     more = [effort_table, largest_table, access_table, class_table, seeds_table, standards_table]
     parts += [f"### {table.title}\n\n{aligned(table)}" for make in more if (table := make(results))]
+    if found := signs(results, "### "):
+        parts += ["## Signs of copying", *found]
     told = [f"- {name}: {words}" for name, words in scope(results)]
     parts += ["## What was tested\n\n" + "\n".join(told)]
     parts += ["## What was not tried\n\n" + "\n".join(f"- {one}" for one in audit["not_tried"])]
     lines = [f"- {name}: {words}" for name, words in origin(results)]
     parts += ["## Where this comes from\n\n" + "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
+
+
+def signs(results: dict, heading: str) -> list[str]:
+    """Tables and notes on detectors and watermarks, of those that there are."""
+    detection, watermark = results["audit"]["detection"], results["audit"]["watermarks"]
+    pairs = [
+        (detection_table(detection), detection and detection_note(detection)),
+        (watermark_table(results), watermark and watermark["note"]),
+    ]
+    return [f"{heading}{t.title}\n\n{aligned(t)}\n\n{note}" for t, note in pairs if t]
 
 
 def star(results: dict) -> list[str]:

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 
 from qmx import networks
+from qmx.contract import Encoder, Network
+from qmx.data.arrays import trigger_images
 from qmx.data.sources import take
 from qmx.files import read_arrays, write_arrays
 from qmx.grid import HEADS, Cell, recipe_of
@@ -16,7 +18,7 @@ from qmx.sharding import first
 from qmx.stages import heads
 from qmx.stages.answers import Answers, read_scores
 from qmx.stages.distill import Student
-from qmx.stages.features import Features
+from qmx.stages.features import Features, trigger_features
 from qmx.stages.run import Run, needed, outputs, read_weights
 from qmx.stages.select import Selection
 from qmx.workdir import NotDone
@@ -95,7 +97,31 @@ def evaluate(
         **({"without_answer": left_out} if left_out else {}),
     }
     # The row has its queries by purpose.
-    return {**cell._asdict(), **run.stage("evaluate", cell.name, inputs, work)}
+    row = {**cell._asdict(), **run.stage("evaluate", cell.name, inputs, work)}
+    if path := run.config.audit.watermark.path:
+        row["watermark"] = watermark(run, cell, student, shown, path)
+    return row
+
+
+def watermark(
+    run: Run, cell: Cell, student: Student, shown: Features | NotDone | None, path: str
+) -> dict[str, Any]:
+    """Share of a watermark's trigger images that a student answers as they are marked:
+    {"triggers", "sha256", "answered" in per cent}."""
+    source, marks, digest = trigger_images(path, run.data.shape, run.data.classes)
+
+    def work(_: Path) -> dict:
+        if cell.use in HEADS.values():
+            rows = trigger_features(run, needed(shown).encoder, source, digest)
+            scores = heads.scores(run, student.path, rows)
+        else:
+            name = f"trigger images of {cell.name}"
+            scores = outputs(run, name, *network_of(run, cell, student), source)
+        return {"answered": top_k(scores, marks, 1)}
+
+    inputs = {"triggers": digest, "student": student.sha256, "size": run.config.student.size}
+    found = run.stage("evaluate", f"watermark-{cell.name}", inputs, work)
+    return {"triggers": len(marks), "sha256": digest, **found}
 
 
 def asked_images(selection: Selection, answers: Answers) -> np.ndarray:
@@ -108,15 +134,20 @@ def of_network(
     run: Run, cell: Cell, student: Student, ids: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scores of a student for the evaluation images and for the pool's images `ids`, f32[n, N]."""
-    keys, standardize = run.config.student, recipe_of(run.config, cell).standardize
-    dtype, facts = networks.evaluated_in(keys.dtype), networks.look(run.data)
-    network = networks.classifier(keys.arch, dtype, facts, standardize=standardize)
-    weights = read_weights(run, network, student.path)
+    network, weights = network_of(run, cell, student)
     names = f"evaluate {cell.name}", f"asked images of {cell.name}"
     shown, asked = run.data.evaluation, take(run.data.pool, ids)
     return outputs(run, names[0], network, weights, shown), outputs(
         run, names[1], network, weights, asked
     )
+
+
+def network_of(run: Run, cell: Cell, student: Student) -> tuple[Network, Encoder]:
+    """A student's network and its weights, on the devices."""
+    keys, standardize = run.config.student, recipe_of(run.config, cell).standardize
+    dtype, facts = networks.evaluated_in(keys.dtype), networks.look(run.data)
+    network = networks.classifier(keys.arch, dtype, facts, standardize=standardize)
+    return network, read_weights(run, network, student.path)
 
 
 def asked_fidelity(

@@ -52,7 +52,19 @@ def evaluation_features(run: Run, encoder: Pretrained | NotDone) -> Features:
     return _of(run, encoder, "evaluate", run.data.evaluation, inputs)
 
 
-def _of(run: Run, encoder: Pretrained, kind: str, source: Source, inputs: dict) -> Features:
+def trigger_features(run: Run, encoder: Pretrained, source: Source, digest: str) -> Features:
+    """An encoder's features of a watermark's trigger images."""
+    return _of(run, encoder, "evaluate", source, {"triggers": digest}, "trigger-features")
+
+
+def _of(
+    run: Run,
+    encoder: Pretrained,
+    kind: str,
+    source: Source,
+    inputs: dict,
+    prefix: str = "features",
+) -> Features:
     inputs = {**inputs, "encoder": encoder.sha256, "rows": "as they are"}
     if not encoder.kind:
         inputs["dtype"] = networks.evaluated_in(run.config.student.dtype)
@@ -61,7 +73,7 @@ def _of(run: Run, encoder: Pretrained, kind: str, source: Source, inputs: dict) 
     def work(directory: Path) -> dict:
         return compute(run, encoder, source, directory)
 
-    name = f"features-{encoder.name}"
+    name = f"{prefix}-{encoder.name}"
     run.stage(kind, name, inputs, work)
     return Features(encoder, run.workdir / kind / name / "features.npy")
 

@@ -16,8 +16,12 @@ from scipy.special import softmax
 
 import qmx
 from qmx.checkpoint import file_digest
+from qmx.files import read_json
 from qmx.grid import Budget, Cell, Column, budgets, columns
+from qmx.ledger.replay import extent
 from qmx.metrics import calibration_error, fidelity_by_class, top_k
+from qmx.progress import say
+from qmx.sharding import from_first
 from qmx.stages.answers import Answers, read_scores
 from qmx.stages.evaluate import named
 from qmx.stages.run import Run
@@ -110,6 +114,23 @@ def by_class(run: Run, column: Column, budget: Budget, seeds: list[int]) -> dict
     classes.sort(key=lambda one: one["fidelity"])
     facts = {**column._asdict(), "queries": budget.queries, "seeds": len(seeds)}
     return {**facts, "classes": classes}
+
+
+def detection(run: Run) -> dict[str, Any] | None:
+    """Result of `python -m qmx.detect` of this workdir; None if there is none of this ledger as it
+    is."""
+
+    def look() -> dict[str, Any] | None:
+        path, ledger = run.workdir / "detection.json", run.workdir / "ledger.sqlite"
+        if not (path.exists() and ledger.exists()):
+            return None
+        found = read_json(path)
+        if found.get("ledger") == extent(ledger):
+            return found
+        say(f"{path} is of another ledger and left out; python -m qmx.detect {run.workdir} again")
+        return None
+
+    return from_first(look)
 
 
 def provenance(run: Run, seconds: dict[str, float]) -> dict[str, Any]:

@@ -93,7 +93,8 @@ def report(
         "config": plain(run.config),
     }
     results["reach"] = reached(results)
-    results["audit"] = audit(results, of_classes(run, results))
+    detection = measured.detection(run)
+    results["audit"] = audit(results, of_classes(run, results), detection)
     return from_first(
         lambda: files.write(run.workdir, results, asked_pictures(run, results, chosen))
     )
