@@ -256,6 +256,34 @@ def test_a_server_that_takes_four(plain, tmp_path):
     assert said == ["the target takes 4 images in a request, and not 8; set target.batch_size=4"]
 
 
+def test_errors_of_the_model_behind_a_server(plain, tmp_path):
+    """MLServer and KServe send them as a 500: one about shapes is not asked again, but about fewer
+    images; the line has its words, out of a traceback if need be, and the keys to look at."""
+    said = []
+    with Ledger(tmp_path / "l", target="t") as ledger:
+        query = connect(plain, "one").query
+        answers = ledger.ask(query, IMAGES[:6], batch_size=4, say=said.append, waits=())
+        assert np.array_equal(answers, scores_of(IMAGES[:6])) and not ledger.account().refused
+        with pytest.raises(ValueError, match="Got: 2 Expected: 1 Please.*target.batch_size"):
+            query(IMAGES[:2])
+        with pytest.raises(TooManyRefused, match="data type.*look at target.shown.layout"):
+            ledger.ask(connect(plain, "typed").query, 255 - IMAGES, batch_size=8, waits=())
+    assert said == ["the target takes 1 images in a request, and not 2; set target.batch_size=1"]
+    sizes = [len(digests) for _, digests in requests(plain, "one")]
+    assert sizes == [4, 2, 1, 1, 1, 1, 1, 1, 2]
+    assert [len(digests) for _, digests in requests(plain, "typed")] == [8, 4, 2, 1]
+    with pytest.raises(Unavailable, match="out of memory.*smaller target.batch_size"):
+        connect(plain, "memory").query(IMAGES[:2])
+
+
+def test_a_server_without_versions_or_tls(plain):
+    """KServe's SDK knows no versions; a port for HTTP is asked in TLS."""
+    with pytest.raises(ValueError, match="501 .*not supported yet.*leave target.version out"):
+        connect(plain, version="unversioned")
+    with pytest.raises(ValueError, match="does not answer in TLS; target.url takes http://"):
+        connect(plain, scheme="https")
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
