@@ -287,8 +287,8 @@ def test_a_server_without_versions_or_tls(plain):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("slow", "nothing came within 0.5 s"),
-        ("drips", "did not end its answer within 0.5 s"),
+        ("slow", "nothing came within 0.5 s; a longer target.timeout waits, and a smaller"),
+        ("drips", "did not end its answer within 0.5 s; a longer target.timeout"),
         ("down", "answered 500 .a worker died."),
         ("flaky", "answered 502"),
         ("hangs_up", "without response"),
@@ -808,9 +808,9 @@ def test_rounds_where_some_images_have_no_answer(command, tmp_path):
 
 
 def test_a_server_that_is_starting(tmp_path, monkeypatch):
-    """It says 503, or 400 with words, or that it is not ready: it is looked at again; one that is
-    not there at all is told at once."""
-    states, said = [503, 400, "not ready", 200], []
+    """It says 503, or 400 with words, or that it is not ready, or 400 and nothing (MLServer): it is
+    looked at again; one that is not there at all is told at once."""
+    states, said = [503, 400, "not ready", "bare", 200], []
 
     class Starting(http.server.BaseHTTPRequestHandler):
         def log_message(self, *_):
@@ -820,7 +820,8 @@ def test_a_server_that_is_starting(tmp_path, monkeypatch):
             state = states[0]
             content, status = {}, 200
             if self.path.endswith("/ready"):
-                content = {"ready": state == 200}
+                bare = state == "bare"
+                content, status = (None, 400) if bare else ({"ready": state == 200}, 200)
                 states[:] = states[1:] or [200]
             elif state in (503, 400):
                 content, status = {"error": "the model is still loading"}, state
@@ -830,7 +831,7 @@ def test_a_server_that_is_starting(tmp_path, monkeypatch):
                     "inputs": [{"name": "x", "datatype": "UINT8", "shape": [-1, 8, 8, 1]}],
                     "outputs": [{"name": "y", "datatype": "FP32", "shape": [-1, 10]}],
                 }
-            body = json.dumps(content).encode()
+            body = json.dumps(content).encode() if content else b""
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -847,7 +848,8 @@ def test_a_server_that_is_starting(tmp_path, monkeypatch):
     finally:
         server.shutdown()
         server.server_close()
-    assert len(said) == 3 and all("asked again in 0.01 s" in line for line in said), said
+    assert len(said) == 4 and all("asked again in 0.01 s" in line for line in said), said
+    assert said[3].endswith("/m/ready answered 400 (asked again in 0.01 s)")
     with pytest.raises(Unavailable, match="Connection refused"):
         outside.describe(keys, data)
-    assert len(said) == 3
+    assert len(said) == 4

@@ -50,6 +50,8 @@ PLAIN = re.compile("WRONG_VERSION_NUMBER|RECORD_LAYER_FAILURE")
 # The head of the frame of settings that a server of HTTP/2 sends first (RFC 9113, sections 3.4, 4.1
 # and 6.5), as http.client quotes the line: a length of 3 bytes, a type of 4, no flags, stream 0.
 HTTP2 = re.compile(r"\\x00.{1,8}?\\x04\\x00\\x00\\x00\\x00\\x00")
+LATE = "a longer target.timeout waits, and a smaller target.batch_size makes smaller requests"
+AGAIN = "the same request would be refused again"
 CURES = {
     401: "target.token_env names the environment variable with a valid token",
     403: "target.token_env names the environment variable with a token that may ask this",
@@ -161,7 +163,8 @@ def client(
                     f"{url} answers in HTTP/2, as ports for gRPC do (8001, 8081, 9000); target.url"
                     " takes the server's port for HTTP (8000, 8080)"
                 ) from None
-            raise Unavailable(f"{where} gave no whole answer: {reason}") from None
+            late = f"; {LATE}" if body and "nothing came" in reason else ""
+            raise Unavailable(f"{where} gave no whole answer: {reason}{late}") from None
         if response.status >= 500:
             pool.clear()  # servers in Python close it then, maybe amid the next request
         if response.status != 200:
@@ -203,7 +206,7 @@ def _read(response: urllib3.BaseHTTPResponse, where: str, timeout: float) -> byt
     finally:
         watch.end()
     if watch.late:
-        raise Unavailable(f"{where} did not end its answer within {timeout:g} s")
+        raise Unavailable(f"{where} did not end its answer within {timeout:g} s; {LATE}")
     return bytes(body)
 
 
@@ -231,7 +234,7 @@ def _refusal(
             " place, make it the target.url"
         )
     kind = Refused if status in CONTENT else ValueError
-    return kind(f"{text}; {CURES.get(status, 'the same request would be refused again')}")
+    return kind(f"{text}; {CURES.get(status, AGAIN)}")
 
 
 def _retry_after(value: str | None) -> float | None:
