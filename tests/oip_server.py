@@ -20,6 +20,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 
 ELSEWHERE = "http://example.invalid/v2"
+# As MLServer sends it: plain text, longer than what is shown of it, its message in three lines.
+TRACEBACK = (
+    "Traceback (most recent call last):\n"
+    + '  File "/srv/lib/python3.11/site-packages/starlette/routing.py", line 73, in app\n'
+    "    response = await f(request)\n               ^^^^^^^^^^^^^^^^\n"
+    * 20
+    + "onnxruntime.InvalidArgument: [ONNXRuntimeError] : 2 : INVALID_ARGUMENT : Got invalid"
+    " dimensions for input: image\n index: 0 Got: 2 Expected: 1\n Please fix either the inputs.\n"
+)
 
 
 def scores_of(images):
@@ -117,6 +126,8 @@ class Handler(BaseHTTPRequestHandler):
                     "extensions": ["binary_tensor_data"] * self.server.binary,
                 }
             )
+        elif parts[2:4] == ["digits", "versions"] and parts[4] == "unversioned":
+            self.reply({"error": "Model versioning not supported yet."}, 501)
         elif len(parts) > 2 and parts[2] == "absent":
             self.reply({"error": "Request for unknown model: 'absent' is not found"}, 404)
         elif parts[-1] == "ready":
@@ -160,6 +171,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply({"error": "the input is bad"}, 422)
         if model == "four" and len(images) > 4:
             return self.reply({"error": "the batch is larger than max_batch_size 4"}, 400)
+        if model == "one" and len(images) > 1:
+            self.reply(TRACEBACK.encode(), 500, Content_Type="text/plain")
+            time.sleep(0.02)
+            return self.hang_up()  # without a word of it in the headers, as uvicorn does
         self.answer(model, request, scores_of(images))
 
     def answer(self, model, request, scores):
@@ -175,6 +190,10 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(3)
         elif model == "down":
             return self.reply({"error": "a worker died"}, 500)
+        elif model == "typed":  # as KServe sends it
+            return self.reply({"error": "INVALID_ARGUMENT : Unexpected input data type."}, 500)
+        elif model == "memory":
+            return self.reply({"error": "CUDA out of memory. Tried to allocate 20 MiB"}, 500)
         elif model == "busy" and met < 3:
             return self.reply({"error": "busy"}, 503, Retry_After=1)
         elif model == "flaky" and met % 2:

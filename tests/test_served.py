@@ -256,11 +256,39 @@ def test_a_server_that_takes_four(plain, tmp_path):
     assert said == ["the target takes 4 images in a request, and not 8; set target.batch_size=4"]
 
 
+def test_errors_of_the_model_behind_a_server(plain, tmp_path):
+    """MLServer and KServe send them as a 500: one about shapes is not asked again, but about fewer
+    images; the line has its words, out of a traceback if need be, and the keys to look at."""
+    said = []
+    with Ledger(tmp_path / "l", target="t") as ledger:
+        query = connect(plain, "one").query
+        answers = ledger.ask(query, IMAGES[:6], batch_size=4, say=said.append, waits=())
+        assert np.array_equal(answers, scores_of(IMAGES[:6])) and not ledger.account().refused
+        with pytest.raises(ValueError, match="Got: 2 Expected: 1 Please.*target.batch_size"):
+            query(IMAGES[:2])
+        with pytest.raises(TooManyRefused, match="data type.*look at target.shown.layout"):
+            ledger.ask(connect(plain, "typed").query, 255 - IMAGES, batch_size=8, waits=())
+    assert said == ["the target takes 1 images in a request, and not 2; set target.batch_size=1"]
+    sizes = [len(digests) for _, digests in requests(plain, "one")]
+    assert sizes == [4, 2, 1, 1, 1, 1, 1, 1, 2]
+    assert [len(digests) for _, digests in requests(plain, "typed")] == [8, 4, 2, 1]
+    with pytest.raises(Unavailable, match="out of memory.*smaller target.batch_size"):
+        connect(plain, "memory").query(IMAGES[:2])
+
+
+def test_a_server_without_versions_or_tls(plain):
+    """KServe's SDK knows no versions; a port for HTTP is asked in TLS."""
+    with pytest.raises(ValueError, match="501 .*not supported yet.*leave target.version out"):
+        connect(plain, version="unversioned")
+    with pytest.raises(ValueError, match="does not answer in TLS; target.url takes http://"):
+        connect(plain, scheme="https")
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("slow", "nothing came within 0.5 s"),
-        ("drips", "did not end its answer within 0.5 s"),
+        ("slow", "nothing came within 0.5 s; a longer target.timeout waits, and a smaller"),
+        ("drips", "did not end its answer within 0.5 s; a longer target.timeout"),
         ("down", "answered 500 .a worker died."),
         ("flaky", "answered 502"),
         ("hangs_up", "without response"),
@@ -780,9 +808,9 @@ def test_rounds_where_some_images_have_no_answer(command, tmp_path):
 
 
 def test_a_server_that_is_starting(tmp_path, monkeypatch):
-    """It says 503, or 400 with words, or that it is not ready: it is looked at again; one that is
-    not there at all is told at once."""
-    states, said = [503, 400, "not ready", 200], []
+    """It says 503, or 400 with words, or that it is not ready, or 400 and nothing (MLServer): it is
+    looked at again; one that is not there at all is told at once."""
+    states, said = [503, 400, "not ready", "bare", 200], []
 
     class Starting(http.server.BaseHTTPRequestHandler):
         def log_message(self, *_):
@@ -792,7 +820,8 @@ def test_a_server_that_is_starting(tmp_path, monkeypatch):
             state = states[0]
             content, status = {}, 200
             if self.path.endswith("/ready"):
-                content = {"ready": state == 200}
+                bare = state == "bare"
+                content, status = (None, 400) if bare else ({"ready": state == 200}, 200)
                 states[:] = states[1:] or [200]
             elif state in (503, 400):
                 content, status = {"error": "the model is still loading"}, state
@@ -802,7 +831,7 @@ def test_a_server_that_is_starting(tmp_path, monkeypatch):
                     "inputs": [{"name": "x", "datatype": "UINT8", "shape": [-1, 8, 8, 1]}],
                     "outputs": [{"name": "y", "datatype": "FP32", "shape": [-1, 10]}],
                 }
-            body = json.dumps(content).encode()
+            body = json.dumps(content).encode() if content else b""
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -819,7 +848,8 @@ def test_a_server_that_is_starting(tmp_path, monkeypatch):
     finally:
         server.shutdown()
         server.server_close()
-    assert len(said) == 3 and all("asked again in 0.01 s" in line for line in said), said
+    assert len(said) == 4 and all("asked again in 0.01 s" in line for line in said), said
+    assert said[3].endswith("/m/ready answered 400 (asked again in 0.01 s)")
     with pytest.raises(Unavailable, match="Connection refused"):
         outside.describe(keys, data)
-    assert len(said) == 3
+    assert len(said) == 4

@@ -28,17 +28,36 @@ LONGEST_WAIT = 600.0  # seconds; rather than wait longer, the run stops and can 
 # Such a status is about the content of a request: with fewer images it may be answered.
 CONTENT = (400, 413, 422)
 LARGEST = 1 << 28  # bytes of an answer: 256 x 21,841 classes (ImageNet-21k) as JSON are half of it
+LONGEST_TEXT = 1 << 16  # bytes of an error's text; MLServer sends whole tracebacks
 CHUNK = 1 << 16
 # In a refusal: a server that is still starting says so with any status.
 STARTING = re.compile("not (yet )?ready|is loading|still loading|starting up", re.IGNORECASE)
+# Words of a 500 by which a model refuses the shape or type of what it got: onnxruntime's, PyTorch's
+# (convolutions, matrices, types, views), Keras's, NumPy's.
+MISFIT = re.compile(
+    r"INVALID_ARGUMENT|to have \d+ channels|shapes cannot be multiplied|type \(.*should be the same"
+    r"|is invalid for input of size|Expected 3D .*or 4D|incompatible with the layer"
+    r"|cannot reshape array",
+    re.IGNORECASE,
+)
+MISFITS_CURE = (
+    "the model does not take images that are shown so, or so many: look at target.shown.layout,"
+    " .dtype, .size and .channels, and at target.batch_size"
+)
+MEMORY = re.compile("out of memory|RESOURCE_EXHAUSTED|allocate memory", re.IGNORECASE)
+# A server without TLS, as OpenSSL 3.0 and, from 3.2 on, later ones see it.
+PLAIN = re.compile("WRONG_VERSION_NUMBER|RECORD_LAYER_FAILURE")
 # The head of the frame of settings that a server of HTTP/2 sends first (RFC 9113, sections 3.4, 4.1
 # and 6.5), as http.client quotes the line: a length of 3 bytes, a type of 4, no flags, stream 0.
 HTTP2 = re.compile(r"\\x00.{1,8}?\\x04\\x00\\x00\\x00\\x00\\x00")
+LATE = "a longer target.timeout waits, and a smaller target.batch_size makes smaller requests"
+AGAIN = "the same request would be refused again"
 CURES = {
     401: "target.token_env names the environment variable with a valid token",
     403: "target.token_env names the environment variable with a token that may ask this",
     404: "look at target.url, target.model and target.version",
     413: "a smaller target.batch_size makes smaller requests",
+    501: "the server does not know such requests; leave target.version out if it is set",
 }
 
 
@@ -133,12 +152,21 @@ def client(
                 raise Unreachable(
                     f"{url} cannot be reached: {reason}; does a server run at target.url?"
                 ) from None
+            proxy = isinstance(error, urllib3.exceptions.ProxyError)
+            if not proxy and PLAIN.search(str(error)):
+                raise ValueError(
+                    f"{url} does not answer in TLS; target.url takes http:// for such a port, or"
+                    " the server's port for https://"
+                ) from None
             if HTTP2.search(str(error)):
                 raise ValueError(
                     f"{url} answers in HTTP/2, as ports for gRPC do (8001, 8081, 9000); target.url"
                     " takes the server's port for HTTP (8000, 8080)"
                 ) from None
-            raise Unavailable(f"{where} gave no whole answer: {reason}") from None
+            late = f"; {LATE}" if body and "nothing came" in reason else ""
+            raise Unavailable(f"{where} gave no whole answer: {reason}{late}") from None
+        if response.status >= 500:
+            pool.clear()  # servers in Python close it then, maybe amid the next request
         if response.status != 200:
             to = shown(response.headers.get("Location", ""), *hidden)
             message = shown(_said(answer), *hidden)
@@ -178,7 +206,7 @@ def _read(response: urllib3.BaseHTTPResponse, where: str, timeout: float) -> byt
     finally:
         watch.end()
     if watch.late:
-        raise Unavailable(f"{where} did not end its answer within {timeout:g} s")
+        raise Unavailable(f"{where} did not end its answer within {timeout:g} s; {LATE}")
     return bytes(body)
 
 
@@ -187,6 +215,10 @@ def _refusal(
 ) -> Exception:
     """The error for a status other than 200."""
     text = f"{where} answered {status}{f' ({message})' if message else ''}"
+    if status == 500 and MISFIT.search(message):
+        return Refused(f"{text}; {MISFITS_CURE}")
+    if MEMORY.search(message):
+        text += f"; {CURES[413]}"
     if status in PASSING or (status == 400 and STARTING.search(message)):
         wait = _retry_after(headers.get("Retry-After"))
         if wait and wait > LONGEST_WAIT:
@@ -202,7 +234,7 @@ def _refusal(
             " place, make it the target.url"
         )
     kind = Refused if status in CONTENT else ValueError
-    return kind(f"{text}; {CURES.get(status, 'the same request would be refused again')}")
+    return kind(f"{text}; {CURES.get(status, AGAIN)}")
 
 
 def _retry_after(value: str | None) -> float | None:
@@ -214,12 +246,15 @@ def _retry_after(value: str | None) -> float | None:
 
 
 def _said(body: bytes) -> str:
-    """Message of a server about an error: the protocol's "error", else the start of the text."""
-    text = body[:2000].decode(errors="replace")
+    """Message of a server about an error: the protocol's "error", else the start of the text, or
+    the end of a traceback."""
+    text = body[:LONGEST_TEXT].decode(errors="replace")
     try:
         return str(json.loads(text)["error"])
     except (ValueError, KeyError, TypeError, RecursionError):
-        return text
+        lines = text.splitlines() if text.startswith("Traceback (") else []
+        indented = [place for place, line in enumerate(lines) if line.startswith("  ")]
+        return "\n".join(lines[indented[-1] + 1 :]) if indented else text
 
 
 def _reason(error: BaseException, timeout: float) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from qmx.ledger import Unavailable
 from qmx.ledger.access import received
 from qmx.targets.address import secrets
-from qmx.targets.http import Send, client
+from qmx.targets.http import AGAIN, Send, client
 from qmx.targets.protocol import INPUTS, LABELS, OUTPUTS, Tensor, parsed, read, request
 from qmx.targets.query import Outside, filled_up
 from qmx.targets.said import masked, without
@@ -120,7 +120,8 @@ def _check_ready(send: Send, path: str) -> None:
         body, headers = send("GET", path, None, {})
         ready = not body or parsed(body, headers).get("ready", True)
     except ValueError as error:
-        raise Unavailable(f"the model is not ready: {error}") from None
+        why = str(error).removesuffix(f"; {AGAIN}")
+        raise Unavailable(f"the model is not ready: {why}") from None
     if not ready:
         raise Unavailable("the model is not ready; wait until it is loaded")
 

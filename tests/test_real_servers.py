@@ -1,0 +1,191 @@
+"""Against MLServer and KServe's Python SDK, each with an ONNX file that takes FP32 in NCHW: the
+figures of an audit are those of the same file in this process.
+
+Each in an environment of its own, with this one's version of onnxruntime for equal bits:
+`python3 -m venv V && V/bin/pip install mlserver onnxruntime` (W and kserve the same), then
+`MLSERVER=V/bin/mlserver KSERVE=W/bin/python pytest -m "" tests/test_real_servers.py`
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+
+import numpy as np
+import pytest
+from conftest import TINY, table
+from onnx import TensorProto, helper, numpy_helper, save
+from sklearn.datasets import load_digits
+
+from qmx.ledger import Refused, Unavailable
+from qmx.targets import onnx_file, served
+from qmx.targets.shown import Shown
+
+PROGRAMS = {
+    "mlserver": os.environ.get("MLSERVER") or shutil.which("mlserver"),
+    "kserve": os.environ.get("KSERVE"),
+}
+MLSERVER = """
+import onnxruntime
+from mlserver import MLModel
+from mlserver.codecs import NumpyCodec
+from mlserver.types import InferenceResponse
+
+class Onnx(MLModel):
+    async def load(self):
+        self.session = onnxruntime.InferenceSession(self.settings.parameters.uri)
+        return True
+
+    async def predict(self, payload):
+        images = NumpyCodec.decode_input(payload.inputs[0])
+        (scores,) = self.session.run(["scores"], {"image": images})
+        outputs = [NumpyCodec.encode_output("scores", scores)]
+        return InferenceResponse(model_name=self.name, outputs=outputs)
+"""
+KSERVE = """
+import sys
+import onnxruntime
+from kserve import InferOutput, InferResponse, Model, ModelServer
+
+class Onnx(Model):
+    def predict(self, payload, headers=None, response_headers=None):
+        (scores,) = session.run(["scores"], {"image": payload.inputs[0].as_numpy()})
+        output = InferOutput("scores", list(scores.shape), "FP32")
+        output.set_data_from_numpy(scores, binary_data=False)
+        return InferResponse(payload.id, self.name, [output])
+
+session, model = onnxruntime.InferenceSession(sys.argv[1]), Onnx("digits")
+model.ready = True
+ModelServer(http_port=int(sys.argv[2]), grpc_port=int(sys.argv[3])).start([model])
+"""
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SHOWN = Shown(scale=1.0, mean=MEAN, std=STD, dtype="float32", layout="nchw")
+NAMES = {"input": "image", "output": "scores"}
+FITS = {"shape": (8, 8, 3), "classes": 10}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with tinted digits, pool.npz and test.npz, and digits.onnx, which knows a digit by
+    the nearest mean."""
+    folder, rng = tmp_path_factory.mktemp("files"), np.random.default_rng(0)
+    grey, labels = load_digits(return_X_y=True)
+    tints = rng.uniform(0.3, 1, (len(grey), 1, 1, 3))
+    images = np.round(grey.reshape(-1, 8, 8, 1) * (255 / 16) * tints).astype(np.uint8)
+    for name, some in (("pool", slice(400)), ("test", slice(400, 600))):
+        np.savez(folder / f"{name}.npz", image=images[some], label=labels[some])
+    inputs = ((images / 255 - MEAN) / STD).transpose(0, 3, 1, 2).reshape(len(images), -1)
+    means = np.stack([inputs[labels == digit].mean(0) for digit in range(10)])
+    arrays = {"kernel": means.reshape(10, 3, 8, 8), "bias": -(means**2).sum(1) / 2}
+    ends = [
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", *shape])]
+        for name, shape in (("image", (3, 8, 8)), ("scores", (10,)))
+    ]
+    nodes = [
+        helper.make_node("Conv", ["image", "kernel", "bias"], ["maps"]),
+        helper.make_node("Flatten", ["maps"], ["scores"]),
+    ]
+    tensors = [numpy_helper.from_array(x.astype(np.float32), name) for name, x in arrays.items()]
+    graph = helper.make_graph(nodes, "digits", *ends, tensors)
+    opset = [helper.make_opsetid("", 17)]
+    save(helper.make_model(graph, opset_imports=opset, ir_version=8), folder / "digits.onnx")
+    return folder
+
+
+@pytest.fixture(scope="module", params=["mlserver", "kserve"])
+def server(request, files, tmp_path_factory):
+    """(kind, HTTP address, gRPC address) of a running server."""
+    kind, program = request.param, PROGRAMS[request.param]
+    if not program:
+        pytest.skip(f"needs {kind} in an environment of its own, see above")
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(3)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    folder, model = tmp_path_factory.mktemp(kind), str(files / "digits.onnx")
+    (folder / "own.py").write_text(MLSERVER if kind == "mlserver" else KSERVE)
+    numbers = dict(zip(("http_port", "grpc_port", "metrics_port"), ports, strict=True))
+    settings = {"host": "127.0.0.1", "parallel_workers": 0, **numbers}
+    (folder / "settings.json").write_text(json.dumps(settings))
+    tensors = {
+        f"{side}s": [{"name": name, "datatype": "FP32", "shape": [-1, *shape]}]
+        for (side, name), shape in zip(NAMES.items(), ((3, 8, 8), (10,)), strict=True)
+    }
+    said = {"name": "digits", "implementation": "own.Onnx", "parameters": {"uri": model}, **tensors}
+    (folder / "model-settings.json").write_text(json.dumps(said))
+    words = ["start", "."] if kind == "mlserver" else ["own.py", model, *map(str, ports[:2])]
+    with open(folder / "log", "w") as log:
+        running = subprocess.Popen(
+            [program, *words],
+            cwd=folder,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "PYTHONPATH": str(folder)},
+        )
+    http, grpc = (f"http://127.0.0.1:{port}" for port in ports[:2])
+    deadline = time.monotonic() + 120
+    try:
+        while True:
+            try:
+                served.connect(http, "digits", **NAMES, **FITS, shown=SHOWN)
+                break
+            except (Unavailable, ValueError):
+                assert time.monotonic() < deadline, (folder / "log").read_text()
+                assert running.poll() is None, (folder / "log").read_text()
+                time.sleep(0.2)
+        yield kind, http, grpc
+    finally:
+        running.kill()
+        running.wait()
+
+
+def test_scores(server, files):
+    """They come back to the bit; its refusals, and its port for gRPC, are named."""
+    kind, http, grpc = server
+    images = np.load(files / "test.npz")["image"]
+    want = onnx_file.connect(str(files / "digits.onnx"), **FITS, shown=SHOWN).query(images)
+    query = served.connect(http, "digits", **NAMES, **FITS, shown=SHOWN).query
+    assert np.array_equal(query(images), want)
+    said = "takes float32, and nobody says" if kind == "mlserver" else "name it in target.input"
+    with pytest.raises(ValueError, match=said):
+        served.connect(http, "digits", **FITS)
+    with pytest.raises(ValueError, match="404|501"):
+        served.connect(http, "digits", **NAMES, **FITS, shown=SHOWN, version="7")
+    with pytest.raises(ValueError, match="answers in HTTP/2"):
+        served.connect(grpc, "digits", **NAMES, **FITS, shown=SHOWN)
+    if kind == "kserve":  # it says nothing of its input, so the model itself refuses
+        wrong = served.connect(http, "digits", **NAMES, **FITS, shown=SHOWN._replace(layout="nhwc"))
+        with pytest.raises(Refused, match="invalid dimensions.*look at target.shown.layout"):
+            wrong.query(images)
+
+
+@pytest.mark.slow
+def test_figures(server, files, command, tmp_path):
+    """Of an audit, all of them, beside the file's own."""
+    kind, http, _ = server
+    words = [
+        *(word for word in TINY if "fractions" not in word),
+        "--config.fractions=(0.05,)",
+        "--config.inits=('none',)",
+        "--config.also=()",
+        "--config.data.source=arrays",
+        f"--config.data.path={files}/pool.npz",
+        f"--config.data.eval_path={files}/test.npz",
+        *(f"--config.target.shown.{key}={getattr(SHOWN, key)}" for key in ("scale", "mean", "std")),
+    ]
+    here = ["--config.target.kind=onnx", f"--config.target.path={files}/digits.onnx"]
+    there = ["--config.target.kind=served", f"--config.target.url={http}"]
+    there += ["--config.target.model=digits"]
+    if kind == "kserve":
+        there += [f"--config.target.{side}={name}" for side, name in NAMES.items()]
+        there += ["--config.target.shown.dtype=float32", "--config.target.shown.layout=nchw"]
+    found = []
+    for name, flags in (("here", here), ("there", there)):
+        status, _, err = command(*words, *flags, f"--workdir={tmp_path}/{name}")
+        assert status == 0, err
+        results = table(tmp_path / name)
+        target = {key: results["target"][key] for key in ("top1", "top5")}
+        found.append([target, results["rows"], results["account"]])
+    assert found[0] == found[1] and found[0][0]["top1"] > 70
