@@ -39,6 +39,8 @@ ARCHS = {
     "resnet8": Arch((1, 1, 1), bottleneck=False, width=16, stem="small"),
     # A quarter of the operations of resnet8.
     "resnet8_narrow": Arch((1, 1, 1), bottleneck=False, width=8, stem="small"),
+    # Two fifths of the time of resnet8 for images of 28 or 32 pixels.
+    "resnet8_pool": Arch((1, 1, 1), bottleneck=False, width=16, stem="small_pool"),
     "resnet18": Arch((2, 2, 2, 2), bottleneck=False),
     "resnet18_small": Arch((2, 2, 2, 2), bottleneck=False, stem="small"),
     "resnet18_small_pool": Arch((2, 2, 2, 2), bottleneck=False, stem="small_pool"),

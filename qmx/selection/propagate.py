@@ -1,5 +1,7 @@
 """Scores for the other images from those asked about: no query, no training, a closed form."""
 
+from typing import Any
+
 import numpy as np
 
 from qmx.metrics import nearest
@@ -36,8 +38,12 @@ def propagate(
       f32[n, N], probabilities: the answers for `ids`, the propagated scores for the others, uniform
       for images that nothing reached.
     """
-    from scipy.sparse import coo_array, diags_array, eye_array
-    from scipy.sparse.linalg import cg
+    return spread(graph_of(features, neighbours, power), ids, probabilities, alpha)
+
+
+def graph_of(features: np.ndarray, neighbours: int, power: float) -> Any:
+    """S of `propagate`, sparse f64[n, n]: what takes the time, and depends on no answer."""
+    from scipy.sparse import coo_array, diags_array
 
     size, k = len(features), min(neighbours, len(features) - 1)
     near, found = (np.concatenate(x) for x in zip(*nearest(features, features, k + 1), strict=True))
@@ -49,12 +55,21 @@ def propagate(
     graph = coo_array((weights, (rows, found.ravel())), (size, size)).tocsr()
     graph = graph + graph.T
     inverse_root = diags_array(1 / np.sqrt(np.maximum(graph.sum(1), 1e-12)))
-    system = eye_array(size) - alpha * (inverse_root @ graph @ inverse_root)
+    return inverse_root @ graph @ inverse_root
+
+
+def spread(graph: Any, ids: np.ndarray, probabilities: np.ndarray, alpha: float) -> np.ndarray:
+    """`propagate` over the graph of `graph_of`."""
+    from scipy.sparse import eye_array
+    from scipy.sparse.linalg import cg
+
+    size = graph.shape[0]
+    system = eye_array(size) - alpha * graph
     answers = np.zeros((size, probabilities.shape[1]))
     answers[ids] = probabilities / np.maximum(probabilities.sum(0), 1)
     solved = [cg(system, column, rtol=TOLERANCE, maxiter=ITERATIONS)[0] for column in answers.T]
     reached = np.maximum(np.stack(solved, 1), 0)
     total = reached.sum(1, keepdims=True)
-    spread = np.where(total > 1e-12, reached / np.maximum(total, 1e-12), 1 / reached.shape[1])
-    spread[ids] = probabilities
-    return spread.astype(np.float32)
+    scores = np.where(total > 1e-12, reached / np.maximum(total, 1e-12), 1 / reached.shape[1])
+    scores[ids] = probabilities
+    return scores.astype(np.float32)

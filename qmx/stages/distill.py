@@ -13,7 +13,6 @@ from qmx.data import Source
 from qmx.data.sources import Beside, take
 from qmx.grid import HEADS, Cell, recipe_name, recipe_of
 from qmx.ledger.access import as_logits
-from qmx.selection.propagate import propagate
 from qmx.stages import heads
 from qmx.stages.answers import Answers, read_scores
 from qmx.stages.features import Features
@@ -151,7 +150,7 @@ def transfer_set(
     ids, scores = asked(run, cell, selection, answers)
     if cell.use == "pool":
         known = softmax(scores[np.arange(len(ids))], axis=1)
-        rows = propagate(needed(features).read(), ids, known, **run.config.propagation)
+        rows = needed(features).propagate(ids, known, run.config.propagation)
         return take(pool, np.arange(pool.size), scores=as_logits(rows, "probs"))
     source = take(pool, ids, scores=scores)
     if cell.use == "fixmatch":

@@ -2,9 +2,9 @@
 for the evaluation images."""
 
 import time
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from qmx.data.sources import take
 from qmx.files import Unreadable, check_file, read_json, write_json
 from qmx.progress import Progress, progress
 from qmx.selection.by_features import unit
+from qmx.selection.propagate import graph_of, spread
 from qmx.sharding import first, from_first
 from qmx.stages import frozen
 from qmx.stages.pretrain import Pretrained, backbone
@@ -38,6 +39,20 @@ class Features(NamedTuple):
     def read(self) -> np.ndarray:
         """f32[n, D], unit rows."""
         return unit(np.asarray(self.rows())).astype(np.float32)
+
+    def propagate(self, ids: np.ndarray, probabilities: np.ndarray, keys: Any) -> np.ndarray:
+        """Answers f32[m, N] for some images, spread over all: `qmx.selection.propagate.propagate`
+        with the config's keys."""
+        graph = _graph(self.path, self.encoder.sha256, keys.neighbours, keys.power)
+        return spread(graph, ids, probabilities, keys.alpha)
+
+
+@lru_cache(maxsize=4)  # one graph serves all budgets; for 60,000 images it takes 0.2 GB
+def _graph(path: Path, sha256: str, neighbours: int, power: float) -> Any:
+    del sha256  # other features of the same name have another graph
+    check_file(path)
+    rows = np.load(path, allow_pickle=False)
+    return graph_of(unit(rows).astype(np.float32), neighbours, power)
 
 
 def features(run: Run, encoder: Pretrained | NotDone) -> Features:

@@ -13,7 +13,6 @@ from qmx.checkpoint import load_weights, save_weights
 from qmx.files import check_file
 from qmx.grid import Cell
 from qmx.ledger.access import as_logits
-from qmx.selection.propagate import propagate
 from qmx.sharding import from_first
 from qmx.stages.features import Features
 from qmx.stages.run import Run, facts, plain
@@ -33,7 +32,7 @@ def fit(
     known = np.asarray(scores[np.arange(len(ids))], np.float32)
     also = None
     if cell.use == "head_pool":
-        reached = propagate(features.read(), ids, softmax(known, axis=1), **run.config.propagation)
+        reached = features.propagate(ids, softmax(known, axis=1), run.config.propagation)
         also = np.asarray(rows), as_logits(reached, "probs")
     keys = {name: value for name, value in run.config.head.items()}
 

@@ -10,7 +10,6 @@ from qmx.grid import Cell
 from qmx.progress import say
 from qmx.selection.by_answers import BY_ANSWERS, shares
 from qmx.selection.orders import random_order
-from qmx.selection.propagate import propagate
 from qmx.sharding import from_first
 from qmx.stages.answers import afford, answered, ask_about, read_scores
 from qmx.stages.features import Features
@@ -41,7 +40,6 @@ def in_rounds(run: Run, cell: Cell, features: Features, target: Target) -> np.nd
       BudgetSpent: a share is more than the ledger's budget has left; nothing of it was asked.
     """
     pool, way = run.data.pool, BY_ANSWERS[cell.select]
-    rows = features.read()
     ask = cache(lambda: target_query(run, target))
     first, *later = shares(cell.queries, run.config.rounds)
     ids, keys = random_order(pool.size, cell.seed)[:first], list[bytes]()
@@ -65,7 +63,7 @@ def in_rounds(run: Run, cell: Cell, features: Features, target: Target) -> np.nd
         has = answered(run, target.identity, keys)
         some = [keys[place] for place in np.flatnonzero(has)]
         known = softmax(read_scores(run, target.identity, some, cell.access), axis=1)
-        spread = propagate(rows, ids[has], known, **run.config.propagation)
+        spread = features.propagate(ids[has], known, run.config.propagation)
         # In one process, since another machine's sums may round another way, and choose others.
         ids = np.concatenate([ids, from_first(partial(way, spread, ids, share))])
     return ids
