@@ -3,11 +3,13 @@
     python -m qmx.main --config=fashion_mnist:laptop --workdir=runs/fashion \\
         --config.data.path=FOLDER
 
-FOLDER has the four original files (train-images-idx3-ubyte.gz and so on). With
-tensorflow-datasets' copy, prepared once: --config.data.source=tfds --config.data.path=fashion_mnist.
+FOLDER has the four original files (train-images-idx3-ubyte.gz and so on). tensorflow-datasets'
+copy, prepared once, is --config.data.source=tfds --config.data.path=fashion_mnist.
 
-`laptop` is for two cores, and the only protocol so far. Target and student: ResNet-8 (He et al.
-2016, section 4.2, n = 1) at 28 pixels. Ours; what was chosen was chosen by labels of the pool.
+`laptop` is for two cores, and the only protocol so far. Target: ResNet-8 (He et al. 2016, section
+4.2, n = 1) at 28 pixels. Students: the same with a max-pool behind the first layer. The recipes are
+ours. What was chosen (crops, rates, steps, and that students of the unasked pool are left out,
+which gained nothing) was chosen by the pool's images, not by the evaluation's.
 
 To compare with: 80.1 % accuracy and 80.8 % agreement by 1,000 queries of a target of Fashion-MNIST,
 plain distillation (Praetorian, January 2026, as cited by OWASP's AISVS 1.0 research for C11.3).
@@ -25,15 +27,15 @@ def get_config(words: str = "laptop") -> ConfigDict:
     chosen(words, WORDS)
     config = base()
     config.seeds = (0, 1, 2)
-    config.queries, config.fractions = (20, 50, 100, 1000), ()
+    config.queries, config.fractions = (20, 50, 100, 250, 1000), ()
     config.inits = ("none", "moco")
-    config.also = ("moco+typiclust", "moco+typiclust+fixmatch")
+    config.also = ("moco+typiclust",)
     config.data.source = "arrays"
 
     # A small crop may be any garment, and there is no colour.
-    config.strong_view.update(crop_scale=(0.25, 1.0), jitter=(0.4, 0.4, 0.0, 0.0))
+    config.strong_view.update(crop_scale=(0.45, 1.0), jitter=(0.4, 0.4, 0.0, 0.0))
     config.strong_view.update(grey_p=0.0, blur_p=0.0)
-    config.weak_view.crop_scale = (0.6, 1.0)
+    config.weak_view.crop_scale = (0.85, 1.0)
 
     config.student.arch, config.target.arch = "resnet8_pool", "resnet8"
     config.target.update(epochs=6.0, batch_size=128, warmup_epochs=0.5)
@@ -50,23 +52,18 @@ def get_config(words: str = "laptop") -> ConfigDict:
         schedule="cosine",
         weight_decay=5e-4,
     )
-    config.recipes.scratch = recipe(
-        ("none",),
-        epochs=1.0,
-        min_steps=400,
-        batch_size=64,
-        learning_rate=0.05,
-        head_learning_rate=0.05,
-        schedule="cosine",
-    )
-    config.recipes.tune = recipe(
-        ("moco",),
-        epochs=1.0,
-        min_steps=400,
-        batch_size=64,
-        learning_rate=0.01,
-        head_learning_rate=0.3,
-        schedule="cosine",
-    )
+    # All students of a budget take as many steps, whatever they start from; of 1,000 images twice
+    # as many as of fewer.
+    for name, steps, share in (
+        ("few", 600, dict(up_to=0.01)),
+        ("many", 1200, dict(above=0.01)),
+    ):
+        keys = dict(epochs=1.0, min_steps=steps, batch_size=64, schedule="cosine", **share)
+        config.recipes[f"scratch_{name}"] = recipe(
+            ("none",), learning_rate=0.05, head_learning_rate=0.05, **keys
+        )
+        config.recipes[f"tune_{name}"] = recipe(
+            ("moco",), learning_rate=0.05, head_learning_rate=0.3, **keys
+        )
     config.monitor.knn_k = 20
     return config
