@@ -394,6 +394,21 @@ def test_recipes_by_number():
     )
 
 
+def test_fashion_mnist_is_fair():
+    """Students of a budget differ in their start and its rate alone: as many steps and images."""
+    config = load_config("fashion_mnist:laptop")
+    assert {cell.queries for cell in cells(config, 60_000)} == {20, 50, 100, 250, 1000}
+    for cell in cells(config, 60_000):
+        ours, scratch = (
+            recipe_of(config, one).to_dict() for one in (cell, cell._replace(init="none"))
+        )
+        differ = {key for key in ours if ours[key] != scratch[key]}
+        assert differ <= {"inits", "head_learning_rate"}
+        assert ours["min_steps"] == (1200 if cell.queries == 1000 else 600)
+    with pytest.raises(ValueError, match="gpu"):
+        load_config("fashion_mnist:gpu")
+
+
 def test_recipes_must_not_overlap():
     """Each cell has one recipe, or the default one."""
     config = load_config("configs/imagenet.py")

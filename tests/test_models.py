@@ -1,6 +1,7 @@
 """The family of networks: sizes, cost, what batch norm folds into, and how the classifiers
 start."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ from qmx import models
 from qmx.contract import by_path, chain
 from qmx.models.conv import plain
 from qmx.models.layout import features, our_path, shapes
+from qmx.models.pool import max_pool
 from qmx.models.resnet import ARCHS, Arch, ResNet
 
 # Without the 10-class networks for small images: torchvision's, and the WSL authors', with 1000
@@ -92,6 +94,26 @@ def test_operations(arch, giga, tolerance, monkeypatch):
         .cost_analysis()
     )
     assert cost["flops"] / batch == pytest.approx(giga * 1e9, rel=tolerance)
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 9, 2), (2, 8, 6, 3), (1, 1, 2, 1)])
+def test_max_pool(shape):
+    """Values and gradients of flax's: sides even and odd, and zeros that tie."""
+    rng = np.random.default_rng(0)
+    x = jnp.maximum(np.round(2 * rng.normal(size=shape)) / 2, 0).astype(jnp.float32)
+    weights = rng.normal(size=(shape[0], -(-shape[1] // 2), -(-shape[2] // 2), shape[3]))
+
+    def flax(x):
+        return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+
+    np.testing.assert_array_equal(max_pool(x), flax(x))
+    ours, theirs = (
+        jax.grad(lambda x, pool=pool: (pool(x) * jnp.float32(weights)).sum())(x)
+        for pool in (max_pool, flax)
+    )
+    # A pixel of four windows has a sum of four, in another order.
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
+    assert np.abs(ours).max() > 0.1
 
 
 @pytest.mark.parametrize(
