@@ -24,10 +24,8 @@ def auditing() -> ConfigDict:
             scope="",  # what was to be tested, and what was not
             attacker="",  # whom the limits are to hold off: images, computers, accounts
             residual_risk="",  # what remains, in the auditor's words
-            watermark=dict(
-                # npz of the model's trigger images and of how it is to answer them: image, label.
-                # The report says how often each student answers them so. The model is not asked.
-                path="",
-            ),
+            # npz of the model's trigger images and of how it is to answer them: image, label.
+            # The report says how often each student answers them so. The model is not asked.
+            watermark="",
         )
     )

@@ -128,11 +128,11 @@ def _problems(config: Any, data: Dataset, stage: str) -> Iterator[str]:
     for key, path in files.items():
         if path and not split_part(path)[0].is_file():
             yield f"{key} {path}: no such file"
-    if path := config.audit.watermark.path:
+    if path := config.audit.watermark:
         try:
             trigger_images(path, data.shape, data.classes)
         except ValueError as error:
-            yield f"audit.watermark.path {error}"
+            yield f"audit.watermark {error}"
     yield from _target_problems(config.target)
     for level in {column.access for column in shown}:
         if access.known(level) and not access.derivable(config.target.access, level):

@@ -350,7 +350,7 @@ def audited(command, tmp_path_factory):
     words = [
         *(f"--config={root}/config.py", f"--config.data.path={root}/pool.npz"),
         *(f"--config.data.eval_path={root}/others.npz", f"--config.target.path={root}/own.py:f"),
-        *(f"--config.audit.watermark.path={root}/triggers.npz", f"--workdir={root}/w"),
+        *(f"--config.audit.watermark={root}/triggers.npz", f"--workdir={root}/w"),
     ]
     status, _, err = command(*words)
     assert status == 0, err
@@ -405,7 +405,7 @@ def test_detect(audited, command, capsys):
     # Other marks change nothing that was trained or asked.
     shown = np.load(workdir.parent / "triggers.npz")["image"]
     np.savez(workdir.parent / "other.npz", image=shown, label=np.ones(len(shown), int))
-    more = f"--config.audit.watermark.path={workdir.parent}/other.npz", "--update"
+    more = f"--config.audit.watermark={workdir.parent}/other.npz", "--update"
     status, _, err = command(*words, *more)
     assert status == 0, err
     anew = [line for line in err.splitlines() if "done again" in line or " steps" in line]
@@ -462,7 +462,7 @@ def test_trigger_files_that_are_none(tmp_path, arrays, told):
 def test_trigger_files_are_looked_at_first(audited, command, tmp_path):
     """Before anything is computed, with the key."""
     _, words = audited
-    more = "--config.audit.watermark.path=none.npz", f"--workdir={tmp_path}/w"
+    more = "--config.audit.watermark=none.npz", f"--workdir={tmp_path}/w"
     status, _, err = command(*words, *more)
-    assert status == 2 and "audit.watermark.path none.npz: no such file" in err.splitlines()[-1]
+    assert status == 2 and "audit.watermark none.npz: no such file" in err.splitlines()[-1]
     assert not (tmp_path / "w").exists()

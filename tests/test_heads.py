@@ -118,7 +118,7 @@ CONFIG = """
         config.pretrain.public.update(path="{here}/vit.safetensors", size=8, features="both")
         config.head.update(folds=2, decays=(1e-2, 1e-4), temperatures=(1.0,))
         config.propagation.neighbours = 5
-        config.audit.watermark.path = "{here}/triggers.npz"
+        config.audit.watermark = "{here}/triggers.npz"
         return config
 """
 
