@@ -28,7 +28,7 @@ from qmx.targets import function
 DOCS = ROOT / "docs"
 PAGES = {path.stem: path.read_text() for path in sorted(DOCS.glob("*.md"))}
 # Programs that are not ours; of what they are given, the files and the extras exist.
-OTHERS = ("export", "kubectl", "pip", "python3", "sbatch", "sphinx-build", "srun")
+OTHERS = ("export", "kubectl", "mlserver", "pip", "python3", "sbatch", "sphinx-build", "srun")
 
 
 def test_commands(command, tmp_path, monkeypatch, capsys):
@@ -90,9 +90,11 @@ def test_snippets(tmp_path, monkeypatch, capsys):
     """The snippets without answers: own images, own model, a report as a program reads it."""
     monkeypatch.chdir(tmp_path)
     found = {name: blocks(text, "python") for name, text in PAGES.items() if blocks(text, "python")}
-    counts = {"attacks": 1, "audit": 2, "report": 1, "functional": 1}  # the last: test_readme.py
+    counts = {"attacks": 1, "audit": 4, "report": 1, "functional": 1}  # the last: test_readme.py
     assert {name: len(some) for name, some in found.items()} == counts
-    images, model = found["audit"]
+    images, *servers, model = found["audit"]
+    for code in servers:  # test_real_servers.py runs them, where their packages are
+        compile(code, "docs/audit.md", "exec")
     config = alone(found["attacks"][0], "docs/attacks.md")["get_config"]()
     assert config.inits == ("moco", "mine") and config.pretrain.mine.path == "own.py:features"
     alone(images, "docs/audit.md")

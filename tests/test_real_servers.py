@@ -15,7 +15,8 @@ import time
 
 import numpy as np
 import pytest
-from conftest import TINY, table
+from conftest import ROOT, TINY, table
+from documents import blocks
 from onnx import TensorProto, helper, numpy_helper, save
 from sklearn.datasets import load_digits
 
@@ -27,39 +28,11 @@ PROGRAMS = {
     "mlserver": os.environ.get("MLSERVER") or shutil.which("mlserver"),
     "kserve": os.environ.get("KSERVE"),
 }
-MLSERVER = """
-import onnxruntime
-from mlserver import MLModel
-from mlserver.codecs import NumpyCodec
-from mlserver.types import InferenceResponse
-
-class Onnx(MLModel):
-    async def load(self):
-        self.session = onnxruntime.InferenceSession(self.settings.parameters.uri)
-        return True
-
-    async def predict(self, payload):
-        images = NumpyCodec.decode_input(payload.inputs[0])
-        (scores,) = self.session.run(["scores"], {"image": images})
-        outputs = [NumpyCodec.encode_output("scores", scores)]
-        return InferenceResponse(model_name=self.name, outputs=outputs)
-"""
-KSERVE = """
-import sys
-import onnxruntime
-from kserve import InferOutput, InferResponse, Model, ModelServer
-
-class Onnx(Model):
-    def predict(self, payload, headers=None, response_headers=None):
-        (scores,) = session.run(["scores"], {"image": payload.inputs[0].as_numpy()})
-        output = InferOutput("scores", list(scores.shape), "FP32")
-        output.set_data_from_numpy(scores, binary_data=False)
-        return InferResponse(payload.id, self.name, [output])
-
-session, model = onnxruntime.InferenceSession(sys.argv[1]), Onnx("digits")
-model.ready = True
-ModelServer(http_port=int(sys.argv[2]), grpc_port=int(sys.argv[3])).start([model])
-"""
+# The files of docs/audit.md, which its readers copy.
+PAGE = (ROOT / "docs/audit.md").read_text()
+(MLSERVER,) = [block for block in blocks(PAGE, "python") if "import MLModel" in block]
+(KSERVE,) = [block for block in blocks(PAGE, "python") if "import InferOutput" in block]
+SETTINGS, MODEL = map(json.loads, blocks(PAGE, "json"))
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SHOWN = Shown(scale=1.0, mean=MEAN, std=STD, dtype="float32", layout="nchw")
 NAMES = {"input": "image", "output": "scores"}
@@ -104,26 +77,18 @@ def server(request, files, tmp_path_factory):
     ports = [each.getsockname()[1] for each in sockets]
     for each in sockets:
         each.close()
-    folder, model = tmp_path_factory.mktemp(kind), str(files / "digits.onnx")
-    (folder / "own.py").write_text(MLSERVER if kind == "mlserver" else KSERVE)
+    folder = tmp_path_factory.mktemp(kind)
+    shutil.copy(files / "digits.onnx", folder)
     numbers = dict(zip(("http_port", "grpc_port", "metrics_port"), ports, strict=True))
-    settings = {"host": "127.0.0.1", "parallel_workers": 0, **numbers}
-    (folder / "settings.json").write_text(json.dumps(settings))
-    tensors = {
-        f"{side}s": [{"name": name, "datatype": "FP32", "shape": [-1, *shape]}]
-        for (side, name), shape in zip(NAMES.items(), ((3, 8, 8), (10,)), strict=True)
-    }
-    said = {"name": "digits", "implementation": "own.Onnx", "parameters": {"uri": model}, **tensors}
-    (folder / "model-settings.json").write_text(json.dumps(said))
-    words = ["start", "."] if kind == "mlserver" else ["own.py", model, *map(str, ports[:2])]
+    assert SETTINGS.keys() >= numbers.keys()
+    (folder / "settings.json").write_text(json.dumps({**SETTINGS, **numbers}))
+    (folder / "model-settings.json").write_text(json.dumps(MODEL))
+    (folder / "model.py").write_text(MLSERVER)
+    code = KSERVE.replace("8090", str(ports[0])).replace("8091", str(ports[1]))
+    (folder / "server.py").write_text(code)
+    words = ["start", "."] if kind == "mlserver" else ["server.py", "digits.onnx"]
     with open(folder / "log", "w") as log:
-        running = subprocess.Popen(
-            [program, *words],
-            cwd=folder,
-            stdout=log,
-            stderr=log,
-            env={**os.environ, "PYTHONPATH": str(folder)},
-        )
+        running = subprocess.Popen([program, *words], cwd=folder, stdout=log, stderr=log)
     http, grpc = (f"http://127.0.0.1:{port}" for port in ports[:2])
     deadline = time.monotonic() + 120
     try:

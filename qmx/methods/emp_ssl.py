@@ -1,7 +1,7 @@
-"""EMP-SSL: many crops of an image that agree, spread over as many directions as there are.
+"""EMP-SSL: many crops of an image agree, and the images spread over all directions there are.
 
 Tong, Chen, Ma & LeCun 2023, *EMP-SSL: Towards Self-Supervised Learning in One Training Epoch*;
-`tsb0601/EMP-SSL`, from whose `main.py` and `model/model.py` the constants are.
+`tsb0601/EMP-SSL`. The constants are those of its `main.py` and `model/model.py`.
 """
 
 import jax
@@ -37,9 +37,9 @@ def make(
     All crops go through the network as one batch, with batch statistics of all of them, as in the
     reference on one GPU. Unit projections of a crop should lie near the mean of their image's
     crops; those of the images should fill the space. A step holds the activations of B x `views`
-    crops: where they do not fit, fewer images do. In the reference linear probes see the mean of
-    128 crops behind the projector's first layer; here the next stage starts from the backbone, and
-    sees whole images.
+    crops; if memory is short, take fewer images. The reference's linear probes see the mean of 128
+    crops behind the projector's first layer. Here the next stage starts from the backbone and sees
+    whole images.
 
     Args:
       net: f32[B, S, S, C] -> f32[B, F].
@@ -94,7 +94,7 @@ def make(
 def total_coding_rate(z: jax.Array, distortion: float) -> jax.Array:
     """R(Z) = 1/2 log det(I + D / (B eps^2) Z^T Z), in nats; f32[] of f32[B, D].
 
-    The number of nats that tell the rows apart up to eps: large where they point everywhere.
+    Number of nats that tell the rows apart up to eps. It is large if they point everywhere.
     Source: Yu et al. 2020, *Learning Diverse and Discriminative Representations via the Principle
     of Maximal Coding Rate Reduction*; Tong et al. 2023.
 

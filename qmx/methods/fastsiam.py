@@ -19,15 +19,16 @@ def make(
 ) -> Method:
     """SimSiam's method on a backbone `net`, with a steadier target.
 
-    The target of each view is the mean of the other views' projections, whose gradient is stopped;
-    the loss is the mean over the views. The views go through the network one after the other, each
-    with batch statistics of its own, and one set of activations is kept for each: `views` times
-    the memory of one pass. Two views are SimSiam, to the bit.
+    The target of each view is the mean of the other views' projections, with a stopped gradient.
+    The loss is the mean over the views. The views go through the network one after the other, each
+    with batch statistics of its own. The activations of all are kept, `views` times the memory of
+    one pass. Two views are SimSiam, to the bit.
 
     Args:
       net, projector, predictor: see `qmx.methods.simsiam.make`.
       view: called `views` times on the batch, with keys of their own.
-      views: of each image in one step, 2 or more. The paper's 4 are one and its K = 3 targets.
+      views: number for each image in one step, 2 or more. The paper has 4: one, and its K = 3
+        targets.
 
     Returns:
       A `Method`; its state is the running statistics. Loss and `z_std` as SimSiam's, `z_std` of the

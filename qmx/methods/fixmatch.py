@@ -1,16 +1,16 @@
-"""FixMatch: the images that were not asked about, labelled by an average of the student itself.
+"""FixMatch: an average of the student labels the images that were not asked about.
 
 Sohn et al. 2020, *FixMatch: Simplifying Semi-Supervised Learning with Consistency and Confidence*,
 with the teacher of Cai et al. 2021, *Exponential Moving Average Normalization for Self-supervised
-and Semi-supervised Learning* (EMAN), whose batch-norm statistics are averaged as its parameters
-are. It asks nothing.
+and Semi-supervised Learning* (EMAN), which averages batch-norm statistics as it does parameters.
+It asks nothing.
 
-How much each guess counts is a choice (`RULES`), and so is its correction by class (`ALIGNMENTS`):
+`RULES` say how much each guess counts, `ALIGNMENTS` how it is corrected by class:
 
 Berthelot et al. 2022, *AdaMatch: A Unified Approach to Semi-Supervised Learning and Domain
 Adaptation*; Wang et al. 2023, *FreeMatch: Self-adaptive Thresholding for Semi-supervised Learning*;
 Chen et al. 2023, *SoftMatch: Addressing the Quantity-Quality Trade-off in Semi-supervised
-Learning*; all of them in `microsoft/Semi-supervised-learning` (USB), where the constants are from.
+Learning*. `microsoft/Semi-supervised-learning` (USB) has all of them; the constants are its own.
 """
 
 from typing import NamedTuple
@@ -42,7 +42,7 @@ ALIGNED = 1e-6  # what USB adds to both sides of a ratio of shares
 
 
 class Guesses(NamedTuple):
-    """Moving averages over the teacher's guesses, of which the rules and the alignment are made."""
+    """Moving averages that the rules and the alignment need."""
 
     pool: jax.Array  # f32[N], mean probabilities on the pool's images, before any alignment
     asked: jax.Array  # f32[N], the student's mean probabilities on the asked images
@@ -79,9 +79,10 @@ def make(
     One step: the teacher moves; it sees the pool's images in the weak view, as in an evaluation,
     and names a class for each. The asked images in the weak view and the pool's in the strong one
     go through the network in one batch, with batch statistics of all of them, as in both
-    references. The loss is that of `qmx.methods.distill` on the asked images, and `weight` times
-    the cross-entropy with the teacher's guess on the pool's, each times what `rule` gives for it;
-    the mean is over all of the pool's images, also those that count as 0.
+    references. On the asked images the loss is that of `qmx.methods.distill`. On an image of the
+    pool it is the cross-entropy with the teacher's guess, times how much the guess counts by
+    `rule`. The mean over all of the pool's images, also those that count as 0, is added `weight`
+    times.
 
     The rules, for a guess whose largest probability is c, of class k:
       "fixed": 1 where c >= `threshold`, else 0. FixMatch.
@@ -103,14 +104,16 @@ def make(
       rule: how much a guess counts, see above.
       threshold: tau, on the teacher's softmax. EMAN's on ImageNet; FixMatch's on CIFAR-10 is 0.95,
         and so is AdaMatch's share. "free" and "soft" have none.
-      align: "none"; or each guess is multiplied, class by class, by wanted over average shares and
-        brought back to a sum of 1. Wanted are equal shares ("uniform", SoftMatch's), or those of
-        the asked images' average ("asked", AdaMatch's). With the rule "soft" alignment is for the
-        weights alone, as in its reference. USB's averages start from a first batch, these from 1/N.
-      guess_temperature: 0 takes the guess's class, as all four papers do: with a threshold it
-        replaces sharpening (FixMatch, section 2.2). Above 0 the guess stays soft, its
-        log-probabilities divided by it; 1 leaves them as they are, USB's is 0.5.
-      guess_decay: of the averages, USB's `ema_p`. A thousand steps: shorter runs need less.
+      align: "none" leaves the guesses. "uniform" and "asked" multiply each guess, class by class,
+        by the wanted share over the average share, and bring it back to a sum of 1. The wanted
+        shares are equal ("uniform", SoftMatch's), or the asked images' average ("asked",
+        AdaMatch's). With the rule "soft" alignment is for the weights alone, as in its reference.
+        USB's averages start from a first batch, these from 1/N.
+      guess_temperature: 0 takes the guess's class, as all four papers do; with a threshold that
+        replaces sharpening (FixMatch, section 2.2). Above 0 the guess stays soft, and its
+        log-probabilities are divided by this value: 1 leaves them as they are, USB has 0.5.
+      guess_decay: decay of the averages, USB's `ema_p`. 0.999 averages over a thousand steps:
+        shorter runs need less.
       weight: lambda_u. EMAN's and FixMatch's on ImageNet; FixMatch's on CIFAR-10 is 1.
       decay: the teacher's share of itself. With 0.999 it averages over a thousand steps: shorter
         runs need less.
@@ -118,8 +121,8 @@ def make(
 
     Returns:
       A `Method`. The batch carries "image" and "scores" of B asked images as distillation's does,
-      and "pool_image", uint8[mu B, H, W, C], whatever else of the pool's the views read having the
-      same prefix; mu is a whole number (5 in EMAN, 7 in FixMatch on CIFAR-10). `encoder` and
+      and "pool_image", uint8[mu B, H, W, C]. Other arrays of the pool that the views read have the
+      same prefix. mu is a whole number (5 in EMAN, 7 in FixMatch on CIFAR-10). `encoder` and
       `network` give the teacher, which both papers evaluate.
       Metrics: `agreement_top1` as distillation's; `confident`, the share of the pool's images that
       count, or the mean of what they count; `pool_agreement`, the share of them all on which the

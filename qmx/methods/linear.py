@@ -31,8 +31,8 @@ def make(net: Network, head: Network, view: View) -> Method:
 
     Returns:
       A `Method` whose params are the head's alone; the backbone's variables are in its state, where
-      no gradient, no decay and no batch statistics reach them. `init` makes them at random: put
-      the encoder's there with `start`. The batch carries "scores" as `qmx.methods.distill`'s
+      no gradient, no decay and no batch statistics reach them. `init` makes random ones; `start`
+      puts an encoder's in their place. The batch carries "scores" as `qmx.methods.distill`'s
       does. Metric `online_top1`: the share of the batch that is classified rightly.
     """
 

@@ -47,23 +47,24 @@ def make(
 ) -> Method:
     """MoCo v2 on a backbone `net` with a projection `head` (`qmx.models.moco_head`).
 
-    One step, in the reference's order: queries; the momentum encoder moves (its parameters only);
-    keys of the second view, in shuffled order so that their groups of batch statistics differ
-    from the queries' ("ShuffleBN" over the groups that the network's batch norm takes); logits
-    against the queue as it was; the keys replace the queue's oldest; then, outside, the optimiser.
-    With one group of statistics the batch norm leaks which key belongs to which query: give `net`
-    groups of 32 images.
+    One step follows the reference's order. It makes the queries, moves the momentum encoder (its
+    parameters only), makes the keys of the second view, compares the queries with their keys and
+    with the queue as it was, and replaces the queue's oldest keys. The optimiser follows, outside.
+
+    The keys are made in shuffled order, so that their groups of batch statistics differ from the
+    queries' ("ShuffleBN", over the groups that the network's batch norm takes). With one group the
+    batch norm leaks which key belongs to which query: give `net` groups of 32 images.
 
     Args:
       net: f32[B, S, S, C] -> f32[B, F].
       head: f32[B, F] -> f32[B, D].
       view: called twice on the batch, with keys of their own.
-      queue_size: K, a multiple of the batch. Larger than the data set it holds false negatives.
+      queue_size: K, a multiple of the batch. A queue larger than the data set has false negatives.
       temperature: T of the loss.
       decay: m, the momentum encoder's share of itself.
 
     Returns:
-      A `Method`. Its metrics are the instance task's, no class is involved: `contrast_acc1` and
+      A `Method`. Its metrics are of instances and not of classes: `contrast_acc1` and
       `contrast_acc5` (share of queries whose key ranks first, among the first five), and `z_std`
       (mean over D of the std of unit queries; near 1/sqrt(D), 0 where it collapsed).
 

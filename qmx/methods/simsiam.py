@@ -26,9 +26,9 @@ from qmx.losses import negative_cosine
 def make(net: Network, projector: Network, predictor: Network, view: View) -> Method:
     """SimSiam on a backbone `net`.
 
-    The views go through the network one after the other, each with batch statistics of its own;
-    they should be those of the whole batch (one group). The paper keeps the predictor's learning
-    rate constant while the rest follows a cosine: give the part "predictor" a rate of its own.
+    The views go through the network one after the other, each with batch statistics of its own.
+    Take these over the whole batch (one group). The paper keeps the predictor's learning rate
+    constant, and the rest follows a cosine: give the part "predictor" a rate of its own.
 
     Args:
       net: f32[B, S, S, C] -> f32[B, F], the last scale of each residual branch zero at first.

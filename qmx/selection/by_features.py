@@ -51,9 +51,9 @@ def typiclust(
 
     There are as many clusters as the budget, up to 500; a larger budget takes the next most typical
     points in turn. Hacohen et al. 2022, *Active Learning on a Budget*: typicality is the inverse of
-    the mean distance to the 20 nearest neighbours in the cluster, or to half of a smaller cluster.
-    Larger clusters come first; clusters of 5 or fewer come when the others are used up. Unlike
-    avihu111/TypiClust, this does not compute typicalities again after each point taken.
+    the mean distance to the 20 nearest neighbours in the cluster, or to half of the cluster if that
+    is fewer. Larger clusters come first; those of 5 points or fewer come when the others are used
+    up. Unlike avihu111/TypiClust, this does not compute typicalities again after each point taken.
 
     Cost: k-means, and n D times the size of a cluster.
     """
@@ -94,10 +94,11 @@ def probcover(
 ) -> np.ndarray:
     """Greedy covering by balls: the next ball holds the most images that no other ball holds.
 
-    Yehuda et al. 2022, *Active Learning Through a Covering Lens*, algorithm 1. The radius is the
-    largest with which 95 % of the balls are pure, by k-means with as many clusters as there are
-    classes (section 4.2). When all images are covered, the rest of the choice is random. A larger
-    budget's choice begins with a smaller one's, as far as neither is random.
+    Yehuda et al. 2022, *Active Learning Through a Covering Lens*, algorithm 1. A ball is pure if it
+    holds images of one k-means cluster only, of as many clusters as there are classes. The radius
+    is the largest with 95 % pure balls (section 4.2). When all images are covered, the rest of the
+    choice is random. A larger budget's choice begins with a smaller one's, as far as neither is
+    random.
 
     Cost: n n D, and as many numbers of memory as there are pairs within a radius.
     """

@@ -1,4 +1,4 @@
-"""Scores for the other images from those asked about: no query, no training, a closed form."""
+"""Propagation of scores to the other images: no query, no training, a closed form."""
 
 from typing import Any
 
@@ -21,12 +21,14 @@ def propagate(
     """Label propagation over the graph of nearest neighbours.
 
     Z = (I - alpha S)^-1 Y. S is the symmetric, normalised adjacency with weights
-    max(cosine, 0)^power between each image and its nearest ones; Y are the answers, each class
-    divided by its number of answers, so that a frequent class does not flood its neighbours. Zhou
-    et al. 2004, *Learning with Local and Global Consistency*, with the graph and the defaults of
-    Iscen et al. 2019, *Label Propagation for Deep Semi-supervised Learning*, section 3, and the
-    division of their code (ahmetius/LP-DeepSSL, lp/db_semisuper.py). Their answers are labels; of
-    soft answers a class has as many as its probabilities sum to, and at least one.
+    max(cosine, 0)^power between each image and its nearest ones. Y are the answers, each class
+    divided by its number of answers, so that a frequent class does not flood its neighbours. The
+    number of a class is the sum of its probabilities, and at least one.
+
+    Source: Zhou et al. 2004, *Learning with Local and Global Consistency*. The graph and the
+    defaults are those of Iscen et al. 2019, *Label Propagation for Deep Semi-supervised Learning*,
+    section 3. The division is that of their code, whose answers are labels (ahmetius/LP-DeepSSL,
+    lp/db_semisuper.py).
 
     Args:
       features: f32[n, D], unit rows, of the whole pool.

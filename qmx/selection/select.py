@@ -17,11 +17,11 @@ def select(
     """`budget` ids of the pool, i64[budget], without looking at the images.
 
     Args:
-      name: "random"; "class_balanced", by the true labels, with equal numbers of each class, up to
-        one image; "predecessor", a shuffle with numpy's seed 1234 for every seed, as in the code
-        of the ImageNet table (alright-code/model-extraction-self-supervision, src/dataset.py);
-        "list", the images that one of `lists` names. Except for lists, a larger budget's choice
-        holds a smaller one's for the same seed.
+      name: "random"; "class_balanced", as many images of each true class, up to one; "list", the
+        images that one of `lists` names; "predecessor", the same shuffle for every seed, with
+        numpy's seed 1234, as in the code of the ImageNet table
+        (alright-code/model-extraction-self-supervision, src/dataset.py). Except for lists, a larger
+        budget's choice holds a smaller one's for the same seed.
       lists: text files of image names, one for each budget; their lengths tell them apart.
 
     Raises:
