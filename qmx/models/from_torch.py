@@ -189,6 +189,8 @@ def recognise(
             f" not those of any network known here; known are {', '.join(ARCHS)}"
         )
     matches, _ = nearest(have)
+    if not arch and "resnet8" in matches:
+        return "resnet8"  # nobody publishes weights of resnet8_pool
     if arch and arch not in matches:
         raise ValueError(
             f"{what} holds {' or '.join(matches)} and not {arch}; set arch to {matches[0]}, or give"
