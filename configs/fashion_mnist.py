@@ -40,7 +40,7 @@ def get_config(words: str = "laptop") -> ConfigDict:
     config.student.arch, config.target.arch = "resnet8_pool", "resnet8"
     config.target.update(epochs=6.0, batch_size=128, warmup_epochs=0.5)
     config.target.update(schedule="cosine", weight_decay=5e-4)
-    # A queue of 4,096 keys, and m and T as for small sets: few steps.
+    # A queue of about an eighth of the pool, and m and T as for small sets: few steps.
     config.pretrain.moco.update(
         epochs=5.0,
         batch_size=256,

@@ -26,7 +26,7 @@ SIDE = 32  # pixels of an image's side in `pixels`, at most; as CIFAR has
 
 
 class Watched(NamedTuple):
-    """What a detector saw; it alarms where a value is below the bound."""
+    """Observations of a detector; it alarms where a value is below the bound."""
 
     at: np.ndarray  # i64[k], queries after which it looked
     value: np.ndarray  # f64[k]

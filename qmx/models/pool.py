@@ -56,7 +56,7 @@ def _by_phases(x: jax.Array, y: jax.Array, dy: jax.Array) -> jax.Array:
             free &= seen != y
 
     def before(taps: jax.Array, axis: int) -> jax.Array:
-        """What the next window's first tap gives to the pixel behind this window's middle."""
+        """Share of the pixel behind a window's middle that the next one's first tap gives."""
         zeros = jnp.zeros_like(lax.slice_in_dim(taps, 0, 1, axis=axis))
         return jnp.concatenate([lax.slice_in_dim(taps, 1, None, axis=axis), zeros], axis)
 

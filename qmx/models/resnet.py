@@ -39,7 +39,7 @@ ARCHS = {
     "resnet8": Arch((1, 1, 1), bottleneck=False, width=16, stem="small"),
     # A quarter of the operations of resnet8.
     "resnet8_narrow": Arch((1, 1, 1), bottleneck=False, width=8, stem="small"),
-    # Two fifths of the time of resnet8 for images of 28 or 32 pixels.
+    # Less than half the time of resnet8 at 28 pixels (benchmarks/README.md, "Steps").
     "resnet8_pool": Arch((1, 1, 1), bottleneck=False, width=16, stem="small_pool"),
     "resnet18": Arch((2, 2, 2, 2), bottleneck=False),
     "resnet18_small": Arch((2, 2, 2, 2), bottleneck=False, stem="small"),

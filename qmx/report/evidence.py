@@ -37,7 +37,7 @@ def _of_orders(found: dict[str, Any]) -> str:
 
 
 def detection_note(found: dict[str, Any]) -> str:
-    """What the table of detection is of, in words."""
+    """Traffic and features behind the table of detection, in words."""
     traffic, honest = found["traffic"], found["honest"]
     lacking = (
         f"; {traffic['left_out']} more are left out, beyond the first or no longer in the pool"
@@ -59,7 +59,7 @@ def learn_labels(config: dict[str, Any]) -> set[str]:
 
 
 def watermarks(results: dict[str, Any]) -> dict[str, Any] | None:
-    """How often students answer the trigger images as marked: {"triggers", "sha256", "chance",
+    """Share of trigger images that students answer as marked: {"triggers", "sha256", "chance",
     "students", "note"}; None without such images.
 
     A student is {the column's axes, "queries", "seeds", "answered", "control"}: the mean over seeds

@@ -33,12 +33,11 @@ class Features(NamedTuple):
 
     def rows(self) -> np.ndarray:
         """f32[n, D] as the encoder makes them, mapped from the file."""
-        check_file(self.path)
-        return np.load(self.path, mmap_mode="r", allow_pickle=False)
+        return _mapped(self.path)
 
     def read(self) -> np.ndarray:
         """f32[n, D], unit rows."""
-        return unit(np.asarray(self.rows())).astype(np.float32)
+        return _unit_rows(self.path)
 
     def propagate(self, ids: np.ndarray, probabilities: np.ndarray, keys: Any) -> np.ndarray:
         """Answers f32[m, N] for some images, spread over all: `qmx.selection.propagate.propagate`
@@ -50,9 +49,16 @@ class Features(NamedTuple):
 @lru_cache(maxsize=4)  # one graph serves all budgets; for 60,000 images it takes 0.2 GB
 def _graph(path: Path, sha256: str, neighbours: int, power: float) -> Any:
     del sha256  # other features of the same name have another graph
+    return graph_of(_unit_rows(path), neighbours, power)
+
+
+def _mapped(path: Path) -> np.ndarray:
     check_file(path)
-    rows = np.load(path, allow_pickle=False)
-    return graph_of(unit(rows).astype(np.float32), neighbours, power)
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def _unit_rows(path: Path) -> np.ndarray:
+    return unit(np.asarray(_mapped(path))).astype(np.float32)
 
 
 def features(run: Run, encoder: Pretrained | NotDone) -> Features:

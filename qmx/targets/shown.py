@@ -130,7 +130,7 @@ def _resized(image: np.ndarray, size: int, how: Any) -> np.ndarray:
 
 
 def name(shown: Shown) -> str:
-    """What was `resolved`, for the ledger's keys: "as-is" for the pixels as they are."""
+    """Name of a `resolved` preparation in the ledger's keys: "as-is" leaves pixels as they are."""
     if shown._replace(layout="", dtype="", scale=0.0, interpolation="bilinear") == UNCHANGED and (
         (shown.layout, shown.dtype) == ("nhwc", "uint8")
     ):
