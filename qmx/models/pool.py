@@ -66,8 +66,8 @@ def _scattered(x: jax.Array, winner: jax.Array, dy: jax.Array) -> jax.Array:
 def _by_phases(x: jax.Array, winner: jax.Array, dy: jax.Array) -> jax.Array:
     """The gradient for even and odd rows and columns apart.
 
-    XLA scatters into windows one at a time. For [256, 28, 28, 16] on two cores, pooling and gradient
-    take 92 to 100 ms so, and 20 to 25 this way.
+    XLA scatters into windows one at a time. Pooling [256, 28, 28, 16] and its gradient take 92 to
+    100 ms so on two cores, and 20 to 25 this way.
     """
     batch, height, width, channels = x.shape
     high, wide = dy.shape[1:3]
