@@ -232,6 +232,9 @@ def base() -> ConfigDict:
             neighbours=50,  # of each image in the graph
             power=3.0,  # of their similarities
             alpha=0.99,  # how much an image takes from its neighbours
+            # weight of the pixels' principal components beside the encoder's features, for small
+            # images; 0 leaves them out, see qmx/selection/pixels.py
+            pixels=0.0,
         )
     )
 

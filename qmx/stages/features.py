@@ -14,6 +14,7 @@ from qmx.data.sources import take
 from qmx.files import Unreadable, check_file, read_json, write_json
 from qmx.progress import Progress, progress
 from qmx.selection.by_features import unit
+from qmx.selection.pixels import beside, components
 from qmx.selection.propagate import graph_of, spread
 from qmx.sharding import first, from_first
 from qmx.stages import frozen
@@ -39,17 +40,40 @@ class Features(NamedTuple):
         """f32[n, D], unit rows."""
         return _unit_rows(self.path)
 
-    def propagate(self, ids: np.ndarray, probabilities: np.ndarray, keys: Any) -> np.ndarray:
+    def propagate(self, run: Run, ids: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
         """Answers f32[m, N] for some images, spread over all: `qmx.selection.propagate.propagate`
         with the config's keys."""
-        graph = _graph(self.path, self.encoder.sha256, keys.neighbours, keys.power)
+        keys = run.config.propagation
+        seen = _pixels(run) if keys.pixels else None
+        graph = _graph(
+            self.path, self.encoder.sha256, seen, keys.pixels, keys.neighbours, keys.power
+        )
         return spread(graph, ids, probabilities, keys.alpha)
 
 
 @lru_cache(maxsize=4)  # one graph serves all budgets; for 60,000 images it takes 0.2 GB
-def _graph(path: Path, sha256: str, neighbours: int, power: float) -> Any:
+def _graph(
+    path: Path, sha256: str, seen: Path | None, weight: float, neighbours: int, power: float
+) -> Any:
     del sha256  # other features of the same name have another graph
-    return graph_of(_unit_rows(path), neighbours, power)
+    rows = beside(_mapped(path), _mapped(seen), weight) if seen else _unit_rows(path)
+    return graph_of(rows, neighbours, power)
+
+
+def _pixels(run: Run) -> Path:
+    """The file of the pool's components, see `qmx.selection.pixels.components`."""
+
+    def work(directory: Path) -> dict:
+        pool = run.data.pool
+
+        def make() -> dict:
+            np.save(directory / "pixels.npy", components(pool.shown, pool.size))
+            return {"images": pool.size}
+
+        return from_first(make)
+
+    run.stage("select", "pixels", {"pool": run.data.pool_digest}, work)
+    return run.workdir / "select" / "pixels" / "pixels.npy"
 
 
 def _mapped(path: Path) -> np.ndarray:
