@@ -19,8 +19,10 @@ from qmx.files import write_json
 from qmx.report import compare, files, safe
 from qmx.report.answer import answer, next_steps
 from qmx.report.audit import audit
+from qmx.report.notes import account_notes
 from qmx.report.pictures import picture
 from qmx.report.reach import reached
+from qmx.report.tables import spent
 from qmx.settings import base
 
 SCHEMA = json.loads((ROOT / "qmx/report/results.schema.json").read_text())
@@ -123,6 +125,22 @@ def test_answer():
         " that agrees with your model on 95 % of images, by the strongest attack tried (moco;"
         f" {math.ceil(low)} to {math.ceil(high)} over 2 seeds). This is a lower bound on exposure"
     )
+
+
+def test_a_pool_that_does_harm():
+    """The column that learns from the whole pool is compared with its own, row by row."""
+    found = results({"also": ("moco+pool",)})
+    assert not any("does harm" in note for note in account_notes(found))  # nothing of it was run
+    by_queries = {10: 20.0, 100: -1.0, 1000: -2.0}  # points more than those that were asked
+    found["rows"] += [
+        {**row, "use": "pool", "fidelity_top1": row["fidelity_top1"] + by_queries[spent(row)]}
+        for row in found["rows"]
+        if row["init"] == "moco"
+    ]
+    assert [note for note in account_notes(found) if "does harm" in note] == [
+        "moco + pool has less fidelity than moco with 100, 1000 queries: what it learns from the"
+        " other images does harm there."
+    ]
 
 
 def test_undertrained_students_count_for_nothing():

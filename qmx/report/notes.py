@@ -1,7 +1,11 @@
 """Lines above the tables: target, pool, and account of the queries."""
 
-from qmx.grid import columns
-from qmx.report.tables import budget_label, labelled, spent
+from statistics import mean
+
+from qmx.grid import HEADS, columns
+from qmx.report.tables import budget_label, label, labelled, spent, values
+
+METRIC = "fidelity_top1"  # by which columns are compared
 
 
 def account_notes(results: dict) -> list[str]:
@@ -39,6 +43,7 @@ def account_notes(results: dict) -> list[str]:
             f"{refused}{paid}"
         ),
         *encoder_notes(results),
+        *pool_notes(results),
         recipes_note(results) + " Figures are those of the last step.",
     ] + ([f"Warning: {target['warning']}."] if target["warning"] else [])
 
@@ -65,6 +70,27 @@ def encoder_notes(results: dict) -> list[str]:
             f" {found['licence'] or 'not told'}; it stays as it is, and its students are heads."
         )
     return [*lines.values()]
+
+
+def pool_notes(results: dict) -> list[str]:
+    """A line on each column that learns from the whole pool and somewhere agrees less with the
+    target than the same column that learns from what was asked about alone."""
+    lines, shown = [], columns(results["config"])
+    for column in shown:
+        plain = column._replace(use="head" if column.use in HEADS.values() else "asked")
+        if column == plain or plain not in shown:
+            continue
+        lost = []
+        for queries in (budget["queries"] for budget in results["pool"]["budgets"]):
+            ours, others = (values(results, one, queries, METRIC) for one in (column, plain))
+            if ours and others and mean(ours) < mean(others):
+                lost.append(str(queries))
+        if lost:
+            lines.append(
+                f"{label(column, results)} has less fidelity than {label(plain, results)} with"
+                f" {', '.join(lost)} queries: what it learns from the other images does harm there."
+            )
+    return lines
 
 
 def recipes_note(results: dict) -> str:
