@@ -79,3 +79,20 @@ def test_order_of_images(order):
     back = np.argsort(shuffle)
     found = propagate(features[shuffle], back[ids], one_hot(of[ids]), neighbours=8)
     np.testing.assert_allclose(found, plain[shuffle], atol=1e-4)
+
+
+def test_temperature():
+    """It divides the logarithms of what is propagated, and leaves the answers and what nothing
+    reached alone."""
+    features, of = blobs(spread=0.3)
+    features = np.concatenate([np.pad(features, ((0, 0), (0, 1))), np.eye(1, 9, 8)])
+    features = features.astype(np.float32)
+    ids = np.array([0, 31, 65, 99])
+    given = (0.8 * one_hot(of[ids]) + 0.05).astype(np.float32)
+    plain = propagate(features, ids, given, neighbours=5, alpha=0.9)
+    sharp = propagate(features, ids, given, neighbours=5, alpha=0.9, temperature=0.25)
+    want = plain.astype(np.float64) ** 4
+    want /= want.sum(1, keepdims=True)
+    want[ids] = given
+    np.testing.assert_allclose(sharp, want, atol=1e-5)
+    np.testing.assert_array_equal(sharp[-1], 0.25)

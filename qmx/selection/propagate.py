@@ -17,6 +17,7 @@ def propagate(
     neighbours: int = 50,
     power: float = 3.0,
     alpha: float = 0.99,
+    temperature: float = 1.0,
 ) -> np.ndarray:
     """Label propagation over the graph of nearest neighbours.
 
@@ -35,12 +36,15 @@ def propagate(
       ids: i64[m], the images that were asked about.
       probabilities: f32[m, N], their answers.
       neighbours: k; all others if there are fewer.
+      temperature: what the logarithms of the propagated scores are divided by; below 1 they come
+        nearer to the labels that Iscen et al. make of them.
 
     Returns:
       f32[n, N], probabilities: the answers for `ids`, the propagated scores for the others, uniform
       for images that nothing reached.
     """
-    return spread(graph_of(features, neighbours, power), ids, probabilities, alpha)
+    graph = graph_of(features, neighbours, power)
+    return spread(graph, ids, probabilities, alpha, temperature)
 
 
 def graph_of(features: np.ndarray, neighbours: int, power: float) -> Any:
@@ -60,7 +64,9 @@ def graph_of(features: np.ndarray, neighbours: int, power: float) -> Any:
     return inverse_root @ graph @ inverse_root
 
 
-def spread(graph: Any, ids: np.ndarray, probabilities: np.ndarray, alpha: float) -> np.ndarray:
+def spread(
+    graph: Any, ids: np.ndarray, probabilities: np.ndarray, alpha: float, temperature: float
+) -> np.ndarray:
     """`propagate` over the graph of `graph_of`."""
     from scipy.sparse import eye_array
     from scipy.sparse.linalg import cg
@@ -71,7 +77,9 @@ def spread(graph: Any, ids: np.ndarray, probabilities: np.ndarray, alpha: float)
     answers[ids] = probabilities / np.maximum(probabilities.sum(0), 1)
     solved = [cg(system, column, rtol=TOLERANCE, maxiter=ITERATIONS)[0] for column in answers.T]
     reached = np.maximum(np.stack(solved, 1), 0)
+    largest = np.maximum(reached.max(1, keepdims=True), 1e-300)
+    reached = np.where(largest > 1e-12, (reached / largest) ** (1 / temperature), 0)
     total = reached.sum(1, keepdims=True)
-    scores = np.where(total > 1e-12, reached / np.maximum(total, 1e-12), 1 / reached.shape[1])
+    scores = np.where(total > 0, reached / np.maximum(total, 1), 1 / reached.shape[1])
     scores[ids] = probabilities
     return scores.astype(np.float32)

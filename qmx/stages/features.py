@@ -48,7 +48,7 @@ class Features(NamedTuple):
         graph = _graph(
             self.path, self.encoder.sha256, seen, keys.pixels, keys.neighbours, keys.power
         )
-        return spread(graph, ids, probabilities, keys.alpha)
+        return spread(graph, ids, probabilities, keys.alpha, keys.temperature)
 
 
 @lru_cache(maxsize=4)  # one graph serves all budgets; for 60,000 images it takes 0.2 GB
