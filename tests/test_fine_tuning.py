@@ -337,7 +337,7 @@ def test_the_command(arguments, command, tmp_path):
         ("student.size=10", "student.size 10 needs weak_view.size=10"),
         ("weak_view.size=12", "set student.size=8 and weak_view.size=8"),
         ("student.arch=resnet8", "holds vit_small_hf"),
-        ("distill.layer_decay=0", "distill.layer_decay 0 must be above 0"),
+        ("distill.layer_decay=0", "distill.layer_decay 0.0 must be above 0"),
         ("distill.head_learning_rate=1.0", "is a rate of SGD"),
     ],
 )

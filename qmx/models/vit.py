@@ -185,8 +185,12 @@ class Block(nn.Module):
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Softmax attention, each [B, T, heads, d]; the softmax in float32, or in float64 if q is."""
-    return jax.nn.dot_product_attention(q, k, v)
+    """Softmax attention, each [B, T, heads, d]; the softmax in float32, or in float64 if q is, which
+    `jax.nn.dot_product_attention` rounds to float32."""
+    exact = jnp.promote_types(q.dtype, jnp.float32)
+    logits = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=exact)
+    weights = jax.nn.softmax(logits / math.sqrt(q.shape[-1]))
+    return jnp.einsum("bhts,bshd->bthd", weights.astype(v.dtype), v)
 
 
 class ViT(nn.Module):

@@ -109,15 +109,16 @@ def convert(
         features = {dim: "class", 2 * dim: "both"}.get(entering, "")
         if features == "class" and "dinov3" in matches[0] and not ours:
             features = ""
-    dropped = [at for at in dropped if not features or at not in layer.values()]
+    layer = layer if features else {}
     check(
         what,
         f"{arch or matches[0]} ({layout.title})",
         {at: value for at, value in tensors.items() if at in inside},
         {used[name]: shape for name, shape in wanted.items()},
         missing=[],
-        dropped=set(dropped),
+        dropped=set(dropped),  # a classifier too
     )
+    dropped = [at for at in dropped if at not in layer.values()]
     params: dict[str, Any] = {}
     for piece in found:
         # DINOv3's file may have anything as the bias of keys, which is multiplied by zero.
@@ -128,15 +129,15 @@ def convert(
         at[piece.path[-1]] = value
     check_values(what, {name: value for name, value in _flat(params).items()})
     head = None
-    if features:
+    if layer:
         kernel, bias = tensors[layer["weight"]].T, tensors[layer["bias"]]
         head = {"fc": {"kernel": kernel, "bias": bias}}
         check_values(what, {layer["weight"]: kernel, layer["bias"]: bias})
     others = [other for other in networks if other.table != network.table]
     dropped += [f"{other.table}.{at}" for other in others for at in other.names.values()]
-    used_count = len(wanted) + len(layer) * bool(features)
+    count = len(wanted) + len(layer)
     return Found(
-        arch or matches[0], params, head, features or "class", used_count, dropped, network.root
+        arch or matches[0], params, head, features or "class", count, dropped, network.root
     )
 
 
