@@ -185,8 +185,10 @@ class Block(nn.Module):
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Softmax attention, each [B, T, heads, d]; the softmax in float32, or in float64 if q is, which
-    `jax.nn.dot_product_attention` rounds to float32."""
+    """Softmax attention, each [B, T, heads, d].
+
+    The softmax is in float32, or in float64 if q is; jax.nn.dot_product_attention's is in float32.
+    """
     exact = jnp.promote_types(q.dtype, jnp.float32)
     logits = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=exact)
     weights = jax.nn.softmax(logits / math.sqrt(q.shape[-1]))
