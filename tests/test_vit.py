@@ -322,7 +322,7 @@ def test_to_timm(title, tiny):
     """Back to timm's names and shapes, and the same network again."""
     tensors, entry = tiny(title)
     made = convert(tensors)
-    back = to_torch(*made.backbone)
+    back = to_torch({"backbone": made.backbone.params, "head": made.head or {}}, {"backbone": {}})
     kept = {name: value.shape for name, value in tensors.items() if name not in made.dropped}
     biases = {name for name in back if name.endswith(("q_bias", "v_bias"))} - kept.keys()
     assert {name: value.shape for name, value in back.items() if name not in biases} == kept
