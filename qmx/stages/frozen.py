@@ -101,9 +101,12 @@ def normalisation(
       ValueError: they are not known; or the network was made for other channels.
     """
     keys, key, channels = config.pretrain[init], f"pretrain.{init}", made.channels
-    family = models.VITS[made.arch].of if made.arch in models.VITS else data
-    mean, std = family.mean, family.std
-    if family is data and channels != data.shape[-1]:
+    if made.arch in models.VITS:
+        family = models.VITS[made.arch].of
+        mean, std = family.mean, family.std
+    elif channels == data.shape[-1]:
+        mean, std = data.mean, data.std
+    else:
         mean = std = ()
     mean, std = tuple(keys.get("mean") or mean), tuple(keys.get("std") or std)
     if not len(mean) == len(std) == channels:
