@@ -23,10 +23,10 @@ from qmx.grid import (
 )
 from qmx.ledger import access
 from qmx.metrics import held_out
+from qmx.models import ARCHS, NETWORKS
 from qmx.models.from_torch import split_part
-from qmx.models.resnet import ARCHS
 from qmx.networks import look
-from qmx.ranges import choice, value_problems, view_problems
+from qmx.ranges import choice, rate_problems, size_problems, value_problems, view_problems
 from qmx.selection.select import SELECTS
 from qmx.sharding import check_batch
 from qmx.targets.address import check_address
@@ -163,12 +163,7 @@ def _problems(config: Any, data: Dataset, stage: str) -> Iterator[str]:
         trained["monitor.probe"] = config.monitor.probe
     for name, keys in {**trained, **recipes}.items():
         yield from _training_problems(name, keys, data, whole_epochs=name.startswith("pretrain"))
-    size = config.student.size
-    if size and config.weak_view.size != size:
-        yield (
-            f"student.size {size} needs weak_view.size={size}, on which students train, and not"
-            f" {config.weak_view.size}; strong_view.size is the encoders'"
-        )
+    yield from size_problems(config.student, config.weak_view, data.shape)
     for name in ("strong_view", "weak_view"):
         yield from view_problems(name, config[name], data.shape)
 
@@ -252,7 +247,7 @@ def _recipes(config: Any, runs: list[Cell]) -> dict[str, Any]:
 
 def _target_problems(keys: Any) -> Iterator[str]:
     if keys.arch or keys.kind != "torch":
-        yield from choice("target.arch", keys.arch, ARCHS)
+        yield from choice("target.arch", keys.arch, NETWORKS if keys.kind == "torch" else ARCHS)
     if keys.kind == "torch" and not keys.path:
         yield "target.kind=torch needs the weights: --config.target.path=FILE.pth"
     if keys.kind in ("train", "served") and keys.path:
@@ -295,5 +290,6 @@ def _training_problems(name: str, keys: Any, data: Dataset, whole_epochs: bool) 
             f"{name}.batch_size {keys.batch_size} is larger than the pool of {data.pool.size}"
             " images"
         )
+    yield from rate_problems(name, keys)
     if whole_epochs and keys.epochs != int(keys.epochs):
         yield f"{name}.epochs {keys.epochs} must be a whole number"

@@ -52,11 +52,11 @@ def load_encoder(path: Path | str) -> Loaded:
         network = chain(backbone=network, head=head)
     shape = tuple(facts["shape"])
     view = plain_view(facts["mean"], facts["std"], facts["size"])
-    like = shape
+    side, channels = facts["size"], shape[2]
     if "features" in facts:  # of others, who may have trained on other images
         view = shown_view(tuple(facts["mean"]), tuple(facts["std"]), facts["size"])
-        side = facts["size"]
-        like = (*((side, side) if side else shape[:2]), len(facts["mean"]))
+        channels = len(facts["mean"])
+    like = (*((side, side) if side else shape[:2]), channels)
     variables = load_weights(Path(path), variable_shapes(network, like))
     return Loaded(network, variables, view, shape, facts)
 

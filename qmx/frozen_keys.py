@@ -28,6 +28,18 @@ def public(**changes: Any) -> ConfigDict:
     return ConfigDict({**keys, **changes})
 
 
+def imported() -> ConfigDict:
+    """The keys of weights that students start from and train whole; `path` is added to them."""
+    return ConfigDict(
+        dict(
+            # of each channel in 0..1, of the images that a ViT was trained on; () is its family's.
+            # It sees them so whatever data.mean is; a ResNet sees those of data.mean
+            mean=(),
+            std=(),  # as mean
+        )
+    )
+
+
 def add_encoder(config: Any, name: str, **changes: Any) -> None:
     """Add an encoder that stays as it is to a config, under a name for `config.inits`.
 

@@ -34,24 +34,30 @@ def evaluated_in(dtype: str) -> str:
 
 
 @cache
-def backbone(arch: str, dtype: str, seen: Look) -> Network:
+def backbone(
+    arch: str, dtype: str, seen: Look, features: str = "class", drop_path: float = 0.0
+) -> Network:
     """A backbone as every stage but MoCo's and SimSiam's trains and runs it."""
     del seen  # one object for each data set, on which the compilations hang
-    return models.backbone(arch, dtype=jnp.dtype(dtype))
+    return models.backbone(arch, dtype=jnp.dtype(dtype), features=features, drop_path=drop_path)
 
 
 @cache
-def classifier(arch: str, dtype: str, seen: Look, standardize: bool = False) -> Network:
+def classifier(
+    arch: str, dtype: str, seen: Look, standardize: bool = False, features: str = "class"
+) -> Network:
     """f32[B, S, S, C] -> f32[B, N]: the target's network, and the student's."""
     head = models.classifier(seen.classes, standardize=standardize)
-    return chain(backbone=backbone(arch, dtype, seen), head=head)
+    return chain(backbone=backbone(arch, dtype, seen, features), head=head)
 
 
 def for_inference(
-    arch: str, precision: str, seen: Look, weights: Encoder
+    arch: str, precision: str, seen: Look, weights: Encoder, features: str = "class"
 ) -> tuple[Network, Encoder]:
-    """A `classifier` and its weights with the batch norm folded into the convolutions."""
+    """A `classifier` and its weights with the batch norm, if any, folded into the convolutions."""
     dtype = jnp.dtype(PRECISIONS[precision][0])
+    if arch in models.VITS:
+        return classifier(arch, dtype.name, seen, features=features), weights
     network = chain(
         backbone=models.backbone(arch, dtype=dtype, folded=True),
         head=models.classifier(seen.classes),
@@ -63,10 +69,17 @@ def for_inference(
     )
 
 
+def shape_at(seen: Look, size: int = 0) -> tuple[int, int, int]:
+    """Shape of the images that a network sees at a side of `size`; 0 is their own."""
+    return (size, size, seen.shape[-1]) if size else seen.shape
+
+
 @cache
-def random_backbone(arch: str, dtype: str, seen: Look) -> Callable[[jax.Array], tuple]:
-    """rng -> the variables of a backbone that was never trained."""
-    image = jnp.zeros((2, *seen.shape))
+def random_backbone(
+    arch: str, dtype: str, seen: Look, size: int = 0
+) -> Callable[[jax.Array], tuple]:
+    """rng -> the variables of a backbone that was never trained, for images of side `size`."""
+    image = jnp.zeros((2, *shape_at(seen, size)))
     return jax.jit(
         lambda rng: backbone(arch, dtype, seen).init(rng, image),
         compiler_options={"xla_backend_optimization_level": 0},
@@ -74,9 +87,9 @@ def random_backbone(arch: str, dtype: str, seen: Look) -> Callable[[jax.Array], 
 
 
 @cache
-def variables(network: Network, seen: Look) -> Encoder:
+def variables(network: Network, seen: Look, size: int = 0) -> Encoder:
     """`qmx.contract.variable_shapes` of a network, for reading weights; traced once."""
-    return variable_shapes(network, seen.shape)
+    return variable_shapes(network, shape_at(seen, size))
 
 
 @cache

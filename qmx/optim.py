@@ -6,7 +6,7 @@ count in epochs; only this file converts them to steps.
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ SCHEDULES = ("constant", "cosine", "cosine_by_epoch", "step")
 DECAYS = ("all", "kernels")
 TRUST_COEFFICIENT = 0.001  # of LARS, as the SimSiam reference's linear evaluation has it
 CLIPPED_COEFFICIENT = 0.005  # of LARC, as `main.py` of EMP-SSL's reference has it
+# Vectors of vision transformers that have two axes and more: tokens, a table of them, and biases.
+VECTORS = ("class", "registers", "positions", "qv_bias")
 
 Mask = Callable[[PyTree], PyTree]  # params -> True for each leaf that decays
 
@@ -81,8 +83,14 @@ def schedule(
 
 
 def kernels_only(params: PyTree) -> PyTree:
-    """True for leaves of rank 2 and more: kernels, but not biases or batch-norm scales."""
-    return jax.tree.map(lambda p: p.ndim > 1, params)
+    """True for kernels: leaves of rank 2 and more, but not a vision transformer's tokens and
+    positions, as in timm and MAE. Biases and the scales of norms are none."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, p: p.ndim > 1 and getattr(path[-1], "key", "") not in VECTORS, params
+    )
+
+
+Decayed = Callable[[Mask | None, optax.Schedule], optax.GradientTransformation]
 
 
 def sgd(
@@ -92,6 +100,7 @@ def sgd(
     nesterov: bool = False,
     weight_decay: float = 0.0,
     weight_decay_on: str = "all",
+    decayed: Decayed | None = None,
 ) -> optax.GradientTransformation:
     """SGD in PyTorch's form: add the decay to the gradient, then momentum, then the rate.
 
@@ -99,27 +108,52 @@ def sgd(
       rates: one schedule for all parameters, or one for each top-level part of `params`
         ("backbone", "head", ...).
       weight_decay_on: "all" parameters, including batch-norm scales and biases (MoCo, SimSiam,
-        torchvision), or only "kernels" (S4L).
+        torchvision), or only "kernels" (S4L; MAE's fine-tuning), see `kernels_only`.
+      decayed: (mask of what decays, rate) -> what makes the decayed gradient; None adds the decay.
 
     Raises:
       ValueError: an unknown `weight_decay_on`; at the first call, a part of params without a rate.
     """
-    return _momentum_sgd(
-        rates,
-        momentum,
-        nesterov,
-        lambda mask, rate: optax.add_decayed_weights(weight_decay, mask=mask),
-        weight_decay_on,
-    )
+    mask = _mask(weight_decay_on)
+    decayed = decayed or (lambda mask, rate: optax.add_decayed_weights(weight_decay, mask=mask))
+
+    def one(rate: optax.Schedule) -> optax.GradientTransformation:
+        return optax.chain(
+            decayed(mask, rate), optax.sgd(rate, momentum=momentum or None, nesterov=nesterov)
+        )
+
+    return _by_part(rates, one)
 
 
-def lars(
+def adamw(
     rates: optax.Schedule | Mapping[str, optax.Schedule],
     *,
     momentum: float = 0.9,
     nesterov: bool = False,
     weight_decay: float = 0.0,
     weight_decay_on: str = "all",
+) -> optax.GradientTransformation:
+    """AdamW with beta_1 = `momentum`, beta_2 = 0.999 and epsilon 1e-8; arguments as `sgd`.
+
+    The decay is not part of the gradient: a step takes rate x decay x parameter off.
+    Source: Loshchilov & Hutter 2019, as in PyTorch, whose defaults the last two are; so fine-tune
+    BEiT and MAE.
+    """
+    mask = _mask(weight_decay_on)
+
+    def one(rate: optax.Schedule) -> optax.GradientTransformation:
+        return optax.adamw(
+            rate, b1=momentum, weight_decay=weight_decay, mask=mask, nesterov=nesterov
+        )
+
+    return _by_part(rates, one)
+
+
+def lars(
+    rates: optax.Schedule | Mapping[str, optax.Schedule],
+    *,
+    weight_decay: float = 0.0,
+    **keywords: Any,
 ) -> optax.GradientTransformation:
     """SGD whose decayed gradient is scaled by 0.001 |w| / (|g| + decay |w|) first, for each
     parameter; arguments as `sgd`.
@@ -128,9 +162,7 @@ def lars(
     reference's linear evaluation (apex/parallel/LARC.py): biases too, and where |w| or |g| is 0
     neither decay nor scaling.
     """
-    return _momentum_sgd(
-        rates, momentum, nesterov, lambda mask, rate: _scaled(weight_decay, mask), weight_decay_on
-    )
+    return sgd(rates, decayed=lambda mask, rate: _scaled(weight_decay, mask), **keywords)
 
 
 def _scaled(weight_decay: float, mask: Mask | None) -> optax.GradientTransformation:
@@ -152,10 +184,8 @@ def _scaled(weight_decay: float, mask: Mask | None) -> optax.GradientTransformat
 def larc(
     rates: optax.Schedule | Mapping[str, optax.Schedule],
     *,
-    momentum: float = 0.9,
-    nesterov: bool = False,
     weight_decay: float = 0.0,
-    weight_decay_on: str = "all",
+    **keywords: Any,
 ) -> optax.GradientTransformation:
     """SGD whose rate is, for each parameter, at most 0.005 |w| / (|g| + decay |w|); arguments as
     `sgd`.
@@ -166,13 +196,7 @@ def larc(
     reference, where biases and batch-norm scales are left out ("kernels" here): where |w| or |g| is
     0 neither decay nor limit.
     """
-    return _momentum_sgd(
-        rates,
-        momentum,
-        nesterov,
-        lambda mask, rate: _limited(weight_decay, mask, rate),
-        weight_decay_on,
-    )
+    return sgd(rates, decayed=lambda mask, rate: _limited(weight_decay, mask, rate), **keywords)
 
 
 def _limited(
@@ -203,30 +227,28 @@ def _limited(
     return optax.GradientTransformation(init, update)
 
 
-OPTIMIZERS = {"sgd": sgd, "lars": lars, "larc": larc}
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "sgd": sgd,
+    "adamw": adamw,
+    "lars": lars,
+    "larc": larc,
+}
 
 
-def _momentum_sgd(
-    rates: optax.Schedule | Mapping[str, optax.Schedule],
-    momentum: float,
-    nesterov: bool,
-    decayed: Callable[[Mask | None, optax.Schedule], optax.GradientTransformation],
-    weight_decay_on: str,
-) -> optax.GradientTransformation:
-    """Decay as `decayed` makes it for a mask and a rate, momentum and rate, for all parameters or
-    each top-level part."""
+def _mask(weight_decay_on: str) -> Mask | None:
+    """Leaves that decay; None for all of them."""
     if weight_decay_on not in DECAYS:
         raise ValueError(
             f"weight_decay_on {weight_decay_on!r} is unknown; choose one of {', '.join(DECAYS)}"
         )
-    mask = kernels_only if weight_decay_on == "kernels" else None
+    return kernels_only if weight_decay_on == "kernels" else None
 
-    def one(rate: optax.Schedule) -> optax.GradientTransformation:
-        return optax.chain(
-            decayed(mask, rate),
-            optax.sgd(rate, momentum=momentum or None, nesterov=nesterov),
-        )
 
+def _by_part(
+    rates: optax.Schedule | Mapping[str, optax.Schedule],
+    one: Callable[[optax.Schedule], optax.GradientTransformation],
+) -> optax.GradientTransformation:
+    """What `one` makes of a rate, for all parameters or each top-level part."""
     if not isinstance(rates, Mapping):
         return one(rates)
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from qmx.ledger import access
 from qmx.ledger.content import DTYPES as LEDGER_DTYPES
 from qmx.methods.fixmatch import ALIGNMENTS, RULES
-from qmx.models.resnet import ARCHS
-from qmx.models.vit import FEATURES
+from qmx.models import NETWORKS
+from qmx.models.vit import FEATURES, VITS
 from qmx.optim import DECAYS, OPTIMIZERS, SCHEDULES
 from qmx.settings import base, leaves, public, recipe
 from qmx.targets.query import PRECISIONS
@@ -39,6 +39,7 @@ FROM_1 = Range(1, 1e6)
 PIXELS = Range(1, 65536)
 SEED = Range(0, 2**32 - 1)  # what numpy's generators take
 
+ADAMW = 0.1  # the largest rate of AdamW that is no mistake
 DTYPES = ("float64", "float32", "bfloat16")
 KINDS = ("weights", "callable", "table")  # of encoders that stay as they are
 
@@ -69,6 +70,8 @@ RANGES = {
     "min_steps": Range(0, 1e9),
     "target_temperature": ABOVE_0,
     "student_temperature": ABOVE_0,
+    "layer_decay": Range(0, 1, above=True, why="1 is one rate for all layers"),
+    "drop_path": Range(0, 1, below=True, why="a probability; 1 drops everything"),
     # Of the images and their views.
     "limit": Range(0, 1e12),
     "canvas": PIXELS,
@@ -147,7 +150,7 @@ WORDS = {
     "layout": LAYOUTS,
     "interpolation": INTERPOLATIONS,
     "target.shown.dtype": SHOWN_DTYPES,
-    "student.arch": ARCHS,
+    "student.arch": NETWORKS,
     "student.dtype": DTYPES,
     "pretrain.moco.head": ("mlp", "linear"),
     "rule": RULES,
@@ -194,6 +197,40 @@ def view_problems(name: str, view: Any, shape: tuple[int, int, int]) -> Iterator
         yield (
             f"{name}.size must be given, for the images are not square but {shape[0]} x {shape[1]}"
         )
+
+
+def size_problems(student: Any, view: Any, shape: tuple[int, int, int]) -> Iterator[str]:
+    """A line for each size of a student that its training, or its network, does not have."""
+    size, side = student.size, student.size or shape[0]
+    if size and view.size != size:
+        yield (
+            f"student.size {size} needs weak_view.size={size}, on which students train, and not"
+            f" {view.size}; strong_view.size is the encoders'"
+        )
+    square = size or shape[0] == shape[1]
+    if student.arch in VITS and (
+        side % VITS[student.arch].patch or (view.size or side) != side or not square
+    ):
+        patch = VITS[student.arch].patch
+        near = max(round(side / patch), 1) * patch
+        yield (
+            f"{student.arch} sees squares of one size, a multiple of its patch of {patch} pixels;"
+            f" student.size is {size}, weak_view.size {view.size}, and the images have {shape[0]} x"
+            f" {shape[1]}; set student.size={near} and weak_view.size={near}"
+        )
+
+
+def rate_problems(name: str, keys: Any) -> Iterator[str]:
+    """A line for each rate of SGD that is given to AdamW, which moves every weight by about its
+    rate in one step: 0.1 is five times a weight of a fresh vision transformer."""
+    if keys.optimizer == "adamw":
+        for key in ("learning_rate", "head_learning_rate"):
+            if keys.get(key, 0) > ADAMW:
+                yield (
+                    f"{name}.{key} {keys[key]} is a rate of SGD, and {name}.optimizer is adamw,"
+                    " which moves every weight by about as much in one step; set it to 0.001, for"
+                    " instance"
+                )
 
 
 def choice(key: str, value: Any, known: Any) -> Iterator[str]:

@@ -6,6 +6,7 @@ import optax
 
 from qmx import optim
 from qmx.data import epoch_steps
+from qmx.layer_rates import by_layer
 
 
 class Recipe(NamedTuple):
@@ -31,6 +32,8 @@ class Recipe(NamedTuple):
     student_temperature: float | None = None
     jitter: tuple[float, ...] = ()
     standardize: bool = False
+    layer_decay: float = 1.0
+    drop_path: float = 0.0
 
 
 def optimiser(keys: Recipe, steps: int, **rates: tuple[float, str]) -> optax.GradientTransformation:
@@ -49,13 +52,14 @@ def optimiser(keys: Recipe, steps: int, **rates: tuple[float, str]) -> optax.Gra
         for part, (rate, name) in rates.items()
     }
     make = optim.OPTIMIZERS[keys.optimizer]
-    return make(
+    tx = make(
         schedules,
         momentum=keys.momentum,
         nesterov=keys.nesterov,
         weight_decay=keys.weight_decay,
         weight_decay_on=keys.weight_decay_on,
     )
+    return tx if keys.layer_decay == 1 else optax.chain(tx, by_layer(keys.layer_decay))
 
 
 def pretrain_steps(keys: Recipe, pool: int) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from qmx.audit_keys import auditing
-from qmx.frozen_keys import heads, public
+from qmx.frozen_keys import heads, imported, public
 from qmx.training_keys import distilling, recipe, training
 
 __all__ = ["base", "leaves", "recipe"]
@@ -151,7 +151,7 @@ def base() -> ConfigDict:
     )
     config.student = ConfigDict(
         dict(
-            arch="resnet50",  # the network of students and encoders, a name of qmx.models.ARCHS
+            arch="resnet50",  # the network of students and encoders, of qmx.models.NETWORKS
             # of its convolutions: float64 (and everything else), float32, bfloat16
             dtype="float32",
             size=0,  # side of what it is evaluated on, as weak_view.size; 0 is the images' own
@@ -216,7 +216,7 @@ def base() -> ConfigDict:
         warmup_start=0.1,
         milestones=(30.0, 50.0),
     )
-    config.pretrain.imported = ConfigDict()
+    config.pretrain.imported = imported()
     for keys in config.pretrain.values():
         # weights that somebody else pretrained: PyTorch's, or a qmx encoder; nothing is trained
         keys.path = ""

@@ -153,7 +153,8 @@ def distiller(
 ) -> Trainer:
     """The `Trainer` of a student, or of a target trained on labels."""
     head, weak, tx, temperatures = _student(keys, view_keys, seen, steps)
-    method = distill.make(backbone(arch, dtype, seen), head, weak, **temperatures)
+    net = backbone(arch, dtype, seen, drop_path=keys.drop_path)
+    method = distill.make(net, head, weak, **temperatures)
     return _trainer(method, tx, seen, keys.batch_size, scores=True)
 
 
@@ -171,7 +172,7 @@ def self_labeller(
     """The `Trainer` of a student that labels the pool itself; see `qmx.methods.fixmatch`."""
     head, weak, tx, temperatures = _student(keys, weak_keys, seen, steps)
     method = fixmatch.make(
-        backbone(arch, dtype, seen),
+        backbone(arch, dtype, seen, drop_path=keys.drop_path),
         head,
         weak,
         view(strong_keys, seen),

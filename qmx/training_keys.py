@@ -13,17 +13,18 @@ def training(**changes: Any) -> ConfigDict:
     keys = dict(
         epochs=90.0,  # passes over the images; warmup_epochs and milestones count them too
         batch_size=256,  # global, over all devices
-        optimizer="sgd",  # sgd, lars, larc
+        optimizer="sgd",  # sgd, adamw, lars, larc
         learning_rate=0.1,  # after the warm-up, for the whole batch_size
         schedule="step",  # constant, cosine, cosine_by_epoch, step
         warmup_epochs=0.0,  # the rate rises linearly over these
         warmup_start=0.0,  # the share of the rate that the warm-up starts from
         milestones=(30.0, 60.0),  # the schedule "step" multiplies the rate by `factor` at each
         factor=0.1,  # see milestones
-        momentum=0.9,
+        momentum=0.9,  # and adamw's beta_1
         nesterov=False,  # Nesterov's momentum
         weight_decay=1e-4,
-        weight_decay_on="all",  # or "kernels": no batch-norm scales, no biases
+        # or "kernels": no scales of norms, no biases, no tokens and positions of a ViT
+        weight_decay_on="all",
     )
     return ConfigDict({**keys, **changes})
 
@@ -45,6 +46,11 @@ def distilling() -> ConfigDict:
         jitter=(0.0, 0.0, 0.0, 0.0),
         # features before the classifier by batch statistics, without scale and bias
         standardize=False,
+        # of a ViT: each layer's rate by that of the next one; 0.65 to 0.75 for BEiT and MAE
+        layer_decay=1.0,
+        # of a ViT: how often an image skips a branch of the last block; 0 in the first, and linear
+        # between them; stochastic depth, 0.1 for MAE
+        drop_path=0.0,
     )
 
 

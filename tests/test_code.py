@@ -21,7 +21,7 @@ LEVELS = (
     ("targets",),
     ("ledger", "selection", "methods", "models", "diagnostics", "heads"),
     ("data", "metrics", "detection", "inference", "checkpoint", "workdir"),
-    ("progress", "train", "losses", "augment", "optim", "files"),
+    ("progress", "train", "losses", "augment", "optim", "layer_rates", "files"),
     ("sharding",),
     ("contract", "terminal", "signals", "audit_keys", "frozen_keys", "training_keys"),
 )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from record_vits import images, weights
-from torch_reference import torch
+from torch_reference import Transformer, torch
 
 from qmx import models
 from qmx.models import from_torch, vit, vit_layout
@@ -111,7 +111,6 @@ def rounded(*arguments):
 @pytest.mark.parametrize(
     ("title", "detail"),
     [
-        ("transformers dinov3", "eps"),
         ("transformers dinov3", "tanh"),
         ("transformers dinov3", "rounded"),
         ("transformers dinov3", "base"),
@@ -123,8 +122,6 @@ def test_wrong_details(title, detail, tiny, monkeypatch):
     """Each one that others got wrong shows."""
     tensors, entry = tiny(title)
     params = convert(tensors).backbone.params
-    if detail == "eps":
-        monkeypatch.setitem(FAMILIES, "dinov3", FAMILIES["dinov3"]._replace(eps=1e-3))
     if detail == "tanh":
         monkeypatch.setattr(vit.nn, "gelu", lambda x, approximate: GELU(x, approximate=True))
     if detail == "rounded":
@@ -140,6 +137,71 @@ def test_wrong_details(title, detail, tiny, monkeypatch):
     net = models.from_linen(vit.ViT(Arch(**entry["arch"]), "both"))
     ours = jax.jit(lambda p, x: net.apply(p, {}, x, False)[0])(params, images(True))
     assert off(np.asarray(ours), entry) > 10 * TOLERANCE
+
+
+# As transformers' configurations and the original repositories have them.
+RULE = {"vit": "antialias", "vit_hf": "size", "dinov2": "offset", "dinov2_reg": "antialias"}
+EPS = {"vit": 1e-6, "vit_hf": 1e-12, "dinov2": 1e-6, "dinov2_reg": 1e-6, "dinov3": 1e-5}
+
+
+def as_timm(params, depth=1):
+    """torch's tensors under timm's names, also those of its class Eva."""
+    tensors = {name.replace(".gamma_", ".ls"): x for name, x in to_torch(params, {}).items()}
+    tensors = {re.sub(r"(\.ls\d)$", r"\1.gamma", name): x for name, x in tensors.items()}
+    for at in (f"blocks.{i}.attn." for i in range(depth)):
+        if f"{at}q_bias" in tensors:
+            q, v = tensors.pop(f"{at}q_bias"), tensors.pop(f"{at}v_bias")
+            tensors[f"{at}qkv.bias"] = np.concatenate([q, np.zeros_like(q), v])
+    return {name: torch.from_numpy(x).double() for name, x in tensors.items()}
+
+
+@pytest.mark.parametrize("family", EPS)
+def test_eps(family, monkeypatch):
+    """Of all three norms, on tokens whose variance is about eps, so that it counts; ten times as
+    much of it, or a tenth, shows. One patch, which rotary positions leave as it is."""
+    registers, eps = 4 * (family in ("dinov2_reg", "dinov3")), EPS[family]
+    arch = Arch(family, dim=16, depth=1, heads=2, hidden=32, patch=4, registers=registers)
+    net = models.from_linen(vit.ViT(arch))
+    x = np.random.default_rng(1).normal(size=(3, 4, 4, 3)).astype(np.float32)
+    like = jax.eval_shape(lambda: net.init(jax.random.key(0), x))[0]
+    rng = np.random.default_rng(0)
+
+    def number(path, leaf):
+        names = [key.key for key in path]
+        value = rng.normal(size=leaf.shape) * (0.1 if leaf.ndim > 2 else 0.3)
+        small = names[0] in ("patch", "patch_bias", "class", "registers", "positions")
+        small = small or {"proj", "fc2"} & set(names)  # what is added to them
+        return np.float32(value * eps**0.5 if small else value + (names[-1][:5] == "scale"))
+
+    params = jax.tree_util.tree_map_with_path(number, like)
+    their = Transformer(
+        arch,
+        4,
+        eps,
+        scale="scale1" in params["block_0"],
+        channels=3,
+        positions="positions" in params,
+    ).double()
+    their.load_state_dict(as_timm(params))
+    with torch.no_grad():
+        wanted = their(torch.from_numpy(x.transpose(0, 3, 1, 2)).double()).numpy()
+
+    def largest():
+        ours = net.apply(params, {}, x, False)[0]
+        return np.abs(ours - wanted).max() / np.abs(wanted).max()
+
+    assert largest() < TOLERANCE
+    for factor in (10, 0.1):
+        wrong = FAMILIES[family]._replace(eps=eps * factor)
+        with monkeypatch.context() as patch:
+            patch.setitem(FAMILIES, family, wrong)
+            assert largest() > 0.01
+
+
+def test_rules():
+    """Each family's own: the original's where there is one, transformers' and timm's."""
+    rules = {name: family.resample for name, family in FAMILIES.items() if not family.rope}
+    assert rules == RULE
 
 
 def theirs(table, side, rule):
@@ -260,7 +322,7 @@ def test_to_timm(title, tiny):
     """Back to timm's names and shapes, and the same network again."""
     tensors, entry = tiny(title)
     made = convert(tensors)
-    back = to_torch(*made.backbone)
+    back = to_torch({"backbone": made.backbone.params, "head": made.head or {}}, {"backbone": {}})
     kept = {name: value.shape for name, value in tensors.items() if name not in made.dropped}
     biases = {name for name in back if name.endswith(("q_bias", "v_bias"))} - kept.keys()
     assert {name: value.shape for name, value in back.items() if name not in biases} == kept
@@ -268,6 +330,47 @@ def test_to_timm(title, tiny):
     assert not any(back[name].any() for name in biases)
     again = convert(back).backbone.params
     jax.tree.map(np.testing.assert_array_equal, again, made.backbone.params)
+
+
+CLASSIFIERS = {
+    "timm vit": ("head", ("class",)),
+    "torchvision vit": ("heads.head", ("class",)),
+    "transformers vit classifier": ("classifier", ("class",)),
+    "transformers dinov2 classifier": ("classifier", ("class", "mean")),
+}
+
+
+@pytest.mark.parametrize("title", CLASSIFIERS)
+def test_classifiers(title, tiny, features):
+    """Of each package: the layer on the features that it reads there; back to timm's names, and the
+    same again."""
+    tensors, entry = tiny(title)
+    name, read = CLASSIFIERS[title]
+    made = convert(tensors)
+    assert made.features == ("both" if len(read) > 1 else "class")
+    theirs = np.concatenate([np.array(entry["features"][kind]) for kind in read], 1)
+    wanted = theirs @ tensors[f"{name}.weight"].T + tensors[f"{name}.bias"]
+    ours = features(TINY[made.arch], made.backbone.params, images(False))
+    fc = made.head["fc"]
+    ours = ours[:, : len(fc["kernel"])] @ fc["kernel"] + fc["bias"]
+    assert np.abs(ours - wanted).max() < TOLERANCE * wanted.std(0).mean()
+    assert not any(at.startswith(name) for at in made.dropped)
+    back = to_torch({"backbone": made.backbone.params, "head": made.head}, {"backbone": {}})
+    np.testing.assert_array_equal(back["head.weight"], tensors[f"{name}.weight"])
+    again = convert(back)
+    jax.tree.map(np.testing.assert_array_equal, again.head, made.head)
+
+
+def test_no_classifier(tiny):
+    """A hidden layer before it, another width, and DINOv3's, which may read either feature."""
+    tensors, _ = tiny("torchvision vit")
+    hidden = {f"heads.pre_logits.{kind}": np.ones(32, np.float32) for kind in ("weight", "bias")}
+    made = convert(tensors | hidden)
+    assert made.head is None and "heads.head.weight" in made.dropped
+    assert convert(tensors | {"heads.head.weight": np.ones((5, 33), np.float32)}).head is None
+    tensors, _ = tiny("timm dinov3")
+    layer = {"head.weight": np.ones((5, 32), np.float32), "head.bias": np.ones(5, np.float32)}
+    assert convert(tensors | layer).head is None
 
 
 def test_refused(tiny):

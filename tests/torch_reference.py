@@ -310,6 +310,62 @@ def emp_ssl_projector(features, hidden, out):
     )
 
 
+class Transformer(nn.Module):
+    """A vision transformer under timm's names up to the class token after the last norm; without
+    rotary positions, which are the identity for an image of one patch."""
+
+    def __init__(self, arch, side, eps, scale=True, positions=True, channels=1):
+        super().__init__()
+        dim, tokens = arch.dim, (side // arch.patch) ** 2
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        if positions:  # with registers the class token has none
+            self.pos_embed = nn.Parameter(torch.zeros(1, tokens + (not arch.registers), dim))
+        if arch.registers:
+            self.reg_token = nn.Parameter(torch.zeros(1, arch.registers, dim))
+        self.patch_embed = nn.ModuleDict(
+            {"proj": nn.Conv2d(channels, dim, arch.patch, stride=arch.patch)}
+        )
+        self.blocks = nn.ModuleList(TransformerBlock(arch, eps, scale) for _ in range(arch.depth))
+        self.norm = nn.LayerNorm(dim, eps)
+
+    def forward(self, x):
+        x = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)
+        first = self.cls_token.expand(len(x), -1, -1)
+        at = getattr(self, "pos_embed", 0)
+        if hasattr(self, "reg_token"):
+            x = torch.cat([first, self.reg_token.expand(len(x), -1, -1), x + at], 1)
+        else:
+            x = torch.cat([first, x], 1) + at
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)[:, 0]
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, arch, eps, scale):
+        super().__init__()
+        dim, self.heads = arch.dim, arch.heads
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps), nn.LayerNorm(dim, eps)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
+        self.mlp = nn.ModuleDict(
+            {"fc1": nn.Linear(dim, arch.hidden), "fc2": nn.Linear(arch.hidden, dim)}
+        )
+        for name in ("ls1", "ls2") if scale else ():
+            gamma = nn.Parameter(torch.ones(dim))
+            self.add_module(name, nn.ParameterDict({"gamma": gamma}))
+
+    def forward(self, x):
+        q, k, v = (
+            part.unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for part in self.attn["qkv"](self.norm1(x)).chunk(3, 2)
+        )
+        weights = torch.softmax(q @ k.transpose(2, 3) / math.sqrt(q.shape[-1]), -1)
+        y = self.attn["proj"]((weights @ v).transpose(1, 2).flatten(2))
+        x = x + y * (self.ls1["gamma"] if hasattr(self, "ls1") else 1)
+        y = self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
+        return x + y * (self.ls2["gamma"] if hasattr(self, "ls2") else 1)
+
+
 def network(**parts):
     """The parts one after the other, under their names."""
     return nn.Sequential(OrderedDict(parts))

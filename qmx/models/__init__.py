@@ -21,6 +21,7 @@ from qmx.models.vit import VITS, ViT
 
 __all__ = [
     "ARCHS",
+    "NETWORKS",
     "VITS",
     "backbone",
     "classifier",
@@ -33,6 +34,9 @@ __all__ = [
     "simsiam_predictor",
     "simsiam_projector",
 ]
+
+
+NETWORKS = (*ARCHS, *VITS)  # all names that `backbone` knows
 
 
 def from_linen(module: nn.Module) -> Network:
@@ -67,18 +71,20 @@ def backbone(
     dtype: Any = jnp.float32,
     folded: bool = False,
     features: str = "class",
+    drop_path: float = 0.0,
 ) -> Network:
     """A network by name up to its features: a ResNet or ResNeXt, see `qmx.models.resnet.ResNet`; or
-    a ViT, see `qmx.models.vit.ViT`, for which `dtype` and `features` alone count.
+    a ViT, see `qmx.models.vit.ViT`, for which `dtype`, `features` and `drop_path` alone count.
 
     Raises:
-      ValueError: an unknown name, with the known ones.
+      ValueError: an unknown name, with the known ones; a ResNet with `drop_path`.
     """
     if arch in VITS:
-        return from_linen(ViT(VITS[arch], features, dtype))
+        return from_linen(ViT(VITS[arch], features, dtype, drop_path))
     if arch not in ARCHS:
-        known = ", ".join([*ARCHS, *VITS])
-        raise ValueError(f"network {arch!r} is unknown; choose one of {known}")
+        raise ValueError(f"network {arch!r} is unknown; choose one of {', '.join(NETWORKS)}")
+    if drop_path:
+        raise ValueError(f"drop_path {drop_path} is of vision transformers; set it to 0 for {arch}")
     return from_linen(ResNet(ARCHS[arch], stats_groups, zero_init, dtype, folded))
 
 

@@ -37,6 +37,13 @@ class Converted(NamedTuple):
     used: int  # number of tensors in the network
     dropped: tuple[str, ...]  # names of the tensors outside the network
     root: str = ""  # of the network's names in the file, without wrappers, such as "backbone."
+    features: str = "class"  # of a vision transformer, that the head reads
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of the images that it was made for."""
+        params = self.backbone.params
+        return (params["patch"] if "patch" in params else params["conv1"]["kernel"]).shape[2]
 
 
 def split_part(path: Path | str) -> tuple[Path, str]:
@@ -82,8 +89,8 @@ def convert_tables(
         each by name; values that are not finite; a variance below zero.
     """
     if arch and arch not in ARCHS and arch not in VITS:
-        known = ", ".join([*ARCHS, *VITS])
-        raise ValueError(f"network {arch!r} is unknown; choose one of {known}")
+        names = ", ".join([*ARCHS, *VITS])
+        raise ValueError(f"network {arch!r} is unknown; choose one of {names}")
     ours = any(name.startswith("params/") for name in tables.get("", {}))
     if ours:
         try:
@@ -92,9 +99,9 @@ def convert_tables(
             raise ValueError(f"{what}: {error}") from None
 
     if patches := transformers(tables):
-        made = convert_transformer(tables, patches, arch, part, what=what)
-        left = () if ours else tuple(made.dropped)
-        return Converted(made.arch, Encoder(made.params, {}), None, made.used, left, made.root)
+        made = convert_transformer(tables, patches, arch, part, what=what, ours=ours)
+        left, encoder = () if ours else tuple(made.dropped), Encoder(made.params, {})
+        return Converted(made.arch, encoder, made.head, made.used, left, made.root, made.features)
     network, others = find(tables, part, what)
     tensors = tables[network.table]
     have = {name: tuple(tensors[at].shape) for name, at in network.names.items()}

@@ -4,6 +4,7 @@ python -m qmx.models.to_torch WEIGHTS.safetensors OUT.safetensors
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,10 @@ def to_torch(params: PyTree, stats: PyTree) -> dict[str, np.ndarray]:
         head, head_stats = params.get("head", {}), stats.get("head", {})
         if "norm" in head_stats and "fc" in head:
             head, head_stats = {"fc": standardised(head["fc"], head_stats["norm"])}, {}
-        return tensors | names(head, head_stats)
+        layer = names(head, head_stats)
+        if "patch" in params["backbone"]:
+            layer = {re.sub("^fc", "head", name): value for name, value in layer.items()}
+        return tensors | layer
     if "patch" in params:
         return to_timm(params)
     if "conv1" not in params or "bn1" not in params:
@@ -128,7 +132,16 @@ def loader(variables: Encoder) -> str:
     """
     backbone = variables.params.get("backbone", variables.params)
     if "patch" in backbone:
-        return "timm's names; timm.create_model(..., num_classes=0, img_size=...) loads them"
+        head = variables.params.get("head", {}).get("fc", {}).get("kernel", np.zeros((0, 0)))
+        if head.shape[0] not in (0, backbone["patch"].shape[-1]):
+            raise ValueError(
+                "no class of timm loads this network (its classifier reads the class token and the"
+                " mean of the patches); --anyway writes timm's names for a class of your own"
+            )
+        return (
+            f"timm's names; timm.create_model(..., num_classes={head.shape[1]}, img_size=...)"
+            " loads them"
+        )
     have = {name: value.shape for name, value in names(backbone, {}).items()}
     channels = backbone["conv1"]["kernel"].shape[2]
     arch = next(
@@ -175,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
             )
         variables = unflatten(read_safetensors(args.weights))
         tensors = to_torch(*variables)
-        how = "torchvision's names" if args.anyway else loader(variables)
+        how = "for a class of your own" if args.anyway else loader(variables)
         part = args.out.with_name(args.out.name + ".part")
         if args.out.suffix == ".pth":
             torch = import_torch(args.out)

@@ -124,10 +124,16 @@ def rotate(x: jax.Array, table: tuple[np.ndarray, np.ndarray]) -> jax.Array:
 
 
 class Block(nn.Module):
-    """Attention, and two layers with a nonlinearity between them, each beside a shortcut."""
+    """Attention, and two layers with a nonlinearity between them, each beside a shortcut.
+
+    With `drop_path` above 0 each image skips each of the two branches so often, and a branch that
+    is not skipped counts 1 / (1 - drop_path) times: stochastic depth, Huang et al. 2016. It draws
+    from "dropout".
+    """
 
     arch: Arch
     dtype: Any
+    drop_path: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, table: tuple[np.ndarray, np.ndarray] | None) -> jax.Array:
@@ -149,6 +155,14 @@ class Block(nn.Module):
             ones = nn.initializers.ones
             return x * self.param(name, ones, (arch.dim,), exact).astype(self.dtype)
 
+        def branch(x: jax.Array) -> jax.Array:
+            if not self.drop_path:
+                return x
+            kept = jax.random.bernoulli(
+                self.make_rng("dropout"), 1 - self.drop_path, (len(x), 1, 1)
+            )
+            return jnp.where(kept, x / (1 - self.drop_path), 0)
+
         y = norm("norm1", x)
         y = dense("qkv", 3 * arch.dim, y, bias=not family.rope)
         if family.rope:
@@ -159,7 +173,7 @@ class Block(nn.Module):
         if table:
             q, k = rotate(q, table), rotate(k, table)
         y = attention(q, k, v).reshape(x.shape)
-        x = x + scaled("scale1", dense("proj", arch.dim, y))
+        x = x + branch(scaled("scale1", dense("proj", arch.dim, y)))
 
         y = norm("norm2", x)
         if arch.gated:
@@ -167,12 +181,18 @@ class Block(nn.Module):
             y = nn.silu(gate) * y
         else:
             y = nn.gelu(dense("fc1", arch.hidden, y), approximate=False)
-        return x + scaled("scale2", dense("fc2", arch.dim, y))
+        return x + branch(scaled("scale2", dense("fc2", arch.dim, y)))
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Softmax attention, each [B, T, heads, d]; the softmax in float32, or in float64 if q is."""
-    return jax.nn.dot_product_attention(q, k, v)
+    """Softmax attention, each [B, T, heads, d].
+
+    The softmax is in float32, or in float64 if q is; jax.nn.dot_product_attention's is in float32.
+    """
+    exact = jnp.promote_types(q.dtype, jnp.float32)
+    logits = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=exact)
+    weights = jax.nn.softmax(logits / math.sqrt(q.shape[-1]))
+    return jnp.einsum("bhts,bshd->bthd", weights.astype(v.dtype), v)
 
 
 class ViT(nn.Module):
@@ -184,15 +204,17 @@ class ViT(nn.Module):
         the other (F = 2 D). All after the last norm.
       dtype: of the layers; parameters, norms, softmax and features are float32, or float64 if
         `dtype` is.
+      drop_path: how often an image skips a branch of the last block in training; see `Block`. From
+        the first block, which skips nothing, to the last it rises linearly, as in timm.
     """
 
     arch: Arch
     features: str = "class"
     dtype: Any = jnp.float32
+    drop_path: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        del train  # nothing is drawn, and nothing counted
         arch, patch, dim = self.arch, self.arch.patch, self.arch.dim
         exact = jnp.promote_types(self.dtype, jnp.float32)
         batch, height, width, channels = x.shape
@@ -222,7 +244,8 @@ class ViT(nn.Module):
         tokens = jnp.broadcast_to(tokens.astype(self.dtype), (batch, *tokens.shape))
         x = jnp.concatenate([tokens, x], 1)
         for number in range(arch.depth):
-            x = Block(arch, self.dtype, name=f"block_{number}")(x, table)
+            rate = self.drop_path * number / max(arch.depth - 1, 1) if train else 0.0
+            x = Block(arch, self.dtype, rate, name=f"block_{number}")(x, table)
         x = nn.LayerNorm(arch.of.eps, exact, exact, use_fast_variance=False, name="norm")(x)
         parts = {"class": x[:, 0], "mean": x[:, 1 + arch.registers :].mean(1)}
         return jnp.concatenate(

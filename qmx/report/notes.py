@@ -53,6 +53,12 @@ def encoder_notes(results: dict) -> list[str]:
     lines = {}
     for found in results["monitors"]:
         if "kind" not in found:
+            if "licence" in found:  # a vision transformer
+                lines[found["init"]] = (
+                    f"Encoder {found['init']}: {found['arch']} from {found['source']}, positions"
+                    f" {found['positions']}, sha256 {found['sha256'][:16]}, licence"
+                    f" {found['licence'] or 'not told'}; its students train whole."
+                )
             continue
         made_of = {
             "weights": f"{found.get('arch')} from {found['source']}",

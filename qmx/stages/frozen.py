@@ -18,7 +18,7 @@ from qmx.encoders import read_features
 from qmx.files import check_file
 from qmx.ledger import pixel_digests
 from qmx.models import from_torch
-from qmx.models.vit_from_torch import at_size
+from qmx.models.vit_from_torch import resized
 from qmx.progress import say
 from qmx.sharding import from_first, put_state
 from qmx.stages.run import Run, facts, outputs, plain
@@ -57,23 +57,22 @@ def make(run: Run, init: str, directory: Path) -> dict:
         look = seen_by(run.config, init, run.data, made)
         encoder, rule = made.backbone, ""
         if made.arch in models.VITS:
-            arch = models.VITS[made.arch]
-            encoder, rule = at_size(made.backbone, arch, look["size"]), "rotary"
-            if not arch.of.rope:
-                same = np.shape(encoder.params["positions"]) == np.shape(
-                    made.backbone.params["positions"]
-                )
-                rule = "as in the file" if same else f"resampled by the rule {arch.of.resample!r}"
+            encoder, rule = resized(made.backbone, models.VITS[made.arch], look["size"])
         said = facts(run, init, arch=made.arch, dtype=keys.dtype, standardize=False, **look)
         digest = save_weights(directory / "encoder.safetensors", encoder, said)
         result |= {"arch": made.arch, "positions": rule, **look, "sha256": digest}
     else:
         result |= {"sha256": sha256(run.config, init), "licence": keys.licence}
-    if result["licence"]:
-        say(f"{init}: the licence of {result['source']} is {result['licence']}")
-    else:
-        say(f"{init}: {result['source']} does not tell its licence; see where it came from")
+    say_licence(init, result)
     return {**result, "seconds": time.monotonic() - began}
+
+
+def say_licence(init: str, found: dict) -> None:
+    """Say under which licence the weights, function or table of an encoder is, by its facts."""
+    if found["licence"]:
+        say(f"{init}: the licence of {found['source']} is {found['licence']}")
+    else:
+        say(f"{init}: {found['source']} does not tell its licence; see where it came from")
 
 
 def seen_by(config: Any, init: str, data: Dataset, made: from_torch.Converted) -> dict[str, Any]:
@@ -82,17 +81,34 @@ def seen_by(config: Any, init: str, data: Dataset, made: from_torch.Converted) -
     Raises:
       ValueError: it is not known; or the network was made for other channels.
     """
-    keys, key = config.pretrain[init], f"pretrain.{init}"
+    keys, is_vit = config.pretrain[init], made.arch in models.VITS
+    mean, std = normalisation(config, init, data, made)
+    return {
+        "features": keys.features if is_vit else "class",
+        "mean": mean,
+        "std": std,
+        "size": keys.size or (224 if is_vit else config.student.size),
+        "licence": keys.licence or (models.VITS[made.arch].of.licence if is_vit else ""),
+    }
+
+
+def normalisation(
+    config: Any, init: str, data: Dataset, made: from_torch.Converted
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) of the images that a network was made for: its family's, or as the keys say.
+
+    Raises:
+      ValueError: they are not known; or the network was made for other channels.
+    """
+    keys, key, channels = config.pretrain[init], f"pretrain.{init}", made.channels
     if made.arch in models.VITS:
         family = models.VITS[made.arch].of
-        mean, std, licence, size = family.mean, family.std, family.licence, 224
-        channels = made.backbone.params["patch"].shape[2]
+        mean, std = family.mean, family.std
+    elif channels == data.shape[-1]:
+        mean, std = data.mean, data.std
     else:
-        mean, std, licence, size = data.mean, data.std, "", config.student.size
-        channels = made.backbone.params["conv1"]["kernel"].shape[2]
-        if channels != data.shape[-1]:
-            mean = std = ()
-    mean, std = tuple(keys.mean or mean), tuple(keys.std or std)
+        mean = std = ()
+    mean, std = tuple(keys.get("mean") or mean), tuple(keys.get("std") or std)
     if not len(mean) == len(std) == channels:
         raise ValueError(
             f"{key}.mean and .std must be {channels} numbers each for {made.arch}, and are"
@@ -105,13 +121,7 @@ def seen_by(config: Any, init: str, data: Dataset, made: from_torch.Converted) -
             f"{key}.path was made for images of {channels} channels, and {data.name} has"
             f" {data.shape[-1]}"
         )
-    return {
-        "features": keys.features if made.arch in models.VITS else "class",
-        "mean": mean,
-        "std": std,
-        "size": keys.size or size,
-        "licence": keys.licence or licence,
-    }
+    return mean, std
 
 
 def check(config: Any, init: str, data: Dataset) -> None:
@@ -127,7 +137,7 @@ def check(config: Any, init: str, data: Dataset) -> None:
         look = seen_by(config, init, data, made)
         if made.arch in models.VITS:
             try:
-                at_size(made.backbone, models.VITS[made.arch], look["size"])
+                resized(made.backbone, models.VITS[made.arch], look["size"])
             except ValueError as error:
                 raise ValueError(f"pretrain.{init}: {error}") from None
 

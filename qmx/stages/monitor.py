@@ -52,7 +52,7 @@ def monitor(
         }
 
     def look_at_random(_: Path) -> dict:
-        random = networks.random_backbone(arch, dtype, networks.look(run.data))
+        random = networks.random_backbone(arch, dtype, networks.look(run.data), student.size)
         variables = put_state(Encoder(*random(root_key(seed, "random"))))
         return {"knn_top1": knn_top1(run, f"a random network, seed {seed}", variables)}
 

@@ -4,12 +4,13 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qmx import grid, networks, trainers
+from qmx import grid, models, networks, trainers
 from qmx.checkpoint import save_weights
 from qmx.contract import Network
 from qmx.data import Dataset
 from qmx.diagnostics import watch
 from qmx.models import from_torch
+from qmx.models.vit_from_torch import resized, seen_through
 from qmx.progress import say
 from qmx.stages import frozen
 from qmx.stages.run import Run, facts, plain, root_key
@@ -54,6 +55,9 @@ def pretrain(run: Run, init: str, seed: int) -> Pretrained:
         return Pretrained(init, seed, run.workdir / "pretrain" / init / RESULT[keys.kind], result)
     if keys.path:
         inputs = {"arch": student.arch, **source_of(keys.path), "shape": run.data.shape}
+        if student.arch in models.VITS:
+            seen = {"mean": run.data.mean, "std": run.data.std, "size": student.size}
+            inputs |= {**seen, "keys": {name: list(keys.get(name, ())) for name in ("mean", "std")}}
         result = run.stage(
             "pretrain", name, inputs, lambda directory: _convert(run, init, directory)
         )
@@ -100,16 +104,17 @@ def _pretrain(run: Run, init: str, seed: int, directory: Path) -> dict:
 
 
 def _convert(run: Run, init: str, directory: Path) -> dict:
-    began = time.monotonic()
-    weights = converted(run.config, init, run.data)
+    began, source = time.monotonic(), Path(run.config.pretrain[init].path).name
+    weights, rule = converted(run.config, init, run.data)
     for line in from_torch.dropped_lines(weights):
-        say(f"{Path(run.config.pretrain[init].path).name}: {line}")
+        say(f"{source}: {line}")
     digest = save_weights(directory / "encoder.safetensors", weights.backbone, facts(run, init))
-    return {
-        "sha256": digest,
-        "seconds": time.monotonic() - began,
-        "source": Path(run.config.pretrain[init].path).name,
-    }
+    result = {"sha256": digest, "source": source}
+    if rule:
+        licence = models.VITS[weights.arch].of.licence
+        result |= {"arch": weights.arch, "positions": rule, "licence": licence}
+        frozen.say_licence(init, result)
+    return {**result, "seconds": time.monotonic() - began}
 
 
 def check(config: Any, init: str, data: Dataset) -> None:
@@ -120,12 +125,25 @@ def check(config: Any, init: str, data: Dataset) -> None:
         converted(config, init, data)
 
 
-def converted(config: Any, init: str, data: Dataset) -> from_torch.Converted:
-    """Read the config's weights for an init; ValueError unless a student can start from them."""
+def converted(config: Any, init: str, data: Dataset) -> tuple[from_torch.Converted, str]:
+    """(the config's weights for an init, as a student starts from them; how a vision transformer's
+    positions became so, "" of another network).
+
+    A vision transformer gets the student's size, and takes in how its own images were normalised.
+
+    Raises:
+      ValueError: a student cannot start from them.
+    """
     path = config.pretrain[init].path
     weights = from_torch.load(path, config.student.arch)
-    check_channels(weights, path, data)
-    return weights
+    if weights.arch not in models.VITS:
+        check_channels(weights, path, data)
+        return weights, ""
+    theirs = frozen.normalisation(config, init, data, weights)
+    side = config.student.size or data.shape[0]
+    encoder, rule = resized(weights.backbone, models.VITS[weights.arch], side)
+    encoder = seen_through(encoder, theirs, (data.mean, data.std), data.shape[-1])
+    return weights._replace(backbone=encoder), rule
 
 
 def backbone(run: Run) -> Network:

@@ -148,14 +148,18 @@ def facts(run: Run, method: str, **more: Any) -> dict[str, Any]:
     }
 
 
-def read_weights(run: Run, network: Network, path: Path) -> Encoder:
+def read_weights(run: Run, network: Network, path: Path, size: int | None = None) -> Encoder:
     """Weights of a network from a file of the workdir onto the devices.
+
+    Args:
+      size: side of the images that it sees, as `student.size`, which None is.
 
     Raises:
       Unreadable: the file is not as it was written.
     """
     check_file(path)
-    return put_state(load_weights(path, networks.variables(network, networks.look(run.data))))
+    side = run.config.student.size if size is None else size
+    return put_state(load_weights(path, networks.variables(network, networks.look(run.data), side)))
 
 
 def outputs(

@@ -1,6 +1,7 @@
 """The target: trained here, made of weights that the user has, or elsewhere; and the questions to
 it."""
 
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from qmx import networks, trainers
+from qmx import models, networks, trainers
 from qmx.checkpoint import file_digest, save_weights
 from qmx.contract import Encoder
 from qmx.data import Dataset
@@ -19,6 +20,7 @@ from qmx.ledger.access import one_hot_logits
 from qmx.ledger.accounts import answered_targets
 from qmx.ledger.file import looked_into
 from qmx.models import from_torch
+from qmx.models.vit_from_torch import at_size
 from qmx.progress import say
 from qmx.sharding import from_first
 from qmx.stages import outside
@@ -39,6 +41,7 @@ class Target(NamedTuple):
     found: str  # the same of what is there now; another where the user said that it is the same
     path: Path | None = None  # of its weights; None where others compute it
     arch: str = ""
+    features: str = "class"  # of a vision transformer, that its classifier reads
 
     @property
     def identity(self) -> dict[str, str]:
@@ -61,6 +64,7 @@ def target(run: Run) -> Target:
         return Target(**known_as(run, result))
     if keys.kind == "torch":
         inputs = {"arch": keys.arch, **source_of(keys.path), "classes": data.classes}
+        inputs["shape"] = data.shape
         result = run.stage("target", ".", inputs, lambda directory: _convert(run, directory))
     else:
         # A share of its answers is nothing that it is trained with.
@@ -131,7 +135,7 @@ def _train(run: Run, directory: Path) -> dict:
         save_seconds=60 * run.config.save_minutes,
         stopped=run.stopped,
     )
-    said = facts(run, "target", arch=keys.arch, classes=run.data.classes)
+    said = facts(run, "target", arch=keys.arch, classes=run.data.classes, size=0)
     weights = Encoder(ts.params, ts.state)
     digest = save_weights(directory / "target.safetensors", weights, said)
     return {"name": f"{keys.arch} trained on {run.data.name}", "arch": keys.arch, "sha256": digest}
@@ -146,20 +150,40 @@ def _convert(run: Run, directory: Path) -> dict:
         {"backbone": made.backbone.params, "head": made.head},
         {"backbone": made.backbone.stats, "head": {}},
     )
-    said = facts(run, "target", arch=made.arch, classes=classes_of(made))
+    more: dict[str, str] = {}
+    if made.arch in models.VITS:
+        more, family = {"features": made.features}, models.VITS[made.arch].of
+        given, own = (run.data.mean, run.data.std), (family.mean, family.std)
+        if family.mean and not np.allclose(given, own, atol=1e-3):
+            say(
+                f"{Path(keys.path).name} is shown images of mean {given[0]} and std {given[1]}; of"
+                f" its family they are {own[0]} and {own[1]}: data.mean and data.std set them"
+            )
+    said = facts(run, "target", arch=made.arch, classes=classes_of(made), size=0, **more)
     digest = save_weights(directory / "target.safetensors", weights, said)
-    return {"name": f"{made.arch} from {Path(keys.path).name}", "arch": made.arch, "sha256": digest}
+    name = f"{made.arch} from {Path(keys.path).name}"
+    return {"name": name, "arch": made.arch, "sha256": digest, **more}
 
 
 def converted(keys: Any, data: Dataset) -> from_torch.Converted:
     """Read the weights of the config's `target`; ValueError unless they fit `data`."""
     made = from_torch.load(keys.path, keys.arch)
     if made.head is None:
+        beside = [name for name in made.dropped if re.search(r"head|classifier", name)]
         raise ValueError(
             f"target.path {keys.path} holds a backbone without a classifier; a target needs its"
             " scores"
+            + (f" ({', '.join(beside[:4])} are no linear layer on its features)" * bool(beside))
         )
     check_channels(made, keys.path, data)
+    if made.arch in models.VITS:
+        try:
+            if data.shape[0] != data.shape[1]:
+                raise ValueError(f"{data.shape[0]} x {data.shape[1]} are no square")
+            encoder = at_size(made.backbone, models.VITS[made.arch], data.shape[0])
+        except ValueError as error:
+            raise ValueError(f"data.crop, the images that the target sees: {error}") from None
+        made = made._replace(backbone=encoder)
     classes = classes_of(made)
     if classes != (data.classes or classes):
         raise ValueError(
@@ -182,10 +206,9 @@ def source_of(path: str) -> dict[str, str]:
 
 def check_channels(made: from_torch.Converted, path: str, data: Dataset) -> None:
     """Raise ValueError unless the images have the channels that the network was made for."""
-    channels = made.backbone.params["conv1"]["kernel"].shape[2]
-    if channels != data.shape[-1]:
+    if made.channels != data.shape[-1]:
         raise ValueError(
-            f"{path} was made for images of {channels} channels, and {data.name} has"
+            f"{path} was made for images of {made.channels} channels, and {data.name} has"
             f" {data.shape[-1]}"
         )
 
@@ -208,9 +231,10 @@ def target_query(run: Run, target: Target) -> Query:
     keys, facts = run.config.target, networks.look(run.data)
     if target.path is None:
         return outside.query_of(keys, run.data, target.found)
-    network = networks.classifier(target.arch, networks.evaluated_in(keys.precision), facts)
-    weights = read_weights(run, network, target.path)
-    folded, weights = networks.for_inference(target.arch, keys.precision, facts, weights)
+    features, dtype = target.features, networks.evaluated_in(keys.precision)
+    network = networks.classifier(target.arch, dtype, facts, features=features)
+    weights = read_weights(run, network, target.path, size=0)
+    folded, weights = networks.for_inference(target.arch, keys.precision, facts, weights, features)
     view = networks.evaluation_view(facts)
     return network_query(folded, *weights, view, precision=keys.precision)
 
