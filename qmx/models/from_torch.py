@@ -89,8 +89,8 @@ def convert_tables(
         each by name; values that are not finite; a variance below zero.
     """
     if arch and arch not in ARCHS and arch not in VITS:
-        names = ", ".join([*ARCHS, *VITS])
-        raise ValueError(f"network {arch!r} is unknown; choose one of {names}")
+        every = ", ".join([*ARCHS, *VITS])
+        raise ValueError(f"network {arch!r} is unknown; choose one of {every}")
     ours = any(name.startswith("params/") for name in tables.get("", {}))
     if ours:
         try:
