@@ -29,13 +29,13 @@ from typing import Any
 
 from qmx.data import Dataset, named, open_photos, opened
 from qmx.data.named import with_names
-from qmx.grid import HEADS, cells, encoders, frozen
+from qmx.grid import HEADS, cells, encoders, frozen, teacher
 from qmx.progress import counted, progress, say
 from qmx.sharding import from_first
 from qmx.stages import outside, recorded
 from qmx.stages.distill import distill
 from qmx.stages.evaluate import evaluate
-from qmx.stages.features import evaluation_features, features
+from qmx.stages.features import evaluation_features, features, taught
 from qmx.stages.monitor import monitor
 from qmx.stages.pretrain import check as check_encoder
 from qmx.stages.pretrain import pretrain
@@ -80,8 +80,15 @@ def run(
     if only != "pretrain":  # which needs a pool and nothing else
         target = handed_on(call, target_stage)
         call = trial(call, target)
+    lessons = {
+        init: handed_on(call, taught, encoder[name, config.seeds[0]])
+        for init in encoders(config)
+        if (name := teacher(config, init))
+    }
     encoder |= {
-        start: handed_on(call, pretrain, *start) for start in starts if start not in brought
+        start: handed_on(call, pretrain, *start, lessons.get(start[0]))
+        for start in starts
+        if start not in brought
     }
     if only == "pretrain":
         said_done(call)
