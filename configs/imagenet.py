@@ -16,6 +16,7 @@ Words after the colon, with commas between them, choose a part or a flavour:
     :best               decay on kernels only where nothing was pretrained, and pooled features
                         standardised before the classifier where something was
     :moco800            MoCo v2 for 800 epochs instead of 200
+    :dinov2             heads on DINOv2's features, see below; :dinov2,moco has MoCo beside them
     :tiny               the same code in about a minute on two cores; trains a target of its own
 
 Public weights instead of a pretraining, one line each:
@@ -41,15 +42,51 @@ Target 84.2 / 97.2 (facebookresearch/WSL-Images, 32x16d). MoCo's encoder: 20 nea
 (T 0.07) 55.7, linear probe 67.5; SimSiam's 57.6 and 68.1; rotation's 11.9 and 48.1 (mmselfsup's
 model zoo). Our monitors take a held-out part of the training images, so that theirs come out a
 little higher.
+
+An encoder that anybody can download, one GPU, about an hour:
+
+    python -m qmx.main --config=configs/imagenet.py:dinov2 --workdir=runs/dinov2 \\
+        --config.data.path=/imagenet/train --config.data.eval_path=/imagenet/val \\
+        --config.target.path=ig_resnext101_32x16-c6f796b0.pth \\
+        --config.pretrain.dinov2.path=dinov2_vitb14_pretrain.pth
+
+Weights: dinov2_vitb14_pretrain.pth or dinov2_vitl14_pretrain.pth (facebookresearch/dinov2, its
+README's table; Apache-2.0), or model.safetensors of facebook/dinov2-base or -large (Hugging Face,
+the same licence). Those of DINOv3, which have a licence of their own, iBOT and MAE are read too.
+The target's are CC-BY-NC 4.0 (facebookresearch/WSL-Images). Encoder and target are not ours to hand
+on; the report names the encoder's licence.
+
+Hours, by arithmetic for one H100 at 2e14 operations a second, and not measured: features of the
+pool 59e15 operations with B/14, 5 minutes (L/14 207e15, 17); the target's answers 9.3e16, 8 minutes
+if its grouped convolutions reach that; the heads about 15, most of it for those of all images. Each
+photo is decoded twice, for which 16 cores take about 11 minutes a time, and this is the limit with
+B/14. MoCo's 200 epochs are 8.3e18 operations. Memory: 4 GB of features and 5 GB of answers in the
+host, and 30 GB on the GPU for the heads of all images. --config.fractions="(0.01,0.1)" leaves these
+out, and nine tenths of the answers.
+
+What to expect, accuracy with true labels, which the columns "true_labels" measure:
+
+    images                                 1,000   5,000   12,811  128,116  1,281,167
+    D2V2-Refined L/16, ImageNet alone      61.7    73.9    78.1    82.1     83.5
+    DINOv2 B/14, L/14, linear              -       -       -       -        84.5, 86.3
+    the table above, MoCo                  -       -       39.4    61.1     76.7
+
+(ml-jku/MIM-Refiner, docs/imgs/in1k_lowshot.png, where 1,000 and 5,000 are one and five of each
+class, as in the columns "class_balanced"; facebookresearch/dinov2, MODEL_CARD.md. No low-shot
+figures of DINOv2 are known to us; we expect no less than the first row. ImageNet's images, without
+their labels, are among the 142 M that it learned.) The target has 84.2, so
+accuracy tells little about it. The figure to look at is the fidelity beyond true labels of the same
+images, of which nobody has published one.
 """
 
 from ml_collections import ConfigDict
 
+from qmx.frozen_keys import add_encoder
 from qmx.settings import base, recipe
 from qmx.shipped import chosen
 
 INITS = ("none", "rotation", "moco", "simsiam")
-WORDS = (*INITS, "paper", "best", "moco800", "tiny")
+WORDS = (*INITS, "paper", "best", "moco800", "dinov2", "tiny")
 
 
 def get_config(words: str = "") -> ConfigDict:
@@ -126,14 +163,28 @@ def get_config(words: str = "") -> ConfigDict:
         factor=0.1,
         **tune,
     )
+    if "dinov2" in given:
+        dinov2(config, tuple(init for init in INITS if init in given))
     if "tiny" in given:
         tiny(config)
     return config
 
 
+def dinov2(config: ConfigDict, beside: tuple[str, ...]) -> None:
+    """Heads on an encoder of others; each column beside its control, which learns true labels."""
+    add_encoder(config, "dinov2", dtype="bfloat16")
+    config.inits, config.seeds = ("dinov2", *beside), (0, 1, 2)
+    config.queries = (1000, 5000)  # one and five images a class
+    config.selects, config.accesses = ("random",), ("logits", "true_labels")
+    config.also = ("dinov2+class_balanced", "dinov2+class_balanced+true_labels")
+    config.target.precision = "tf32"
+    # Less to choose from than by default: a pass over all images is 4e12 operations.
+    config.head.update(folds=2, decays=(1e-3, 1e-4, 1e-5, 1e-6), temperatures=(1.0, 2.0))
+
+
 def tiny(config: ConfigDict) -> None:
     """Small images and networks, one epoch of everything; the figures mean nothing."""
-    config.fractions = (0.1, 1.0)
+    config.fractions, config.queries = (0.1, 1.0), ()
     config.data.update(limit=96, canvas=40, resize=36, crop=32)
     config.strong_view.size = config.weak_view.size = 32
     config.student.arch = "resnet8"

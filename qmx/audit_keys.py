@@ -27,5 +27,10 @@ def auditing() -> ConfigDict:
             # npz of the model's trigger images and of how it is to answer them: image, label.
             # The report says how often each student answers them so. The model is not asked.
             watermark="",
+            # FILE.py:function or module:function of scores, uint8[b, H, W, C] -> f32[b, N], that
+            # asks the model nothing, as class names through a text encoder. The report has its
+            # accuracy and fidelity.
+            zero="",
+            zero_watch=(),  # more files that it is made of, as weights
         )
     )

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from qmx import trainers
+from qmx.column_checks import access_problems, teacher_problems
 from qmx.data import Dataset
 from qmx.data.arrays import trigger_images
 from qmx.grid import (
@@ -21,7 +22,6 @@ from qmx.grid import (
     recipe_name,
     recipe_of,
 )
-from qmx.ledger import access
 from qmx.metrics import held_out
 from qmx.models import ARCHS, NETWORKS
 from qmx.models.from_torch import split_part
@@ -58,6 +58,7 @@ def _pretraining_problems(config: Any, data: Dataset, stage: str) -> Iterator[st
     except ValueError as error:
         yield str(error)
         return
+    yield from teacher_problems(config)
     if not config.seeds:
         yield "seeds is empty; name at least one"
     if not names:
@@ -92,9 +93,6 @@ def _problems(config: Any, data: Dataset, stage: str) -> Iterator[str]:
             yield f"{axis} names one value twice: {values}"
         for value in values if axis in known else ():
             yield from choice(axis, value, known[axis])
-    for level in config.accesses:
-        if not access.known(level):
-            yield from choice("accesses", level, access.names())
     for name, keys in config.recipes.items():
         for init in keys.inits:
             yield from choice(f"recipes.{name}.inits", init, inits(config))
@@ -105,6 +103,7 @@ def _problems(config: Any, data: Dataset, stage: str) -> Iterator[str]:
         return
     for column in shown:
         yield from choice("also", column.init, inits(config))
+    yield from teacher_problems(config)
     for cell in runs:
         try:
             recipe_name(config, cell)
@@ -134,12 +133,7 @@ def _problems(config: Any, data: Dataset, stage: str) -> Iterator[str]:
         except ValueError as error:
             yield f"audit.watermark {error}"
     yield from _target_problems(config.target)
-    for level in {column.access for column in shown}:
-        if access.known(level) and not access.derivable(config.target.access, level):
-            yield (
-                f"accesses has {level!r}, and a target of target.access={config.target.access}"
-                " shows no more than that; lower accesses"
-            )
+    yield from access_problems(config, data, shown)
     recipes = _recipes(config, runs)
     yield from _label_problems(config, data, stage, {column.select for column in shown}, recipes)
     trained = {

@@ -5,6 +5,7 @@ from itertools import pairwise, product
 from typing import Any, NamedTuple
 
 from qmx.ledger import access
+from qmx.selection.by_answers import BY_ANSWERS
 from qmx.selection.orders import subset_size
 from qmx.selection.select import NEED_FEATURES, SELECTS
 
@@ -15,6 +16,10 @@ from qmx.selection.select import NEED_FEATURES, SELECTS
 USES = ("asked", "pool", "fixmatch", "head", "head_pool")
 HEADS = {"asked": "head", "pool": "head_pool"}
 NEED_ENCODER = ("pool", *HEADS.values())
+
+# In the place of a level of access: the control that learns true labels of the images that columns
+# like it ask about, and no answer.
+TRUE_LABELS = "true_labels"
 
 
 class Column(NamedTuple):
@@ -121,7 +126,41 @@ def columns(config: Any) -> list[Column]:
             f"the grid is empty: of inits {config['inits']} none has the features that selects "
             f"{config['selects']} and uses {config['uses']} need; add one that is pretrained"
         )
-    return rest
+    return _with_partners(rest, also)
+
+
+def _with_partners(columns: list[Column], also: list[Column]) -> list[Column]:
+    """Columns without the controls that are nobody's."""
+    alone = {c for c in columns if is_control(c) and not of_control(c, columns)}
+    if impossible := [" + ".join(column) for column in also if column in alone]:
+        raise ValueError(
+            f"also has {impossible[0]}, a control, and no column asks about the same images,"
+            f" whatever the answers are; name one without {TRUE_LABELS} too, as 'moco+logits'"
+        )
+    if len(alone) == len(columns):
+        raise ValueError(f"accesses has {TRUE_LABELS!r} alone, a control; add answers, as 'logits'")
+    return [column for column in columns if column not in alone]
+
+
+def is_control(column: Column | Cell) -> bool:
+    """True if a column's students learn true labels and no answer."""
+    return column.access == TRUE_LABELS
+
+
+def attacks(config: Any) -> list[Column]:
+    """The columns that are no controls."""
+    return [column for column in columns(config) if not is_control(column)]
+
+
+def of_control(control: Column, others: list[Column]) -> list[Column]:
+    """Those of some columns that learn the answers to a control's images."""
+    return [
+        column
+        for column in others
+        if column.select not in BY_ANSWERS
+        and not is_control(column)
+        and column._replace(access=TRUE_LABELS) == control
+    ]
 
 
 def frozen(config: Any, init: str) -> bool:
@@ -139,13 +178,29 @@ def inits(config: Any) -> tuple[str, ...]:
 
 
 def encoders(config: Any) -> list[str]:
-    """The inits of the columns, but for "none"."""
-    return [*dict.fromkeys(column.init for column in columns(config) if column.init != "none")]
+    """The inits of the columns but "none", and before each the encoder whose features it learns."""
+    names = (
+        name
+        for column in columns(config)
+        for name in (teacher(config, column.init), column.init)
+        if name not in ("", "none")
+    )
+    return [*dict.fromkeys(names)]
+
+
+def teacher(config: Any, init: str) -> str:
+    """The encoder whose features an init's own learns on the pool; "" if it learns none's."""
+    keys = config.get("pretrain", {}).get(init, {})
+    return "" if keys.get("path") else keys.get("of", "")
 
 
 def _column(words: str, config: Any) -> Column:
     init, *rest = words.split("+")
-    axes = {"select": SELECTS.__contains__, "access": access.known, "use": USES.__contains__}
+    axes = {
+        "select": SELECTS.__contains__,
+        "access": lambda word: access.known(word) or word == TRUE_LABELS,
+        "use": USES.__contains__,
+    }
     values = {
         "select": config["selects"][0],
         "access": config["accesses"][0],
@@ -156,7 +211,7 @@ def _column(words: str, config: Any) -> Column:
         if not axis:
             raise ValueError(
                 f"also has {words!r}, and {word!r} is none of "
-                f"{', '.join([*SELECTS, *access.names(), *USES])}"
+                f"{', '.join([*SELECTS, *access.names(), TRUE_LABELS, *USES])}"
             )
         values[axis[0]] = word
     return Column(init, **values)

@@ -29,13 +29,13 @@ from typing import Any
 
 from qmx.data import Dataset, named, open_photos, opened
 from qmx.data.named import with_names
-from qmx.grid import HEADS, cells, encoders, frozen
+from qmx.grid import HEADS, cells, encoders, frozen, teacher
 from qmx.progress import counted, progress, say
 from qmx.sharding import from_first
 from qmx.stages import outside, recorded
 from qmx.stages.distill import distill
 from qmx.stages.evaluate import evaluate
-from qmx.stages.features import evaluation_features, features
+from qmx.stages.features import evaluation_features, features, taught
 from qmx.stages.monitor import monitor
 from qmx.stages.pretrain import check as check_encoder
 from qmx.stages.pretrain import pretrain
@@ -46,6 +46,8 @@ from qmx.stages.select import chosen_by_features, chosen_up_front, select
 from qmx.stages.target import converted as converted_target
 from qmx.stages.target import target as target_stage
 from qmx.stages.trial import trial
+from qmx.stages.zero import check as check_zero
+from qmx.stages.zero import zero
 from qmx.targets import onnx_file
 from qmx.workdir import NotDone
 
@@ -80,8 +82,15 @@ def run(
     if only != "pretrain":  # which needs a pool and nothing else
         target = handed_on(call, target_stage)
         call = trial(call, target)
+    lessons = {
+        init: handed_on(call, taught, encoder[name, config.seeds[0]])
+        for init in encoders(config)
+        if (name := teacher(config, init))
+    }
     encoder |= {
-        start: handed_on(call, pretrain, *start) for start in starts if start not in brought
+        start: handed_on(call, pretrain, *start, lessons.get(start[0]))
+        for start in starts
+        if start not in brought
     }
     if only == "pretrain":
         said_done(call)
@@ -122,11 +131,12 @@ def run(
         both = feature.get(cell.start), shown.get(cell.start)
         rows.append(handed_on(call, evaluate, cell, student, *both, chosen[cell], answers))
         count(len(call.made) > before)
+    unasked = handed_on(call, zero, answers)
     said_done(call)
     if only not in ("all", "report"):
         return f"stage {only} is done; --stage=report shows where things stand"
     pairs = [encoder[start] for start in starts], [looks[start] for start in starts]
-    return report(call, target, *pairs, chosen, answers, rows)
+    return report(call, target, *pairs, chosen, answers, rows, unasked)
 
 
 def said_done(run: Run) -> None:
@@ -180,6 +190,8 @@ def check_weights(config: Any, data: Dataset, stage: str = "all") -> None:
         recorded.refuse_missing(config, data, chosen_up_front(config, data))
     if kind == "torch":
         converted_target(config.target, data)
+    if stage != "pretrain":
+        check_zero(config)
     for init in encoders(config):
         if config.pretrain[init].path:
             check_encoder(config, init, data)

@@ -216,6 +216,13 @@ def base() -> ConfigDict:
         warmup_start=0.1,
         milestones=(30.0, 50.0),
     )
+    # A network that learns the features of an encoder that stays as it is. SimReg's values.
+    config.pretrain.features = training(
+        epochs=130.0,
+        learning_rate=0.05,
+        schedule="cosine_by_epoch",
+        of="public",  # the encoder, a name in pretrain
+    )
     config.pretrain.imported = imported()
     for keys in config.pretrain.values():
         # weights that somebody else pretrained: PyTorch's, or a qmx encoder; nothing is trained

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from qmx.methods import (
     distill,
     emp_ssl,
     fastsiam,
+    features,
     fixmatch,
     linear,
     moco,
@@ -121,14 +122,21 @@ PRETRAINING: dict[str, Pretraining] = {
     "rotation": Pretraining(
         lambda keys, net, view: rotation.make(net(), models.classifier(4), view), view="weak_view"
     ),
+    "features": Pretraining(
+        lambda keys, net, view: features.make(
+            net(), partial(models.classifier, standardize=True), view
+        ),
+        view="weak_view",
+    ),
 }
 
 
 @cache
 def pretrainer(
-    name: str, keys: Any, student: Any, view_keys: Any, seen: Look, steps: int
+    name: str, keys: Any, student: Any, view_keys: Any, seen: Look, steps: int, width: int = 0
 ) -> Trainer:
-    """The `Trainer` of a method of the table `PRETRAINING`, by its keys of the config."""
+    """The `Trainer` of a method of the table `PRETRAINING`, by its keys of the config; `width` as
+    `of_encoder`'s."""
     row = PRETRAINING[name]
 
     def net(**options: Any) -> Network:
@@ -144,7 +152,8 @@ def pretrainer(
         for part in row.parts
     }
     tx = optimiser(recipe(keys), steps, **rates)
-    return _trainer(method, tx, seen, keys.batch_size, scores=False)
+    learned = {"features": width} if "of" in keys else {}
+    return _trainer(method, tx, seen, keys.batch_size, **learned)
 
 
 @cache
@@ -155,7 +164,7 @@ def distiller(
     head, weak, tx, temperatures = _student(keys, view_keys, seen, steps)
     net = backbone(arch, dtype, seen, drop_path=keys.drop_path)
     method = distill.make(net, head, weak, **temperatures)
-    return _trainer(method, tx, seen, keys.batch_size, scores=True)
+    return _trainer(method, tx, seen, keys.batch_size, scores=seen.classes)
 
 
 @cache
@@ -179,7 +188,7 @@ def self_labeller(
         **temperatures,
         **{key: fixmatch_keys[key] for key in fixmatch_keys if key not in ("mu", "epochs")},
     )
-    return _trainer(method, tx, seen, keys.batch_size, scores=True)
+    return _trainer(method, tx, seen, keys.batch_size, scores=seen.classes)
 
 
 def _student(
@@ -210,15 +219,15 @@ def prober(keys: Recipe, arch: str, dtype: str, view_keys: Any, seen: Look, step
     head = models.classifier(seen.classes, kernel_std=0.01)  # the reference's initialisation
     method = linear.make(backbone(arch, dtype, seen), head, view(view_keys, seen))
     tx = optimiser(keys, steps, head=(keys.learning_rate, keys.schedule))
-    return _trainer(method, tx, seen, keys.batch_size, scores=True)
+    return _trainer(method, tx, seen, keys.batch_size, scores=seen.classes)
 
 
 def _trainer(
-    method: Method, tx: optax.GradientTransformation, seen: Look, batch_size: int, scores: bool
+    method: Method, tx: optax.GradientTransformation, seen: Look, batch_size: int, **widths: int
 ) -> Trainer:
+    """The trainer of batches of images and of arrays f32[B, width] beside them, by their names."""
     batch: Batch = {"image": jnp.zeros((batch_size, *seen.shape), jnp.uint8)}
-    if scores:
-        batch["scores"] = jnp.zeros((batch_size, seen.classes))
+    batch |= {name: jnp.zeros((batch_size, width)) for name, width in widths.items()}
     # It runs once, so it need not be compiled well: 0.6 s and not 2.7 for MoCo on digits, two
     # cores.
     init = jax.jit(
@@ -235,11 +244,18 @@ def of_target(config: Any, seen: Look, pool: int) -> tuple[Trainer, int]:
     return distiller(keys, target.arch, dtype, config.weak_view, seen, steps), steps
 
 
-def of_encoder(config: Any, init: str, seen: Look, pool: int) -> tuple[Trainer, int]:
-    """The trainer of a pretraining, and its steps."""
+def of_encoder(
+    config: Any, init: str, seen: Look, pool: int, width: int = 2
+) -> tuple[Trainer, int]:
+    """The trainer of a pretraining, and its steps.
+
+    Args:
+      width: D of the features that it learns, if it learns an encoder's. Before they are known any
+        number will do, as it changes nothing that could be wrong.
+    """
     keys, view_keys = config.pretrain[init], config[PRETRAINING[init].view]
     steps = pretrain_steps(keys, pool)
-    return pretrainer(init, keys, config.student, view_keys, seen, steps), steps
+    return pretrainer(init, keys, config.student, view_keys, seen, steps, width), steps
 
 
 def of_probe(config: Any, seen: Look, size: int) -> tuple[Trainer, int]:

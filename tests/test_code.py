@@ -15,6 +15,7 @@ LEVELS = (
     ("main",),
     ("pipeline", "keys", "shipped", "embed", "detect"),
     ("stages", "checks", "cautions"),
+    ("column_checks",),
     ("report", "training", "trainers", "ranges", "encoders"),
     ("settings",),
     ("grid", "networks", "recipes"),

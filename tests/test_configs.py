@@ -16,7 +16,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 from torch_reference import released
 
-from qmx.grid import Cell, cells, recipe_name, recipe_of
+from qmx.checks import check_values
+from qmx.grid import Cell, attacks, cells, recipe_name, recipe_of
 from qmx.main import load_file as load_config
 from qmx.models.resnet import ARCHS
 
@@ -407,6 +408,29 @@ def test_fashion_mnist_is_fair():
         assert ours["min_steps"] == (1200 if cell.queries == 1000 else 600)
     with pytest.raises(ValueError, match="gpu"):
         load_config("fashion_mnist:gpu")
+
+
+def test_dinov2(command, photos, tmp_path):
+    """The rows of the second table; every column has its control; without weights it says which key
+    takes them, and a method beside it keeps its recipes."""
+    config = load_config("configs/imagenet.py:dinov2")
+    grid = cells(config, 1_281_167)
+    assert [cell.queries for cell in grid[::12]] == [1000, 5000, 12_811, 128_116, 1_281_167]
+    assert {cell.use for cell in grid} == {"head"} and len(grid) == 60
+    assert {(cell.select, cell.access) for cell in grid} == {
+        (select, access)
+        for select in ("random", "class_balanced")
+        for access in ("logits", "true_labels")
+    }
+    assert {column.access for column in attacks(config)} == {"logits"}
+    check_values(config)
+    both = load_config("configs/imagenet.py:dinov2,moco")
+    recipes = {recipe_name(both, cell) for cell in cells(both, 1_281_167) if cell.init == "moco"}
+    assert recipes == {"tune_1", "tune_10", "tune_100"}
+    status, _, err = command(
+        "--config=configs/imagenet.py:dinov2,tiny", *photos, f"--workdir={tmp_path}/w"
+    )
+    assert status == 2 and "--config.pretrain.dinov2.path" in err and not (tmp_path / "w").exists()
 
 
 def test_recipes_must_not_overlap():

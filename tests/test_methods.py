@@ -13,6 +13,7 @@ from qmx import (
     distill,
     emp_ssl,
     fastsiam,
+    features,
     fixmatch,
     moco,
     models,
@@ -32,6 +33,7 @@ VIEWS = {  # calls of a view in one step
     "emp_ssl": 1,
     "rotation": 1,
     "distill": 1,
+    "features": 1,
     "linear": 1,
     "fixmatch": 3,
 }
@@ -50,7 +52,7 @@ QUICK = models.Network(
 
 def backbone(name):
     """The backbone of `make`."""
-    return QUICK if name in ("emp_ssl", "fastsiam") else models.backbone("resnet8")
+    return QUICK if name in ("emp_ssl", "fastsiam", "features") else models.backbone("resnet8")
 
 
 def make(name, view=None, **changes):
@@ -73,6 +75,8 @@ def make(name, view=None, **changes):
         return fastsiam.make(QUICK, *heads, view or STRONG, views=3)
     if name == "emp_ssl":
         return emp_ssl.make(QUICK, models.emp_ssl_projector(16, 8), view or STRONG, views=3)
+    if name == "features":
+        return features.make(QUICK, models.classifier, view or WEAK)
     if name == "rotation":
         return rotation.make(models.backbone("resnet8"), models.classifier(4), view or WEAK)
     if name == "linear":
@@ -96,6 +100,7 @@ def batch(seed=0):
         "image": jnp.array(rng.integers(0, 256, (B, 8, 8, 1), np.uint8)),
         "scores": jnp.array(rng.normal(size=(B, 10)), jnp.float32),
         "pool_image": jnp.array(rng.integers(0, 256, (2 * B, 8, 8, 1), np.uint8)),
+        "features": jnp.array(rng.normal(size=(B, 6)), jnp.float32),
     }
 
 
@@ -520,6 +525,7 @@ def test_a_step_has_a_key_for_dropout(name):
         "fastsiam": lambda: fastsiam.make(net, head, models.classifier(10), plain),
         "emp_ssl": lambda: emp_ssl.make(net, head, plain, views=2),
         "rotation": lambda: rotation.make(net, models.classifier(4), plain),
+        "features": lambda: features.make(net, models.classifier, plain),
         "distill": lambda: distill.make(net, head, plain),
         "linear": lambda: linear.make(net, head, plain),
         "fixmatch": lambda: fixmatch.make(net, head, plain, plain),

@@ -84,7 +84,7 @@ def results(changes=None, weak=(), **names):
         },
         "monitors": [],
         "access": [access],
-        "zero_queries": {"top1": 50.0, "fidelity_top1": 52.0},
+        "zero_queries": {"top1": 50.0, "fidelity_top1": 52.0, "function": None},
         "agreement": [],
         "provenance": {
             "date": "2026-11-26T12:00:00+00:00",

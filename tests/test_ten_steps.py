@@ -1,5 +1,5 @@
 """Ten steps in double precision on two devices, gone on with from a checkpoint after five, beside
-PyTorch: EMP-SSL, FastSiam, and FixMatch's rules."""
+PyTorch: EMP-SSL, FastSiam, feature distillation, and FixMatch's rules."""
 
 from functools import partial
 
@@ -12,14 +12,14 @@ import torch_reference as reference
 from torch_reference import torch, variables
 
 import qmx
-from qmx import emp_ssl, fastsiam, fixmatch, models, optim, simsiam
+from qmx import emp_ssl, fastsiam, features, fixmatch, models, optim, simsiam
 from qmx.checkpoint import Checkpoints, leaf_digests
 from qmx.contract import by_path
 from qmx.models.heads import Linear
 from qmx.models.norm import BatchNorm
 from qmx.sharding import put_batch, put_state
 
-STEPS, SIZE, SIDE, CLASSES, WIDTH = 10, 8, 4, 5, 12
+STEPS, SIZE, SIDE, CLASSES, WIDTH, TAUGHT = 10, 8, 4, 5, 12, 7
 RATE, DECAY = 2**-5, 2**-7  # exact in float32 too, in which the schedules are
 close = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11)
 
@@ -76,6 +76,7 @@ def batches():
             "image": rng.integers(0, 256, (SIZE, *shape), np.uint8),
             "scores": rng.normal(size=(SIZE, CLASSES)) * 3,
             "pool_image": rng.integers(0, 256, (3 * SIZE, *shape), np.uint8),
+            "features": rng.normal(size=(SIZE, TAUGHT)),
         }
 
 
@@ -209,6 +210,33 @@ def test_fastsiam(tmp_path):
             for i, (key, batch) in enumerate(zip(keys(), batches(), strict=True)):
                 xs = [told(one, batch) for one in jax.random.split(key, 3)]
                 yield reference.update(sgd, i, reference.fastsiam_loss(net, xs))
+
+        return net, steps()
+
+    assert_alike(method, tx, follow, tmp_path)
+
+
+def test_features(tmp_path):
+    """Regression of another network's features, both of length 1, behind a batch norm."""
+    method = features.make(NET, partial(models.classifier, standardize=True), view)
+    tx = optim.sgd(lambda step: RATE, weight_decay=DECAY)
+
+    def follow(ts):
+        head = reference.network(
+            norm=reference.SplitBatchNorm(WIDTH, affine=False), fc=torch.nn.Linear(WIDTH, TAUGHT)
+        )
+        net = reference.network(backbone=small(), head=head).train()
+        net.load_state_dict(variables(ts.params, ts.state))
+        sgd = torch.optim.SGD(net.parameters(), RATE, momentum=0.9, weight_decay=DECAY)
+
+        def steps():
+            for key, batch in zip(keys(), batches(), strict=True):
+                wanted = torch.from_numpy(batch["features"])
+                loss = reference.regression_loss(net(told(key, batch)), wanted)
+                sgd.zero_grad()
+                loss.backward()
+                sgd.step()
+                yield float(loss.detach())
 
         return net, steps()
 

@@ -431,6 +431,11 @@ def emp_ssl_loss(net, crops, similarity, distortion):
     return -sum(coding_rate(one, distortion) for one in z) / len(z) - similarity * agree
 
 
+def regression_loss(p, f):
+    """Navaneet et al. 2021: the squared distance of two vectors of length 1, the mean over rows."""
+    return (F.normalize(p, dim=1) - F.normalize(f, dim=1)).square().sum(1).mean()
+
+
 def rotation_loss(net, x):
     """Gidaris et al. 2018: all four rotations of every image in one batch, four classes."""
     turned = torch.cat([torch.rot90(x, turns, (2, 3)) for turns in range(4)])

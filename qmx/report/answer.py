@@ -3,7 +3,8 @@
 import math
 from typing import Any
 
-from qmx.grid import budget_keys, columns, percent
+from qmx.grid import attacks, budget_keys, columns, percent
+from qmx.report.beyond import beyond_text, first_figure
 from qmx.report.reach import COPY, best, column_of, fewest
 from qmx.report.tables import LEARNED, label
 
@@ -14,8 +15,9 @@ def answer(results: dict) -> dict[str, Any]:
     """Number of queries that copy the target, by the strongest attack tried.
 
     {"text", "measure", "share", "queries", "low", "high", "seeds", "seeds_reached",
-    "share_of_pool", "attack", "lower_bound"}; "queries" is None where no budget is enough, and
-    "attack" then the best there is, or None before any student has learned.
+    "share_of_pool", "attack", "lower_bound", "beyond_labels"}; "queries" is None where no budget is
+    enough, and "attack" then the best there is, or None before any student has learned;
+    "beyond_labels" is `qmx.report.beyond.first_figure`, with which the text begins.
     """
     found = fewest(results, "fidelity", COPY)
     facts = {key: found[key] if found else None for key in ("queries", "low", "high")}
@@ -23,8 +25,9 @@ def answer(results: dict) -> dict[str, Any]:
     most = best(results, "fidelity")
     attack = found or most
     pool = results["pool"]["size"]
+    parts = [beyond_text(results), _sentence(results, found, most), _unasked(results)]
     return {
-        "text": _sentence(results, found, most),
+        "text": " ".join(part for part in parts if part),
         "measure": "fidelity",
         "share": COPY,
         **facts,
@@ -32,7 +35,19 @@ def answer(results: dict) -> dict[str, Any]:
         "share_of_pool": found["queries"] / pool if found else None,
         "attack": column_of(attack)._asdict() if attack else None,
         "lower_bound": LOWER_BOUND,
+        "beyond_labels": first_figure(results),
     }
+
+
+def _unasked(results: dict) -> str:
+    """The fidelity of the user's function that asks nothing; "" if there is none."""
+    found = (results["zero_queries"] or {}).get("function")
+    if not found:
+        return ""
+    return (
+        f"Without any query, {found['name']} agrees with your model on"
+        f" {found['fidelity_top1']:.1f} %."
+    )
 
 
 def _sentence(results: dict, found: dict | None, most: dict | None) -> str:
@@ -118,7 +133,7 @@ def next_steps(results: dict) -> list[str]:
             "Tell your limits (--config.audit.per_day and --config.audit.principals), to read here"
             " what the copy takes in hours."
         )
-    if len({column.access for column in columns(config)}) == 1:
+    if len({column.access for column in attacks(config)}) == 1:
         steps.append(
             "See what weaker answers would change (--config.accesses), which asks nothing more."
         )
@@ -133,7 +148,7 @@ def next_steps(results: dict) -> list[str]:
 
 def attacks_not_tried(results: dict) -> list[str]:
     """Attacks that this audit did not run, in words."""
-    tried = columns(results["config"])
+    tried = attacks(results["config"])
     known = [
         (
             "a selection of the images to ask about by their features",
@@ -147,7 +162,7 @@ def attacks_not_tried(results: dict) -> list[str]:
         ("a student that labels the rest of the pool itself", lambda c: c.use == "fixmatch"),
         (
             "a public encoder, pretrained by others",
-            lambda c: c.init == "imported" or c.use in ("head", "head_pool"),
+            lambda c: c.init in ("imported", "features") or c.use in ("head", "head_pool"),
         ),
     ]
     return [words for words, of in known if not any(of(column) for column in tried)] + [

@@ -3,8 +3,9 @@
 import math
 from typing import Any
 
-from qmx.grid import Column, columns
+from qmx.grid import Column, attacks, columns, is_control
 from qmx.report.answer import answer, attacks_not_tried, next_steps
+from qmx.report.beyond import beyond
 from qmx.report.evidence import learn_labels, watermarks
 from qmx.report.limits import Limits, largest_limits, time_to_extract
 from qmx.report.reach import COPY, MEASURES, best, column_of, fewest, full, reach_of
@@ -70,9 +71,9 @@ def attacker(results: dict) -> dict[str, Any]:
     return {
         "text": config["audit"]["attacker"] or None,
         "images": f"{pool['size']} unlabelled images of {pool['name']}",
-        "starts": sorted({column.init for column in columns(config)}),
-        "selections": sorted({column.select for column in columns(config)}),
-        "access": sorted({column.access for column in columns(config)}),
+        "starts": sorted({column.init for column in attacks(config)}),
+        "selections": sorted({column.select for column in attacks(config)}),
+        "access": sorted({column.access for column in attacks(config)}),
         "student": config["student"]["arch"],
         "principals": config["audit"]["principals"],
         "training_seconds": results["provenance"]["seconds"]["encoders"]
@@ -123,7 +124,11 @@ def inverse(results: dict, measure: str, share: float) -> dict[str, Any]:
     if full(results, measure) is None:
         return row | {"why": "the target's accuracy was not measured"}
     if found is None:
-        learned = (row for row in results["rows"] if not row["undertrained"])
+        learned = (
+            row
+            for row in results["rows"]
+            if not (row["undertrained"] or is_control(column_of(row)))
+        )
         most = max(map(spent, learned), default=0)
         each = most // results["config"]["audit"]["principals"]
         reason = f"no attack tried reaches it by {most} queries: {each} a month for each are safe"
@@ -139,10 +144,10 @@ def inverse(results: dict, measure: str, share: float) -> dict[str, Any]:
 
 
 def fewest_of_any_seed(results: dict, measure: str, share: float) -> float | None:
-    """The fewest queries by which some seed of some column reaches a share; None if none does."""
+    """The fewest queries by which some seed of some attack reaches a share; None if none does."""
     lows = [
         row["low"]
-        for column in columns(results["config"])
+        for column in attacks(results["config"])
         if (row := reach_of(results, column, measure, share)) and row["low"] is not None
     ]
     return min(lows, default=None)
@@ -171,7 +176,8 @@ def access_levels(results: dict) -> list[dict[str, Any]]:
 
 
 def controls(results: dict) -> dict[str, Any]:
-    """Controls without the answers: nothing asked at all, and true labels in their place."""
+    """Controls without the answers: nothing asked at all, and true labels in their place; and the
+    fidelity beyond the latter."""
     config = results["config"]
     by_labels = learn_labels(config)
     cells = [
@@ -179,9 +185,13 @@ def controls(results: dict) -> dict[str, Any]:
         for column in columns(config)
         for budget in results["pool"]["budgets"]
         for row in rows_of(results, column, budget["queries"])
-        if row["recipe"] in by_labels
+        if is_control(column) or row["recipe"] in by_labels
     ]
-    return {"zero_queries": results["zero_queries"], "labels": cells or None}
+    return {
+        "zero_queries": results["zero_queries"],
+        "labels": cells or None,
+        "beyond_labels": beyond(results),
+    }
 
 
 def strongest(results: dict) -> tuple[Column, int] | None:

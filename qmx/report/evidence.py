@@ -3,7 +3,7 @@
 from statistics import mean
 from typing import Any
 
-from qmx.grid import Column, columns
+from qmx.grid import Column, columns, is_control
 from qmx.report.reach import column_of
 from qmx.report.tables import Table, label, marked, rows_of, spread
 
@@ -79,7 +79,8 @@ def watermarks(results: dict[str, Any]) -> dict[str, Any] | None:
                         "queries": budget["queries"],
                         "seeds": len(some),
                         "answered": mean(row["watermark"]["answered"] for row in some),
-                        "control": all(row["recipe"] in by_labels for row in some),
+                        "control": is_control(column)
+                        or all(row["recipe"] in by_labels for row in some),
                     }
                 )
     mark = rows[0]["watermark"]
@@ -95,9 +96,9 @@ def watermarks(results: dict[str, Any]) -> dict[str, Any] | None:
         )
     else:
         note += (
-            "There is no control, for no student learned from labels (a recipe with"
-            " learn_from='labels'): a student that starts from none is not one, as it learned from"
-            " the model's answers too."
+            "There is no control, for no student learned from labels (accesses with true_labels, or"
+            " a recipe with learn_from='labels'): a student that starts from none is not one, as it"
+            " learned from the model's answers too."
         )
     facts = {"triggers": mark["triggers"], "sha256": mark["sha256"], "chance": chance}
     return {**facts, "students": students, "note": note}

@@ -2,7 +2,7 @@
 
 from statistics import mean
 
-from qmx.grid import HEADS, columns
+from qmx.grid import HEADS, attacks, columns, teacher
 from qmx.report.tables import budget_label, label, labelled, spent, values
 
 METRIC = "fidelity_top1"  # by which columns are compared
@@ -71,9 +71,10 @@ def encoder_notes(results: dict) -> list[str]:
             if found["kind"] == "weights"
             else ""
         )
-        lines[found["init"]] = (
-            f"Encoder {found['init']}: {made_of}{how}, sha256 {found['sha256'][:16]}, licence"
-            f" {found['licence'] or 'not told'}; it stays as it is, and its students are heads."
+        init, licence = found["init"], found["licence"] or "not told"
+        lines[init] = (
+            f"Encoder {init}: {made_of}{how}, sha256 {found['sha256'][:16]}, licence {licence}; it"
+            f" stays as it is{_learners(results, init)}."
         )
     return [*lines.values()]
 
@@ -81,7 +82,7 @@ def encoder_notes(results: dict) -> list[str]:
 def pool_notes(results: dict) -> list[str]:
     """A line on each column that learns from the whole pool and somewhere agrees less with the
     target than the same column that learns from what was asked about alone."""
-    lines, shown = [], columns(results["config"])
+    lines, shown = [], attacks(results["config"])
     for column in shown:
         plain = column._replace(use="head" if column.use in HEADS.values() else "asked")
         if column == plain or plain not in shown:
@@ -97,6 +98,16 @@ def pool_notes(results: dict) -> list[str]:
                 f" {', '.join(lost)} queries: what it learns from the other images does harm there."
             )
     return lines
+
+
+def _learners(results: dict, init: str) -> str:
+    """Words on what learns from the features of an encoder that stays as it is."""
+    config = results["config"]
+    starts = dict.fromkeys(column.init for column in columns(config))
+    heads = ", and its students are heads" if init in starts else ""
+    return heads + "".join(
+        f"; {name} learns its features" for name in starts if teacher(config, name) == init
+    )
 
 
 def recipes_note(results: dict) -> str:

@@ -16,6 +16,7 @@ from qmx.report.audit_tables import (
     strongest_table,
     unknown_limits,
 )
+from qmx.report.beyond import beyond_table
 from qmx.report.evidence import detection_note, detection_table, watermark_table
 from qmx.report.pictures import Picture
 from qmx.report.reach import ranked
@@ -43,7 +44,7 @@ GLOSSARY = (
     ("PRADA", "a detector: are a class's queries as far from each other as honest ones are?"),
     ("MMD", "a detector: are the last queries distributed as honest ones are?"),
     ("Watermark, trigger images", "images that only the model, or a copy, answers in a set way."),
-    ("Control", "a student of the same images that learned from true labels."),
+    ("Control, true_labels", "a student of the same images that learned from true labels."),
     ("Principal", "an account, key or address to which a limit applies."),
 )
 
@@ -66,6 +67,7 @@ def page(results: dict, tables: list[Table], notes: list[str], pictures: Sequenc
         audit=audit,
         # Drawn from numbers and from words of the grid, which the drawing escapes.
         curves={name: Markup(svg) for name, svg in drawn(results).items()},
+        beyond=beyond_table(results),
         strongest=strongest_table(results),
         effort=effort_table(results),
         limits_note=limits_note(results),

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
-from qmx.grid import Column, columns
+from qmx.grid import Column, attacks, columns, is_control
 from qmx.report.tables import complete, rows_of
 
 # The measure of a row that each stands for, and what a full share of it is.
@@ -108,9 +108,9 @@ def reached(results: dict) -> list[dict[str, Any]]:
 
 
 def fewest(results: dict, measure: str, share: float) -> dict[str, Any] | None:
-    """`reach_of` the column that needs the fewest queries for a share; None if none reaches it.
+    """`reach_of` the attack that needs the fewest queries for a share; None if none reaches it.
 
-    Of columns that need as few, the one with the best figure at the budget there or below it.
+    Of attacks that need as few, the one with the best figure at the budget there or below it.
     """
 
     def rank(row: dict[str, Any]) -> tuple[float, float]:
@@ -120,16 +120,16 @@ def fewest(results: dict, measure: str, share: float) -> dict[str, Any] | None:
             value for queries, value in curve.items() if queries <= max(few, row["queries"])
         )
 
-    rows = [reach_of(results, column, measure, share) for column in columns(results["config"])]
+    rows = [reach_of(results, column, measure, share) for column in attacks(results["config"])]
     return min((row for row in rows if row and row["queries"] is not None), key=rank, default=None)
 
 
 def best(results: dict, measure: str) -> dict[str, Any] | None:
-    """The column and budget of the highest mean of a measure, {axes, "queries", "value"}; of equal
+    """The attack and budget of the highest mean of a measure, {axes, "queries", "value"}; of equal
     ones the one with the fewest queries. None if no student learned."""
     found = [
         {**column._asdict(), "queries": queries, "value": value}
-        for column in columns(results["config"])
+        for column in attacks(results["config"])
         for queries, value in learned(results, column, measure)[None].items()
     ]
     return min(found, key=lambda row: (-row["value"], row["queries"]), default=None)
@@ -137,13 +137,13 @@ def best(results: dict, measure: str) -> dict[str, Any] | None:
 
 def ranked(results: dict) -> list[Column]:
     """The columns, the strongest attack first, the others by their fidelity at the smallest budget
-    at which they have one."""
+    at which they have one, and the controls last."""
     attack = fewest(results, "fidelity", COPY) or best(results, "fidelity")
     first = column_of(attack) if attack else None
 
-    def rank(column: Column) -> tuple[bool, float]:
+    def rank(column: Column) -> tuple[bool, bool, float]:
         curve = learned(results, column, "fidelity")[None]
-        return column != first, -next(iter(curve.values()), 0.0)
+        return is_control(column), column != first, -next(iter(curve.values()), 0.0)
 
     return sorted(columns(results["config"]), key=rank)
 

@@ -123,7 +123,7 @@ def result_tables(results: dict) -> list[Table]:
                 cells.append(marked(results, column, budget["queries"], cell))
             rows.append([budget_label(results, budget), *cells])
         tables.append(Table(title, ["queries", *names], rows))
-    tables += [*reach_tables(results), *access_tables(results, over)]
+    tables += [*reach_tables(results), *access_tables(results, over), *zero_tables(results)]
     monitors = [m for m in results["monitors"] if "knn_top1" in m]  # with labels alone
     if monitors:
         first = monitors[0]
@@ -191,6 +191,28 @@ def reach_tables(results: dict) -> list[Table]:
         for measure, title in titles.items()
         if shares and (measure != "accuracy" or labelled(results))
     ]
+
+
+def zero_tables(results: dict) -> list[Table]:
+    """Copies that ask nothing: one class for every image, and the user's function."""
+    found = results["zero_queries"]
+    if not found:
+        return []
+    told = {"one class for every image": found}
+    if function := found.get("function"):
+        told[function["name"]] = function
+    rows = [
+        [
+            name,
+            *(
+                NO_LABELS if row[metric] is None else f"{row[metric]:.1f}"
+                for metric in ("top1", "fidelity_top1")
+            ),
+        ]
+        for name, row in told.items()
+    ]
+    title = "Without a query, top-1, in per cent"
+    return [Table(title, ["copy", "accuracy", "fidelity"], rows)]
 
 
 def access_tables(results: dict, over: str) -> list[Table]:

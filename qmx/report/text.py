@@ -12,6 +12,7 @@ from qmx.report.audit_tables import (
     standards_table,
     unknown_limits,
 )
+from qmx.report.beyond import beyond_table
 from qmx.report.evidence import detection_note, detection_table, watermark_table
 from qmx.report.notes import account_notes
 from qmx.report.tables import LEARNED, aligned, result_tables
@@ -25,6 +26,7 @@ STAR = (
 def terminal(results: dict) -> str:
     """Text for standard out: the answer first, the result table last; `results` of plain text."""
     audit, tables = results["audit"], result_tables(results)
+    tables += [table for table in [beyond_table(results)] if table]
     parts = [
         "\n".join([audit["answer"]["text"], *star(results)]),
         "\n".join(["What to do next:", *(f"- {step}" for step in audit["next_steps"])]),
@@ -46,7 +48,8 @@ def markdown(results: dict) -> str:
         "![Accuracy and fidelity against queries](curve.png)",
         "\n".join(f"- {note}" for note in account_notes(results)),
     ]
-    parts += [f"## {table.title}\n\n{aligned(table)}" for table in result_tables(results)]
+    tables = [*filter(None, [beyond_table(results)]), *result_tables(results)]
+    parts += [f"## {table.title}\n\n{aligned(table)}" for table in tables]
     parts += ["## What to do next\n\n" + "\n".join(f"- {step}" for step in audit["next_steps"])]
     parts += ["## What it takes at your limits", limits_note(results)]
     parts += unknown_limits(results)

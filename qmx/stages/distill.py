@@ -11,7 +11,7 @@ from qmx import networks, trainers
 from qmx.checkpoint import save_weights
 from qmx.data import Source
 from qmx.data.sources import Beside, take
-from qmx.grid import HEADS, Cell, recipe_name, recipe_of
+from qmx.grid import HEADS, Cell, is_control, recipe_name, recipe_of
 from qmx.ledger.access import as_logits
 from qmx.stages import heads
 from qmx.stages.answers import Answers, read_scores
@@ -52,7 +52,8 @@ def distill(
       encoder: that it starts from; None for a start from nothing.
       features: of that encoder, by which answers are spread where the cell's use is "pool", and on
         which a head learns.
-      answers: not read by a recipe that learns from labels.
+      answers: not read by a recipe that learns from labels; of a control they say which images its
+        column has answers to.
     """
     config, keys = run.config, recipe_of(run.config, cell)
     encoder = needed(encoder) if encoder else None
@@ -74,8 +75,10 @@ def distill(
             "student": plain(config.student),
         }
     if keys.learn_from != "labels":
-        inputs |= needed(answers).identity
-        if left_out := len(selection.ids) - len(needed(answers).there(selection.ids)):
+        left_out = len(selection.ids) - len(needed(answers).there(selection.ids))
+        if left_out or not is_control(cell):
+            inputs |= needed(answers).identity
+        if left_out:
             inputs["without_answer"] = left_out
     if cell.use == "pool":
         inputs["propagation"] = plain(config.propagation)
@@ -132,12 +135,15 @@ def distill(
 def asked(
     run: Run, cell: Cell, selection: Selection, answers: Answers | NotDone
 ) -> tuple[np.ndarray, Any]:
-    """(the images i64[n] that have an answer, their scores f32[n, N]) of a cell."""
+    """(the images i64[n] that have an answer, their scores f32[n, N]) of a cell; those of a control
+    are true labels."""
     ids = selection.ids
     if recipe_of(run.config, cell).learn_from == "labels":
         return ids, Labels(run.data.pool.labels[ids], run.data.classes)
     answers = needed(answers)
     ids = answers.there(ids)
+    if is_control(cell):
+        return ids, Labels(run.data.pool.labels[ids], run.data.classes)
     keys = [row.tobytes() for row in answers.train[np.searchsorted(answers.ids, ids)]]
     return ids, read_scores(run, answers.identity, keys, cell.access)
 

@@ -10,7 +10,7 @@ from qmx.contract import Encoder, Network
 from qmx.data.arrays import trigger_images
 from qmx.data.sources import take
 from qmx.files import read_arrays, write_arrays
-from qmx.grid import HEADS, Cell, recipe_of
+from qmx.grid import HEADS, Cell, is_control, recipe_of
 from qmx.metrics import compare, fidelity_by_class, top_k
 from qmx.report.tables import LEARNED
 from qmx.selection.by_answers import BY_ANSWERS, shares
@@ -153,8 +153,10 @@ def network_of(run: Run, cell: Cell, student: Student) -> tuple[Network, Encoder
 def asked_fidelity(
     run: Run, cell: Cell, scores: np.ndarray, ids: np.ndarray, answers: Answers
 ) -> float:
-    """Agreement of a student with the answers that it was given, on images that the target was
-    asked about, in per cent."""
+    """Agreement of a student with the answers that it was given, a control's with the labels, on
+    images that the target was asked about, in per cent."""
+    if is_control(cell):
+        return top_k(scores, run.data.pool.labels[ids], 1)
     keys = [row.tobytes() for row in answers.train[np.searchsorted(answers.ids, ids)]]
     return top_k(scores, read_scores(run, answers.identity, keys, cell.access).argmax(1), 1)
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qmx import networks
+from qmx import heads, networks
 from qmx.data import Source
 from qmx.data.sources import take
 from qmx.files import Unreadable, check_file, read_json, write_json
@@ -18,12 +18,25 @@ from qmx.selection.pixels import beside, components
 from qmx.selection.propagate import graph_of, spread
 from qmx.sharding import first, from_first
 from qmx.stages import frozen
-from qmx.stages.pretrain import Pretrained, backbone
+from qmx.stages.pretrain import Pretrained, Taught, backbone
 from qmx.stages.run import Run, needed, outputs, read_weights
 from qmx.workdir import NotDone
 
 LEAST, MOST = 1024, 65536  # images between two writes: as many as take about SECONDS
 SECONDS = 10.0  # of work that a kill may cost
+
+
+class Centred:
+    """Features less their mean, made for the rows read: those of 1.3 M images are 4 GB."""
+
+    def __init__(self, rows: np.ndarray, mean: np.ndarray):
+        self.given, self.mean, self.shape = rows, mean, rows.shape
+
+    def __len__(self) -> int:
+        return len(self.given)
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        return self.given[rows] - self.mean
 
 
 class Features(NamedTuple):
@@ -35,6 +48,12 @@ class Features(NamedTuple):
     def rows(self) -> np.ndarray:
         """f32[n, D] as the encoder makes them, mapped from the file."""
         return _mapped(self.path)
+
+    def centred(self) -> "Centred":
+        """f32[n, D] about their mean, for what learns them."""
+        rows = self.rows()
+        # In one process: another machine's sums may round another way.
+        return Centred(rows, from_first(lambda: heads.spread(rows)[0].astype(rows.dtype)))
 
     def read(self) -> np.ndarray:
         """f32[n, D], unit rows."""
@@ -89,6 +108,12 @@ def features(run: Run, encoder: Pretrained | NotDone) -> Features:
     """An encoder's features of every image of the pool."""
     encoder = needed(encoder)
     return _of(run, encoder, "select", run.data.pool, {"pool": run.data.pool_digest})
+
+
+def taught(run: Run, encoder: Pretrained | NotDone) -> Taught:
+    """`features` for an encoder that learns them, which the stage pretrain alone makes too."""
+    made = features(run._replace(only="select") if run.only == "pretrain" else run, encoder)
+    return Taught(made.encoder.sha256, made.centred)
 
 
 def evaluation_features(run: Run, encoder: Pretrained | NotDone) -> Features:

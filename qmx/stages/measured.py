@@ -17,7 +17,7 @@ from scipy.special import softmax
 import qmx
 from qmx.checkpoint import file_digest
 from qmx.files import read_json
-from qmx.grid import Budget, Cell, Column, budgets, columns
+from qmx.grid import Budget, Cell, Column, attacks, budgets, columns
 from qmx.ledger.replay import extent
 from qmx.metrics import calibration_error, fidelity_by_class, top_k
 from qmx.progress import say
@@ -36,11 +36,11 @@ def honest(run: Run, answers: Answers) -> list[dict[str, Any]]:
     keys = [row.tobytes() for row in answers.report]
     evaluation, rows = run.data.evaluation, list[dict[str, Any]]()
     unknown = {"top1": None, "top5": None, "calibration_error": None}
+    levels = dict.fromkeys(column.access for column in attacks(run.config))
     if not evaluation.labelled:
-        levels = dict.fromkeys(column.access for column in columns(run.config))
         return [{"access": access, **unknown} for access in levels]
     labels = evaluation.labels[answers.evaluation]
-    for access in dict.fromkeys(column.access for column in columns(run.config)):
+    for access in levels:
         scores = read_scores(run, answers.identity, keys, access)
         rows.append(
             {

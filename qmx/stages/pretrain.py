@@ -1,21 +1,26 @@
 """Encoders: pretrained here without labels, or brought along."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from qmx import grid, models, networks, trainers
 from qmx.checkpoint import save_weights
 from qmx.contract import Network
 from qmx.data import Dataset
+from qmx.data.sources import take
 from qmx.diagnostics import watch
 from qmx.models import from_torch
 from qmx.models.vit_from_torch import resized, seen_through
 from qmx.progress import say
 from qmx.stages import frozen
-from qmx.stages.run import Run, facts, plain, root_key
+from qmx.stages.run import Run, facts, needed, plain, root_key
 from qmx.stages.target import check_channels, source_of
 from qmx.training import train
+from qmx.workdir import NotDone
 
 # The file of an encoder that stays as it is.
 RESULT = dict.fromkeys(("callable", "table"), "result.json") | {"weights": "encoder.safetensors"}
@@ -43,8 +48,20 @@ class Pretrained(NamedTuple):
         return self.init if self.kind else f"{self.init}-seed{self.seed}"
 
 
-def pretrain(run: Run, init: str, seed: int) -> Pretrained:
-    """An encoder: trained without labels, or converted from the weights that the config names."""
+class Taught(NamedTuple):
+    """Features of another encoder, for one that learns them."""
+
+    sha256: str  # of the encoder that has them
+    # () -> an array f32[n, D] of the pool's, about their mean, that is read by rows
+    rows: Callable[[], Any]
+
+
+def pretrain(run: Run, init: str, seed: int, taught: Taught | NotDone | None = None) -> Pretrained:
+    """An encoder: trained without labels, or converted from the weights that the config names.
+
+    Args:
+      taught: for an encoder that learns another's features.
+    """
     keys, student = run.config.pretrain[init], run.config.student
     name = f"{init}-seed{seed}"
     if grid.frozen(run.config, init):  # one for all seeds
@@ -70,16 +87,27 @@ def pretrain(run: Run, init: str, seed: int) -> Pretrained:
             view: plain(run.config[view]),
             "student": plain(student),
         }
+        if grid.teacher(run.config, init):
+            inputs["features"] = needed(taught).sha256
         result = run.stage(
-            "pretrain", name, inputs, lambda directory: _pretrain(run, init, seed, directory)
+            "pretrain",
+            name,
+            inputs,
+            lambda directory: _pretrain(run, init, seed, directory, taught),
         )
     path = run.workdir / "pretrain" / name / "encoder.safetensors"
     return Pretrained(init, seed, path, result)
 
 
-def _pretrain(run: Run, init: str, seed: int, directory: Path) -> dict:
-    keys, pool = run.config.pretrain[init], run.data.pool
-    trainer, steps = trainers.of_encoder(run.config, init, networks.look(run.data), pool.size)
+def _pretrain(
+    run: Run, init: str, seed: int, directory: Path, taught: Taught | NotDone | None
+) -> dict:
+    keys, pool, width = run.config.pretrain[init], run.data.pool, {}
+    if taught is not None:
+        rows = needed(taught).rows()
+        pool, width = take(pool, np.arange(pool.size), features=rows), {"width": rows.shape[1]}
+    seen = networks.look(run.data)
+    trainer, steps = trainers.of_encoder(run.config, init, seen, pool.size, **width)
     rng = root_key(seed, init)
     began = time.monotonic()
     ts = train(

@@ -32,8 +32,13 @@ def report(
     chosen: dict[Cell, Selection | NotDone],
     answers: Answers | NotDone,
     rows: list[dict | NotDone],
+    unasked: dict | NotDone | None = None,
 ) -> str:
-    """Write the report; returns the text for standard out. What was not run is shown as not run."""
+    """Write the report; returns the text for standard out. What was not run is shown as not run.
+
+    Args:
+      unasked: figures of a function that asks nothing, see `qmx.stages.zero.zero`.
+    """
     target = needed(target)
     keys, data = run.config.target, run.data
     facts = {"name": target.name, "sha256": target.sha256}
@@ -47,7 +52,10 @@ def report(
             warning = unexpected(keys.expect, accuracy, data.evaluation.size)
         known = {
             "access": measured.honest(run, answers),
-            "zero_queries": measured.zero_queries(run, answers),
+            "zero_queries": {
+                **measured.zero_queries(run, answers),
+                "function": None if isinstance(unasked, NotDone) else unasked,
+            },
         }
 
     account = in_ledger(run, target.identity, lambda ledger: ledger.account()._asdict())

@@ -120,9 +120,14 @@ def digest(path: str, watch: Sequence[str] = (), key: str = "target.path") -> st
     result = hashlib.sha256(f"{name}\0".encode() + _source(file, path, key).read_bytes())
     for other in watch:
         if not Path(other).is_file():
-            raise ValueError(f"{key.removesuffix('path')}watch {other}: no such file")
+            raise ValueError(f"{_watch(key)} {other}: no such file")
         result.update(file_digest(other).encode())
     return result.hexdigest()
+
+
+def _watch(key: str) -> str:
+    """The key of the files to watch, beside that of a path: "target.watch", "audit.zero_watch"."""
+    return key.removesuffix("path") + "watch" if key.endswith("path") else f"{key}_watch"
 
 
 def _source(file: str, path: str, key: str) -> Path:
