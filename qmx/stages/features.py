@@ -107,6 +107,8 @@ def _unit_rows(path: Path) -> np.ndarray:
 def features(run: Run, encoder: Pretrained | NotDone) -> Features:
     """An encoder's features of every image of the pool."""
     encoder = needed(encoder)
+    if run.config.propagation.pixels:
+        _pixels(run)  # a part of this stage, for later ones
     return _of(run, encoder, "select", run.data.pool, {"pool": run.data.pool_digest})
 
 
