@@ -163,6 +163,11 @@ def of_control(control: Column, others: list[Column]) -> list[Column]:
     ]
 
 
+def propagates(column: Column) -> bool:
+    """True if a column's answers are spread over the pool, to learn from or to choose by."""
+    return column.use in ("pool", HEADS["pool"]) or column.select in BY_ANSWERS
+
+
 def frozen(config: Any, init: str) -> bool:
     """True if an init is an encoder that stays as it is, so that its students are heads."""
     return "kind" in config.get("pretrain", {}).get(init, ())

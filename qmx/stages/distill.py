@@ -160,7 +160,7 @@ def transfer_set(
     ids, scores = asked(run, cell, selection, answers)
     if cell.use == "pool":
         known = softmax(scores[np.arange(len(ids))], axis=1)
-        rows = needed(features).propagate(run, ids, known)
+        rows = needed(features).propagate(ids, known, run.config.propagation)
         return take(pool, np.arange(pool.size), scores=as_logits(rows, "probs"))
     source = take(pool, ids, scores=scores)
     if cell.use == "fixmatch":

@@ -12,6 +12,7 @@ from qmx import heads, networks
 from qmx.data import Source
 from qmx.data.sources import take
 from qmx.files import Unreadable, check_file, read_json, write_json
+from qmx.grid import columns, propagates
 from qmx.progress import Progress, progress
 from qmx.selection.by_features import unit
 from qmx.selection.pixels import beside, components
@@ -44,6 +45,7 @@ class Features(NamedTuple):
 
     encoder: Pretrained
     path: Path
+    pixels: Path | None = None  # of the images' components, where propagation looks at them too
 
     def rows(self) -> np.ndarray:
         """f32[n, D] as the encoder makes them, mapped from the file."""
@@ -59,23 +61,20 @@ class Features(NamedTuple):
         """f32[n, D], unit rows."""
         return _unit_rows(self.path)
 
-    def propagate(self, run: Run, ids: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    def propagate(self, ids: np.ndarray, probabilities: np.ndarray, keys: Any) -> np.ndarray:
         """Answers f32[m, N] for some images, spread over all: `qmx.selection.propagate.propagate`
         with the config's keys."""
-        keys = run.config.propagation
-        seen = _pixels(run) if keys.pixels else None
-        graph = _graph(
-            self.path, self.encoder.sha256, seen, keys.pixels, keys.neighbours, keys.power
-        )
+        made_of = self.path, self.encoder.sha256, self.pixels
+        graph = _graph(*made_of, keys.pixels, keys.neighbours, keys.power)
         return spread(graph, ids, probabilities, keys.alpha, keys.temperature)
 
 
 @lru_cache(maxsize=4)  # one graph serves all budgets; for 60,000 images it takes 0.2 GB
 def _graph(
-    path: Path, sha256: str, seen: Path | None, weight: float, neighbours: int, power: float
+    path: Path, sha256: str, pixels: Path | None, weight: float, neighbours: int, power: float
 ) -> Any:
     del sha256  # other features of the same name have another graph
-    rows = beside(_mapped(path), _mapped(seen), weight) if seen else _unit_rows(path)
+    rows = beside(_mapped(path), _mapped(pixels), weight) if pixels else _unit_rows(path)
     return graph_of(rows, neighbours, power)
 
 
@@ -106,10 +105,9 @@ def _unit_rows(path: Path) -> np.ndarray:
 
 def features(run: Run, encoder: Pretrained | NotDone) -> Features:
     """An encoder's features of every image of the pool."""
-    encoder = needed(encoder)
-    if run.config.propagation.pixels:
-        _pixels(run)  # a part of this stage, for later ones
-    return _of(run, encoder, "select", run.data.pool, {"pool": run.data.pool_digest})
+    made = _of(run, needed(encoder), "select", run.data.pool, {"pool": run.data.pool_digest})
+    spreads = any(propagates(column) for column in columns(run.config))
+    return made._replace(pixels=_pixels(run)) if run.config.propagation.pixels and spreads else made
 
 
 def taught(run: Run, encoder: Pretrained | NotDone) -> Taught:

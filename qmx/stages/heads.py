@@ -32,7 +32,7 @@ def fit(
     known = np.asarray(scores[np.arange(len(ids))], np.float32)
     also = None
     if cell.use == "head_pool":
-        reached = features.propagate(run, ids, softmax(known, axis=1))
+        reached = features.propagate(ids, softmax(known, axis=1), run.config.propagation)
         also = np.asarray(rows), as_logits(reached, "probs")
     keys = {name: value for name, value in run.config.head.items()}
 

@@ -63,7 +63,7 @@ def in_rounds(run: Run, cell: Cell, features: Features, target: Target) -> np.nd
         has = answered(run, target.identity, keys)
         some = [keys[place] for place in np.flatnonzero(has)]
         known = softmax(read_scores(run, target.identity, some, cell.access), axis=1)
-        spread = features.propagate(run, ids[has], known)
+        spread = features.propagate(ids[has], known, run.config.propagation)
         # In one process, since another machine's sums may round another way, and choose others.
         ids = np.concatenate([ids, from_first(partial(way, spread, ids, share))])
     return ids
