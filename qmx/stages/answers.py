@@ -167,6 +167,17 @@ def read_scores(run: Run, identity: dict[str, str], keys: list[bytes], access: s
     return as_logits(scores, access)
 
 
+def train_scores(run: Run, answers: Answers, ids: np.ndarray, access: str) -> np.ndarray:
+    """`read_scores` of some of the pool's images that have an answer."""
+    keys = [row.tobytes() for row in answers.train[np.searchsorted(answers.ids, ids)]]
+    return read_scores(run, answers.identity, keys, access)
+
+
+def report_scores(run: Run, answers: Answers, access: str) -> np.ndarray:
+    """`read_scores` of all evaluation images that have an answer."""
+    return read_scores(run, answers.identity, [row.tobytes() for row in answers.report], access)
+
+
 def afford(run: Run, target: Target, source: Source, ids: np.ndarray) -> None:
     """Raise BudgetSpent, in every process, if these images together are more than the budget has
     left.

@@ -14,7 +14,7 @@ from qmx.data.sources import Beside, take
 from qmx.grid import HEADS, Cell, is_control, recipe_name, recipe_of
 from qmx.ledger.access import as_logits
 from qmx.stages import heads
-from qmx.stages.answers import Answers, read_scores
+from qmx.stages.answers import Answers, train_scores
 from qmx.stages.features import Features
 from qmx.stages.pretrain import Pretrained, backbone
 from qmx.stages.run import Run, facts, needed, plain, read_weights, root_key
@@ -137,15 +137,12 @@ def asked(
 ) -> tuple[np.ndarray, Any]:
     """(the images i64[n] that have an answer, their scores f32[n, N]) of a cell; those of a control
     are true labels."""
-    ids = selection.ids
-    if recipe_of(run.config, cell).learn_from == "labels":
+    ids, by_labels = selection.ids, recipe_of(run.config, cell).learn_from == "labels"
+    if not by_labels:
+        ids = needed(answers).there(ids)
+    if by_labels or is_control(cell):
         return ids, Labels(run.data.pool.labels[ids], run.data.classes)
-    answers = needed(answers)
-    ids = answers.there(ids)
-    if is_control(cell):
-        return ids, Labels(run.data.pool.labels[ids], run.data.classes)
-    keys = [row.tobytes() for row in answers.train[np.searchsorted(answers.ids, ids)]]
-    return ids, read_scores(run, answers.identity, keys, cell.access)
+    return ids, train_scores(run, needed(answers), ids, cell.access)
 
 
 def transfer_set(

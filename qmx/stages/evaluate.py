@@ -16,7 +16,7 @@ from qmx.report.tables import LEARNED
 from qmx.selection.by_answers import BY_ANSWERS, shares
 from qmx.sharding import first
 from qmx.stages import heads
-from qmx.stages.answers import Answers, read_scores
+from qmx.stages.answers import Answers, report_scores, train_scores
 from qmx.stages.distill import Student
 from qmx.stages.features import Features, trigger_features
 from qmx.stages.run import Run, needed, outputs, read_weights
@@ -60,8 +60,7 @@ def evaluate(
             on_asked = heads.scores(run, student.path, needed(features), pool_ids)
         else:
             scores, on_asked = of_network(run, cell, student, pool_ids)
-        about = [row.tobytes() for row in answers.report]
-        target = read_scores(run, answers.identity, about, access)
+        target = report_scores(run, answers, access)
         there = answers.evaluation
         named, wanted = scores[there].argmax(1), target.argmax(1)
         if first():
@@ -157,8 +156,7 @@ def asked_fidelity(
     images that the target was asked about, in per cent."""
     if is_control(cell):
         return top_k(scores, run.data.pool.labels[ids], 1)
-    keys = [row.tobytes() for row in answers.train[np.searchsorted(answers.ids, ids)]]
-    return top_k(scores, read_scores(run, answers.identity, keys, cell.access).argmax(1), 1)
+    return top_k(scores, train_scores(run, answers, ids, cell.access).argmax(1), 1)
 
 
 def worst_class(student: np.ndarray, target: np.ndarray, classes: int) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ from qmx.ledger.replay import extent
 from qmx.metrics import calibration_error, fidelity_by_class, top_k
 from qmx.progress import say
 from qmx.sharding import from_first
-from qmx.stages.answers import Answers, read_scores
+from qmx.stages.answers import Answers, report_scores
 from qmx.stages.evaluate import named
 from qmx.stages.run import Run
 
@@ -33,7 +33,6 @@ def honest(run: Run, answers: Answers) -> list[dict[str, Any]]:
     Rows of {"access", "top1", "top5", "calibration_error"}, in per cent, None without labels; from
     the ledger.
     """
-    keys = [row.tobytes() for row in answers.report]
     evaluation, rows = run.data.evaluation, list[dict[str, Any]]()
     unknown = {"top1": None, "top5": None, "calibration_error": None}
     levels = dict.fromkeys(column.access for column in attacks(run.config))
@@ -41,7 +40,7 @@ def honest(run: Run, answers: Answers) -> list[dict[str, Any]]:
         return [{"access": access, **unknown} for access in levels]
     labels = evaluation.labels[answers.evaluation]
     for access in levels:
-        scores = read_scores(run, answers.identity, keys, access)
+        scores = report_scores(run, answers, access)
         rows.append(
             {
                 "access": access,
@@ -57,8 +56,7 @@ def zero_queries(run: Run, answers: Answers) -> dict[str, float | None]:
     """A copy that asks nothing and names one class for every image, at its best: {"top1",
     "fidelity_top1"} in per cent, of the most frequent class (None without labels) and the most
     frequent answer."""
-    keys = [row.tobytes() for row in answers.report]
-    wanted = read_scores(run, answers.identity, keys, run.config.target.access).argmax(1)
+    wanted = report_scores(run, answers, run.config.target.access).argmax(1)
     evaluation = run.data.evaluation
     labels = evaluation.labels[answers.evaluation] if evaluation.labelled else None
     return {

@@ -10,7 +10,7 @@ from qmx.data.batches import ahead
 from qmx.metrics import compare
 from qmx.progress import progress
 from qmx.sharding import from_first
-from qmx.stages.answers import Answers, read_scores
+from qmx.stages.answers import Answers, report_scores
 from qmx.stages.run import Run, needed
 from qmx.targets import function
 from qmx.workdir import NotDone
@@ -32,12 +32,7 @@ def zero(run: Run, answers: Answers | NotDone) -> dict[str, Any] | None:
     answers, evaluation = needed(answers), run.data.evaluation
 
     def work(_: Path) -> dict:
-        target = read_scores(
-            run,
-            answers.identity,
-            [row.tobytes() for row in answers.report],
-            run.config.target.access,
-        )
+        target = report_scores(run, answers, run.config.target.access)
         told = function.encoder(path, dimension=target.shape[1], key=KEY)
         parts = []
         with progress("zero queries", len(answers.evaluation)) as shown:
