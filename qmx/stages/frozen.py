@@ -13,6 +13,7 @@ from qmx import models, networks
 from qmx.checkpoint import file_digest, load_weights, save_weights
 from qmx.contract import Encoder, Network, View, variable_shapes
 from qmx.data import Dataset, Source
+from qmx.data.batches import ahead
 from qmx.data.sources import take
 from qmx.encoders import read_features
 from qmx.files import check_file
@@ -154,22 +155,31 @@ def network_of(run: Run, path: Path, said: dict[str, Any]) -> tuple[Network, Enc
     return network, put_state(load_weights(path, like)), view
 
 
+def told_by(
+    run: Run,
+    made: Callable[[np.ndarray], np.ndarray],
+    source: Source,
+    ids: np.ndarray,
+    name: str,
+    shown: Callable[[int], None],
+) -> np.ndarray:
+    """Rows f32[n, D] that a user's function makes of some images of a source, in the first process;
+    `shown` is called with the number done, and `name` is that of the work."""
+    parts = []
+    for done, images in ahead(source.shown, ids, BATCH):
+        run.go_on(name, done - len(images), len(ids))
+        parts.append(from_first(partial(made, images)))
+        shown(done)
+    return np.concatenate(parts)
+
+
 def rows_of(run: Run, encoder: Any, source: Source, name: str) -> Rows:
     """(ids, progress) -> features of these images of a source by an encoder of any kind."""
     keys, said, key = run.config.pretrain[encoder.init], encoder.facts, encoder.init
     if said["kind"] == "callable":
         made = function.encoder(keys.path, key=f"pretrain.{key}.path")
 
-        def by_function(ids: np.ndarray, shown: Callable[[int], None]) -> np.ndarray:
-            parts = []
-            for start in range(0, len(ids), BATCH):
-                run.go_on(name, start, len(ids))
-                images = source.shown(ids[start : start + BATCH])
-                parts.append(from_first(partial(made, images)))
-                shown(start + len(images))
-            return np.concatenate(parts)
-
-        return by_function
+        return lambda ids, shown: told_by(run, made, source, ids, name, shown)
     if said["kind"] == "table":
         digests, features = read_features(Path(keys.path))
         place = {digest: row for row, digest in enumerate(digests)}

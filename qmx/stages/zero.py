@@ -1,22 +1,17 @@
 """A copy that asks nothing: the user's own function of scores, evaluated as students are."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from qmx.data.batches import ahead
 from qmx.metrics import compare
 from qmx.progress import progress
-from qmx.sharding import from_first
 from qmx.stages.answers import Answers, report_scores
+from qmx.stages.frozen import told_by
 from qmx.stages.run import Run, needed
 from qmx.targets import function
 from qmx.workdir import NotDone
 
 KEY = "audit.zero"
-BATCH = 256  # images that the function gets at a time
 FIGURES = ("top1", "top5", "fidelity_top1", "fidelity_top5")
 
 
@@ -34,14 +29,11 @@ def zero(run: Run, answers: Answers | NotDone) -> dict[str, Any] | None:
     def work(_: Path) -> dict:
         target = report_scores(run, answers, run.config.target.access)
         told = function.encoder(path, dimension=target.shape[1], key=KEY)
-        parts = []
-        with progress("zero queries", len(answers.evaluation)) as shown:
-            for done, images in ahead(evaluation.shown, answers.evaluation, BATCH):
-                run.go_on("zero queries", done - len(images), len(answers.evaluation))
-                parts.append(from_first(partial(told, images)))
-                shown.update(done)
-        labels = evaluation.labels[answers.evaluation] if evaluation.labelled else None
-        found = compare(np.concatenate(parts), target, labels)
+        there, name = answers.evaluation, "zero queries"
+        with progress(name, len(there)) as shown:
+            scores = told_by(run, told, evaluation, there, name, shown.update)
+        labels = evaluation.labels[there] if evaluation.labelled else None
+        found = compare(scores, target, labels)
         return {name: found[name] for name in FIGURES}
 
     sha256 = function.digest(path, run.config.audit.zero_watch, KEY)
