@@ -248,7 +248,7 @@ def _by_part(
     rates: optax.Schedule | Mapping[str, optax.Schedule],
     one: Callable[[optax.Schedule], optax.GradientTransformation],
 ) -> optax.GradientTransformation:
-    """What `one` makes of a rate, for all parameters or each top-level part."""
+    """Make an optimiser by `one` of the rate of all parameters, or of each top-level part's."""
     if not isinstance(rates, Mapping):
         return one(rates)
 

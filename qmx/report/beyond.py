@@ -17,7 +17,7 @@ def controlled(results: dict) -> list[Column]:
     return [
         column
         for column in attacks(results["config"])
-        if any(column in of_control(control, [column]) for control in grid)
+        if any(of_control(control, [column]) for control in grid)
     ]
 
 

@@ -26,7 +26,7 @@ STAR = (
 def terminal(results: dict) -> str:
     """Text for standard out: the answer first, the result table last; `results` of plain text."""
     audit, tables = results["audit"], result_tables(results)
-    tables += [table for table in [beyond_table(results)] if table]
+    tables += filter(None, [beyond_table(results)])
     parts = [
         "\n".join([audit["answer"]["text"], *star(results)]),
         "\n".join(["What to do next:", *(f"- {step}" for step in audit["next_steps"])]),
