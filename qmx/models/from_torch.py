@@ -17,13 +17,13 @@ import numpy as np
 
 from qmx.checkpoint import file_digest, save_weights
 from qmx.contract import Encoder, PyTree
-from qmx.models import NETWORKS
 from qmx.models.check_torch import check, check_values
 from qmx.models.layout import features, known, nearest, our_path, shapes
 from qmx.models.read_torch import read
 from qmx.models.resnet import ARCHS
 from qmx.models.roots import Tables, classifiers, clean, find
 from qmx.models.to_torch import to_torch, unflatten
+from qmx.models.vit import VITS
 from qmx.models.vit_from_torch import convert as convert_transformer
 from qmx.models.vit_from_torch import transformers
 
@@ -88,8 +88,9 @@ def convert_tables(
         or classifiers; tensors of the network that are missing, unexpected or of the wrong shape,
         each by name; values that are not finite; a variance below zero.
     """
-    if arch and arch not in NETWORKS:
-        raise ValueError(f"network {arch!r} is unknown; choose one of {', '.join(NETWORKS)}")
+    if arch and arch not in ARCHS and arch not in VITS:
+        every = ", ".join([*ARCHS, *VITS])
+        raise ValueError(f"network {arch!r} is unknown; choose one of {every}")
     ours = any(name.startswith("params/") for name in tables.get("", {}))
     if ours:
         try:
@@ -226,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--arch",
         default="",
-        help="fail unless it is this network; one of " + ", ".join(NETWORKS),
+        help="fail unless it is this network; one of " + ", ".join([*ARCHS, *VITS]),
     )
     args = parser.parse_args(argv)
     try:
