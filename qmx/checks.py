@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,6 +30,7 @@ from qmx.models.from_torch import split_part
 from qmx.networks import look
 from qmx.ranges import choice, rate_problems, size_problems, value_problems, view_problems
 from qmx.selection.select import SELECTS
+from qmx.settings import leaves
 from qmx.sharding import check_batch
 from qmx.targets.address import check_address
 
@@ -37,8 +40,16 @@ FROM_FILES = ("torch", "onnx", "recorded")  # kinds of targets whose path is a f
 
 def check_values(config: Any) -> None:
     """Raise ValueError for a value that cannot be meant, whatever the images are."""
-    for problem in value_problems(config):
+    for problem in chain(value_problems(config), _watch_problems(config)):
         raise ValueError(problem)
+
+
+def _watch_problems(config: Any) -> Iterator[str]:
+    """A line for each file that is to be watched and is not there, whether it is needed or not."""
+    for key, files in leaves(config):
+        for file in files if key.endswith("watch") else ():
+            if not Path(file).is_file():
+                yield f"{key} {file}: no such file"
 
 
 def validate(config: Any, data: Dataset, stage: str = "all") -> None:
