@@ -80,7 +80,7 @@ def get_config(words: str = "") -> ConfigDict:
     # beside MoCo's features; and propagated scores that are nearly labels. The best of some that
     # were tried on the pool's true labels: with 20 answers students tell 95.6 % of the others,
     # 94.0 with scores as they are, 92.3 without the pixels too.
-    config.propagation.update(neighbours=5, alpha=0.9, pixels=1.0, temperature=0.1)
+    config.propagation.update(neighbours=5, alpha=0.9, patches=1.0, temperature=0.1)
     # As many steps as the other columns, and a teacher that keeps up with them: 0.98 was the best
     # of three on the pool's true labels. The rest is EMAN's.
     config.fixmatch.update(epochs=0.0, decay=0.98)

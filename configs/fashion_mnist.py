@@ -35,7 +35,7 @@ def get_config(words: str = "laptop") -> ConfigDict:
 
     # By the pool's images: with 20 answers 73 % of the others are told as the target does, with 100
     # 79; by MoCo's features alone 71 and 77.
-    config.propagation.update(neighbours=10, alpha=0.9, pixels=1.0)
+    config.propagation.update(neighbours=10, alpha=0.9, patches=1.0)
 
     # A small crop may be any garment, and there is no colour.
     config.strong_view.update(crop_scale=(0.45, 1.0), jitter=(0.4, 0.4, 0.0, 0.0))

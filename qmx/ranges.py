@@ -113,7 +113,7 @@ RANGES = {
     "neighbours": FROM_1,
     "power": Range(0, 100, above=True),
     "alpha": Range(0, 1, above=True, below=True),
-    "pixels": Range(0, 100, why="as the encoder's features have 1"),
+    "patches": Range(0, 100, why="as the encoder's features have 1"),
     "mu": Range(1, 1000, why="images of the pool for each that was asked about"),
     "threshold": PROBABILITY,
     "guess_temperature": Range(0, 1e6, why="0 learns the class"),

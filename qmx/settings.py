@@ -240,9 +240,9 @@ def base() -> ConfigDict:
             power=3.0,  # of their similarities
             alpha=0.99,  # how much an image takes from its neighbours
             temperature=1.0,  # of what is propagated; below 1 it is more decided
-            # weight of the pixels' principal components beside the encoder's features, for small
-            # images; 0 leaves them out, see qmx/selection/pixels.py
-            pixels=0.0,
+            # weight of features of patches beside the encoder's, for small images; 0 leaves them out,
+            # see qmx/selection/patches.py
+            patches=0.0,
         )
     )
 

@@ -43,7 +43,9 @@ def test_nothing_is_looked_up_twice(finished, monkeypatch, capsys):
         **{"distill": 12, "evaluate": 12},
     }
     assert selections.pop("select/features-moco-seed0") == 1
-    assert selections.pop("select/pixels") == 1, "beside the features, where answers are propagated"
+    assert selections.pop("select/patches") == 1, (
+        "beside the features, where answers are propagated"
+    )
     assert selections == {
         "select/random-71-seed0": 4,
         "select/random-1437-seed0": 4,

@@ -15,7 +15,7 @@ from qmx.files import Unreadable, check_file, read_json, write_json
 from qmx.grid import columns, propagates
 from qmx.progress import Progress, progress
 from qmx.selection.by_features import unit
-from qmx.selection.pixels import beside, components
+from qmx.selection.patches import beside, patch_features
 from qmx.selection.propagate import graph_of, spread
 from qmx.sharding import first, from_first
 from qmx.stages import frozen
@@ -45,7 +45,7 @@ class Features(NamedTuple):
 
     encoder: Pretrained
     path: Path
-    pixels: Path | None = None  # of the images' components, where propagation looks at them too
+    patches: Path | None = None  # features of patches, where propagation looks at them too
 
     def rows(self) -> np.ndarray:
         """f32[n, D] as the encoder makes them, mapped from the file."""
@@ -64,34 +64,34 @@ class Features(NamedTuple):
     def propagate(self, ids: np.ndarray, probabilities: np.ndarray, keys: Any) -> np.ndarray:
         """Answers f32[m, N] for some images, spread over all: `qmx.selection.propagate.propagate`
         with the config's keys."""
-        made_of = self.path, self.encoder.sha256, self.pixels
-        graph = _graph(*made_of, keys.pixels, keys.neighbours, keys.power)
+        made_of = self.path, self.encoder.sha256, self.patches
+        graph = _graph(*made_of, keys.patches, keys.neighbours, keys.power)
         return spread(graph, ids, probabilities, keys.alpha, keys.temperature)
 
 
 @lru_cache(maxsize=4)  # one graph serves all budgets; for 60,000 images it takes 0.2 GB
 def _graph(
-    path: Path, sha256: str, pixels: Path | None, weight: float, neighbours: int, power: float
+    path: Path, sha256: str, patches: Path | None, weight: float, neighbours: int, power: float
 ) -> Any:
     del sha256  # other features of the same name have another graph
-    rows = beside(_mapped(path), _mapped(pixels), weight) if pixels else _unit_rows(path)
+    rows = beside(_mapped(path), _mapped(patches), weight) if patches else _unit_rows(path)
     return graph_of(rows, neighbours, power)
 
 
-def _pixels(run: Run) -> Path:
-    """The file of the pool's components, see `qmx.selection.pixels.components`."""
+def _patches(run: Run) -> Path:
+    """The file of the features of the pool's patches, see `qmx.selection.patches`."""
 
     def work(directory: Path) -> dict:
         pool = run.data.pool
 
         def make() -> dict:
-            np.save(directory / "pixels.npy", components(pool.shown, pool.size))
+            np.save(directory / "patches.npy", patch_features(pool.shown, pool.size))
             return {"images": pool.size}
 
         return from_first(make)
 
-    run.stage("select", "pixels", {"pool": run.data.pool_digest}, work)
-    return run.workdir / "select" / "pixels" / "pixels.npy"
+    run.stage("select", "patches", {"pool": run.data.pool_digest}, work)
+    return run.workdir / "select" / "patches" / "patches.npy"
 
 
 def _mapped(path: Path) -> np.ndarray:
@@ -107,7 +107,9 @@ def features(run: Run, encoder: Pretrained | NotDone) -> Features:
     """An encoder's features of every image of the pool."""
     made = _of(run, needed(encoder), "select", run.data.pool, {"pool": run.data.pool_digest})
     spreads = any(propagates(column) for column in columns(run.config))
-    return made._replace(pixels=_pixels(run)) if run.config.propagation.pixels and spreads else made
+    return (
+        made._replace(patches=_patches(run)) if run.config.propagation.patches and spreads else made
+    )
 
 
 def taught(run: Run, encoder: Pretrained | NotDone) -> Taught:
