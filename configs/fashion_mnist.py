@@ -33,8 +33,8 @@ def get_config(words: str = "laptop") -> ConfigDict:
     config.also = ("moco+typiclust",)
     config.data.source = "arrays"
 
-    # By the pool's images: with 20 answers 73 % of the others are told as the target does, with 100
-    # 79; by MoCo's features alone 71 and 77.
+    # By the labels of 12,000 images of the pool, 100 random ones asked: features of patches tell
+    # 79.0 % of the others, the pixels 72.3.
     config.propagation.update(neighbours=10, alpha=0.9, patches=1.0)
 
     # A small crop may be any garment, and there is no colour.

@@ -240,8 +240,8 @@ def base() -> ConfigDict:
             power=3.0,  # of their similarities
             alpha=0.99,  # how much an image takes from its neighbours
             temperature=1.0,  # of what is propagated; below 1 it is more decided
-            # weight of features of patches beside the encoder's, for small images; 0 leaves them out,
-            # see qmx/selection/patches.py
+            # weight of features of patches beside the encoder's, for small images; 0 leaves them
+            # out, see qmx/selection/patches.py
             patches=0.0,
         )
     )
