@@ -24,7 +24,7 @@ from qmx.checkpoint import file_digest
 from qmx.data import Dataset, Source, load
 from qmx.detection import ALPHA, DELTA, pixels, watch
 from qmx.encoders import encode, load_encoder
-from qmx.files import Unreadable, read_arrays, read_json, write_json
+from qmx.files import Unreadable, read_arrays, read_json, read_sealed, write_json
 from qmx.ledger import Ledger
 from qmx.ledger.replay import extent, traffic
 from qmx.progress import progress
@@ -61,7 +61,7 @@ def detect(
     ledger = workdir / "ledger.sqlite"
     try:
         config = read_json(workdir / "config.json")["data"]
-        target = read_json(workdir / "target.json")["known_as"]
+        target = read_sealed(workdir / "target.json")["known_as"]
         keys = read_arrays(workdir / "query" / "keys.npz")
     except (Unreadable, KeyError) as error:
         raise ValueError(f"{workdir} has no answers to replay ({error}); run qmx there") from None

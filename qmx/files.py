@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 SUMS = "SHA256SUMS"  # `sha256sum -c` reads it
+SEAL = "sum"  # key of a sum in a JSON file that has no such file beside it
 
 
 class Unreadable(ValueError):
@@ -77,6 +78,28 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Unreadable(f"{path} cannot be read (it holds no JSON object)")
     return value
+
+
+def write_sealed(path: Path, value: dict[str, Any]) -> None:
+    """`write_json` with a sum of its own in it, for a file outside the stages' directories."""
+    write_json(path, {**value, SEAL: _seal(value)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The object of a `write_sealed` file; of a file without a sum, as it is.
+
+    Raises:
+      Unreadable: it is missing, or is not as it was written.
+    """
+    value = read_json(path)
+    seal = value.pop(SEAL, None)
+    if seal not in (None, _seal(value)):
+        raise Unreadable(f"{path} is not as it was written")
+    return value
+
+
+def _seal(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def write_sums(directory: Path, names: list[str], file: str = SUMS) -> None:

@@ -95,7 +95,10 @@ MOST_USED = (
 
 SPENT, STOPPED = 3, 75  # exit statuses, beside those of qmx/terminal.py
 
-OUT_OF_MEMORY = "out of memory; lower data.limit (images), data.crop or data.canvas (pixels)"
+LESS_MEMORY = (
+    "lower data.limit (images), data.crop or data.canvas (pixels), or target.batch_size of a target"
+    " elsewhere"
+)
 
 # What may be said of a workdir of something else, by --update or --update=WORD.
 UPDATES = ("", "keep", "same-target", "new-target")
@@ -141,7 +144,8 @@ def main(argv: list[str]) -> int:
     except (ValueError, LookupError, FloatingPointError, OSError) as error:
         return fail(explain(error), MISTAKE)
     except MemoryError as error:
-        return fail(str(error) or OUT_OF_MEMORY, MISTAKE)
+        text = explain(error) if str(error) else "out of memory"  # a stage names its own keys
+        return fail(text if "; lower " in text else f"{text}; {LESS_MEMORY}", MISTAKE)
     except SystemExit as error:  # of a file of the user's
         return fail(f"the target's own code ended the program, by sys.exit({error.code})", MISTAKE)
     return show(text) if first() else DONE

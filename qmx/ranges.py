@@ -125,7 +125,7 @@ RANGES = {
     "knn_temperature": ABOVE_0,
     # Of recipes.
     "above": SHARE,
-    "up_to": SHARE,
+    "up_to": Range(0, 1, above=True),
     # Of heads.
     "head.hidden": Range(0, 65536, why="0 is a linear head"),
     "folds": Range(2, 1000, why="parts of the answers"),

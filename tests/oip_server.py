@@ -43,6 +43,12 @@ def refuses(images):
     return images[:, 0, 0, 0] % 7 == 0
 
 
+def disliked(images):
+    """True for the images that the models that repeat the token refuse, a ninth of the digits;
+    uint8[b, 8, 8, 1] -> bool[b]."""
+    return images.astype(int).sum((1, 2, 3)) % 9 == 0
+
+
 def pixels(model, sent):
     """The images that a model is shown, uint8[b, 8, 8, 1], whatever it takes."""
     if model == "channels_first":  # (x / 255 - 0.5) / 0.25, as of any exported PyTorch model
@@ -81,6 +87,7 @@ SAYS = {
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    given = ""  # the token, in the answers of models that repeat it
 
     def log_message(self, *_):
         pass
@@ -89,6 +96,8 @@ class Handler(BaseHTTPRequestHandler):
         body = value if isinstance(value, bytes) else json.dumps(value).encode()
         self.send_response(status)
         headers = {"Content_Type": "application/json", "Content_Length": len(body), **headers}
+        if self.given:
+            headers |= {"X_Echo": self.given, "Retry_After": self.given, "Server": self.given}
         for name, word in headers.items():
             if word is not None:
                 self.send_header(name.replace("_", "-"), str(word))
@@ -97,6 +106,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def allowed(self):
         given = self.headers.get("Authorization", "")
+        self.given = given.removeprefix("Bearer ") if "/echo" in self.path else ""
         if self.server.token and given != f"Bearer {self.server.token}":
             self.reply({"error": f"not allowed with {given}"}, 401)
             return False
@@ -141,8 +151,14 @@ class Handler(BaseHTTPRequestHandler):
                     "inputs": [{"name": "image", "datatype": "UINT8", "shape": [-1, 8, 8, 1]}],
                     "outputs": [{"name": "scores", "datatype": "FP32", "shape": [-1, 10]}],
                     **SAYS.get(parts[2], {}),
+                    **(self.repeated() if self.given else {}),
                 }
             )
+
+    def repeated(self):
+        """What a model says of itself that has the token for all its names."""
+        scores = {"name": self.given, "datatype": "FP32", "shape": [-1, 10]}
+        return {"platform": self.given, "versions": [self.given], "outputs": [scores]}
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -169,6 +185,8 @@ class Handler(BaseHTTPRequestHandler):
         self.server.met[model] += 1
         if model == "picky" and refuses(images).any():
             return self.reply({"error": "the input is bad"}, 422)
+        if self.given and (answer := self.repeating(model, images)):
+            return self.reply(*answer[:2], **answer[2])
         if model == "four" and len(images) > 4:
             return self.reply({"error": "the batch is larger than max_batch_size 4"}, 400)
         if model == "one" and len(images) > 1:
@@ -177,13 +195,27 @@ class Handler(BaseHTTPRequestHandler):
             return self.hang_up()  # without a word of it in the headers, as uvicorn does
         self.answer(model, request, scores_of(images))
 
+    def repeating(self, model, images):
+        """(answer, status, headers) of a model that repeats the token, but where it has scores."""
+        met, token = self.server.met[model], self.given
+        said = {"error": f"no: {token[: len(token) - met % len(token)]}"}  # cut further each time
+        if model == "echo_moved":
+            return said, 302, {"Location": f"http://{token}/{token}?{token}#{token}"}
+        if model == "echo_page":
+            return f"<html>{token}".encode(), 200, {}
+        if model == "echo_down" or met == 2:
+            return said, 503, {}
+        if disliked(images).any():
+            return said, 422, {}
+        return None
+
     def answer(self, model, request, scores):
         met, answer = (
             self.server.met[model],
             {
                 "id": request["id"],
                 "model_name": model,
-                "model_version": "1",
+                "model_version": self.given or "1",
             },
         )
         if model == "slow":
@@ -225,7 +257,7 @@ class Handler(BaseHTTPRequestHandler):
         elif model == "replaced":
             answer["model_version"] = "2"
         output = {
-            "name": "logits" if model == "renamed" else "scores",
+            "name": "logits" if model == "renamed" else self.given or "scores",
             "datatype": "FP32",
             "shape": list(scores.shape),
             "data": scores.ravel().tolist(),

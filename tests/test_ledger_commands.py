@@ -3,6 +3,7 @@ writes."""
 
 import io
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -354,6 +355,36 @@ def test_what_is_in_the_write_ahead_log_comes_back(path):
             ledger.read(images(*range(640))), np.tile(logits_of(*range(640)), 500)
         )
     assert Path(f"{damaged}-wal").read_bytes() == files["-wal"]
+
+
+def test_the_cure_of_a_damaged_file(tmp_path):
+    """The line for a shell that is printed puts the recovered file in its place; the log of a
+    killed process beside the old one, which SQLite would write into the new one, is gone."""
+    path = tmp_path / "a ledger.sqlite"
+    with Ledger(path, target="t") as ledger:
+        ledger.ask(lambda some: np.tile(logits_of(*numbers_of(some)), 500), images(*range(400)))
+    leaves = pages_of(path, "scores", "leaf")
+    with another_process(WRITING, path, 400, 60000, 32) as process:
+        assert process.stdout.readline() == "open\n"
+        with Ledger(path, target="t") as ledger:
+            while ledger.account().images < 600:
+                time.sleep(0.001)
+            process.kill()
+            process.wait()
+            files = {name: Path(f"{path}{name}").read_bytes() for name in ("", "-wal")}
+    for name, content in files.items():
+        Path(f"{path}{name}").write_bytes(content)
+    spoil(path, leaves[10:14])
+    status, out, _ = command("verify", path)
+    assert status == 1 and len(files["-wal"]) > 100_000, out
+    cure = re.search("in its place: (.*)$", out, re.MULTILINE)[1]
+    subprocess.run(["sh", "-c", cure], check=True)
+    assert command("verify", path)[:2] == (0, f"{path} is whole\n")
+    with Ledger(path, target="t") as ledger:
+        missing = ledger.unanswered(images(*range(600)))
+        there = np.setdiff1d(range(600), missing)
+        assert 590 < len(there) < 600
+        np.testing.assert_array_equal(ledger.read(images(*there)), np.tile(logits_of(*there), 500))
 
 
 # Commands

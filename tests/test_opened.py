@@ -1,5 +1,7 @@
 """Every photo is opened before anything is spent, and what cannot be read is left out by name."""
 
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -198,6 +200,46 @@ def test_with_a_cache_the_pool_is_looked_at_and_what_is_left_out_is_left_out(fol
     assert "1 of 15 photos cannot be read: " in opened(
         load("folder", *folders, **more), tmp_path / "w2"
     )
+
+
+@pytest.mark.slow
+def test_a_photo_that_breaks_after_the_run(command, folders, tmp_path):
+    """An evaluation photo is cut when all is done: the line has two cures, repair and leaving it
+    out; the second one does neither the pretraining nor the target again, and pays for nothing."""
+    (tmp_path / "own.py").write_text(
+        "from pathlib import Path\nimport numpy as np\n\ndef f(images):\n"
+        "    with open(Path(__file__).with_name('asked'), 'a') as log:\n"
+        "        log.write('x' * len(images))\n    m = images.mean((1, 2)) / 32\n"
+        "    return np.concatenate([m, -m], 1)[:, :2]\n"
+    )
+    words = ["--config=photos:audit", f"--workdir={tmp_path}/w"]
+    words += [f"--config.data.path={folders[0]}", f"--config.data.eval_path={folders[1]}"]
+    words += [f"--config.target.path={tmp_path}/own.py:f", "--config.inits=('moco',)"]
+    words += ["--config.also=()", "--config.pretrain.moco.epochs=1", "--config.distill.epochs=0.1"]
+    words += ["--config.distill.min_steps=2", "--config.student.arch=resnet8_narrow"]
+    words += [f"--config.{key}=16" for key in ("data.canvas", "data.resize", "data.crop")]
+    words += [f"--config.{key}.size=16" for key in ("student", "weak_view", "strong_view")]
+    status, _, err = command(*words)
+    assert status == 0, err
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "w/pretrain").rglob("*")}
+    paid, bad = (tmp_path / "asked").stat().st_size, Path(folders[1], "n1/2.JPEG")
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:200])
+    for more in ((), ("--update",)):
+        status, _, err = command(*words, *more)
+        assert status == 2 and f"1 of 18 photos cannot be read: {bad}: " in err.splitlines()[-1]
+    cure = re.search(r"leave them out with (data.leave_out=\S+),", err)[1]
+    status, _, err = command(*words, f"--config.{cure}")
+    assert status == 2 and "data.leave_out" in err and "--update" in err.splitlines()[-1]
+    status, _, err = command(*words, f"--config.{cure}", "--update")
+    assert status == 0, err
+    results = json.loads((tmp_path / "w/results.json").read_text())
+    assert results["pool"]["evaluation"] == 5 and (tmp_path / "asked").stat().st_size == paid
+    assert kept == {path: path.stat().st_mtime_ns for path in (tmp_path / "w/pretrain").rglob("*")}
+    bad.write_bytes(whole)
+    status, _, err = command(*words, "--update")
+    assert status == 0 and (tmp_path / "asked").stat().st_size == paid, err
+    assert kept == {path: path.stat().st_mtime_ns for path in (tmp_path / "w/pretrain").rglob("*")}
 
 
 def test_photos_that_become_one_colour_are_said(folders, tmp_path):

@@ -4,7 +4,9 @@ import itertools
 
 import pytest
 from ml_collections import FrozenConfigDict
+from test_settings import DIGITS, digits
 
+from qmx.checks import validate
 from qmx.main import MISTAKE, main
 from qmx.ranges import ANY_LENGTH, OF_THE_GRID, RANGES, WORDS, value_problems
 from qmx.settings import base, leaves, recipe
@@ -91,28 +93,70 @@ def test_switches():
             refused(key, 1)
 
 
+# Keys, or last parts of keys, of which 0 is a value that somebody may mean.
+ZERO = {
+    *("seeds", "seed", "price", "per_second", "per_day", "per_month", "learning_rate"),
+    *("head_learning_rate", "warmup_epochs", "warmup_start", "milestones", "factor", "momentum"),
+    *("weight_decay", "min_steps", "drop_path", "limit", "mean", "size", "jitter", "flip_p"),
+    *("jitter_p", "grey_p", "blur_p", "scale", "channels", "expect", "retries", "max_refused"),
+    *("rate", "decay", "similarity", "pixels", "threshold", "guess_temperature", "guess_decay"),
+    *("weight", "fixmatch.epochs", "above", "head.hidden", "decays"),
+}
+
+
+@pytest.mark.parametrize("key", [key for key in SINGLE + TUPLES if key not in OF_THE_GRID])
+def test_zero(key):
+    """Refused wherever it has no meaning."""
+    last = key.rpartition(".")[2]
+    if key in SINGLE and not {key, last} & ZERO:
+        refused(key, 0)
+    elif key in SINGLE:
+        assert not list(value_problems(config(**{key.replace(".", "__"): 0})))
+    elif last in RANGES and last not in ZERO:
+        refused(key, (0, *LEAVES[key][1:]))
+
+
+@pytest.mark.parametrize("key", OF_THE_GRID)
+@pytest.mark.parametrize("value", [*NUMBERS, 0, 0.0])
+def test_budgets(key, value):
+    """Their limits are the pool's."""
+    for members in ((value,), (7, value) if key == "queries" else (0.5, value)):
+        with pytest.raises(ValueError, match=f"^{key}[ :]") as caught:
+            validate(digits(**{key: members}), DIGITS)
+        assert len(str(caught.value).splitlines()) == 1
+
+
 BAD = itertools.cycle(["nan", "inf", "1e300", "-1e300", "-1", "x", "9" * 30, "None"])
+OF_WORDS = [key for key in TUPLES if key.rpartition(".")[2] not in (*RANGES, *OF_THE_GRID)]
 
 
-@pytest.mark.parametrize(("key", "value"), [(key, next(BAD)) for key in SINGLE + TUPLES])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [(key, next(BAD)) for key in SINGLE + TUPLES] + [(key, "'nonsense'") for key in OF_WORDS],
+)
 def test_the_command(key, value, tmp_path, capsys):
-    """Status 2, one line that names the key, and no workdir."""
+    """Status 2, one line that names the key, no workdir, and the target is asked nothing."""
     if key in TUPLES:
         value = f"({value},)" if value not in ("x", "nan", "inf") else f"('{value}',)"
+    if value == "None" and LEAVES.get(key, 0) is None:
+        return  # it is what it is
+    (tmp_path / "own.py").write_text(
+        "from pathlib import Path\n\n\ndef f(images):\n"
+        "    Path(__file__).with_name('asked').touch()\n    return images[:, :10, 0, 0]\n"
+    )
+    target = ["--config.target.kind=callable", f"--config.target.path={tmp_path}/own.py:f"]
     if key.startswith("recipes."):
-        file = tmp_path / "own.py"
+        file = tmp_path / "recipes.py"
         file.write_text(
             "from qmx.settings import base, recipe\n\n\ndef get_config():\n    config = base()\n"
             "    config.recipes.few = recipe(inits=('moco',))\n    return config\n"
         )
     else:
         file = "configs/digits.py:float32"
-    if value == "None" and LEAVES.get(key, 0) is None:
-        return  # it is what it is
-    status = main(
-        ["qmx", f"--config={file}", f"--workdir={tmp_path / 'w'}", f"--config.{key}={value}"]
-    )
+    words = [f"--config={file}", f"--workdir={tmp_path / 'w'}", *target]
+    status = main(["qmx", *words, f"--config.{key}={value}"])
     said = capsys.readouterr()
-    assert status == MISTAKE and not said.out and not (tmp_path / "w").exists()
+    assert status == MISTAKE and not said.out
+    assert not (tmp_path / "w").exists() and not (tmp_path / "asked").exists()
     (line,) = said.err.splitlines()
     assert line.startswith("qmx: ") and key.rpartition(".")[2] in line, line

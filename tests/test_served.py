@@ -17,6 +17,8 @@ import pytest
 import urllib3
 from conftest import ROOT, TINY
 from oip_server import refuses, scores_of
+from test_ledger_commands import command as ledger_command
+from test_said import holds
 
 from qmx.data import load
 from qmx.ledger import Ledger, TooManyRefused, Unavailable
@@ -641,6 +643,40 @@ def test_the_command_with_a_server(serve, command, tmp_path):
     assert results["account"]["images"] == results["account"]["calls"] == 71 + 360
     asked = [digest for _, digests in requests(server, "flaky") for digest in digests]
     assert len(asked) == 71 + 360 + results["account"]["failed"] and len(set(asked)) == 71 + 360
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["echo", "echo_moved", "echo_page", "echo_down"])
+def test_the_command_with_a_server_that_repeats_the_token(
+    serve, command, tmp_path, monkeypatch, caplog, model
+):
+    """In names, headers, refusals and errors, whole and cut: no piece of it is printed, logged, or
+    in any file of the workdir."""
+    token = "Sk-9fQ0xZ7%2Fpq+Lm=~t"
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv("QMX_TARGET_TOKEN", token)
+    server = serve(f"--token={token}")
+    status, out, err = command(
+        *SHORT,
+        f"--workdir={tmp_path}/w",
+        "--config.target.kind=served",
+        f"--config.target.model={model}",
+        f"--config.target.url=http://127.0.0.1:{server[0]}",
+        "--config.target.token_env=QMX_TARGET_TOKEN",
+        "--config.target.max_refused=0.5",
+        f"--config.target.retries={int(model == 'echo')}",
+    )
+    assert status == (0 if model == "echo" else 2), err
+    assert "***" in err and "Traceback" not in err
+    texts = [out, err, caplog.text]
+    files = [path for path in (tmp_path / "w").rglob("*") if path.is_file()]
+    texts += [path.read_bytes().decode("latin-1") for path in files]
+    assert (tmp_path / "w/ledger.sqlite") in files and requests(server, model)
+    assert not [text for text in texts if holds(text, token)]
+    if model == "echo":
+        assert f"Target: {model} version *** at" in out
+        summary = ledger_command("summary", tmp_path / "w/ledger.sqlite")[1]
+        assert "images refused" in summary and "no: ***" in summary and not holds(summary, token)
 
 
 @pytest.mark.slow

@@ -17,11 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT, TINY, table
+from test_ledger import Target, images
+from test_ledger_commands import command as ledger_command
+from test_named import arrays
 
 from qmx.files import SUMS, Unreadable, check_file, read_json, read_sums, write_arrays, write_sums
+from qmx.ledger import Ledger
 from qmx.main import main
+from qmx.settings import base
 from qmx.sharding import connect
-from qmx.stages.run import out_of_memory
+from qmx.stages import target as targets
+from qmx.stages.query import note_calls
+from qmx.stages.run import Run, out_of_memory
 from qmx.training import _log
 from qmx.workdir import Mismatch, locked, stage
 
@@ -162,6 +169,49 @@ def test_a_ledger_that_is_gone(small, tmp_path):
     report = (tmp_path / "w/report.md").read_text()
     assert f"{2 * paid + 10} calls" in report
     assert f"{paid + 10} of the calls are no longer in the ledger" in report
+
+
+def test_a_damaged_ledger_and_its_cure(small, tmp_path):
+    """A run names it and the command that recovers it; this one says what to do next; then the same
+    run asks for the answer that is missing, and for no other."""
+    assert small()[0] == 0
+    paid, ledger = asked(tmp_path), tmp_path / "w/ledger.sqlite"
+    with sqlite3.connect(ledger) as db:
+        db.execute("UPDATE answers SET checksum = checksum + 1 WHERE row = 7")
+    db.close()
+    shutil.rmtree(tmp_path / "w/distill")
+    shutil.rmtree(tmp_path / "w/evaluate")
+    status, _, err = small()
+    assert status == 2 and asked(tmp_path) == paid
+    found = re.search(r"is damaged .*; python -m (qmx.ledger verify \S+)", last(err))
+    status, out, _ = ledger_command(*found[1].split()[1:])
+    assert status == 1
+    subprocess.run(["sh", "-c", re.search("in its place: (.*)", out)[1]], check=True)
+    status, _, err = small()
+    assert status == 0 and asked(tmp_path) == paid + 1, err
+    account = table(tmp_path / "w")["account"]
+    assert (account["calls"], account["images"], account["lost"]) == (paid + 1, paid, 0)
+
+
+def test_bits_of_what_a_ledger_is_known_by(tmp_path):
+    """One flipped bit anywhere in target.json and account.json: the target keeps its name, so that
+    nothing is paid again, and no calls are made up."""
+    run = Run(base(), tmp_path, arrays(), "all", lambda: False, [])
+    run.config.target.kind = "callable"
+    result, draw = {"name": "f", "sha256": "ab" * 32, "preprocessing": "as-is"}, random.Random(0)
+    with Ledger(tmp_path / "ledger.sqlite", target="ab" * 32) as ledger:
+        ledger.ask(Target(), images(1, 2, 3))
+    known = targets.Target(**targets.known_as(run, result))
+    assert note_calls(run, known) == 0
+    for name in ("target.json", "account.json"):
+        path = tmp_path / name
+        content = path.read_bytes()
+        for place in range(len(content)):
+            bit = 1 << draw.randrange(8)
+            path.write_bytes(content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :])
+            assert targets.Target(**targets.known_as(run, result)) == known, (name, place, bit)
+            assert note_calls(run, known) == 0, (name, place, bit)
+            path.write_bytes(content)
 
 
 def test_work_of_minutes_is_kept(tmp_path):
@@ -352,12 +402,36 @@ def test_out_of_memory():
 
 
 def test_out_of_memory_in_a_run(small, tmp_path):
-    """A target that takes more than there is: status 2, one line."""
+    """A target that takes more than there is, for more than eight images: status 2, one line; the
+    key that it names is lowered, and the rest is asked for."""
     (tmp_path / "own.py").write_text(
-        "import numpy as np\n\ndef f(images):\n    return np.zeros((len(images), 1 << 58))\n"
+        FUNCTION.rstrip() + " if len(images) <= 8 else np.zeros(1 << 58)\n"
     )
     status, out, err = small()
-    assert (status, out) == (2, "") and "memory" in last(err) or "allocate" in last(err), err
+    assert (status, out) == (2, ""), err
+    line = r"the machine has no memory left for \S+ EiB in query/.; lower (\S+) .*with (--update)"
+    key, update = re.search(line, last(err)).groups()
+    assert (key, small(f"--config.{key}=8")[0]) == ("target.batch_size", 2), "without --update"
+    status, _, err = small(f"--config.{key}=8", update)
+    assert status == 0, err
+    account = table(tmp_path / "w")["account"]
+    assert account["calls"] == account["images"] == asked(tmp_path) - account["failed"]
+
+
+@pytest.mark.slow
+def test_out_of_memory_in_a_training(command, tmp_path):
+    """What the device has no room for: one line with the keys; the cure goes on from what is
+    there."""
+    words = [*TINY, "--config.inits=('moco',)", "--stage=pretrain", f"--workdir={tmp_path}/w"]
+    status, _, err = command(*words, "--config.strong_view.size=65536")
+    line = (
+        r"cpu 0 has no memory left for .* in pretrain/moco-seed0; lower .*, or (\S+) .*(--update)"
+    )
+    assert status == 2, err
+    key, update = re.search(line, last(err)).groups()
+    assert key == "strong_view.size"
+    status, _, err = command(*words, f"--config.{key}=0", update)
+    assert status == 0, err
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ mistake, which one line explains.
 """
 
 import argparse
+import shlex
 import sqlite3
 import sys
 from pathlib import Path
@@ -151,9 +152,11 @@ def verify(path: Path, out: Path) -> int:
         f"{back.answers} of {back.of} answers of which there are traces ({share:.2f} %) are as they"
         f" were written; they are in {back.path}, and {path} is as it was"
     )
+    # SQLite would write what is in the old log into the new file.
+    log, old, new = (shlex.quote(str(each)) for each in (f"{path}-wal", path, back.path))
     print(
-        f"the requests on record brought {back.asked} answers; what is missing can be asked for"
-        " again"
+        f"the requests on record brought {back.asked} answers; a run asks for what is missing, once"
+        f" the new file is in its place: rm -f {log} && mv {new} {old}"
     )
     if back.lost_requests:
         print(

@@ -70,9 +70,9 @@ class BatchNorm(nn.Module):
             y, mean, var = normalized(x.reshape(self.groups, n, channels), scale, bias)
             if not self.is_initializing():
                 mean_ema.value = MOMENTUM * mean_ema.value + (1 - MOMENTUM) * mean.mean(0)
-                var_ema.value = MOMENTUM * var_ema.value + (1 - MOMENTUM) * var.mean(0) * n / (
-                    n - 1
-                )
+                count = float(n)  # beyond 2^31 it is no int32
+                unbiased = (1 - MOMENTUM) * var.mean(0) * count / (count - 1)
+                var_ema.value = MOMENTUM * var_ema.value + unbiased
             y = y.reshape(x.shape)
         else:
             y = (x - mean_ema.value) * jax.lax.rsqrt(var_ema.value + EPSILON) * scale + bias
@@ -120,7 +120,7 @@ def _backward(kept: tuple, gradients: tuple) -> tuple[jax.Array, jax.Array, jax.
     x, mean, var, scale = kept
     dy, rsqrt, centred = gradients[0], jax.lax.rsqrt(var + EPSILON), x - mean[:, None]
     along_one, along_x = dy.sum(1), (dy * centred).sum(1) * rsqrt
-    n = x.shape[1]
+    n = float(x.shape[1])
     dx = (scale * rsqrt)[:, None] * (
         dy - (along_one / n)[:, None] - centred * (along_x * rsqrt / n)[:, None]
     )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from qmx.data import Dataset
-from qmx.files import Unreadable, read_arrays, read_json, write_arrays, write_json
+from qmx.files import Unreadable, read_arrays, read_json, read_sealed, write_arrays, write_sealed
 from qmx.grid import budget_keys, cells
 from qmx.ledger import BudgetSpent, Ledger
 from qmx.metrics import top_k
@@ -118,13 +118,15 @@ def note_calls(run: Run, target: Target) -> int:
     def note(ledger: Ledger) -> int:
         path, calls = run.workdir / "account.json", ledger.calls()
         try:
-            told = read_json(path)
-        except Unreadable:
+            told = read_sealed(path)
+        except Unreadable as error:
             told = {}
+            if path.exists():
+                say(f"{error}; if the ledger lost calls before, they are no longer counted")
         before = told.get(target.sha256, {"calls": 0, "lost": 0})
         lost = before["lost"] + max(before["calls"] - calls, 0)
         if {"calls": calls, "lost": lost} != before:
-            write_json(path, {**told, target.sha256: {"calls": calls, "lost": lost}})
+            write_sealed(path, {**told, target.sha256: {"calls": calls, "lost": lost}})
         return lost
 
     return in_ledger(run, target.identity, note)

@@ -88,7 +88,7 @@ SMALLER = {
     "pretrain": "the method's batch_size, as pretrain.moco.batch_size, or strong_view.size",
     "monitor": "data.crop, or student.arch to a smaller network",
     "select": "data.crop, or student.arch to a smaller network",
-    "query": "data.crop, or target.precision to bfloat16",
+    "query": "target.batch_size of a target elsewhere, data.crop, or target.precision to bfloat16",
     "distill": "the recipe's batch_size, as distill.batch_size, or fixmatch.mu",
     "evaluate": "data.crop, or student.arch to a smaller network",
 }
@@ -97,9 +97,7 @@ SMALLER = {
 def out_of_memory(kind: str, name: str, error: BaseException) -> MemoryError:
     """The error in one line: which stage, on what device, how much it wanted, what to lower."""
     text = " ".join(str(error).split())
-    amount = re.search(r"allocat\w+ (\d+)(?: bytes|\b)", text) or re.search(
-        r"([\d.]+ ?[KMGT]i?B)", text
-    )
+    amount = re.search(r"([\d.]+ ?[KMGTPE]i?B)", text) or re.search(r"allocat\w+ (\d+)\b", text)
     wanted = f" for {amount[1]}{' bytes' if amount[1].isdigit() else ''}" if amount else ""
     device = jax.devices()[0]
     where = "the machine" if isinstance(error, MemoryError) else f"{device.platform} {device.id}"

@@ -14,7 +14,7 @@ from qmx.checkpoint import file_digest, save_weights
 from qmx.contract import Encoder
 from qmx.data import Dataset
 from qmx.data.sources import take
-from qmx.files import Unreadable, read_json, write_json
+from qmx.files import Unreadable, read_sealed, write_sealed
 from qmx.ledger import Ledger
 from qmx.ledger.access import one_hot_logits
 from qmx.ledger.accounts import answered_targets
@@ -91,7 +91,7 @@ def known_as(run: Run, result: dict) -> dict:
 
     def name() -> str:
         try:
-            told = read_json(path)
+            told = read_sealed(path)
         except Unreadable:
             told = {}
         if told.get("found") == found and "known_as" in told and run.update != NEW:
@@ -110,7 +110,7 @@ def known_as(run: Run, result: dict) -> dict:
                     f" {answers} answers; --update={SAME} goes on with them, --update={NEW} asks"
                     " it everything"
                 )
-        write_json(path, {"found": found, "known_as": known})
+        write_sealed(path, {"found": found, "known_as": known})
         return known
 
     return {**result, "sha256": from_first(name), "found": found}

@@ -56,7 +56,7 @@ def connect(
         try:
             answer = np.asarray(function(prepare(images, known)))
             numeric = answer.dtype.kind in "biuf"
-        except (OSError, Refused):  # Unavailable is an OSError
+        except (OSError, Refused, MemoryError):  # Unavailable is an OSError
             raise
         except (Exception, SystemExit) as error:
             raise ValueError(f"target.path {path} failed: {_place(error)}") from error
@@ -86,7 +86,7 @@ def encoder(
         try:
             result = np.asarray(function(images))
             numeric = result.dtype.kind in "biuf"
-        except OSError:
+        except (OSError, MemoryError):
             raise
         except (Exception, SystemExit) as error:
             raise ValueError(f"{key} {path} failed: {_place(error)}") from error
