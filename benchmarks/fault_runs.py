@@ -1,7 +1,10 @@
 """The run that faults.py disturbs, and what must hold of it in the end."""
 
 import argparse
+import contextlib
 import json
+import multiprocessing
+import os
 import shutil
 import signal
 import subprocess
@@ -50,6 +53,21 @@ class Bench(NamedTuple):
             # A shell ignores SIGINT for what it starts in the background.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
+
+    def fork(self, workdir: Path) -> multiprocessing.Process:
+        """The command in a process that has imported all modules already, and computed nothing; its
+        standard error is in `root`/err."""
+        made = multiprocessing.get_context("fork").Process(target=self._call, args=(workdir,))
+        made.start()
+        return made
+
+    def _call(self, workdir: Path) -> None:
+        from qmx.main import main
+
+        with open(self.root / "err", "w") as err, open(os.devnull, "w") as out:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                status = main([*COMMAND[2:], *self.words, f"--workdir={workdir}"])
+        os._exit(status)
 
     def unasked(self, name: str, root: Path | None = None) -> Path:
         """A copy of the undisturbed run from before its target was asked."""
@@ -104,6 +122,18 @@ def wait_until(process: subprocess.Popen, happened: Callable[[], bool]) -> bool:
             return False
         time.sleep(0.002)
     return True
+
+
+def computed(pid: int) -> float:
+    """Seconds that a process has computed, which other programs on the machine do not change."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def works(pid: int, workdir: Path) -> bool:
+    """True once a process has the workdir for itself, after its imports."""
+    lock = workdir / "lock"
+    return lock.exists() and f"process {pid} " in lock.read_text()
 
 
 def kill(process: subprocess.Popen) -> None:

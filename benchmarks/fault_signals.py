@@ -2,17 +2,29 @@
 together."""
 
 import collections
+import importlib
 import json
+import math
+import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
-from fault_runs import Bench, asked_twice, kill, mistake, unanswered, wait_until
+from fault_runs import Bench, asked_twice, computed, kill, mistake, unanswered, wait_until, works
 
 from qmx.files import Unreadable, check_file, read_json
+
+# What a call imports.
+MODULES = (
+    "qmx.checks",
+    "qmx.cautions",
+    "qmx.pipeline",
+    "qmx.data",
+    "orbax.checkpoint",
+    "sklearn.datasets",
+)
 
 
 def stage_of(workdir: Path) -> str:
@@ -26,43 +38,72 @@ def stage_of(workdir: Path) -> str:
 
 
 def kills(bench: Bench) -> dict:
-    """Killed after a random time, again and again."""
+    """Killed after a random time of computing, again and again: one of ten from the start of a new
+    program on, the others from when a fork of this one, with its imports, has the workdir."""
     given = bench.given
     draw, count, wrong, runs, lost = random.Random(given.seed), collections.Counter(), 0, 0, 0
     twice = 0
-    began = time.monotonic()  # of a whole run, compiled
-    _, err = (process := bench.start(bench.root / "again")).communicate()
-    assert process.returncode == 0, err
-    longest = time.monotonic() - began
+    os.environ |= bench.environment
+    for module in MODULES:
+        importlib.import_module(module)
+    process = bench.fork(bench.root / "again")  # a whole run, compiled
+    longest = 0.0
+    while process.is_alive():
+        longest = computed(process.pid)
+        time.sleep(0.01)
+    assert process.exitcode == 0, (bench.root / "err").read_text()
     shutil.rmtree(bench.root / "again")
     deadline = time.monotonic() + 60 * given.minutes
 
     def more() -> bool:
         return count.total() < given.kills and time.monotonic() < deadline
 
+    def killed(workdir: Path) -> tuple[bool, int | None, str]:
+        """(True if it was killed, exit status, standard error) of one call."""
+        if draw.random() < 0.1:
+            started = bench.start(workdir)
+            wait = draw.uniform(0, longest / 2)
+            while started.poll() is None and computed(started.pid) < wait:
+                time.sleep(0.01)
+            time.sleep(draw.uniform(0, 0.02))
+            if started.poll() is None:
+                kill(started)
+                return True, None, ""
+            return False, started.returncode, started.communicate()[1]
+        process = bench.fork(workdir)
+        # Up to half a run, so that each needs several; the last one of a workdir comes to its end.
+        wait, since = draw.uniform(0, longest / 2) if more() else math.inf, None
+        while process.is_alive():
+            now = computed(process.pid)
+            if since is None and works(process.pid, workdir):
+                since = now
+            if since is not None and now >= since + wait:
+                time.sleep(draw.uniform(0, 0.02))  # finer than the clock of the system
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+                    return True, None, ""
+            time.sleep(0.01)
+        return False, process.exitcode, (bench.root / "err").read_text()
+
     while more():
         workdir = bench.root / f"run{runs}"
-        while True:
-            process = bench.start(workdir)
-            try:  # up to half a run, so that each needs several
-                wait = draw.uniform(1, longest / 2) if more() else None
-                _, err = process.communicate(timeout=wait)
-            except subprocess.TimeoutExpired:
-                kill(process)
-                count[stage_of(workdir)] += 1
-                continue
-            break
+        while (ended := killed(workdir))[0]:
+            count[stage_of(workdir)] += 1
+        _, status, err = ended
         runs += 1
-        if fault := bench.fault(workdir, process.returncode):
+        if fault := bench.fault(workdir, status):
             wrong += 1
             print(f"run {runs}: {fault}: {err[-2000:]}")
-        if process.returncode == 0:
+            shutil.copytree(workdir, Path(given.keep) / f"run{given.seed}-{runs}")
+        if status == 0:
             twice += asked_twice(workdir)
             lost += unanswered(workdir)
         shutil.rmtree(workdir)
-        print(f"run {runs}: {count.total()} kills so far, status {process.returncode}", flush=True)
+        print(f"run {runs}: {count.total()} kills so far, status {status}", flush=True)
     return {
         "kills": count.total(),
+        "seconds_of_a_run": round(longest, 1),
         "by_stage": count,
         "runs": runs,
         "wrong": wrong,
@@ -150,16 +191,15 @@ def half_written(workdir: Path) -> list[str]:
 
 
 def interrupts(bench: Bench) -> dict:
-    """SIGINT at every half second of the first 20; some of them go on to the end."""
+    """SIGINT after every half second of computing; some of them go on to the end."""
     statuses, wrong, finished = collections.Counter(), 0, 0
-    for halves in range(1, 1 + int(2 * bench.given.seconds)):
+    for halves in range(int(2 * bench.given.first), 1 + int(2 * bench.given.seconds)):
         workdir = bench.root / "interrupted"
         process = bench.start(workdir)
-        try:
-            _, err = process.communicate(timeout=halves / 2)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)
-            _, err = process.communicate()
+        while process.poll() is None and computed(process.pid) < halves / 2:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate()
         status = process.returncode
         statuses[str(status)] += 1
         faults = half_written(workdir) if workdir.exists() else []

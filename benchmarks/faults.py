@@ -1,16 +1,18 @@
 """Disturb the program in all ways that a run meets, and compare; the long form of
 tests/test_kill.py, tests/test_workdir.py and tests/test_ledger_writes.py.
 
-    python benchmarks/faults.py --parts=kills --kills=100
+    python benchmarks/faults.py --parts=kills --kills=100 --config.data.limit=400
     python benchmarks/faults.py --parts=together,damage
 
 A short run on digits is done once undisturbed. Then, with the same command in other workdirs:
 
-kills       its process is killed (SIGKILL) after a random time, again and again until it ends; then
-            in the next workdir, until there were enough kills, or --minutes are over
+kills       its process is killed (SIGKILL) after a random time of computing, up to half of what a
+            whole run takes, again and again until it ends; then in the next workdir, until there
+            were enough kills, or --minutes are over; workdirs in which something was otherwise are
+            left in --keep
 commits     killed while the ledger's log grows, --commits times
 metrics     killed in each training once it has saved; metrics.jsonl is cut amid a line
-interrupts  SIGINT at every half second of the first --seconds
+interrupts  SIGINT after every half second of computing, from --first to --seconds
 together    two are started in one workdir, the second one up to three seconds later
 locked      another process holds the ledger for --hold seconds, from a request on
 full        the disk, a small one, fills from a request of the ledger on; it needs `unshare`
@@ -47,7 +49,9 @@ def main() -> int:
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--minutes", type=float, default=600)
+    parser.add_argument("--keep", default="wrong")
     parser.add_argument("--commits", type=int, default=50)
+    parser.add_argument("--first", type=float, default=0.5)
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--tries", type=int, default=50)
     parser.add_argument("--locks", type=int, default=4)
