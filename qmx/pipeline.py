@@ -14,7 +14,8 @@ Each stage leaves an artefact in the workdir and is skipped when the same inputs
     ledger.sqlite                 every answer of the target
     distill/<cell>/               a student
     evaluate/<cell>/              its row of the table
-    results.json report.md report.html curve.png report.sha256
+    results.json report.md report.html curve.png report.sha256, at the end and, of what is done so
+                                  far, after a student
     config.json lock              what it was made with, and who works in it
     target.json account.json      by what name the ledger knows the target, and its calls so far
     photos/                       the photos that were found good
@@ -29,13 +30,14 @@ from typing import Any
 
 from qmx.data import Dataset, named, open_photos, opened
 from qmx.data.named import with_names
-from qmx.grid import HEADS, cells, encoders, frozen, teacher
+from qmx.grid import HEADS, Cell, cells, encoders, frozen, teacher
 from qmx.progress import counted, progress, say
 from qmx.sharding import from_first
 from qmx.stages import outside, recorded
 from qmx.stages.distill import distill
 from qmx.stages.evaluate import evaluate
 from qmx.stages.features import evaluation_features, features, taught
+from qmx.stages.live import live
 from qmx.stages.monitor import monitor
 from qmx.stages.pretrain import check as check_encoder
 from qmx.stages.pretrain import pretrain
@@ -122,21 +124,35 @@ def run(
     }
     chosen = {cell: handed_on(call, select, cell, feature.get(cell.start), target) for cell in grid}
     answers = handed_on(call, query, target, chosen.values())  # the last that sees the target
-    rows = []
-    count = counted("student", len(grid))
-    for cell in grid:
-        before = len(call.made)
+    pairs = [encoder[start] for start in starts], [looks[start] for start in starts]
+    rows: dict[Cell, dict | NotDone] = {}
+
+    def row(call: Run, cell: Cell) -> dict | NotDone:
         made = encoder.get(cell.start), feature.get(cell.start), chosen[cell], answers
         student = handed_on(call, distill, cell, *made)
         both = feature.get(cell.start), shown.get(cell.start)
-        rows.append(handed_on(call, evaluate, cell, student, *both, chosen[cell], answers))
+        return handed_on(call, evaluate, cell, student, *both, chosen[cell], answers)
+
+    def so_far() -> None:
+        reader = call._replace(only="report")
+        known = [rows.get(cell) or row(reader, cell) for cell in grid]
+        report(reader, target, *pairs, chosen, answers, known)
+
+    page = live(so_far)
+    count = counted("student", len(grid))
+    if only == "all" and call.made:
+        page()
+    for cell in grid:
+        before = len(call.made)
+        rows[cell] = row(call, cell)
         count(len(call.made) > before)
+        if only == "all" and len(call.made) > before and cell != grid[-1]:
+            page()
     unasked = handed_on(call, zero, answers)
     said_done(call)
     if only not in ("all", "report"):
         return f"stage {only} is done; --stage=report shows where things stand"
-    pairs = [encoder[start] for start in starts], [looks[start] for start in starts]
-    return report(call, target, *pairs, chosen, answers, rows, unasked)
+    return report(call, target, *pairs, chosen, answers, [rows[cell] for cell in grid], unasked)
 
 
 def said_done(run: Run) -> None:

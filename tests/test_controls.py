@@ -103,7 +103,7 @@ def test_pairs_that_lack_a_side():
     from qmx.report.beyond import beyond_table
 
     first = beyond_table(found).rows[0]
-    assert first[1:] == ["not run", "not trained"]
+    assert first[1:] == ["not run yet", "not trained"]
     assert first_figure(found) == one
 
 

@@ -155,13 +155,13 @@ def test_stages_out_of_order(finished, command, tmp_path):
 
 @pytest.mark.slow
 def test_partial_report(finished, command, tmp_path):
-    """What was not run is shown as not run."""
+    """What is not there yet is shown so."""
     shutil.copytree(finished, tmp_path / "w")
     shutil.rmtree(tmp_path / "w/evaluate/moco-random-logits-asked-1437-seed0")
     status, out, _ = command(*TINY, f"--workdir={tmp_path}/w", "--stage=report")
     assert status == 0
     last = [cell.strip() for cell in out.rstrip().splitlines()[-1].strip("|").split("|")]
-    assert last[3] == "not run" and "not run" not in (last[1], last[2], last[4])
+    assert last[3] == "not run yet" and "not run yet" not in (last[1], last[2], last[4])
 
     # What another config made is not shown as this one's, and it is not thrown away either.
     results = sorted((tmp_path / "w").glob("*/*/result.json"))
@@ -173,7 +173,7 @@ def test_partial_report(finished, command, tmp_path):
         "--config.distill.learning_rate=0.05",
     )
     last = [cell.strip() for cell in out.rstrip().splitlines()[-1].strip("|").split("|")]
-    assert status == 0 and last[1:] == ["not run"] * 6
+    assert status == 0 and last[1:] == ["not run yet"] * 6
     assert sorted((tmp_path / "w").glob("*/*/result.json")) == results
 
 

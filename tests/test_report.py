@@ -67,6 +67,8 @@ def results(changes=None, weak=(), **names):
     counts = dict.fromkeys(("calls", "images", "views"), 1050)
     found = {
         "schema": 2,
+        "finished": True,
+        "planned": len(rows),
         "target": {
             **{"name": names.get("target", "a model"), "sha256": DIGEST, "arch": "resnet8"},
             **{"top1": 98.0, "top5": 100.0, "warning": None, "precision": "float32"},
@@ -356,6 +358,7 @@ def test_nothing_yet(tmp_path):
     found["audit"] = audit(found, None)
     text = files.write(tmp_path, found)
     assert text.startswith("Nothing can be said yet") and "12 of 12 students" in text
+    found["finished"] = False
     jsonschema.validate(json.loads((tmp_path / "results.json").read_text()), SCHEMA)
 
 
@@ -363,6 +366,38 @@ def test_compare(tmp_path, capsys):
     """Before and after: the answers, the factor in queries, the times, the keys that changed."""
     paths = [tmp_path / name for name in ("before", "after")]
     for path, init in zip(paths, ("moco", "none"), strict=True):
+def test_so_far(tmp_path):
+    """Of six of twelve students: the answer, the tables and the page say so; the page is read
+    again. One that is finished says nothing of it."""
+    found = results()
+    whole = files.write(tmp_path, found) + (tmp_path / "report.html").read_text()
+    assert 'http-equiv="refresh"' not in whole and "So far" not in whole
+    found["finished"], found["rows"] = False, [r for r in found["rows"] if r["init"] == "moco"]
+    found["reach"] = reached(found)
+    found["audit"] = audit(found, None)
+    text = files.write(tmp_path, found)
+    assert text.startswith("So far, by 6 of 12 students: 90 queries (4.5 % of the pool)")
+    assert "Wait for the run to end: 6 of 12 students are not there yet." in text
+    page = (tmp_path / "report.html").read_text()
+    assert '<meta http-equiv="refresh" content="15">' in page and "not run yet" in page
+    # A budget that is enough needs no larger one; one that is not says nothing yet.
+    found["rows"] = [row for row in found["rows"] if row["queries"]["train"] < 1000]
+    shares = {
+        row["share"]: row["queries"] for row in reached(found) if row["measure"] == "fidelity"
+    }
+    assert shares == {
+        **{0.5: 10, 0.75: 10, 0.9: pytest.approx(crossing(75, 96, 90, 10, 100))},
+        0.95: pytest.approx(crossing(75, 96, 95, 10, 100)),
+    }
+    found["rows"] = [row for row in found["rows"] if row["queries"]["train"] < 100]
+    found["audit"] = audit(found, None)
+    assert {row["share"] for row in reached(found) if row["measure"] == "fidelity"} == {0.5, 0.75}
+    text = files.write(tmp_path, found)
+    assert text.startswith("So far, by 2 of 12 students: No copy was found") and "Raise" not in text
+    assert "not reached yet" in (tmp_path / "report.html").read_text()
+    jsonschema.validate(json.loads((tmp_path / "results.json").read_text()), SCHEMA)
+
+
         path.mkdir()
         found = results({"audit.per_day": 10, "inits": (init,)})
         write_json(path / "results.json", found)

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from qmx.grid import attacks, budget_keys, columns, percent
+from qmx.grid import attacks, budget_keys, percent
 from qmx.report.beyond import beyond_text, first_figure
 from qmx.report.reach import COPY, best, column_of, fewest
 from qmx.report.tables import LEARNED, label
@@ -17,7 +17,8 @@ def answer(results: dict) -> dict[str, Any]:
     {"text", "measure", "share", "queries", "low", "high", "seeds", "seeds_reached",
     "share_of_pool", "attack", "lower_bound", "beyond_labels"}; "queries" is None where no budget is
     enough, and "attack" then the best there is, or None before any student has learned;
-    "beyond_labels" is `qmx.report.beyond.first_figure`, with which the text begins.
+    "beyond_labels" is `qmx.report.beyond.first_figure`, with which the text begins, behind how many
+    students it is of where some are still to come.
     """
     found = fewest(results, "fidelity", COPY)
     facts = {key: found[key] if found else None for key in ("queries", "low", "high")}
@@ -25,7 +26,12 @@ def answer(results: dict) -> dict[str, Any]:
     most = best(results, "fidelity")
     attack = found or most
     pool = results["pool"]["size"]
-    parts = [beyond_text(results), _sentence(results, found, most), _unasked(results)]
+    parts = [
+        so_far(results),
+        beyond_text(results),
+        _sentence(results, found, most),
+        _unasked(results),
+    ]
     return {
         "text": " ".join(part for part in parts if part),
         "measure": "fidelity",
@@ -37,6 +43,14 @@ def answer(results: dict) -> dict[str, Any]:
         "lower_bound": LOWER_BOUND,
         "beyond_labels": first_figure(results),
     }
+
+
+def so_far(results: dict) -> str:
+    """How many of the students the figures are of; "" if these are all, or none."""
+    done = len(results["rows"])
+    if results["finished"] or not done:
+        return ""
+    return f"So far, by {done} of {results['planned']} students:"
 
 
 def _unasked(results: dict) -> str:
@@ -103,12 +117,12 @@ def next_steps(results: dict) -> list[str]:
     found = fewest(results, "fidelity", COPY)
     smallest = results["pool"]["budgets"][0]["queries"]
     weak = {label(column_of(row), results) for row in results["rows"] if row["undertrained"]}
-    wanted = len(config["seeds"]) * len(columns(config)) * len(results["pool"]["budgets"])
     steps = []
-    if len(results["rows"]) < wanted:
+    if not results["finished"]:
+        lacking, planned = results["planned"] - len(results["rows"]), results["planned"]
         steps.append(
-            f"Run the same command again: {wanted - len(results['rows'])} of {wanted} students are"
-            " not there yet."
+            f"Wait for the run to end: {lacking} of {planned} students are not there yet. If it was"
+            " stopped, run the same command again: it goes on."
         )
     if weak:
         steps.append(
@@ -123,7 +137,7 @@ def next_steps(results: dict) -> list[str]:
             f"Ask less: {smallest} queries, the smallest budget, reach {percent(audit['below'])}"
             f' already. --config.queries="{fewer}" shows where that begins.'
         )
-    if not found and results["rows"]:
+    if not found and results["rows"] and results["finished"]:
         steps.append(
             f"Raise {budget_keys(config)}, or try stronger attacks (--config.also with a"
             " selection and the use pool)."

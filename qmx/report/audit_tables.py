@@ -42,7 +42,7 @@ def effort_table(results: dict) -> Table:
                 f"{percent(row['share'])} {SAID[row['measure']]}",
                 f"{few}{math.ceil(row['queries'])}{over}, by {label(column_of(attack), results)}"
                 if found
-                else "not reached",
+                else not_reached(results),
                 hours(row["hours_alone"]),
                 hours(row["hours_pooled"]),
                 "" if row["money"] is None else f"{row['money']:.4g}",
@@ -51,6 +51,11 @@ def effort_table(results: dict) -> Table:
     principals = results["audit"]["limits"]["principals"]
     header = ["a copy with", "queries", "alone", f"pooled ({principals})", "price"]
     return Table("Queries, time and price of the cheapest attack tried", header, rows)
+
+
+def not_reached(results: dict) -> str:
+    """Words in the place of a number of queries that no attack has."""
+    return "not reached" if results["finished"] else "not reached yet"
 
 
 def limits_note(results: dict) -> str:
@@ -120,7 +125,7 @@ def access_table(results: dict) -> Table | None:
                 NO_LABELS if row[key] is None else f"{row[key]:.1f}"
                 for key in ("top1", "top5", "calibration_error")
             ),
-            "not reached" if row["queries"] is None else str(math.ceil(row["queries"])),
+            not_reached(results) if row["queries"] is None else str(math.ceil(row["queries"])),
         ]
         for row in results["audit"]["access"]
     ]

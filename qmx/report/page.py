@@ -48,6 +48,8 @@ GLOSSARY = (
     ("Principal", "an account, key or address to which a limit applies."),
 )
 
+REFRESH = 15  # seconds after which the page of a run that goes on is read again
+
 
 def page(results: dict, tables: list[Table], notes: list[str], pictures: Sequence[Picture]) -> str:
     """Text of report.html; `results` holds plain text, see `qmx.report.safe`."""
@@ -65,6 +67,8 @@ def page(results: dict, tables: list[Table], notes: list[str], pictures: Sequenc
     return template.render(
         model=results["config"]["audit"]["model"] or results["target"]["name"],
         audit=audit,
+        finished=results["finished"],
+        refresh=REFRESH,
         # Drawn from numbers and from words of the grid, which the drawing escapes.
         curves={name: Markup(svg) for name, svg in drawn(results).items()},
         beyond=beyond_table(results),

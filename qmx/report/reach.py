@@ -69,24 +69,27 @@ def learned(results: dict, column: Column, measure: str) -> dict[int | None, dic
 def reach_of(results: dict, column: Column, measure: str, share: float) -> dict[str, Any] | None:
     """Queries of a column for a share of a measure, on the mean curve over the seeds.
 
-    None if the full share is not known, or a budget of the column was not run. Else {the column's
-    axes, "measure", "share", "queries", "low", "high", "seeds", "seeds_reached", "largest"}.
-    "queries" is a float, or None if no measured budget reaches the share; "low" and "high" are the
-    fewest and the most that one seed's own curve needs, "high" None if a seed's never gets there;
-    "largest" is the largest budget whose students learned, None if none did.
+    None if the full share is not known, or if no budget reaches it and some were not run yet. Else
+    {the column's axes, "measure", "share", "queries", "low", "high", "seeds", "seeds_reached",
+    "largest"}. "queries" is a float, or None if no measured budget reaches the share; "low" and
+    "high" are the fewest and the most that one seed's own curve needs, "high" None if a seed's
+    never gets there; "largest" is the largest budget whose students learned, None if none did.
     """
     whole = full(results, measure)
-    if whole is None or not complete(results, column):
+    if whole is None:
         return None
     curves = learned(results, column, measure)
     middle = curves.pop(None)
+    queries = first_reached([*middle], [*middle.values()], share * whole)
+    if queries is None and not complete(results, column):
+        return None
     each = [first_reached([*c], [*c.values()], share * whole) for c in curves.values()]
-    some = [queries for queries in each if queries is not None]
+    some = [few for few in each if few is not None]
     return {
         **column._asdict(),
         "measure": measure,
         "share": share,
-        "queries": first_reached([*middle], [*middle.values()], share * whole),
+        "queries": queries,
         "low": min(some, default=None),
         "high": max(some) if some and len(some) == len(each) else None,
         "seeds": len(each),

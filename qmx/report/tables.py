@@ -10,7 +10,7 @@ from qmx.grid import Column, columns, percent
 # network given a million of them does not learn them by heart, and stays above this.
 LEARNED = 80.0
 
-NOT_RUN, NO_LABELS = "not run", "no labels"  # in the place of a figure
+NOT_RUN, NO_LABELS = "not run yet", "no labels"  # in the place of a figure
 
 
 class Table(NamedTuple):

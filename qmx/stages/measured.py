@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 from statistics import mean
@@ -114,9 +115,9 @@ def by_class(run: Run, column: Column, budget: Budget, seeds: list[int]) -> dict
     return {**facts, "classes": classes}
 
 
-def detection(run: Run) -> dict[str, Any] | None:
+def detection(run: Run, tell: Callable[[str], None] = say) -> dict[str, Any] | None:
     """Result of `python -m qmx.detect` of this workdir; None if there is none of this ledger as it
-    is."""
+    is, of which `tell` gets a line."""
 
     def look() -> dict[str, Any] | None:
         path, ledger = run.workdir / "detection.json", run.workdir / "ledger.sqlite"
@@ -125,7 +126,7 @@ def detection(run: Run) -> dict[str, Any] | None:
         found = read_json(path)
         if found.get("ledger") == extent(ledger):
             return found
-        say(f"{path} is of another ledger and left out; python -m qmx.detect {run.workdir} again")
+        tell(f"{path} is of another ledger and left out; python -m qmx.detect {run.workdir} again")
         return None
 
     return from_first(look)

@@ -5,6 +5,7 @@ from typing import Any
 
 from qmx import __version__
 from qmx.grid import Cell, Column, budgets
+from qmx.progress import say
 from qmx.report import files
 from qmx.report.audit import audit, strongest
 from qmx.report.pictures import Picture, picture
@@ -34,9 +35,10 @@ def report(
     rows: list[dict | NotDone],
     unasked: dict | NotDone | None = None,
 ) -> str:
-    """Write the report; returns the text for standard out. What was not run is shown as not run.
+    """Write the report; returns the text for standard out. What is not there yet is shown so.
 
     Args:
+      rows: of all cells, in their order.
       unasked: figures of a function that asks nothing, see `qmx.stages.zero.zero`.
     """
     target = needed(target)
@@ -72,6 +74,8 @@ def report(
     grid = budgets(run.config, data.pool.size)
     results: dict[str, Any] = {
         "schema": 2,
+        "finished": len(done) == len(rows),
+        "planned": len(rows),
         "target": {
             **facts,
             **accuracy,
@@ -101,7 +105,7 @@ def report(
         "config": plain(run.config),
     }
     results["reach"] = reached(results)
-    detection = measured.detection(run)
+    detection = measured.detection(run, say if results["finished"] else lambda line: None)
     results["audit"] = audit(results, of_classes(run, results), detection)
     return from_first(
         lambda: files.write(run.workdir, results, asked_pictures(run, results, chosen))
