@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, NamedTuple, TextIO
 
 import jax
 
@@ -14,9 +14,18 @@ from qmx.contract import Rows
 from qmx.data import Source
 from qmx.data.batches import feed
 from qmx.files import write_text
+from qmx.operations import of_call
 from qmx.progress import progress, say
 from qmx.sharding import any_process, first, put_state
 from qmx.train import TrainState, fit
+
+
+class Trained(NamedTuple):
+    """The end of a training."""
+
+    state: TrainState
+    # Floating-point, of all its steps, see `qmx.operations`; None if this call had none to do.
+    operations: int | None
 
 
 def train(
@@ -35,7 +44,7 @@ def train(
     watch: Callable[[int, dict[str, float]], str | None] = lambda done, metrics: None,
     stopped: Callable[[], bool] = lambda: False,
     at_once: int | None = None,
-) -> TrainState:
+) -> Trained:
     """Train to the end, from the newest good checkpoint if an earlier call left one.
 
     Args:
@@ -54,6 +63,7 @@ def train(
       FloatingPointError: the loss or the gradient is not finite; names the run, the step and the
         last checkpoint.
     """
+    counted: list[int] = []  # operations of one step
     ts, rng = put_state((ts, rng))  # else each step would bring the key to every device
     with Checkpoints(directory / "checkpoints") as checkpoints:
         restored = checkpoints.restore(ts)
@@ -77,6 +87,11 @@ def train(
             progress(name, steps, batch_size) as shown,
         ):
 
+            def counting(*arguments: Any) -> Any:
+                if not counted:
+                    counted.append(of_call(step, *arguments))
+                return step(*arguments)
+
             def on_metrics(done: int, metrics: dict[str, float]) -> None:
                 file.write(json.dumps({"step": done, **metrics}) + "\n")
                 shown.update(done, f"loss {metrics['loss']:.3f}")
@@ -85,7 +100,7 @@ def train(
 
             try:
                 ts = fit(
-                    step,
+                    counting,
                     ts,
                     batches,
                     rng,
@@ -100,7 +115,7 @@ def train(
                 last = checkpoints.newest()
                 saved = f"the last good state is {last}" if last else "no state was saved before"
                 raise FloatingPointError(f"{name}: {error}; {saved}") from None
-    return ts
+    return Trained(ts, counted[0] * steps if counted else None)
 
 
 def _log(path: Path, start: int) -> TextIO:

@@ -83,7 +83,7 @@ def main(directory, names, steps, stop, at_once):
         try:
             shown = source._replace(beside=Beside(pool, 2)) if name == "fixmatch" else source
             shown = shown if at_once else shown._replace(held=None)
-            ts = train(
+            ts, _ = train(
                 folder,
                 name,
                 step,

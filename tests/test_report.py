@@ -57,7 +57,7 @@ def results(changes=None, weak=(), **names):
             "fidelity_asked": 60.0 if (init, queries) in weak else 100.0,
             "undertrained": (init, queries) in weak,
             "worst_class": {"class": 1, "fidelity": 30.0, "images": 25},
-            **{"seconds": 1.5, "recipe": "distill"},
+            **{"seconds": 1.5, "operations": 10**9, "recipe": "distill"},
         }
         for init, curves in CURVES.items()
         for seed, curve in enumerate(curves)
@@ -94,6 +94,10 @@ def results(changes=None, weak=(), **names):
             "qmx": "0.2.0",
             "machine": {"system": "Linux", "python": "3.11", "cores": 2, "devices": "1 x cpu"},
             "seconds": {"encoders": 3.0, "students": 18.0},
+            "operations": {
+                **{"target": None, "encoders": 2 * 10**12, "students": 11 * 10**9},
+                **{"trainings": 14, "counted": 13},
+            },
             "seeds": [0, 1],
             "sha256": {"config": DIGEST, "code": DIGEST, "ledger": None},
         },
@@ -354,18 +358,14 @@ def test_nothing_yet(tmp_path):
     found = results()
     found["rows"], found["access"], found["zero_queries"] = [], [], None
     found["target"]["top1"] = found["target"]["top5"] = None
+    found["finished"] = False
     found["reach"] = reached(found)
     found["audit"] = audit(found, None)
     text = files.write(tmp_path, found)
     assert text.startswith("Nothing can be said yet") and "12 of 12 students" in text
-    found["finished"] = False
     jsonschema.validate(json.loads((tmp_path / "results.json").read_text()), SCHEMA)
 
 
-def test_compare(tmp_path, capsys):
-    """Before and after: the answers, the factor in queries, the times, the keys that changed."""
-    paths = [tmp_path / name for name in ("before", "after")]
-    for path, init in zip(paths, ("moco", "none"), strict=True):
 def test_so_far(tmp_path):
     """Of six of twelve students: the answer, the tables and the page say so; the page is read
     again. One that is finished says nothing of it."""
@@ -398,6 +398,10 @@ def test_so_far(tmp_path):
     jsonschema.validate(json.loads((tmp_path / "results.json").read_text()), SCHEMA)
 
 
+def test_compare(tmp_path, capsys):
+    """Before and after: the answers, the factor in queries, the times, the keys that changed."""
+    paths = [tmp_path / name for name in ("before", "after")]
+    for path, init in zip(paths, ("moco", "none"), strict=True):
         path.mkdir()
         found = results({"audit.per_day": 10, "inits": (init,)})
         write_json(path / "results.json", found)

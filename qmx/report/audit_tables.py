@@ -211,6 +211,21 @@ def origin(results: dict) -> list[tuple[str, str]]:
             f"{seconds['encoders']:.0f} s for the encoders, {seconds['students']:.0f} s for the"
             " students",
         ),
+        ("Floating-point operations", operations(found["operations"])),
         ("Seeds", ", ".join(map(str, found["seeds"]))),
         *((f"SHA-256 of the {name}", digest or "none") for name, digest in sha256.items()),
     ]
+
+
+def operations(found: dict[str, Any]) -> str:
+    """Operations of the trainings in words."""
+    counts = {name: found[name] for name in ("target", "encoders", "students") if found[name]}
+    if not counts:
+        return "not counted"
+    told = [f"{count:.3g} for the {name}".replace("e+", "e") for name, count in counts.items()]
+    text = f"{', '.join(told)}, in products of matrices and convolutions"
+    if lacking := found["trainings"] - found["counted"]:
+        text += (
+            f"; {lacking} of {found['trainings']} trainings of encoders and students not counted"
+        )
+    return text

@@ -35,6 +35,7 @@ class Student(NamedTuple):
     sha256: str
     seconds: float  # of its training
     recipe: str
+    operations: int | None = None  # floating-point, of its training, where they were counted
     chosen: dict[str, Any] | None = None  # of a head: its decay and temperature, and how they did
 
 
@@ -101,7 +102,7 @@ def distill(
             params, state = trainer.method.start(ts.params, ts.state, variables)
             ts = ts._replace(params=params, state=state)
         began = time.monotonic()
-        ts = train(
+        ts, operations = train(
             directory,
             f"distill {cell.init} {cell.queries} {cell.select} {cell.access} {cell.use} seed"
             f" {cell.seed}",
@@ -124,6 +125,7 @@ def distill(
             "sha256": digest,
             "seconds": time.monotonic() - began,
             "recipe": recipe_name(config, cell) or "distill",
+            "operations": operations,
         }
 
     result = run.stage("distill", cell.name, inputs, work)

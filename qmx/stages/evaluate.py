@@ -97,6 +97,7 @@ def evaluate(
     }
     # The row has its queries by purpose.
     row = {**cell._asdict(), **run.stage("evaluate", cell.name, inputs, work)}
+    row["operations"] = student.operations
     if path := run.config.audit.watermark:
         row["watermark"] = watermark(run, cell, student, shown, path)
     return row

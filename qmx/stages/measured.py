@@ -132,7 +132,37 @@ def detection(run: Run, tell: Callable[[str], None] = say) -> dict[str, Any] | N
     return from_first(look)
 
 
-def provenance(run: Run, seconds: dict[str, float]) -> dict[str, Any]:
+def operations(
+    target: int | None, encoders: list[dict], students: list[dict]
+) -> dict[str, int | None]:
+    """Floating-point operations of the trainings: {"target", "encoders", "students"} of those that
+    were counted, None if none was; {"trainings", "counted"}, how many there are of encoders and
+    students, and of how many that is the sum.
+
+    Not counted are heads, and what an older version trained.
+
+    Args:
+      target: of its training, if it was trained here.
+      encoders: of `results.json`; those that were brought along have no epochs.
+      students: its rows.
+    """
+    kinds = {
+        "encoders": [one.get("operations") for one in encoders if "epochs" in one],
+        "students": [row["operations"] for row in students],
+    }
+    counts = [count for some in kinds.values() for count in some]
+    known = {name: [count for count in some if count] for name, some in kinds.items()}
+    return {
+        "target": target,
+        **{name: sum(some) if some else None for name, some in known.items()},
+        "trainings": len(counts),
+        "counted": sum(map(len, known.values())),
+    }
+
+
+def provenance(
+    run: Run, seconds: dict[str, float], operations: dict[str, int | None]
+) -> dict[str, Any]:
     """When, with what and by which command a report was made; digests of what it stands on."""
     ledger = run.workdir / "ledger.sqlite"
     config = json.dumps(json.loads(run.config.to_json()), sort_keys=True)
@@ -148,6 +178,7 @@ def provenance(run: Run, seconds: dict[str, float]) -> dict[str, Any]:
             "devices": f"{len(devices)} x {devices[0].device_kind}",
         },
         "seconds": seconds,
+        "operations": operations,
         "seeds": list(run.config.seeds),
         "sha256": {
             "config": hashlib.sha256(config.encode()).hexdigest(),

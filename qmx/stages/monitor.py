@@ -103,7 +103,7 @@ def linear_top1(run: Run, variables: Encoder, directory: Path, encoder: Pretrain
     params, state = trainer.method.start(ts.params, ts.state, variables)
     ts = ts._replace(params=params, state=state)
     source = take(pool, learn, scores=Labels(pool.labels[learn], run.data.classes))
-    ts = train(
+    ts, _ = train(
         directory,
         f"linear probe of {encoder.name}",
         trainer.step,

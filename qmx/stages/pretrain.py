@@ -110,7 +110,7 @@ def _pretrain(
     trainer, steps = trainers.of_encoder(run.config, init, seen, pool.size, **width)
     rng = root_key(seed, init)
     began = time.monotonic()
-    ts = train(
+    ts, operations = train(
         directory,
         f"pretrain {init} seed {seed}",
         trainer.step,
@@ -128,7 +128,12 @@ def _pretrain(
     seconds = time.monotonic() - began
     encoder = trainer.method.encoder(ts.params, ts.state)
     digest = save_weights(directory / "encoder.safetensors", encoder, facts(run, init))
-    return {"sha256": digest, "seconds": seconds, "epochs": int(keys.epochs)}
+    return {
+        "sha256": digest,
+        "seconds": seconds,
+        "epochs": int(keys.epochs),
+        "operations": operations,
+    }
 
 
 def _convert(run: Run, init: str, directory: Path) -> dict:

@@ -97,7 +97,9 @@ def report(
         "monitors": looks,
         **known,
         "agreement": measured.agreement(run, done),
-        "provenance": measured.provenance(run, seconds),
+        "provenance": measured.provenance(
+            run, seconds, measured.operations(target.operations, looks, done)
+        ),
         "versions": {
             "qmx": __version__,  # runs in a checkout that is not installed, too
             **{name: version(name) for name in PACKAGES},

@@ -42,6 +42,7 @@ class Target(NamedTuple):
     path: Path | None = None  # of its weights; None where others compute it
     arch: str = ""
     features: str = "class"  # of a vision transformer, that its classifier reads
+    operations: int | None = None  # floating-point, of its training, where they were counted
 
     @property
     def identity(self) -> dict[str, str]:
@@ -121,7 +122,7 @@ def _train(run: Run, directory: Path) -> dict:
     source = take(pool, np.arange(pool.size), scores=Labels(pool.labels, run.data.classes))
     trainer, steps = trainers.of_target(run.config, networks.look(run.data), pool.size)
     rng = root_key(keys.seed, "target")
-    ts = train(
+    ts, operations = train(
         directory,
         "target",
         trainer.step,
@@ -138,7 +139,8 @@ def _train(run: Run, directory: Path) -> dict:
     said = facts(run, "target", arch=keys.arch, classes=run.data.classes, size=0)
     weights = Encoder(ts.params, ts.state)
     digest = save_weights(directory / "target.safetensors", weights, said)
-    return {"name": f"{keys.arch} trained on {run.data.name}", "arch": keys.arch, "sha256": digest}
+    name = f"{keys.arch} trained on {run.data.name}"
+    return {"name": name, "arch": keys.arch, "sha256": digest, "operations": operations}
 
 
 def _convert(run: Run, directory: Path) -> dict:
