@@ -1,5 +1,5 @@
 """Disturb the program in all ways that a run meets, and compare; the long form of
-tests/test_kill.py, tests/test_workdir.py and tests/test_ledger_writes.py.
+tests/test_kill.py, tests/test_workdir.py and tests/ledger/test_ledger_writes.py.
 
     python benchmarks/faults.py --parts=kills --kills=100 --config.data.limit=400
     python benchmarks/faults.py --parts=together,damage

@@ -3,12 +3,13 @@ for twice?
 
     python benchmarks/served_kills.py --kills=50
 
-The server of tests/oip_server.py runs on loopback and writes down every image that it is sent. A
-process asks it through a ledger, batch by batch, and is killed (SIGKILL) at a random moment after
-its first request arrived, again and again; then one is left to end. After each kill every answer
-that was there before must still be there and be right, and at most one batch more may be on record
-as sent and not answered. In the end no image may have been sent more often than once, and once more
-for each kill that came while it was in flight. Prints JSON; status 1 if anything was otherwise.
+The server of tests/targets/oip_server.py runs on loopback and writes down every image that it is
+sent. A process asks it through a ledger, batch by batch, and is killed (SIGKILL) at a random moment
+after its first request arrived, again and again; then one is left to end. After each kill every
+answer that was there before must still be there and be right, and at most one batch more may be on
+record as sent and not answered. In the end no image may have been sent more often than once, and
+once more for each kill that came while it was in flight. Prints JSON; status 1 if anything was
+otherwise.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from qmx.ledger import Ledger
 from qmx.targets import served
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests/targets"))
 from oip_server import scores_of  # noqa: E402
 
 BATCH = 8
@@ -79,7 +80,7 @@ def main() -> int:
         server = subprocess.Popen(
             [
                 sys.executable,
-                ROOT / "tests/oip_server.py",
+                ROOT / "tests/targets/oip_server.py",
                 f"--log={log}",
                 f"--delay={given.delay}",
             ],

@@ -77,7 +77,7 @@ def pytest_unconfigure():
 
 # Their tests run the same command, which one process compiles once.
 TOGETHER = {
-    f"tests/test_{name}.py"
+    f"test_{name}.py"
     for name in ("by_answers", "faults", "kill", "main", "pipeline", "reach", "recorded", "served")
 }
 
@@ -90,7 +90,7 @@ def pytest_xdist_make_scheduler(config, log):
     class ByFile(LoadFileScheduling):
         def _split_scope(self, nodeid):
             file = super()._split_scope(nodeid)
-            return "together" if file in TOGETHER else file
+            return "together" if Path(file).name in TOGETHER else file
 
     return ByFile(config, log)
 

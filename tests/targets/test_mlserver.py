@@ -1,7 +1,7 @@
 """Against MLServer, which implements the protocol independently.
 
 In an environment of its own, as its packages would hold ours back: `python3 -m venv V && V/bin/pip
-install mlserver && MLSERVER=V/bin/mlserver pytest tests/test_mlserver.py`
+install mlserver && MLSERVER=V/bin/mlserver pytest tests/targets/test_mlserver.py`
 """
 
 import json

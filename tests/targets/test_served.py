@@ -42,7 +42,7 @@ def serve(tmp_path_factory):
         log.touch()
         running.append(
             subprocess.Popen(
-                [sys.executable, ROOT / "tests/oip_server.py", f"--log={log}", *flags],
+                [sys.executable, ROOT / "tests/targets/oip_server.py", f"--log={log}", *flags],
                 stdout=subprocess.PIPE,
                 text=True,
             )

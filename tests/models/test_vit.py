@@ -22,7 +22,7 @@ from qmx.models.vit_names import LAYOUTS
 
 RECORDED = {
     title: entry
-    for path in sorted((ROOT / "tests").glob("recorded_vits_*.json"))
+    for path in sorted((ROOT / "tests/models").glob("recorded_vits_*.json"))
     for title, entry in json.loads(path.read_text()).items()
 }
 TOLERANCE = 1e-5  # of the features' spread over the images

@@ -1,6 +1,7 @@
 """A small server of the Open Inference Protocol v2, with models that go wrong, for the tests.
 
-    python tests/oip_server.py --log=FILE [--delay=SECONDS] [--binary] [--cert=PEM --key=PEM]
+    python tests/targets/oip_server.py --log=FILE [--delay=SECONDS] [--binary] [--cert=PEM
+        --key=PEM]
         [--token=TOKEN]
 
 Prints its port on loopback. Each fault is a model, called what it does; "digits" answers well. The

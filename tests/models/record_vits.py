@@ -1,12 +1,12 @@
 """Record tiny vision transformers of other packages: names, shapes and features.
 
-    python tests/record_vits.py transformers    (pip install torch transformers)
-    python tests/record_vits.py timm            (pip install torch timm)
-    python tests/record_vits.py torchvision     (pip install torch torchvision)
+    python tests/models/record_vits.py transformers    (pip install torch transformers)
+    python tests/models/record_vits.py timm            (pip install torch timm)
+    python tests/models/record_vits.py torchvision     (pip install torch torchvision)
 
-Writes tests/recorded_vits_PACKAGE.json, which test_vit.py reads, so that the tests need none of the
-packages. Files of transformers are those that `save_pretrained` writes. The weights are those of
-`weights` below, and all of them count. Features are computed in float64.
+Writes tests/models/recorded_vits_PACKAGE.json, which test_vit.py reads, so that the tests need none
+of the packages. Files of transformers are those that `save_pretrained` writes. The weights are
+those of `weights` below, and all of them count. Features are computed in float64.
 """
 
 import json

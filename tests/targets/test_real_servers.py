@@ -3,7 +3,7 @@ figures of an audit are those of the same file in this process.
 
 Each in an environment of its own, with this one's version of onnxruntime for equal bits:
 `python3 -m venv V && V/bin/pip install mlserver onnxruntime` (W and kserve the same), then
-`MLSERVER=V/bin/mlserver KSERVE=W/bin/python pytest -m "" tests/test_real_servers.py`
+`MLSERVER=V/bin/mlserver KSERVE=W/bin/python pytest -m "" tests/targets/test_real_servers.py`
 """
 
 import json
