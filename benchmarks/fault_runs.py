@@ -30,8 +30,11 @@ COMMAND = [
     "--config.distill.min_steps=12",
     "--config.save_minutes=0.005",
 ]  # saves so often that kills come amid them
-# Of a run whose encoders are trained and whose target was not asked yet.
-ASKED = ("ledger.sqlite*", "account.json", "query", "distill", "evaluate", "results.json")
+# Of a run whose encoders are trained and whose target was not asked yet, to choose images neither.
+ASKED = (
+    *("ledger.sqlite*", "account.json", "query", "distill", "evaluate", "results.json"),
+    *("*margin*", "*entropy*"),
+)
 
 
 class Bench(NamedTuple):
