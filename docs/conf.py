@@ -1,10 +1,12 @@
 """Settings of the documentation: `sphinx-build -W -n -b html docs docs/_build`.
 
 Two tables are made of the code at every build, in the place of a remark in the pages: the keys of a
-config, and the ids of the standards. Sphinx is not needed to make them.
+config, and the ids of the standards. Sphinx is not needed to make them. Notebooks are read as pages
+of Markdown.
 """
 
 import inspect
+import json
 import re
 from typing import Any
 
@@ -16,7 +18,8 @@ version = release = __version__
 copyright = "the authors of qmx, Apache-2.0"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build"]
+source_suffix = {".md": "markdown", ".ipynb": "markdown"}
+exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
 html_theme = "furo"
 html_copy_source = False
 html_title = f"qmx {__version__}"
@@ -91,6 +94,20 @@ def fill_in(app: Any, name: str, source: list[str]) -> None:
             source[0] = source[0].replace(remark, make())
 
 
+def as_page(app: Any, name: str, source: list[str]) -> None:
+    """Make Markdown of a notebook: its prose as it is, its code in fences, a link to its file."""
+    if not name.startswith("notebooks/"):
+        return
+    title, *cells = json.loads(source[0])["cells"]
+    file = f"{name.rpartition('/')[2]}.ipynb"
+    parts = ["".join(title["source"])]
+    parts.append(f"This is a notebook without its results. To run it, open {{download}}`{file}`.")
+    for cell in cells:
+        text = "".join(cell["source"])
+        parts.append(f"```python\n{text}\n```" if cell["cell_type"] == "code" else text)
+    source[0] = "\n\n".join(parts)
+
+
 SECTION = re.compile(r"(Args|Attributes|Raises|Returns|Yields):$")
 
 
@@ -121,6 +138,7 @@ def is_alias(app: Any, what: str, name: str, obj: Any, skip: bool, options: Any)
 def setup(app: Any) -> dict[str, bool]:
     """Connect the functions above; called by Sphinx."""
     app.connect("source-read", fill_in)
+    app.connect("source-read", as_page)
     app.connect("autodoc-process-docstring", as_written, priority=400)  # before napoleon's 500
     app.connect("autodoc-skip-member", is_alias)
     return {"parallel_read_safe": True}

@@ -9,15 +9,15 @@ Letters of the shapes, everywhere: B batch (global), H W C image (NHWC), S side 
 F features, D embedding, K queue, N classes, G groups of batch statistics, n examples.
 """
 
-__version__ = "0.2.0"
-
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from qmx.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from qmx import augment, losses, models, optim, selection
     from qmx.contract import Batch, Encoder, Method, Network, View, chain
-    from qmx.encoders import encode, load_encoder
+    from qmx.encoders import encode, load_encoder, save_encoder
     from qmx.inference import predict
     from qmx.ledger import BudgetSpent, Ledger, Unavailable
     from qmx.methods import (
@@ -57,7 +57,7 @@ MODULES = {
 }
 # The module of each other name.
 PLACES = {
-    **dict.fromkeys(("encode", "load_encoder"), "qmx.encoders"),
+    **dict.fromkeys(("encode", "load_encoder", "save_encoder"), "qmx.encoders"),
     **dict.fromkeys(("Batch", "Encoder", "Method", "Network", "View", "chain"), "qmx.contract"),
     "predict": "qmx.inference",
     **dict.fromkeys(("BudgetSpent", "Ledger", "Unavailable"), "qmx.ledger"),
@@ -107,6 +107,7 @@ __all__ = [
     "put_batch",
     "put_state",
     "rotation",
+    "save_encoder",
     "selection",
     "simsiam",
 ]

@@ -1,20 +1,23 @@
 """Encoders to take home: a file that says how it is used, and what it makes of images."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from qmx import models
 from qmx.augment import plain_view
-from qmx.checkpoint import load_weights
-from qmx.contract import Encoder, Network, View, chain, variable_shapes
+from qmx.checkpoint import load_weights, save_weights
+from qmx.contract import Encoder, Network, View, chain, check_shapes, variable_shapes
 from qmx.files import write_arrays
 from qmx.inference import predict
 from qmx.ledger import pixel_digests
 from qmx.networks import evaluated_in, shown_view
+from qmx.version import __version__
 
 
 class Loaded(NamedTuple):
@@ -27,6 +30,67 @@ class Loaded(NamedTuple):
     # What the file says of itself: qmx, method, arch, dtype, shape, mean, std, resize, size,
     # classes, class_names, standardize.
     facts: dict[str, Any]
+
+
+def save_encoder(
+    path: Path | str,
+    arch: str,
+    encoder: Encoder,
+    *,
+    shape: tuple[int, int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    classes: int = 0,
+    method: str = "",
+) -> None:
+    """Write an encoder, or a whole classifier, as a file for `load_encoder`.
+
+    Args:
+      path: to write, .safetensors; an older file is replaced.
+      arch: the backbone's name, one of `qmx.models.NETWORKS`.
+      encoder: what `Method.encoder` gives; with `classes`, what `Method.network` gives of a
+        student whose head is `qmx.models.classifier(classes)`.
+      shape: H, W, C of the images.
+      mean, std: of each channel in 0..1, by which the images were normalised.
+      classes: N of a classifier; 0 for a backbone alone.
+      method: how it was trained, for people.
+
+    Raises:
+      ValueError: the network is unknown, the variables are another network's, or mean and std do
+        not have C numbers.
+      OSError: the file cannot be written.
+    """
+    if not len(mean) == len(std) == shape[2]:
+        raise ValueError(
+            f"images have {shape[2]} channels, mean {len(mean)} and std {len(std)}; give one for"
+            " each"
+        )
+    facts = {
+        "qmx": __version__,
+        "method": method,
+        "arch": arch,
+        "dtype": jnp.result_type(*jax.tree.leaves(encoder)).name,
+        "shape": shape,
+        "mean": [*map(float, mean)],
+        "std": [*map(float, std)],
+        "resize": 0,
+        "size": 0,
+        "classes": classes,
+        "class_names": (),
+        "standardize": False,
+    }
+    check_shapes(encoder, variable_shapes(network_of(facts), shape), "the encoder")
+    save_weights(Path(path), encoder, facts)
+
+
+def network_of(facts: dict[str, Any]) -> Network:
+    """The network that a file is of, by its `facts`; ValueError if its name is unknown."""
+    dtype = jnp.dtype(evaluated_in(facts["dtype"]))
+    network = models.backbone(facts["arch"], dtype=dtype, features=facts.get("features", "class"))
+    if not facts["classes"]:
+        return network
+    head = models.classifier(facts["classes"], standardize=facts["standardize"])
+    return chain(backbone=network, head=head)
 
 
 def load_encoder(path: Path | str) -> Loaded:
@@ -45,11 +109,7 @@ def load_encoder(path: Path | str) -> Loaded:
             f"{path} is a head on features of the encoder {facts['method']}, and no network of"
             " images; qmx.heads.scores takes it"
         )
-    dtype = jnp.dtype(evaluated_in(facts["dtype"]))
-    network = models.backbone(facts["arch"], dtype=dtype, features=facts.get("features", "class"))
-    if facts["classes"]:
-        head = models.classifier(facts["classes"], standardize=facts["standardize"])
-        network = chain(backbone=network, head=head)
+    network = network_of(facts)
     shape = tuple(facts["shape"])
     view = plain_view(facts["mean"], facts["std"], facts["size"])
     side, channels = facts["size"], shape[2]

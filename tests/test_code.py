@@ -24,7 +24,7 @@ LEVELS = (
     ("data", "metrics", "detection", "inference", "checkpoint", "workdir"),
     ("progress", "train", "losses", "augment", "optim", "layer_rates", "files", "operations"),
     ("sharding",),
-    ("contract", "terminal", "signals", "audit_keys", "frozen_keys", "training_keys"),
+    ("contract", "terminal", "signals", "audit_keys", "frozen_keys", "training_keys", "version"),
 )
 LEVEL = {name: place for place, names in enumerate(LEVELS) for name in names}
 

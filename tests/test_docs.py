@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,12 +24,16 @@ from qmx.data.arrays import arrays
 from qmx.files import write_json
 from qmx.report import compare
 from qmx.report.standards import STANDARDS
-from qmx.targets import function
+from qmx.targets import function, onnx_file
+from qmx.targets.shown import Shown
 
 DOCS = ROOT / "docs"
 PAGES = {path.stem: path.read_text() for path in sorted(DOCS.glob("*.md"))}
 # Programs that are not ours; of what they are given, the files and the extras exist.
-OTHERS = ("export", "kubectl", "mlserver", "pip", "python3", "sbatch", "sphinx-build", "srun")
+OTHERS = {
+    *("export", "kubectl", "mlserver", "pip", "python", "python3", "sbatch", "sphinx-build"),
+    "srun",
+}
 
 
 def test_commands(command, tmp_path, monkeypatch, capsys):
@@ -58,7 +63,7 @@ def test_commands(command, tmp_path, monkeypatch, capsys):
         elif words[:2] == ["python", "-m"]:
             check_tool(words[2], words[3:], capsys)
         else:
-            assert words[0] in OTHERS, line
+            assert Path(words[0]).name in OTHERS, line
 
 
 def check_tool(name, words, capsys):
@@ -90,9 +95,9 @@ def test_snippets(tmp_path, monkeypatch, capsys):
     """The snippets without answers: own images, own model, a report as a program reads it."""
     monkeypatch.chdir(tmp_path)
     found = {name: blocks(text, "python") for name, text in PAGES.items() if blocks(text, "python")}
-    counts = {"attacks": 1, "audit": 4, "report": 1, "functional": 1}  # the last: test_readme.py
+    counts = {"attacks": 1, "audit": 5, "report": 1, "functional": 1}  # the last: test_readme.py
     assert {name: len(some) for name, some in found.items()} == counts
-    images, *servers, model = found["audit"]
+    images, file, *servers, model = found["audit"]
     for code in servers:  # test_real_servers.py runs them, where their packages are
         compile(code, "docs/audit.md", "exec")
     config = alone(found["attacks"][0], "docs/attacks.md")["get_config"]()
@@ -100,6 +105,13 @@ def test_snippets(tmp_path, monkeypatch, capsys):
     alone(images, "docs/audit.md")
     pool = arrays("pool.npz", "others.npz").pool
     assert pool.size == 500 and pool.labelled
+
+    alone(file, "docs/audit.md")
+    others = arrays("pool.npz", "eval.npz").evaluation
+    shown = Shown(scale=1.0, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    target = onnx_file.connect("digits.onnx", shape=(8, 8, 3), classes=10, shown=shown)
+    right = target.query(others.shown(np.arange(others.size))).argmax(1) == others.labels
+    assert others.size == 397 and right.mean() > 0.7
 
     (tmp_path / "own.py").write_text(model)
     target = function.connect("own.py:scores", shape=(8, 8, 1), classes=10)
@@ -160,3 +172,7 @@ def test_build(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "pretrain.moco.epochs=200.0" in (tmp_path / "site/keys.html").read_text()
     assert 'id="qmx.moco.make"' in (tmp_path / "site/api.html").read_text()
+    for path in (DOCS / "notebooks").glob("*.ipynb"):
+        page = (tmp_path / f"site/notebooks/{path.stem}.html").read_text()
+        assert "STEPS" in page and "execution_count" not in page, path
+        assert list((tmp_path / "site/_downloads").glob(f"*/{path.name}")), path

@@ -81,6 +81,41 @@ def test_files_that_are_none(file, tmp_path):
         assert name in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("classes", [0, 5], ids=["backbone", "classifier"])
+def test_save_encoder(tmp_path, classes):
+    """A network of one's own training comes back as it was, with what its use takes."""
+    net = models.backbone("resnet8_narrow")
+    if classes:
+        net = qmx.chain(backbone=net, head=models.classifier(classes))
+    mean, std = np.array([0.5, 0.4, 0.3]), (0.2, 0.25, 0.3)
+    encoder = qmx.Encoder(*net.init(jax.random.key(0), jnp.zeros((2, 16, 16, 3))))
+    keywords = {"shape": (16, 16, 3), "mean": mean, "std": std, "classes": classes}
+    path = tmp_path / "own.safetensors"
+    qmx.save_encoder(str(path), "resnet8_narrow", encoder, method="my own", **keywords)
+    read = qmx.load_encoder(path)
+    images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)
+    before = qmx.predict(net, *encoder, qmx.augment.plain_view(mean, std), images)
+    np.testing.assert_array_equal(qmx.encode(read, images), before)
+    assert before.shape == (5, classes or 32)
+    assert read.facts["method"] == "my own" and read.facts["dtype"] == "float32"
+
+
+def test_save_encoder_refuses(file, tmp_path):
+    """A file that could not be read again is not written."""
+    _, encoder = file
+    path = tmp_path / "none.safetensors"
+    keywords = {"shape": (16, 16, 3), "mean": (0.5,) * 3, "std": (0.2,) * 3}
+    for arch, changes, message in (
+        ("resnet8", {}, "the encoder is of another network: .*conv1"),
+        ("resnet8_narrow", {"classes": 5}, "the encoder is of another network: .*head"),
+        ("resnet9", {}, "network 'resnet9' is unknown"),
+        ("resnet8_narrow", {"mean": (0.5,)}, "images have 3 channels, mean 1 and std 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            qmx.save_encoder(path, arch, encoder, **{**keywords, **changes})
+        assert not path.exists()
+
+
 @pytest.mark.slow
 def test_what_a_run_leaves(finished, command, tmp_path):
     """Encoder, target and student of a run can be used without the run; --stage=pretrain says

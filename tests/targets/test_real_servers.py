@@ -6,6 +6,7 @@ Each in an environment of its own, with this one's version of onnxruntime for eq
 `MLSERVER=V/bin/mlserver KSERVE=W/bin/python pytest -m "" tests/targets/test_real_servers.py`
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,9 +17,7 @@ import time
 import numpy as np
 import pytest
 from conftest import ROOT, TINY, table
-from documents import blocks
-from onnx import TensorProto, helper, numpy_helper, save
-from sklearn.datasets import load_digits
+from documents import alone, blocks
 
 from qmx.ledger import Refused, Unavailable
 from qmx.targets import onnx_file, served
@@ -32,6 +31,7 @@ PROGRAMS = {
 PAGE = (ROOT / "docs/audit.md").read_text()
 (MLSERVER,) = [block for block in blocks(PAGE, "python") if "import MLModel" in block]
 (KSERVE,) = [block for block in blocks(PAGE, "python") if "import InferOutput" in block]
+(FILE,) = [block for block in blocks(PAGE, "python") if "import onnx\n" in block]
 SETTINGS, MODEL = map(json.loads, blocks(PAGE, "json"))
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SHOWN = Shown(scale=1.0, mean=MEAN, std=STD, dtype="float32", layout="nchw")
@@ -41,29 +41,11 @@ FITS = {"shape": (8, 8, 3), "classes": 10}
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A folder with tinted digits, pool.npz and test.npz, and digits.onnx, which knows a digit by
+    """A folder with tinted digits, pool.npz and eval.npz, and digits.onnx, which knows a digit by
     the nearest mean."""
-    folder, rng = tmp_path_factory.mktemp("files"), np.random.default_rng(0)
-    grey, labels = load_digits(return_X_y=True)
-    tints = rng.uniform(0.3, 1, (len(grey), 1, 1, 3))
-    images = np.round(grey.reshape(-1, 8, 8, 1) * (255 / 16) * tints).astype(np.uint8)
-    for name, some in (("pool", slice(400)), ("test", slice(400, 600))):
-        np.savez(folder / f"{name}.npz", image=images[some], label=labels[some])
-    inputs = ((images / 255 - MEAN) / STD).transpose(0, 3, 1, 2).reshape(len(images), -1)
-    means = np.stack([inputs[labels == digit].mean(0) for digit in range(10)])
-    arrays = {"kernel": means.reshape(10, 3, 8, 8), "bias": -(means**2).sum(1) / 2}
-    ends = [
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", *shape])]
-        for name, shape in (("image", (3, 8, 8)), ("scores", (10,)))
-    ]
-    nodes = [
-        helper.make_node("Conv", ["image", "kernel", "bias"], ["maps"]),
-        helper.make_node("Flatten", ["maps"], ["scores"]),
-    ]
-    tensors = [numpy_helper.from_array(x.astype(np.float32), name) for name, x in arrays.items()]
-    graph = helper.make_graph(nodes, "digits", *ends, tensors)
-    opset = [helper.make_opsetid("", 17)]
-    save(helper.make_model(graph, opset_imports=opset, ir_version=8), folder / "digits.onnx")
+    folder = tmp_path_factory.mktemp("files")
+    with contextlib.chdir(folder):
+        alone(FILE, "docs/audit.md")
     return folder
 
 
@@ -109,7 +91,7 @@ def server(request, files, tmp_path_factory):
 def test_scores(server, files):
     """They come back to the bit; its refusals, and its port for gRPC, are named."""
     kind, http, grpc = server
-    images = np.load(files / "test.npz")["image"]
+    images = np.load(files / "eval.npz")["image"]
     want = onnx_file.connect(str(files / "digits.onnx"), **FITS, shown=SHOWN).query(images)
     query = served.connect(http, "digits", **NAMES, **FITS, shown=SHOWN).query
     assert np.array_equal(query(images), want)
@@ -137,7 +119,7 @@ def test_figures(server, files, command, tmp_path):
         "--config.also=()",
         "--config.data.source=arrays",
         f"--config.data.path={files}/pool.npz",
-        f"--config.data.eval_path={files}/test.npz",
+        f"--config.data.eval_path={files}/eval.npz",
         *(f"--config.target.shown.{key}={getattr(SHOWN, key)}" for key in ("scale", "mean", "std")),
     ]
     here = ["--config.target.kind=onnx", f"--config.target.path={files}/digits.onnx"]
