@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from qmx import board
 from qmx.ledger import access
 from qmx.ledger.content import DTYPES as LEDGER_DTYPES
 from qmx.methods.fixmatch import ALIGNMENTS, RULES
@@ -183,6 +184,8 @@ def value_problems(config: Any) -> Iterator[str]:
         elif _kind(value) == "a number" and not (allowed and _meant(value, allowed)):
             whole = "a whole number " if isinstance(value, int) else ""
             yield f"{key} {value!r} must be {whole}{_said(allowed or FROM_0)}"
+    if config.tensorboard is True and (lacking := board.problem()):
+        yield lacking
 
 
 def view_problems(name: str, view: Any, shape: tuple[int, int, int]) -> Iterator[str]:

@@ -42,16 +42,16 @@ def base() -> ConfigDict:
     # budgets as shares of the pool; both they and `queries` are rows of the table
     config.fractions = (0.01, 0.1, 1.0)
     config.queries = ()  # budgets as numbers of images
-    # distinct images that may be asked about in all; None is no limit
-    config.budget = config_dict.placeholder(int)
+    config.budget = config_dict.placeholder(int)  # distinct images in all; None is no limit
 
-    # of 1,000 calls of the target, in any currency, for the report
-    config.price = config_dict.placeholder(float)
+    config.price = config_dict.placeholder(float)  # of 1,000 calls, in any currency
     # shares of the target's accuracy, and of images, of which the report says what reaches them
     config.reach = (0.5, 0.75, 0.9, 0.95)
     # of the answers in the ledger; float16 halves the file and rounds to 3 digits
     config.ledger_dtype = "float32"
     config.save_minutes = 10.0  # between two checkpoints of a training: what a kill may cost
+    # also write every training's metrics as event files; needs the extra qmx[tensorboard]
+    config.tensorboard = False
 
     config.data = ConfigDict(
         dict(

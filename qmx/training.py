@@ -4,11 +4,13 @@ them."""
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import jax
 
+from qmx.board import drawn
 from qmx.checkpoint import Checkpoints
 from qmx.contract import Rows
 from qmx.data import Source
@@ -44,6 +46,7 @@ def train(
     watch: Callable[[int, dict[str, float]], str | None] = lambda done, metrics: None,
     stopped: Callable[[], bool] = lambda: False,
     at_once: int | None = None,
+    tensorboard: bool = False,
 ) -> Trained:
     """Train to the end, from the newest good checkpoint if an earlier call left one.
 
@@ -57,6 +60,7 @@ def train(
       watch: returns a warning about the metrics, see `qmx.diagnostics.watch`.
       source: what is trained on; its order follows `seed`, see `qmx.data.batches`.
       at_once: steps in one dispatch, see `qmx.data.batches.feed`.
+      tensorboard: also write the metrics as an event file, see `qmx.board`.
 
     Raises:
       Stopped: `stopped` said so; the state is in checkpoints/.
@@ -82,8 +86,10 @@ def train(
                 at_once=at_once,
             )
 
+        log = directory / "metrics.jsonl"
         with (
-            _log(directory / "metrics.jsonl", int(ts.step)) as file,
+            _log(log, int(ts.step)) as file,
+            drawn(log) if tensorboard and first() else nullcontext(lambda *_: None) as draw,
             progress(name, steps, batch_size) as shown,
         ):
 
@@ -94,6 +100,7 @@ def train(
 
             def on_metrics(done: int, metrics: dict[str, float]) -> None:
                 file.write(json.dumps({"step": done, **metrics}) + "\n")
+                draw(done, metrics)
                 shown.update(done, f"loss {metrics['loss']:.3f}")
                 if warning := watch(done, metrics):
                     say(f"warning: {name}: {warning}")

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import qmx
+from qmx.board import NAME
 from qmx.files import SUMS, Unreadable, check_file, read_json, read_sums, write_json, write_sums
 from qmx.sharding import from_first
 
-LOG = "metrics.jsonl"  # of a stage, for people: no stage reads another's
+# Files of a stage that are for people: no stage reads another's.
+FOR_PEOPLE = ("metrics.jsonl", NAME)
 LONG = 60  # seconds; work that took longer is thrown away only where the user says so
 
 
@@ -153,7 +155,7 @@ def stage(
     def finish() -> dict:
         write_json(directory / "result.json", result)
         files = sorted(path.name for path in directory.iterdir() if path.is_file())
-        write_sums(directory, [name for name in files if name != LOG])
+        write_sums(directory, [name for name in files if name not in FOR_PEOPLE])
         shutil.rmtree(directory / "checkpoints", ignore_errors=True)
         return json.loads(json.dumps(result))
 

@@ -22,7 +22,17 @@ LEVELS = (
     ("targets",),
     ("ledger", "selection", "methods", "models", "diagnostics", "heads"),
     ("data", "metrics", "detection", "inference", "checkpoint", "workdir"),
-    ("progress", "train", "losses", "augment", "optim", "layer_rates", "files", "operations"),
+    (
+        "progress",
+        "train",
+        "losses",
+        "augment",
+        "optim",
+        "layer_rates",
+        "files",
+        "operations",
+        "board",
+    ),
     ("sharding",),
     ("contract", "terminal", "signals", "audit_keys", "frozen_keys", "training_keys", "version"),
 )

@@ -116,6 +116,7 @@ def distill(
             drop_last=False,
             save_seconds=60 * run.config.save_minutes,
             stopped=run.stopped,
+            tensorboard=run.config.tensorboard,
         )
         standardize = keys.standardize
         said = facts(run, cell.init, classes=run.data.classes, standardize=standardize)

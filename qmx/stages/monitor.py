@@ -116,6 +116,7 @@ def linear_top1(run: Run, variables: Encoder, directory: Path, encoder: Pretrain
         drop_last=False,
         save_seconds=60 * run.config.save_minutes,
         stopped=run.stopped,
+        tensorboard=run.config.tensorboard,
     )
     classifier = networks.classifier(arch, dtype, seen)
     whole = trainer.method.network(ts.params, ts.state)

@@ -123,6 +123,7 @@ def _pretrain(
         drop_last=True,
         save_seconds=60 * run.config.save_minutes,
         stopped=run.stopped,
+        tensorboard=run.config.tensorboard,
         watch=watch(steps // int(keys.epochs), keys.get("features"), keys.get("queue_size")),
     )
     seconds = time.monotonic() - began

@@ -135,6 +135,7 @@ def _train(run: Run, directory: Path) -> dict:
         drop_last=False,
         save_seconds=60 * run.config.save_minutes,
         stopped=run.stopped,
+        tensorboard=run.config.tensorboard,
     )
     said = facts(run, "target", arch=keys.arch, classes=run.data.classes, size=0)
     weights = Encoder(ts.params, ts.state)
