@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import table
+from conftest import ONE_BLOCK, table
 from ml_collections import FrozenConfigDict
 from PIL import Image
 from safetensors.numpy import load_file
@@ -56,6 +56,7 @@ def imagenet(photos, command, tmp_path_factory):
     status, out, err = command(
         "--config=configs/imagenet.py:tiny",
         *photos,
+        *ONE_BLOCK,
         f"--workdir={workdir}",
         "--config.inits=('none','moco')",
         "--config.also=('moco+fixmatch',)",
@@ -105,6 +106,7 @@ def test_a_cache_gives_the_same_target_and_answers(imagenet, photos, command, tm
     status, _, err = command(
         "--config=configs/imagenet.py:tiny",
         *photos,
+        *ONE_BLOCK,
         f"--workdir={tmp_path}/w",
         "--update",
         f"--config.data.cache={tmp_path}/cache",
@@ -128,6 +130,7 @@ def test_cifar10_tiny(command, tmp_path):
         "--config=configs/cifar10.py:tiny",
         f"--config.data.path={tmp_path}/train.npz",
         f"--config.data.eval_path={tmp_path}/test.npz",
+        *ONE_BLOCK,
         f"--workdir={tmp_path}/w",
         "--config.data.limit=192",
         "--config.monitor.linear=True",
@@ -147,12 +150,12 @@ def test_cifar10_tiny(command, tmp_path):
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """Released files as their authors' code writes them: a target, and a MoCo v2 checkpoint, both
-    ResNet-18."""
+    ResNet-8."""
     folder = tmp_path_factory.mktemp("weights")
-    torch.save(released(ARCHS["resnet18"], classes=3).state_dict(), folder / "target.pth")
+    torch.save(released(ARCHS["resnet8"], classes=3).state_dict(), folder / "target.pth")
     encoder = {
         name: value
-        for name, value in released(ARCHS["resnet18"], seed=1).state_dict().items()
+        for name, value in released(ARCHS["resnet8"], seed=1).state_dict().items()
         if not name.startswith("fc.")
     }
     state = {
@@ -161,15 +164,15 @@ def weights(tmp_path_factory):
         for name, value in encoder.items()
     }
     for branch in "qk":
-        for layer, rows in (("0", 512), ("2", 128)):
-            state[f"module.encoder_{branch}.fc.{layer}.weight"] = torch.randn(rows, 512)
+        for layer, rows in (("0", 64), ("2", 128)):
+            state[f"module.encoder_{branch}.fc.{layer}.weight"] = torch.randn(rows, 64)
             state[f"module.encoder_{branch}.fc.{layer}.bias"] = torch.randn(rows)
     state |= {
         "module.queue": torch.randn(128, 64),
         "module.queue_ptr": torch.zeros(1, dtype=torch.long),
     }
     torch.save(
-        {"epoch": 200, "arch": "resnet18", "state_dict": state, "optimizer": {}},
+        {"epoch": 200, "arch": "resnet8", "state_dict": state, "optimizer": {}},
         folder / "moco.pth.tar",
     )
     return folder
@@ -177,8 +180,8 @@ def weights(tmp_path_factory):
 
 TORCH = [
     "--config=configs/imagenet.py:tiny,none,moco",
-    "--config.student.arch=resnet18",
-    # Half the side: this network is slow as tests compile it.
+    "--config.student.arch=resnet8",
+    # Half the side, for its time.
     "--config.data.limit=32",
     "--config.data.resize=18",
     "--config.data.crop=16",
@@ -186,7 +189,7 @@ TORCH = [
     "--config.strong_view.size=16",
     "--config.fractions=(1.0,)",
     "--config.target.kind=torch",
-    "--config.target.arch=resnet18",
+    "--config.target.arch=resnet8",
 ]
 
 
@@ -212,7 +215,7 @@ def test_pytorch_target_and_encoder(photos, weights, command, tmp_path):
     )
     results = json.loads((tmp_path / "w/results.json").read_text())
     assert (
-        results["target"]["name"] == "resnet18 from target.pth"
+        results["target"]["name"] == "resnet8 from target.pth"
         and results["target"]["precision"] == "float32"
     )
 
@@ -230,7 +233,7 @@ def test_pytorch_target_and_encoder(photos, weights, command, tmp_path):
     [
         (
             ["--config.target.path={weights}/target.pth", "--config.target.arch=resnet50"],
-            ("resnet18", "resnet50"),
+            ("resnet8", "resnet50"),
         ),
         (["--config.target.path={weights}/text.pth"], ("text.pth",)),
         (["--config.target.path={weights}/cut.pth"], ("cut.pth",)),
@@ -253,7 +256,7 @@ def test_wrong_weights(photos, weights, command, tmp_path, flags, words):
         (weights / "text.pth").write_text("<!doctype html><title>404</title>")
         whole = (weights / "target.pth").read_bytes()
         (weights / "cut.pth").write_bytes(whole[: len(whole) // 2])
-        torch.save(released(ARCHS["resnet18"], classes=10).state_dict(), weights / "ten.pth")
+        torch.save(released(ARCHS["resnet8"], classes=10).state_dict(), weights / "ten.pth")
         file = torch.load(weights / "moco.pth.tar", weights_only=True)
         state, prefix = file["state_dict"], "module.encoder_q."
         del state[prefix + "layer1.0.conv1.weight"]

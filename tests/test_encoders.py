@@ -123,7 +123,7 @@ def test_what_a_run_leaves(finished, command, tmp_path):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (3, 8, 8, 1), np.uint8)
     for path, width in (
-        ("pretrain/moco-seed0/encoder", 32),
+        ("pretrain/moco-seed0/encoder", 8),
         ("target/target", 10),
         ("distill/moco-random-logits-asked-71-seed0/student", 10),
     ):

@@ -67,7 +67,7 @@ def test_full_disk_while_saving(environment, command, tmp_path):
     noticed before). The same command goes on."""
     words = [*MOCO, f"--workdir={tmp_path}/w", "--config.save_minutes=0.0001"]
     done = subprocess.run(
-        [sys.executable, "-m", "qmx.main", *words],
+        [sys.executable, "tests/one_block.py", *words],
         cwd=ROOT,
         env=environment,
         capture_output=True,

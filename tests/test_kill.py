@@ -54,7 +54,7 @@ def test_kill(finished, start, process, tmp_path):
     assert killed["account"]["calls"] == killed["account"]["images"]
 
 
-LONGER = [*TINY, "--stage=pretrain", "--config.inits=('moco',)", "--config.pretrain.moco.epochs=6"]
+LONGER = [*TINY, "--stage=pretrain", "--config.inits=('moco',)", "--config.pretrain.moco.epochs=12"]
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import tomllib
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, TINY
+from conftest import ONE_BLOCK, ROOT, TINY
 from jax.experimental.compilation_cache import compilation_cache
 
 from qmx.main import MOST_USED, load_file, main
@@ -152,6 +152,7 @@ def test_images_of_ones_own(command, tmp_path):
         "--config.seeds=(0,)",
         "--config.fractions=(0.5,)",
         "--config.queries=20",
+        *ONE_BLOCK,
         "--config.target.epochs=8",
         "--config.target.batch_size=16",
         "--config.distill.min_steps=32",
@@ -277,7 +278,7 @@ def test_two_calls_in_one_process(no_cache, tmp_path, monkeypatch, capsys):
     leaves the process as it was; so does a mistake."""
     monkeypatch.setattr(sys, "argv", ["another", "--own=words", "--config.epochs=1"])
     before = what_a_call_sets()
-    short = ["--config.seeds=(0,)", "--config.inits=('none',)", "--config.also=()"]
+    short = [*ONE_BLOCK, "--config.seeds=(0,)", "--config.inits=('none',)", "--config.also=()"]
     calls = {
         "target": [f"{DIGITS}:float32", *short, "--config.target.epochs=0.2"],
         "select": [DIGITS, *short, "--config.target.batch_size=32"],
@@ -322,7 +323,7 @@ def test_terminal(as_users, tmp_path):
     plain. Compiled as users have it."""
     reader, writer = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "qmx.main", *TINY, "--stage=target", f"--workdir={tmp_path}/w"],
+        [sys.executable, "tests/one_block.py", *TINY, "--stage=target", f"--workdir={tmp_path}/w"],
         cwd=ROOT,
         env={**as_users, "TERM": "xterm-256color", "COLUMNS": "120"},
         stdout=subprocess.PIPE,

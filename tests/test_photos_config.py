@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from conftest import ONE_BLOCK
 from PIL import Image
 
 from qmx.main import parse
@@ -90,7 +91,7 @@ def test_the_command(command, tmp_path):
         "    return np.concatenate([m, -m], 1)\n"
     )
     small = ["--config.pretrain.moco.epochs=1", "--config.distill.min_steps=3"]
-    small += ["--config.student.arch=resnet8_narrow", "--config.distill.epochs=0.1"]
+    small += [ONE_BLOCK[0], "--config.distill.epochs=0.1"]
     small += [f"--config.{key}=16" for key in ("data.canvas", "data.resize", "data.crop")]
     small += [f"--config.{key}.size=16" for key in ("student", "weak_view", "strong_view")]
     status, out, err = command(

@@ -13,11 +13,12 @@ import time
 
 import numpy as np
 import pytest
-from conftest import QUICKLY, ROOT
+from conftest import ONE_BLOCK, QUICKLY, ROOT
 
 # In float64, where the order of sums makes no difference that lasts.
 SHORT = [
     "--config=configs/digits.py",
+    *ONE_BLOCK,
     "--config.seeds=(0,)",
     "--config.fractions=(0.05,1.0)",
     "--config.queries=()",
@@ -40,9 +41,10 @@ SHORT = [
 # Some seconds of steps, in the same programs for whoever stops it.
 PRETRAIN = [
     "--config=configs/digits.py:float32",
+    *ONE_BLOCK,
     "--config.seeds=(0,)",
     "--config.inits=('moco',)",
-    "--config.pretrain.moco.epochs=6",
+    "--config.pretrain.moco.epochs=20",
     "--stage=pretrain",
 ]
 
@@ -68,8 +70,7 @@ def launch(environment):
             subprocess.Popen(
                 [
                     sys.executable,
-                    "-m",
-                    "qmx.main",
+                    "tests/one_block.py",
                     *words,
                     *several,
                     *([f"--process={index}"] if several else []),
@@ -237,6 +238,7 @@ def test_target_elsewhere(launch, tmp_path):
         2,
         2,
         "--config=configs/digits.py",
+        *ONE_BLOCK,
         "--config.seeds=(0,)",
         "--config.fractions=(0.05,)",
         "--config.queries=()",

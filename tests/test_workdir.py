@@ -16,7 +16,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, table
+from conftest import ONE_BLOCK, ROOT, TINY, table
 from test_ledger import Target, images
 from test_ledger_commands import command as ledger_command
 from test_named import arrays
@@ -35,6 +35,7 @@ from qmx.workdir import Mismatch, locked, stage
 # One student of a function, for seconds.
 SMALL = [
     "--config=configs/digits.py:float32",
+    ONE_BLOCK[0],
     "--config.seeds=(0,)",
     "--config.inits=('none',)",
     "--config.also=()",
@@ -364,7 +365,8 @@ def test_streams_that_are_closed(finished, tmp_path):
     that cannot be written is told."""
     shutil.copytree(finished, tmp_path / "w")
     words = " ".join(
-        f"'{word}'" for word in [sys.executable, "-m", "qmx", *TINY, f"--workdir={tmp_path}/w"]
+        f"'{word}'"
+        for word in [sys.executable, "tests/one_block.py", *TINY, f"--workdir={tmp_path}/w"]
     ).replace("'--config.", "'--config.")
 
     def shell(redirection, **environment):
@@ -437,9 +439,10 @@ def test_out_of_memory_in_a_training(command, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [0.1, 0.5, 1.0, 2.0, 4.0])
 def test_interrupted_early(tmp_path, after):
-    """One line, 130 or 75, and nothing half-written."""
+    """One line, 130 or 75, and nothing half-written; as users start it, from the first import."""
+    words = [word for word in TINY if word not in ONE_BLOCK]
     process = subprocess.Popen(
-        [sys.executable, "-m", "qmx", *TINY, f"--workdir={tmp_path}/w"],
+        [sys.executable, "-m", "qmx", *words, f"--workdir={tmp_path}/w"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -462,7 +465,7 @@ def test_one_of_a_launchers_processes(monkeypatch):
 def test_who_is_waited_for(tmp_path):
     """At once, with the way to run alone; a signal ends the wait at once."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "qmx", *SMALL, f"--workdir={tmp_path}/w"],
+        [sys.executable, "tests/one_block.py", *SMALL, f"--workdir={tmp_path}/w"],
         cwd=ROOT,
         env={
             **os.environ,

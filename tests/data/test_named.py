@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from conftest import ONE_BLOCK
 from PIL import Image
 
 from qmx.data import load, named
@@ -80,7 +81,7 @@ def test_a_target_of_more_classes(command, tmp_path):
         "    return np.stack([0 * bright, -bright, 1 - 4 * bright, bright * 2, bright], 1)\n"
     )
     words = [
-        "--config=configs/digits.py:float32",
+        *("--config=configs/digits.py:float32", ONE_BLOCK[0]),
         *("--config.seeds=(0,)", "--config.inits=('none',)", "--config.also=()"),
         *("--config.fractions=()", "--config.queries=(20,)", "--config.data.source=folder"),
         *(f"--config.data.path={tmp_path}/pool", f"--config.data.eval_path={tmp_path}/eval"),

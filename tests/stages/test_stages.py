@@ -87,7 +87,6 @@ def test_another_method(monkeypatch, tmp_path):
     config = with_keys(ConfigDict(tiny()))
     changes = {
         **{"inits": ("none", "brightness"), "also": (), "fractions": (0.05,)},
-        **{"student.arch": "resnet8_narrow", "target.arch": "resnet8_narrow"},
         **{"target.epochs": 1.0, "distill.min_steps": 2, "distill.epochs": 0.1},
     }
     config.update_from_flattened_dict(changes)

@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from conftest import ONE_BLOCK
 from ml_collections import ConfigDict, FrozenConfigDict
 from PIL import Image
 
@@ -44,6 +45,7 @@ def files(tmp_path):
 
 
 SMALL = [
+    ONE_BLOCK[0],
     *("--config=configs/digits.py:float32", "--config.seeds=(0,)", "--config.inits=('none',)"),
     *("--config.also=()", "--config.fractions=()", "--config.queries=(40,)"),
     *("--config.data.source=arrays", "--config.distill.batch_size=40"),
