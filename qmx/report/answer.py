@@ -81,7 +81,7 @@ def _sentence(results: dict, found: dict | None, most: dict | None) -> str:
             f"No copy was found that agrees with your model on {percent(COPY)} of images. The best"
             f" ({label(column_of(most), results)}, {most['queries']} queries,"
             f" {share_of(most['queries'], size)} of the pool) agrees on {most['value']:.1f} %."
-            f" {LOWER_BOUND}"
+            f"{_marked(results, most['value'])} {LOWER_BOUND}"
         )
     if results["rows"]:
         return (
@@ -89,6 +89,17 @@ def _sentence(results: dict, found: dict | None, most: dict | None) -> str:
             " none shows what these answers are worth."
         )
     return "Nothing can be said yet: no student was trained and evaluated."
+
+
+def _marked(results: dict, value: float) -> str:
+    """A sentence on the best copy that is marked as undertrained, if it agrees on more."""
+    most = best(results, "fidelity", marked=True)
+    if most is None or most["value"] <= value:
+        return ""
+    return (
+        f" One that was trained too little to count ({label(column_of(most), results)},"
+        f" {most['queries']} queries) agrees on {most['value']:.1f} % already."
+    )
 
 
 def interval(row: dict[str, Any]) -> str:

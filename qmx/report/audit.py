@@ -131,7 +131,10 @@ def inverse(results: dict, measure: str, share: float) -> dict[str, Any]:
         )
         most = max(map(spent, learned), default=0)
         each = most // results["config"]["audit"]["principals"]
-        reason = f"no attack tried reaches it by {most} queries: {each} a month for each are safe"
+        reason = (
+            f"no attack tried reaches it by {most} queries: {each} a month for each stop these"
+            " attacks; a stronger one may need fewer"
+        )
         return row | {"why": reason if most else "no student has learned"}
     if found <= smallest:
         return row | {"why": f"{smallest} queries, the smallest budget, reach it already"}

@@ -46,10 +46,13 @@ def full(results: dict, measure: str) -> float | None:
     return results["target"]["top1"] if measure == "accuracy" else 100.0
 
 
-def learned(results: dict, column: Column, measure: str) -> dict[int | None, dict[int, float]]:
+def learned(
+    results: dict, column: Column, measure: str, marked: bool = False
+) -> dict[int | None, dict[int, float]]:
     """Curves of a column, {seed: {queries: per cent}}; the mean over the seeds stands under None.
 
-    Students that did not learn what they were given are left out, and so is what is not known.
+    Students that did not learn what they were given are left out unless `marked`, and so is what is
+    not known.
     """
     curves: dict[int | None, dict[int, float]] = {None: {}}
     for budget in results["pool"]["budgets"]:
@@ -57,7 +60,7 @@ def learned(results: dict, column: Column, measure: str) -> dict[int | None, dic
         rows = [
             row
             for row in rows_of(results, column, queries)
-            if not row["undertrained"] and row[MEASURES[measure]] is not None
+            if (marked or not row["undertrained"]) and row[MEASURES[measure]] is not None
         ]
         for row in rows:
             curves.setdefault(row["seed"], {})[queries] = row[MEASURES[measure]]
@@ -127,13 +130,13 @@ def fewest(results: dict, measure: str, share: float) -> dict[str, Any] | None:
     return min((row for row in rows if row and row["queries"] is not None), key=rank, default=None)
 
 
-def best(results: dict, measure: str) -> dict[str, Any] | None:
+def best(results: dict, measure: str, marked: bool = False) -> dict[str, Any] | None:
     """The attack and budget of the highest mean of a measure, {axes, "queries", "value"}; of equal
-    ones the one with the fewest queries. None if no student learned."""
+    ones the one with the fewest queries. None if no student learned; `marked` as in `learned`."""
     found = [
         {**column._asdict(), "queries": queries, "value": value}
         for column in attacks(results["config"])
-        for queries, value in learned(results, column, measure)[None].items()
+        for queries, value in learned(results, column, measure, marked)[None].items()
     ]
     return min(found, key=lambda row: (-row["value"], row["queries"]), default=None)
 

@@ -150,7 +150,8 @@ def test_a_pool_that_does_harm():
 
 
 def test_undertrained_students_count_for_nothing():
-    """Neither for an answer nor for "not by N queries"; they are marked, and the advice says so."""
+    """Neither for an answer nor for "not by N queries"; they are marked, and the advice says so.
+    One that is the better copy all the same is told, and nothing is called safe."""
     found = results(weak={("moco", 100)})
     # Straight from 10 to 1,000 queries.
     assert found["audit"]["answer"]["queries"] == pytest.approx(crossing(75, 98, 95, 10, 1000))
@@ -158,6 +159,10 @@ def test_undertrained_students_count_for_nothing():
     told = weak["audit"]["answer"]
     assert told["queries"] is None and told["attack"]["init"] == "none"
     assert "none, 100 queries, 5 % of the pool) agrees on 82.0 %" in told["text"]
+    assert "too little to count (moco, 1000 queries) agrees on 98.0 % already" in told["text"]
+    (why,) = {r["why"] for r in weak["audit"]["largest_limits"]}
+    assert why.startswith("no attack tried reaches it by 100 queries: 100 a month for each stop")
+    assert why.endswith("these attacks; a stronger one may need fewer")
     assert {row["largest"] for row in weak["reach"] if row["init"] == "moco"} == {None}
     assert {row["largest"] for row in weak["reach"] if row["init"] == "none"} == {100}
     assert "marked with *" in next_steps(weak)[0] and "(moco, none)" in next_steps(weak)[0]
