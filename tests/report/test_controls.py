@@ -198,7 +198,7 @@ CONFIG = """
         config.update(seeds=(0,), queries=(60,), fractions=(), also=())
         config.inits, config.accesses = ("public",), ("logits", "true_labels")
         config.data.limit = 200
-        config.student.arch = "one_block"
+        config.student.arch = "resnet8_narrow"
         config.target.update(kind="callable", path="{here}/own.py:target")
         config.pretrain.public.update(kind="callable", path="{here}/own.py:features", licence="MIT")
         config.pretrain.features.update(epochs=6.0, batch_size=40)
