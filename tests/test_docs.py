@@ -32,7 +32,7 @@ PAGES = {path.stem: path.read_text() for path in sorted(DOCS.glob("*.md"))}
 # Programs that are not ours; of what they are given, the files and the extras exist.
 OTHERS = {
     *("export", "kubectl", "mlserver", "pip", "python", "python3", "sbatch", "sphinx-build"),
-    "srun",
+    *("srun", "tensorboard"),
 }
 
 
