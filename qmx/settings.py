@@ -42,8 +42,8 @@ def base() -> ConfigDict:
     # budgets as shares of the pool; both they and `queries` are rows of the table
     config.fractions = (0.01, 0.1, 1.0)
     config.queries = ()  # budgets as numbers of images
-    config.budget = config_dict.placeholder(int)  # distinct images in all; None is no limit
-
+    # distinct images that may be asked about in all; None is no limit
+    config.budget = config_dict.placeholder(int)
     config.price = config_dict.placeholder(float)  # of 1,000 calls, in any currency
     # shares of the target's accuracy, and of images, of which the report says what reaches them
     config.reach = (0.5, 0.75, 0.9, 0.95)

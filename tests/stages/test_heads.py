@@ -85,7 +85,7 @@ FUNCTIONS = """
     def features(images):
         before = int(COUNT.read_text()) if COUNT.exists() else 0
         if before == 1024 and not Path(__file__).with_name("go").exists():
-            raise MemoryError("killed here")
+            raise RuntimeError("killed here")
         COUNT.write_text(str(before + len(images)))
         return rows(images)
 

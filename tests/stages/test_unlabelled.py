@@ -45,8 +45,8 @@ def files(tmp_path):
 
 
 SMALL = [
-    ONE_BLOCK[0],
-    *("--config=configs/digits.py:float32", "--config.seeds=(0,)", "--config.inits=('none',)"),
+    *("--config=configs/digits.py:float32", ONE_BLOCK[0]),
+    *("--config.seeds=(0,)", "--config.inits=('none',)"),
     *("--config.also=()", "--config.fractions=()", "--config.queries=(40,)"),
     *("--config.data.source=arrays", "--config.distill.batch_size=40"),
     *("--config.distill.min_steps=2", "--config.distill.epochs=0.1"),
