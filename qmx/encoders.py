@@ -65,22 +65,50 @@ def save_encoder(
             f"images have {shape[2]} channels, mean {len(mean)} and std {len(std)}; give one for"
             " each"
         )
-    facts = {
+    facts = facts_of(
+        method=method,
+        arch=arch,
+        dtype=jnp.result_type(*jax.tree.leaves(encoder)).name,
+        shape=shape,
+        mean=[*map(float, mean)],
+        std=[*map(float, std)],
+        classes=classes,
+    )
+    check_shapes(encoder, variable_shapes(network_of(facts), shape), "the encoder")
+    save_weights(Path(path), encoder, facts)
+
+
+def facts_of(
+    *,
+    method: str,
+    arch: str,
+    dtype: str,
+    shape: Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    resize: int = 0,
+    size: int = 0,
+    classes: int = 0,
+    class_names: Sequence[str] = (),
+    standardize: bool = False,
+    **more: Any,
+) -> dict[str, Any]:
+    """Metadata of a file of weights: all that `load_encoder` reads, and `more`."""
+    return {
         "qmx": __version__,
         "method": method,
         "arch": arch,
-        "dtype": jnp.result_type(*jax.tree.leaves(encoder)).name,
+        "dtype": dtype,
         "shape": shape,
-        "mean": [*map(float, mean)],
-        "std": [*map(float, std)],
-        "resize": 0,
-        "size": 0,
+        "mean": mean,
+        "std": std,
+        "resize": resize,
+        "size": size,
         "classes": classes,
-        "class_names": (),
-        "standardize": False,
+        "class_names": class_names,
+        "standardize": standardize,
+        **more,
     }
-    check_shapes(encoder, variable_shapes(network_of(facts), shape), "the encoder")
-    save_weights(Path(path), encoder, facts)
 
 
 def network_of(facts: dict[str, Any]) -> Network:

@@ -200,16 +200,7 @@ class Released(ResNet):
     """torchvision's whole ResNet or ResNeXt: torch's own batch norm, and "fc" on top."""
 
     def __init__(self, arch, classes=1000, channels=3):
-        super().__init__(
-            arch.blocks,
-            arch.bottleneck,
-            arch.width,
-            arch.groups,
-            arch.width_per_group,
-            arch.stem,
-            channels,
-            norm=nn.BatchNorm2d,
-        )
+        super().__init__(*arch, channels, norm=nn.BatchNorm2d)
         self.fc = nn.Linear(self.features, classes)
 
     def forward(self, x):

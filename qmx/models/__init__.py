@@ -1,5 +1,6 @@
 """Networks as pairs of pure functions. The only folder that knows flax."""
 
+from collections import ChainMap
 from typing import Any
 
 import flax.linen as nn
@@ -36,7 +37,8 @@ __all__ = [
 ]
 
 
-NETWORKS = (*ARCHS, *VITS)  # all names that `backbone` knows
+# Of all names that `backbone` knows, the ResNets first, and of those that are added later.
+NETWORKS: ChainMap[str, Any] = ChainMap(VITS, ARCHS)
 
 
 def from_linen(module: nn.Module) -> Network:

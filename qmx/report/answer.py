@@ -46,7 +46,7 @@ def answer(results: dict) -> dict[str, Any]:
 
 
 def so_far(results: dict) -> str:
-    """How many of the students the figures are of; "" if these are all, or none."""
+    """Number of students that the figures are of, in words; "" if these are all, or none."""
     done = len(results["rows"])
     if results["finished"] or not done:
         return ""

@@ -5,7 +5,6 @@ encoder of a few epochs. The two err on different images, so that propagation se
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,10 +16,9 @@ from qmx.selection.by_features import unit
 WORDS, CELLS, COMPONENTS = 200, 3, 128  # ours; Coates et al. have up to 4,000 words and 2 cells
 PATCH = 6  # side in pixels, the best of Coates et al.
 SAMPLE, BATCH, PASSES = 50_000, 2048, 5  # of patches, from which the words are learned; ours
-NOISE, WHITENING = (
-    10.0,
-    0.1,
-)  # added to the variances of pixels in 0..255, and of components; theirs
+SEEN = SAMPLE // 12  # images at most that these patches are of; ours
+NOISE = 10.0  # added to the variance of a patch's pixels, in 0..255; theirs
+WHITENING = 0.1  # added to the variances of the patches' components; theirs
 LEAST, MOST = 16, 32  # side in pixels, to which smaller and larger images are brought; ours
 BLOCK = 256  # images whose patches are in memory at a time
 
@@ -57,21 +55,22 @@ def patch_features(read: Callable[[np.ndarray], np.ndarray], size: int) -> np.nd
             ids = np.minimum(np.arange(start, start + BLOCK), size - 1)
             yield np.asarray(compared(read(ids), words), np.float64)[: size - start]
 
-    mean = sum(block.sum(0) for block in blocks()) / size
-    squares = sum((block - mean).T @ (block - mean) for block in blocks()) / size
-    variances, axes = np.linalg.eigh(squares)
+    mean, squares = 0.0, 0.0
+    for block in blocks():
+        mean, squares = mean + block.sum(0) / size, squares + block.T @ block / size
+    variances, axes = np.linalg.eigh(squares - np.outer(mean, mean))
     kept = slice(None, -min(COMPONENTS, size) - 1, -1)
     axes = axes[:, kept] / np.maximum(variances[kept], 1e-9 * variances[-1]) ** 0.25
     return np.concatenate([(block - mean) @ axes for block in blocks()]).astype(np.float32)
 
 
 def learn(read: Callable[[np.ndarray], np.ndarray], size: int) -> Words:
-    """Words of a pool, the same at each call; fewer than 200 of a pool that has fewer patches."""
+    """Words of a pool, the same at each call."""
     from sklearn.cluster import MiniBatchKMeans
 
     rng = np.random.default_rng(0)
-    images = brought(read(np.sort(rng.permutation(size)[: SAMPLE // 12])))
-    _, height, width, channels = images.shape
+    images = brought(read(np.sort(rng.permutation(size)[:SEEN])))
+    height, width = images.shape[1:3]
     which = rng.integers(len(images), size=SAMPLE)
     down, right = (rng.integers(extent - PATCH + 1, size=SAMPLE) for extent in (height, width))
     patches = np.lib.stride_tricks.sliding_window_view(images, (PATCH, PATCH), (1, 2))
@@ -97,9 +96,9 @@ def compared(images: np.ndarray, words: Words) -> jax.Array:
     return _compared(jnp.asarray(brought(images)), *words)
 
 
-@partial(jax.jit, static_argnames="cells")
+@jax.jit
 def _compared(
-    images: jax.Array, mean: jax.Array, whitening: jax.Array, rows: jax.Array, cells: int = CELLS
+    images: jax.Array, mean: jax.Array, whitening: jax.Array, rows: jax.Array
 ) -> jax.Array:
     # [b, h, w, C x 36], the order that `learn` has.
     patches = jax.lax.conv_general_dilated_patches(
@@ -111,8 +110,8 @@ def _compared(
     likeness = jnp.maximum(distances.mean(-1, keepdims=True) - distances, 0)
     means = [
         part.mean((1, 2))
-        for row in jnp.array_split(likeness, cells, 1)
-        for part in jnp.array_split(row, cells, 2)
+        for row in jnp.array_split(likeness, CELLS, 1)
+        for part in jnp.array_split(row, CELLS, 2)
     ]
     return jnp.concatenate(means, 1)
 

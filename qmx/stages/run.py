@@ -10,12 +10,12 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from qmx import __version__ as version
 from qmx import networks, workdir
 from qmx.checkpoint import load_weights
 from qmx.contract import Encoder, Network, View
 from qmx.data import Dataset, Source
 from qmx.data.batches import ahead
+from qmx.encoders import facts_of
 from qmx.files import check_file
 from qmx.inference import ids_here, predict_batches
 from qmx.progress import progress, say
@@ -126,12 +126,10 @@ def needed(artefact: T | NotDone | None) -> T:
 
 
 def facts(run: Run, method: str, **more: Any) -> dict[str, Any]:
-    """Metadata of a file of weights, see `qmx.encoders.load_encoder`."""
+    """Metadata of a file of weights of a run; `more` stands in the place of what it usually is."""
     data, student = run.data, run.config.student
     photos = run.config.data.source in ("folder", "tfds")
-    return {
-        "qmx": version,
-        "method": method,
+    usual = {
         "arch": student.arch,
         "dtype": student.dtype,
         "shape": data.shape,
@@ -139,11 +137,9 @@ def facts(run: Run, method: str, **more: Any) -> dict[str, Any]:
         "std": data.std,
         "resize": run.config.data.resize if photos else 0,
         "size": student.size,
-        "classes": 0,
         "class_names": data.class_names,
-        "standardize": False,
-        **more,
     }
+    return facts_of(method=method, **{**usual, **more})
 
 
 def read_weights(run: Run, network: Network, path: Path, size: int | None = None) -> Encoder:

@@ -296,16 +296,7 @@ RESNETS = {
 
 
 def their_resnet(arch, channels, splits=1):
-    return reference.ResNet(
-        arch.blocks,
-        arch.bottleneck,
-        arch.width,
-        arch.groups,
-        arch.width_per_group,
-        arch.stem,
-        channels,
-        splits,
-    )
+    return reference.ResNet(*arch, channels, splits)
 
 
 def fill(tree, seed):

@@ -1,8 +1,7 @@
 """A small server of the Open Inference Protocol v2, with models that go wrong, for the tests.
 
-    python tests/targets/oip_server.py --log=FILE [--delay=SECONDS] [--binary] [--cert=PEM
-        --key=PEM]
-        [--token=TOKEN]
+    python tests/targets/oip_server.py --log=FILE [--delay=SECONDS] [--binary]
+        [--cert=PEM --key=PEM] [--token=TOKEN]
 
 Prints its port on loopback. Each fault is a model, called what it does; "digits" answers well. The
 log has a line for each inference request, written before it is answered: the time, the model, and
