@@ -73,7 +73,7 @@ def test_audit_function(run, capsys):
 @pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")
 def test_encoders(run):
     """Features and scores come back from the files as they were; they know digits."""
-    names, pictures = run("encoders", 60)
+    names, pictures = run("encoders", 40)
     assert pictures == 2
     np.testing.assert_array_equal(names["features"], names["before"])
     np.testing.assert_array_equal(names["scores"], names["found"])
