@@ -9,6 +9,7 @@ from qmx.ledger.access import ACCESS
 from qmx.ledger.accounts import PURPOSES, RECORDED
 from qmx.ledger.content import is_whole, keys_of_digests
 from qmx.ledger.file import REFUSED, SCHEMA, check_tables, read_only
+from qmx.ledger.log import passed_over
 from qmx.ledger.pages import records
 
 SHOWN = 5  # problems of one kind that are listed one by one
@@ -48,7 +49,7 @@ def problems(
     Raises:
       ValueError: the file is whole, but not a ledger.
     """
-    lines = _cut(path)
+    lines = [line for line in (_cut(path), passed_over(path)) if line]
     try:
         db = read_only(path)
         try:
@@ -114,16 +115,16 @@ def recover(
     return Recovered(out, answers, highest, asked, lost)
 
 
-def _cut(path: Path) -> list[str]:
-    """A line if the file is shorter than its head says."""
+def _cut(path: Path) -> str:
+    """A line if the file is shorter than its head says; else ""."""
     with open(path, "rb") as file:
         head = file.read(32)
     if head[:15] != b"SQLite format 3":
-        return []
+        return ""
     size = int.from_bytes(head[16:18])
     whole = (65536 if size == 1 else size) * int.from_bytes(head[28:32])
     have = path.stat().st_size
-    return [f"the file ends after {have} of {whole} bytes"] if have < whole else []
+    return f"the file ends after {have} of {whole} bytes" if have < whole else ""
 
 
 def _has_answers(path: Path) -> bool:

@@ -16,7 +16,7 @@ from qmx.selection.by_features import unit
 WORDS, CELLS, COMPONENTS = 200, 3, 128  # ours; Coates et al. have up to 4,000 words and 2 cells
 PATCH = 6  # side in pixels, the best of Coates et al.
 SAMPLE, BATCH, PASSES = 50_000, 2048, 5  # of patches, from which the words are learned; ours
-SEEN = SAMPLE // 12  # images at most that these patches are of; ours
+SEEN = SAMPLE // 12  # images at most that words and components are learned from; ours
 NOISE = 10.0  # added to the variance of a patch's pixels, in 0..255; theirs
 WHITENING = 0.1  # added to the variances of the patches' components; theirs
 LEAST, MOST = 16, 32  # side in pixels, to which smaller and larger images are brought; ours
@@ -37,7 +37,8 @@ def patch_features(read: Callable[[np.ndarray], np.ndarray], size: int) -> np.nd
     A patch of 6 x 6 pixels is normalised, whitened, and compared with 200 words, cluster centres of
     the pool's patches: max(0, m - d) for each, where d is the distance and m the mean over the
     words. These are averaged over nine cells of the image. The features are their principal
-    components, each over the fourth root of its variance.
+    components, each over the fourth root of its variance. Words and components are learned from up
+    to 4,166 images of the pool.
 
     Source: Coates, Lee & Ng 2011, *An Analysis of Single-Layer Networks in Unsupervised Feature
     Learning*, sections 3.1 and 3.2 (the triangle activation). The components are ours.
@@ -49,19 +50,24 @@ def patch_features(read: Callable[[np.ndarray], np.ndarray], size: int) -> np.nd
     """
     words = learn(read, size)
 
-    def blocks() -> Iterator[np.ndarray]:
-        for start in range(0, size, BLOCK):
+    def blocks(ids: np.ndarray) -> Iterator[np.ndarray]:
+        for start in range(0, len(ids), BLOCK):
             # One shape, so that one program serves all: the last block repeats its last image.
-            ids = np.minimum(np.arange(start, start + BLOCK), size - 1)
-            yield np.asarray(compared(read(ids), words), np.float64)[: size - start]
+            some = ids[np.minimum(np.arange(start, start + BLOCK), len(ids) - 1)]
+            yield np.asarray(compared(read(some), words), np.float64)[: len(ids) - start]
 
-    mean, squares = 0.0, 0.0
-    for block in blocks():
-        mean, squares = mean + block.sum(0) / size, squares + block.T @ block / size
-    variances, axes = np.linalg.eigh(squares - np.outer(mean, mean))
+    sample = np.concatenate([*blocks(seen(size, np.random.default_rng(0)))])
+    mean = sample.mean(0)
+    variances, axes = np.linalg.eigh((sample - mean).T @ (sample - mean) / len(sample))
     kept = slice(None, -min(COMPONENTS, size) - 1, -1)
     axes = axes[:, kept] / np.maximum(variances[kept], 1e-9 * variances[-1]) ** 0.25
-    return np.concatenate([(block - mean) @ axes for block in blocks()]).astype(np.float32)
+    rows = [(block - mean) @ axes for block in blocks(np.arange(size))]
+    return np.concatenate(rows).astype(np.float32)
+
+
+def seen(size: int, rng: np.random.Generator) -> np.ndarray:
+    """Images of the pool from which words and components are learned, i64[m], in order."""
+    return np.sort(rng.permutation(size)[:SEEN])
 
 
 def learn(read: Callable[[np.ndarray], np.ndarray], size: int) -> Words:
@@ -69,7 +75,7 @@ def learn(read: Callable[[np.ndarray], np.ndarray], size: int) -> Words:
     from sklearn.cluster import MiniBatchKMeans
 
     rng = np.random.default_rng(0)
-    images = brought(read(np.sort(rng.permutation(size)[:SEEN])))
+    images = brought(read(seen(size, rng)))
     height, width = images.shape[1:3]
     which = rng.integers(len(images), size=SAMPLE)
     down, right = (rng.integers(extent - PATCH + 1, size=SAMPLE) for extent in (height, width))

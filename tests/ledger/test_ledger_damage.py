@@ -142,3 +142,48 @@ def test_damaged_rows(small, tmp_path, change):
     assert wrong_answers(path) == 0
     status, out, err = command("verify", path)
     assert "Traceback" not in err and ("is damaged" in out or "request" in change), out + err
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory):
+    """(a ledger's file, its log) as a kill leaves them: ten commits that are in the log alone."""
+    path = tmp_path_factory.mktemp("logged") / "ledger.sqlite"
+    with Ledger(path, target="t"):
+        pass  # the tables are in the file
+    with Ledger(path, target="t") as ledger:
+        for start in range(0, 50, 10):
+            ledger.ask(Target(), images(*range(start, start + 10)))
+        return path.read_bytes(), path.with_name(path.name + "-wal").read_bytes()
+
+
+def with_log(tmp_path, file, log):
+    path = tmp_path / "ledger.sqlite"
+    path.write_bytes(file)
+    path.with_name(path.name + "-wal").write_bytes(log)
+    return path
+
+
+def test_a_log_that_is_cut_is_whole(logged, tmp_path):
+    """As a kill may leave it, at any place; SQLite reads what was committed."""
+    file, log = logged
+    ends = np.random.default_rng(0).integers(0, len(log), 25).tolist()
+    for end in (0, 31, 32, 56, len(log) - 1, len(log), *ends):
+        path = with_log(tmp_path, file, log[:end])
+        assert command("verify", path, f"--out={path}.out")[:2] == (0, f"{path} is whole\n"), end
+
+
+def test_a_log_that_is_damaged_in_its_middle(logged, tmp_path):
+    """One bit anywhere before the last commits: SQLite passes over what is behind it, and `verify`
+    says so and brings all back."""
+    file, log = logged
+    commits = [at for at in range(32, len(log), 24 + 4096) if any(log[at + 4 : at + 8])]
+    for bit in np.random.default_rng(1).integers(0, 8 * commits[-2], 25).tolist():
+        path = with_log(tmp_path, file, log)
+        flip(path.with_name(path.name + "-wal"), bit)
+        status, out, _ = command("verify", path, f"--out={path}.out")
+        assert status == 1 and "SQLite passes over" in out, (bit, out)
+        tail = "all of it" if bit < 256 else f"{sum(at > bit // 8 for at in commits)} commit(s)"
+        assert tail in out, (bit, out)
+        with Ledger(f"{path}.out", target="t") as ledger:
+            assert ledger.count_missing(images(*range(50))) <= 10
+        (tmp_path / "ledger.sqlite.out").unlink()
