@@ -4,9 +4,10 @@
     python tests/models/record_vits.py timm            (pip install torch timm)
     python tests/models/record_vits.py torchvision     (pip install torch torchvision)
 
-Writes tests/models/recorded_vits_PACKAGE.json, which test_vit.py reads, so that the tests need none
-of the packages. Files of transformers are those that `save_pretrained` writes. The weights are
-those of `weights` below, and all of them count. Features are computed in float64.
+Writes tests/models/recorded_vits_PACKAGE.json, which test_vit.py reads, so that it needs none of
+the packages; test_transformers.py uses transformers itself. Files of transformers are those that
+`save_pretrained` writes. The weights are those of `weights` below, and all of them count. Features
+are computed in float64.
 """
 
 import json
@@ -65,10 +66,9 @@ def entry(arch, shapes, tokens):
     }
 
 
-def of_transformers():
-    import torch
+def networks_of_transformers():
+    """(title, class, configuration, arch) of each."""
     import transformers as hf
-    from safetensors.numpy import load_file
 
     common = {
         "hidden_size": 32,
@@ -84,7 +84,7 @@ def of_transformers():
     gated = {"gated": True, "hidden": 88}
     vit = {"family": "vit_hf", "hidden": 128}
     silu = {"hidden_act": "silu"}  # as the published files of S+ and H+ say
-    for title, model, config, arch in (
+    return (
         ("dinov2", hf.Dinov2Model, hf.Dinov2Config(**common), v2),
         (
             "dinov2 gated",
@@ -119,14 +119,19 @@ def of_transformers():
         ),
         ("vit", hf.ViTModel, hf.ViTConfig(**common, **wide), vit),
         ("vit classifier", hf.ViTForImageClassification, hf.ViTConfig(**common, **wide), vit),
-    ):
+    )
+
+
+def of_transformers():
+    import torch
+    from safetensors.numpy import load_file, save_file
+
+    for title, model, config, arch in networks_of_transformers():
         net = model(config)
         with tempfile.TemporaryDirectory() as folder:
             net.save_pretrained(folder)
             path = Path(folder) / "model.safetensors"
             shapes = {name: value.shape for name, value in load_file(path).items()}
-            from safetensors.numpy import save_file
-
             numbers = {name: weights(name, shape) for name, shape in shapes.items()}
             save_file(numbers, path, {"format": "pt"})
             net = model.from_pretrained(folder, dtype=torch.float64).eval()
