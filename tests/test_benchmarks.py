@@ -252,7 +252,10 @@ def test_faults(environment):
             "--parts=kills,together",
             "--kills=1",
             "--tries=1",
-            # The programs of `TINY`, which others compile too; one encoder instead of three.
+            # Few images, small networks, one encoder instead of three.
+            "--config.data.limit=200",
+            "--config.student.arch=resnet8_pool",
+            "--config.target.arch=resnet8_pool",
             "--config.student.dtype=float32",
             "--config.target.precision=float32",
             "--config.target.epochs=1",
