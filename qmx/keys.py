@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-from qmx import audit_keys, frozen_keys, settings, training_keys
+from qmx import audit_keys, frozen_keys, pool_keys, settings, training_keys
 
 # The settings, and the functions that make parts of them elsewhere.
-SOURCES = (audit_keys, frozen_keys, training_keys, settings)
+SOURCES = (audit_keys, frozen_keys, pool_keys, training_keys, settings)
 
 
 class Key(NamedTuple):

@@ -34,7 +34,16 @@ LEVELS = (
         "board",
     ),
     ("sharding",),
-    ("contract", "terminal", "signals", "audit_keys", "frozen_keys", "training_keys", "version"),
+    (
+        "contract",
+        "terminal",
+        "signals",
+        "audit_keys",
+        "frozen_keys",
+        "pool_keys",
+        "training_keys",
+        "version",
+    ),
 )
 LEVEL = {name: place for place, names in enumerate(LEVELS) for name in names}
 

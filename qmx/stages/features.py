@@ -14,7 +14,7 @@ from qmx.data.sources import take
 from qmx.files import Unreadable, check_file, read_json, write_json
 from qmx.grid import columns, propagates
 from qmx.progress import Progress, progress
-from qmx.selection.by_features import unit
+from qmx.selection.by_features import BY_FEATURES, unit
 from qmx.selection.patches import beside, patch_features
 from qmx.selection.propagate import graph_of, spread
 from qmx.sharding import first, from_first
@@ -45,7 +45,7 @@ class Features(NamedTuple):
 
     encoder: Pretrained
     path: Path
-    patches: Path | None = None  # features of patches, where propagation looks at them too
+    patches: Path | None = None  # features of patches, where something looks at them too
 
     def rows(self) -> np.ndarray:
         """f32[n, D] as the encoder makes them, mapped from the file."""
@@ -57,9 +57,9 @@ class Features(NamedTuple):
         # In one process: another machine's sums may round another way.
         return Centred(rows, from_first(lambda: heads.spread(rows)[0].astype(rows.dtype)))
 
-    def read(self) -> np.ndarray:
-        """f32[n, D], unit rows."""
-        return _unit_rows(self.path)
+    def read(self, patches: float = 0.0) -> np.ndarray:
+        """Unit rows, f32[n, D]; with features of patches of this weight beside them, if any."""
+        return _rows(self.path, self.patches, patches)
 
     def propagate(self, ids: np.ndarray, probabilities: np.ndarray, keys: Any) -> np.ndarray:
         """Answers f32[m, N] for some images, spread over all: `qmx.selection.propagate.propagate`
@@ -74,8 +74,7 @@ def _graph(
     path: Path, sha256: str, patches: Path | None, weight: float, neighbours: int, power: float
 ) -> Any:
     del sha256  # other features of the same name have another graph
-    rows = beside(_mapped(path), _mapped(patches), weight) if patches else _unit_rows(path)
-    return graph_of(rows, neighbours, power)
+    return graph_of(_rows(path, patches, weight), neighbours, power)
 
 
 def _patches(run: Run) -> Path:
@@ -99,17 +98,23 @@ def _mapped(path: Path) -> np.ndarray:
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
-def _unit_rows(path: Path) -> np.ndarray:
-    return unit(np.asarray(_mapped(path))).astype(np.float32)
+def _rows(path: Path, patches: Path | None, weight: float) -> np.ndarray:
+    rows = np.asarray(_mapped(path))
+    if patches and weight:
+        return beside(rows, _mapped(patches), weight)
+    return unit(rows).astype(np.float32)
 
 
 def features(run: Run, encoder: Pretrained | NotDone) -> Features:
     """An encoder's features of every image of the pool."""
     made = _of(run, needed(encoder), "select", run.data.pool, {"pool": run.data.pool_digest})
-    spreads = any(propagates(column) for column in columns(run.config))
-    return (
-        made._replace(patches=_patches(run)) if run.config.propagation.patches and spreads else made
+    config = run.config
+    seen = any(
+        (config.propagation.patches and propagates(column))
+        or (config.selection.patches and column.select in BY_FEATURES)
+        for column in columns(config)
     )
+    return made._replace(patches=_patches(run)) if seen else made
 
 
 def taught(run: Run, encoder: Pretrained | NotDone) -> Taught:

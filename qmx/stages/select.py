@@ -49,6 +49,8 @@ def select(
         inputs |= inputs_of(run, cell, needed(target))
     if chosen_by_features(cell, run.data.pool.size):
         inputs["encoder"] = needed(features).encoder.sha256
+        if way in BY_FEATURES and run.config.selection.patches:
+            inputs["patches"] = run.config.selection.patches
     if way == "list":
         inputs["lists"] = [Path(path).read_text() for path in run.config.lists]
 
@@ -72,7 +74,8 @@ def _choose(run: Run, cell: Cell, features: Any, target: Any) -> np.ndarray:
         return in_order(cell.select, pool, budget, cell.seed, run.config.lists)
     if not chosen_by_features(cell, pool.size):
         return np.arange(budget)  # all of them: there is nothing to choose
-    rows, way = needed(features).read(), BY_FEATURES[cell.select]
+    rows = needed(features).read(run.config.selection.patches)
+    way = BY_FEATURES[cell.select]
     say(
         f"{cell.select} chooses {budget} of {len(rows)} images by the features of {cell.init} seed"
         f" {cell.seed}"
