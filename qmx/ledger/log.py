@@ -23,14 +23,13 @@ def passed_over(path: Path) -> str:
     if len(data) < HEAD + FRAME:
         return ""
     magic, size = (int.from_bytes(data[at : at + 4]) for at in (0, 8))
-    size = 65536 if size == 1 else size
     order = "<u4" if magic == MAGIC[0] else ">u4"
-    if magic not in MAGIC or not 512 <= size <= 65536 or size & (size - 1):
+    head = np.frombuffer(data[:24], order)
+    state = checksum(np.zeros(2, np.uint32), head, coefficients(3))
+    if magic not in MAGIC or data[24:HEAD] != state.astype(">u4").tobytes():
         return f"the head of {log.name} is damaged, so that SQLite passes over all of it"
-    state, table = np.zeros(2, np.uint32), coefficients(1 + size // 8)
-    state = checksum(state, np.frombuffer(data[:24], order), table)
-    if data[24:HEAD] != state.astype(">u4").tobytes():
-        return f"the head of {log.name} is damaged, so that SQLite passes over all of it"
+    size = 65536 if size == 1 else size
+    table = coefficients(1 + size // 8)
     broken, lost = 0, 0
     for number, at in enumerate(range(HEAD, len(data) - FRAME - size + 1, FRAME + size), 1):
         frame = data[at : at + FRAME + size]
