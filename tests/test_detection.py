@@ -357,6 +357,7 @@ def audited(command, tmp_path_factory):
     return root / "w", words
 
 
+@pytest.mark.slow
 def test_a_watermark_is_told_from_a_control(audited):
     """The copy answers the trigger images as marked; the student of labels answers what they
     show."""

@@ -118,6 +118,7 @@ def test_a_command_beside_another(small, tmp_path):
     assert [path.name for path in (tmp_path / "w").iterdir()] == ["lock"] and not asked(tmp_path)
 
 
+@pytest.mark.slow
 def test_paid_answers_outlive_a_change_of_the_function(small, tmp_path):
     """A comment is added to the file: one line with both ways on, and each does what it says."""
     (tmp_path / "broken").touch()

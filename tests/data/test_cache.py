@@ -218,6 +218,7 @@ def test_a_second_call_writes_only_what_is_missing(pool, tmp_path):
         assert after[f"shard-{number:05}.array_record"] > before[f"shard-{number:05}.array_record"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number, processes",
     [(signal.SIGKILL, 2), (signal.SIGTERM, 2), (signal.SIGINT, 1), (signal.SIGTERM, 1)],

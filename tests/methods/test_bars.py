@@ -198,6 +198,7 @@ def test_published_operations():
     assert sum(padded for _, padded in layers) + 2048 * 1000 == pytest.approx(4.089e9, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_operations(name):
     """No more multiplications than the method needs: no forward pass twice, no gradient that nobody

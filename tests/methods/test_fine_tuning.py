@@ -78,6 +78,7 @@ def flat(params):
 
 
 @jax.enable_x64(True)
+@pytest.mark.slow
 def test_ten_steps_of_adamw(tmp_path):
     """Layer-wise rates, no decay on vectors and tokens; on two devices, gone on with from a
     checkpoint after five."""

@@ -180,6 +180,7 @@ def test_student_scores(resnet50):
     agree(logits("resnet50", 1000, folded, ours[:16], folded=True), theirs[:16], 1e-3)
 
 
+@pytest.mark.slow
 def test_training_mode(resnet50):
     """A step in training mode: the features, and the running statistics that it leaves."""
     net, found = resnet50
@@ -206,6 +207,7 @@ def test_training_mode(resnet50):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arch", ["resnet8", "resnet18_small", "resnet18_small_pool", "resnet34", "resnext50_32x4d"]
 )
@@ -398,6 +400,7 @@ def test_half_precision(small, tmp_path):
             same_backbone(found, {name: value.float() for name, value in halves.items()})
 
 
+@pytest.mark.slow
 def test_without_torch(small, tmp_path):
     """safetensors need no torch, neither do the helps; a .pth says in one line what to install."""
     _, state = small
@@ -438,6 +441,7 @@ def test_old_torch(small, tmp_path, monkeypatch):
 # Refusals
 
 
+@pytest.mark.slow
 def test_all_differences_at_once(small, tmp_path):
     """A missing, a renamed and a misshapen tensor in one MoCo file are refused in one line with
     all the names."""
@@ -595,6 +599,7 @@ DAMAGED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_hostile_files(small, tmp_path, kind):
     """A file that holds more than tensors is refused in one line, and nothing of it runs."""
@@ -623,6 +628,7 @@ def test_damaged_files(small, tmp_path, kind, name):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_command_refuses(small, tmp_path):
     """Usage errors: one line, status 2, no file."""
     out, path = tmp_path / "out.safetensors", tmp_path / "net.safetensors"
@@ -649,6 +655,7 @@ def test_command_refuses(small, tmp_path):
 # Back
 
 
+@pytest.mark.slow
 def test_round_trip(small, tmp_path):
     """There and back bit for bit, through either command's files; torch loads the result
     strictly."""
@@ -700,6 +707,7 @@ def test_our_own_files(small, tmp_path):
             from_torch.convert(load_file(tmp_path / "ours.safetensors") | stray, what="x.st")
 
 
+@pytest.mark.slow
 def test_standardised_head(small, tmp_path):
     """A classifier that standardises its features becomes one linear layer of the same scores."""
     _, state = small

@@ -116,6 +116,7 @@ def test_max_pool(shape):
     assert np.abs(ours).max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arch",
     [
@@ -148,6 +149,7 @@ def test_folded(arch):
         models.fold(ours.params, {})
 
 
+@pytest.mark.slow
 def test_folded_by_name():
     """`backbone(arch, folded=True)` in half precision, near the other in half precision."""
     net = models.backbone("resnet8", dtype=jnp.bfloat16)

@@ -97,6 +97,7 @@ class Stem(reference.Released):
         return self.conv1(x)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["script", "export"])
 def test_programs_are_named_and_the_cure_works(state, tmp_path, kind):

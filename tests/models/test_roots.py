@@ -255,6 +255,7 @@ def test_two_tensors_of_one_name_are_refused(tmp_path):
         load(STATE | {"module.conv1.weight": STATE["conv1.weight"]}, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_stem_that_shapes_do_not_tell(tmp_path):
     """W5: a 3x3 stem with and without max-pool; the architecture must be said, and is kept."""
     scores = {}

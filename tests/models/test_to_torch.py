@@ -19,6 +19,7 @@ def variables(arch, classes=0, channels=3):
     return Encoder(*jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))
 
 
+@pytest.mark.slow
 def test_loader():
     """Torchvision's constructors by name, with the number of classes, or without a head."""
     assert loader(variables("resnet18", 7)) == (

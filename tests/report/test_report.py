@@ -371,6 +371,7 @@ def test_nothing_yet(tmp_path):
     jsonschema.validate(json.loads((tmp_path / "results.json").read_text()), SCHEMA)
 
 
+@pytest.mark.slow
 def test_so_far(tmp_path):
     """Of six of twelve students: the answer, the tables and the page say so; the page is read
     again. One that is finished says nothing of it."""

@@ -103,6 +103,7 @@ def test_weight_of_patches():
     np.testing.assert_allclose(rows @ rows.T, (z @ z.T + 0.25 * p @ p.T) / 1.25, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_they_tell_more_than_pixels_and_weak_features():
     """With two answers a class, more of the other digits are told than by the pixels, and than by
     features that know little; means of eight draws."""
