@@ -96,8 +96,8 @@ MOST_USED = (
 SPENT, STOPPED = 3, 75  # exit statuses, beside those of qmx/terminal.py
 
 LESS_MEMORY = (
-    "lower data.limit (images), data.crop or data.canvas (pixels), or target.batch_size of a target"
-    " elsewhere"
+    "lower data.limit (images, 0 is all), data.crop or data.canvas (pixels), or target.batch_size"
+    " of a target elsewhere"
 )
 
 # What may be said of a workdir of something else, by --update or --update=WORD.

@@ -21,16 +21,20 @@ from test_ledger_commands import command as ledger_command
 from test_named import arrays, write
 from test_photos import tree
 
+from qmx import data as qmx_data
+from qmx.checks import validate
 from qmx.data import named
-from qmx.ledger import BudgetSpent, Ledger, access
+from qmx.ledger import BudgetSpent, Ledger, access, pixel_digests
 from qmx.ledger.accounts import Account
+from qmx.ledger.table import Recorded, save
 from qmx.main import parse
 from qmx.selection.orders import from_list, subset_size
 from qmx.settings import base
-from qmx.stages import outside
+from qmx.stages import outside, recorded
 from qmx.stages.run import Run
 from qmx.stages.target import target, target_query
 from qmx.targets.query import Outside
+from qmx.targets.shown import Shown, resolved
 from qmx.workdir import Mismatch, claim, locked
 
 
@@ -302,3 +306,58 @@ def test_shares_and_lists(tmp_path):
     path.write_text("b.png\n")
     assert from_list(str(path), ["n/a.png", "n/b.png"]).tolist() == [1]
     advice("use another selection, or data.source=folder", from_list, str(path), ())
+
+
+@pytest.mark.parametrize("said", ["", "uint8"])
+def test_numbers_for_a_target_of_bytes(said):
+    """Shown bytes without a scale; one that does not say what it takes may be given floats."""
+    cure = advice("leave them out(.*)", resolved, Shown(scale=1.0), (8, 8, 1), said, [])[1]
+    assert resolved(Shown(), (8, 8, 1), said, []).dtype == "uint8"
+    assert ("target.shown.dtype=float32" in cure) == (not said)
+    if cure:
+        wide = Shown(scale=1.0, dtype="float32")
+        assert resolved(wide, (8, 8, 1), said, []).dtype == "float32"
+
+
+def table_of(path, data, pool, evaluation, level="logits"):
+    """A table of answers to the first images of the pool and of the evaluation's."""
+    sides = (data.pool, pool), (data.evaluation, evaluation)
+    digests = b"".join(
+        digest for side, count in sides for digest in pixel_digests(side.shown(np.arange(count)))
+    )
+    digests = np.frombuffer(digests, np.uint8).reshape(-1, 32)
+    scores = np.eye(10, dtype=np.float32)[np.arange(len(digests)) % 10]
+    path.unlink(missing_ok=True)
+    save(path, Recorded(digests, scores, np.array([level] * len(digests)), "owner's", "as-is"))
+
+
+def recorded_config(path, *words):
+    kind = ["--config.target.kind=recorded", f"--config.target.path={path}"]
+    return parse(["qmx", *TINY, *kind, *words, f"--workdir={path.parent}/w"]).config
+
+
+def test_a_table_of_less(tmp_path):
+    """The two keys that are named let a table of labels be a target's."""
+    data, path = qmx_data.load(source="digits", limit=200), tmp_path / "table.npz"
+    table_of(path, data, 200, 200, "label")
+    config = recorded_config(path)
+    words = advice("set (--.*) and (--.*)", recorded.connect, config.target, data).groups()
+    assert words == ("--config.target.access=label", "--config.accesses=\"('label',)\"")
+    config = recorded_config(path, words[0], words[1].replace('"', ""))
+    recorded.connect(config.target, data)
+    validate(config, data)
+
+
+def test_a_table_that_lacks_images(tmp_path):
+    """Fewer queries, where the pool's are missing; more answers, where the evaluation's are."""
+    data, path = qmx_data.load(source="digits", limit=60), tmp_path / "table.npz"
+    config = recorded_config(path)
+    table_of(path, data, 40, 60)
+    told = advice("record those too(.*)", recorded.refuse_missing, config, data, np.arange(50))
+    assert "or lower --config.fractions" in told[1]
+    recorded.refuse_missing(config, data, np.arange(40))
+    table_of(path, data, 60, 50)
+    told = advice("record those too(.*)", recorded.refuse_missing, config, data, np.arange(40))
+    assert not told[1]
+    table_of(path, data, 60, 60)
+    recorded.refuse_missing(config, data, np.arange(60))

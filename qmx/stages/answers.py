@@ -102,7 +102,8 @@ def ask_together(
     if rows and keys.kind == "recorded":
         raise ValueError(
             f"{keys.path} has no answer to {len(rows)} of {len(images)} images that are asked about"
-            f" for {purpose}; record those too, or lower {budget_keys(run.config)}"
+            f" for {purpose}; record those too"
+            + ("" if purpose == "report" else f", or lower {budget_keys(run.config)}")
         )
     if rows:
         ask()  # in all processes, and before anything is on record as sent

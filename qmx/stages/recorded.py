@@ -32,7 +32,8 @@ def connect(keys: Any, data: Dataset) -> Outside:
         if not levels.derivable(have, keys.access):
             raise ValueError(
                 f"{keys.path} holds answers of access {have}, which is less than "
-                f"target.access={keys.access}; set --config.target.access={have}"
+                f"target.access={keys.access}; set --config.target.access={have} and"
+                f" --config.accesses=\"('{have}',)\""
             )
     return Outside(
         _refuse,
@@ -83,9 +84,10 @@ def refuse_missing(config: Any, data: Dataset, ids: np.ndarray) -> None:
             for name, (_, wanted) in asked.items()
             if missing[name]
         )
+        # Fewer queries change nothing in what evaluates.
+        fewer = "" if missing["evaluation"] else f", or lower {budget_keys(config)}"
         raise ValueError(
-            f"{path} has no answer to {told} that would be asked about; record those too, or lower "
-            f"{budget_keys(config)} or --config.data.limit"
+            f"{path} has no answer to {told} that would be asked about; record those too{fewer}"
         )
 
 

@@ -55,13 +55,13 @@ def resolved(shown: Shown, shape: tuple[int, int, int], dtype: str, sizes: list[
       ValueError: numbers that are not whole without their scale; an input that these images do not
         fit.
     """
-    dtype = shown.dtype or dtype or "uint8"
+    said, dtype = dtype, shown.dtype or dtype or "uint8"
     if dtype != "uint8" and not shown.scale:
         raise ValueError(f"the target takes {dtype}, and nobody says in what numbers; set {USUAL}")
     if dtype == "uint8" and (shown.mean or shown.std or shown.scale not in (0, 255)):
         raise ValueError(
-            "target.shown has a scale, a mean or a std, and the target takes uint8; set"
-            " target.shown.dtype=float32, or leave them out"
+            "target.shown has a scale, a mean or a std, and the target takes uint8; leave them out"
+            + ("" if said else ", or set target.shown.dtype=float32")
         )
     known = shown._replace(dtype=dtype, scale=shown.scale or 255.0)
     layouts = [shown.layout] if shown.layout else ["nhwc", "nchw"]

@@ -75,7 +75,8 @@ def test_the_layout_is_what_fits():
     [
         ({}, "float32", [], r"takes float32.*scale=1 for 0..1.*0.485.*-1..1.*scale=255"),
         ({"dtype": "float32"}, "", [], "nobody says in what numbers"),
-        ({"scale": 1.0}, "uint8", [], "takes uint8; set target.shown.dtype=float32"),
+        ({"scale": 1.0}, "uint8", [], "takes uint8; leave them out$"),
+        ({"scale": 1.0}, "", [], "leave them out, or set target.shown.dtype=float32$"),
         ({"mean": MEAN}, "", [], "takes uint8"),
         ({}, "", [-1, 224, 224, 3], r"shape \[-1, 224, 224, 3\] and images are shown as \[-1, 12"),
         ({"layout": "nhwc"}, "", [-1, 3, 12, 9], "target.shown.size, .channels and .layout"),
