@@ -228,7 +228,8 @@ def _refusal(
             )
         return Unavailable(text, wait)
     if 300 <= status < 400:
-        to = location.partition("?")[0].partition("#")[0]
+        # As target.url is: what stands before /v2.
+        to = re.split("/v2(?:/|$)", location.partition("?")[0].partition("#")[0])[0]
         return ValueError(
             f"{text}: it sends elsewhere, to {to}, which is not followed; if that is the right"
             " place, make it the target.url"

@@ -94,6 +94,32 @@ def test_answers(serve, flags):
     assert np.allclose(probs.sum(1), 1) and (probs.argmax(1) == labels.argmax(1)).all()
 
 
+def test_the_place_that_a_redirect_names(serve):
+    """It is the target.url, and the answers come from there."""
+    port, _ = serve()
+
+    class Moved(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(302)
+            self.send_header("Location", f"http://127.0.0.1:{port}{self.path}")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_POST = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Moved) as old:
+        threading.Thread(target=old.serve_forever, daemon=True).start()
+        with pytest.raises(ValueError, match="make it the target.url") as caught:
+            connect((old.server_port, None)).query(IMAGES)
+        old.shutdown()
+    place = re.search(r"to (http://\S+), which", str(caught.value))[1]
+    found = served.connect(place, "digits", shape=(8, 8, 1), classes=10, timeout=5.0)
+    np.testing.assert_array_equal(found.query(IMAGES), scores_of(IMAGES))
+
+
 def test_what_a_model_is_shown(serve, tmp_path):
     """The scores of the model in this process, to the bit, whatever numbers and axes the served one
     takes; the ledger tells the ways apart."""
@@ -179,7 +205,7 @@ def test_refused_before_anything_is_paid(plain, model, changes, error, message):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("moved", "sends elsewhere, to http://example.invalid/v2"),
+        ("moved", "sends elsewhere, to http://example.invalid, which is not followed"),
         ("page", 'not a JSON object but begins with "<html>'),
         ("nested", "not a JSON object"),
         ("eleven", r"shape \[8, 11\], and it must be \[8, 10\]"),
