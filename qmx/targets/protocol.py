@@ -88,7 +88,8 @@ def read(
     names = _all(answer, lambda output: str(output["name"]))
     if name not in names:
         raise ValueError(
-            f"the answer has no output {name!r}, but {', '.join(names)}; name one in target.output"
+            f"the answer has no output {name!r}, but {', '.join(names)}; name one in target.output,"
+            " and where the server describes the model, it must call its output so too"
         )
     datatype, shape = _all(answer, lambda output: (output["datatype"], output["shape"]))[
         names.index(name)
