@@ -86,6 +86,14 @@ def pytest_unconfigure():
         shutil.rmtree(COMPILED, ignore_errors=True)
 
 
+FIRST = {"test_invariance.py", "test_processes.py", "test_benchmarks.py"}
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files come first, so that no worker has one of them alone at the end."""
+    items.sort(key=lambda item: item.path.name not in FIRST)
+
+
 # Their tests run the same command, which one process compiles once.
 TOGETHER = {
     f"test_{name}.py"
