@@ -448,7 +448,7 @@ def computed(pid):
 def test_interrupted_early(tmp_path, after):
     """One line, 130 or 75, and nothing half-written; as users start it, from the first import."""
     words = [word for word in TINY if word not in ONE_BLOCK]
-    # What Python does before the first module of qmx is not qmx's to guard.
+    # Python's own start, before the first module of qmx, is not qmx's to guard.
     start = "print('started', flush=True); import runpy; runpy.run_module('qmx', None, '__main__')"
     process = subprocess.Popen(
         [sys.executable, "-c", start, *words, f"--workdir={tmp_path}/w"],

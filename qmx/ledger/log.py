@@ -8,28 +8,27 @@ from pathlib import Path
 
 import numpy as np
 
-HEAD, FRAME = 32, 24  # bytes before the first frame, and of each frame before its page
+from qmx.ledger.pages import FRAME, HEAD, page_size
+
 MAGIC = (0x377F0682, 0x377F0683)  # words are little-endian, big-endian where checksums are made
 
 
 def passed_over(path: Path) -> str:
-    """What is wrong with the log of a ledger's file, in words; "" if it is as a kill may leave it.
+    """Damage of the log of a ledger's file, in words; "" if it is as a kill may leave it.
 
     A kill leaves at most one broken frame behind what was committed. So a committed frame after a
     broken one was whole once, and SQLite does not read it any more.
     """
     log = path.with_name(path.name + "-wal")
+    # Not mapped: another program may cut the file.
     data = log.read_bytes() if log.exists() else b""
     if len(data) < HEAD + FRAME:
         return ""
-    magic, size = (int.from_bytes(data[at : at + 4]) for at in (0, 8))
-    order = "<u4" if magic == MAGIC[0] else ">u4"
-    head = np.frombuffer(data[:24], order)
-    state = checksum(np.zeros(2, np.uint32), head, coefficients(3))
+    magic, size = int.from_bytes(data[:4]), page_size(b"", data)
+    order, table = "<u4" if magic == MAGIC[0] else ">u4", coefficients(1 + size // 8)
+    state = checksum(np.zeros(2, np.uint32), np.frombuffer(data[:24], order), table)
     if magic not in MAGIC or data[24:HEAD] != state.astype(">u4").tobytes():
         return f"the head of {log.name} is damaged, so that SQLite passes over all of it"
-    size = 65536 if size == 1 else size
-    table = coefficients(1 + size // 8)
     broken, lost = 0, 0
     for number, at in enumerate(range(HEAD, len(data) - FRAME - size + 1, FRAME + size), 1):
         frame = data[at : at + FRAME + size]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 PAGE = 4096  # bytes of a page, SQLite's default, for a file whose head is lost
+HEAD, FRAME = 32, 24  # bytes before a log's first frame, and of each before its page (4.1)
 LEAF = 13  # the first byte of a page that holds a table's rows (1.6)
 LONGEST = 1 << 26  # bytes; a longer record is garbage
 INTEGER_BYTES = {1: 1, 2: 2, 3: 3, 4: 4, 5: 6, 6: 8}  # by serial type (2.1)
@@ -33,7 +34,7 @@ def records(
       on_progress: called with (pages done, pages) now and then.
     """
     data, log = _mapped(path), _mapped(path.with_name(path.name + "-wal"))
-    size = _page_size(data, log)
+    size = page_size(data, log)
     newer = {number: at for number, at in _frames(log, size)}
     total, done = -(-len(data) // size) + len(newer), 0
 
@@ -61,7 +62,8 @@ def _mapped(path: Path) -> Any:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _page_size(data: Any, log: Any) -> int:
+def page_size(data: Any, log: Any) -> int:
+    """Bytes of a page, by a file's head or its log's; `PAGE` if neither tells."""
     for code in [
         int.from_bytes(data[16:18]) if data[:15] == b"SQLite format 3" else 0,
         int.from_bytes(log[8:12]),
@@ -75,9 +77,9 @@ def _page_size(data: Any, log: Any) -> int:
 def _frames(log: Any, size: int) -> Iterator[tuple[int, int]]:
     """(page number, offset) of the frames of a write-ahead log's current run (4.1)."""
     salt = log[16:24]
-    for at in range(32, len(log) - size - 23, size + 24):
+    for at in range(HEAD, len(log) - size - FRAME + 1, size + FRAME):
         if log[at + 8 : at + 16] == salt:
-            yield int.from_bytes(log[at : at + 4]), at + 24
+            yield int.from_bytes(log[at : at + 4]), at + FRAME
 
 
 def _rows(page: bytes, head: int, fetch: Fetch, size: int) -> Iterator[tuple[int, Record]]:

@@ -122,6 +122,11 @@ def networks_of_transformers():
     )
 
 
+def body(net):
+    """The network below a classifier of transformers, or the network itself."""
+    return getattr(net, "vit", getattr(net, "dinov2", net))
+
+
 def of_transformers():
     import torch
     from safetensors.numpy import load_file, save_file
@@ -135,15 +140,13 @@ def of_transformers():
             numbers = {name: weights(name, shape) for name, shape in shapes.items()}
             save_file(numbers, path, {"format": "pt"})
             net = model.from_pretrained(folder, dtype=torch.float64).eval()
-            net = getattr(net, "vit", getattr(net, "dinov2", net))
         with torch.no_grad():
-            tokens = net(tensors("dinov3" in title)).last_hidden_state
+            tokens = body(net)(tensors("dinov3" in title)).last_hidden_state
         yield title, entry(arch, shapes, tokens)
         memory = {name: tuple(value.shape) for name, value in model(config).state_dict().items()}
         with torch.no_grad():
             net = filled(model(config))
-            net = getattr(net, "vit", getattr(net, "dinov2", net))
-            tokens = net(tensors("dinov3" in title)).last_hidden_state
+            tokens = body(net)(tensors("dinov3" in title)).last_hidden_state
         yield f"{title} in memory", entry(arch, memory, tokens)
 
 

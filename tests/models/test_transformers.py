@@ -4,7 +4,7 @@ networks compute."""
 import jax
 import numpy as np
 import pytest
-from record_vits import filled, images, networks_of_transformers, tensors
+from record_vits import body, entry, filled, images, networks_of_transformers, tensors
 from test_vit import TINY, TOLERANCE, features, off, tiny  # noqa: F401
 from torch_reference import torch
 
@@ -22,15 +22,11 @@ def test_vit(title, tiny, features, tmp_path):  # noqa: F811
     net = filled(model(config))
     net.float().save_pretrained(tmp_path)
     made = from_torch.load(tmp_path / "model.safetensors")
-    net = net.double()
-    body = getattr(net, "vit", getattr(net, "dinov2", net))
     with torch.no_grad():
-        tokens = body(tensors("dinov3" in title)).last_hidden_state.numpy()
-    first = 1 + arch.get("registers", 0)
-    theirs = {"class": tokens[:, 0], "mean": tokens[:, first:].mean(1)}
+        tokens = body(net.double())(tensors("dinov3" in title)).last_hidden_state
     found = TINY[made.arch]
     ours = features(found, made.backbone.params, images(found.of.rope))
-    assert off(ours, {"features": theirs}) < TOLERANCE
+    assert off(ours, entry(arch, {}, tokens)) < TOLERANCE
 
 
 @pytest.mark.slow
