@@ -26,7 +26,7 @@ from qmx.detection import ALPHA, DELTA, pixels, watch
 from qmx.encoders import encode, load_encoder
 from qmx.files import Unreadable, read_arrays, read_json, read_sealed, write_json
 from qmx.ledger import Ledger
-from qmx.ledger.replay import extent, traffic
+from qmx.ledger.replay import NotOne, extent, traffic
 from qmx.progress import progress
 from qmx.report import safe
 from qmx.report.evidence import detection_note, detection_table
@@ -63,11 +63,15 @@ def detect(
         config = read_json(workdir / "config.json")["data"]
         target = read_sealed(workdir / "target.json")["known_as"]
         keys = read_arrays(workdir / "query" / "keys.npz")
-    except (Unreadable, KeyError) as error:
+        ledger.stat()
+    except (Unreadable, KeyError, FileNotFoundError) as error:
         raise ValueError(f"{workdir} has no answers to replay ({error}); run qmx there") from None
     data = load(**config)
     place = {key.tobytes(): i for key, i in zip(keys["train"], keys["ids"], strict=True)}
-    requests = [one for one in traffic(ledger, target) if one.purpose != "report"]
+    try:
+        requests = [one for one in traffic(ledger, target) if one.purpose != "report"]
+    except NotOne:
+        requests = []
     asked = [key for one in requests if one.outcome != "failed" for key in one.keys]
     there = [key for key in asked if key in place][:most]
     if not there:

@@ -142,7 +142,10 @@ def mmd(
     if min(window, len(reference)) < 2:
         raise ValueError(f"window {window} and {len(reference)} reference images: both need two")
     if alpha * (permutations + 1) <= 1:
-        raise ValueError(f"alpha {alpha:g} needs permutations above {1 / alpha - 1:.0f}")
+        raise ValueError(
+            f"alpha {alpha:g} needs permutations above {1 / alpha - 1:.0f}, or must itself be above"
+            f" {1 / (permutations + 1):g}"
+        )
     rng = np.random.default_rng(seed)
     own = np.arange(window + len(reference)) < window
     at, value = [], []

@@ -3,6 +3,8 @@ in its real order; a watermark in a student, and not in its control; the command
 
 import itertools
 import json
+import re
+import shutil
 from types import SimpleNamespace
 
 import jsonschema
@@ -437,6 +439,31 @@ def test_mistakes_of_the_command(audited, capsys, more, told):
     workdir, _ = audited
     assert detect.main([str(workdir), *(word.format(root=workdir.parent) for word in more)]) == 2
     assert told in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("left_out", ["query", "target", "ledger", "ledger's answers"])
+def test_no_answers_to_replay(audited, command, tmp_path, capsys, left_out):
+    """The run that is named makes them."""
+    workdir, words = audited
+    there = tmp_path / "w"
+    shutil.copytree(workdir, there, ignore=shutil.ignore_patterns(f"{left_out[:6]}*"))
+    told = "answers to replay"
+    if left_out == "ledger's answers":
+        Ledger(there / "ledger.sqlite", target="t").__exit__()
+        told = "questions of an attacker"
+    assert detect.main([str(there)]) == 2
+    assert re.search(f"has no {told}.*; run qmx there$", capsys.readouterr().err.strip())
+    status, _, err = command(*words, f"--workdir={there}")
+    assert status == 0, err
+    assert detect.main([str(there)]) == 0
+    assert read_json(there / "detection.json")["traffic"] == {"queries": 160, "left_out": 0}
+
+
+def test_the_alpha_that_is_named(audited, capsys):
+    workdir, _ = audited
+    assert detect.main([str(workdir), "--alpha=0.001"]) == 2
+    least = re.search(r"must itself be above (\S+)$", capsys.readouterr().err.strip())[1]
+    assert detect.main([str(workdir), f"--alpha={float(least) * 1.001}"]) == 0
 
 
 def test_no_workdir(tmp_path, capsys):

@@ -9,8 +9,10 @@ damage.
 
 import hashlib
 import json
+import shlex
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ FACTS = {
     "broken": list,
     "shards": list,
 }
+SETTINGS = {key: FACTS[key] for key in ("side", "quality", "shard")}  # flags of the command
 OF_SHARD = {"file": str, "count": int, "bytes": int, "sha256": str}
 SIZE = struct.Struct("<II")  # height, width
 
@@ -47,8 +50,39 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_manifest(folder: str, made_by: str) -> dict[str, Any]:
-    """The manifest of a finished cache; if there is none, ValueError says how to make one."""
+def command(source: str, folder: str, like: str = "", **settings: int) -> str:
+    """The command that makes a cache, or writes only what it lacks.
+
+    Args:
+      source: `Photos.remake`.
+      like: a folder of shards whose settings it takes, by default the cache's own. Without them it
+        would refuse the shards that are there.
+      settings: other values.
+    """
+    for beside in sorted(Path(like or folder).glob("shard-*.json")):
+        with suppress(OSError, ValueError, RecursionError):  # a damaged one is written again
+            facts = json.loads(beside.read_text())
+            check_facts(facts, SETTINGS, "it")
+            settings = {key: facts[key] for key in SETTINGS} | settings
+            break
+    flags = "".join(f" --{key}={value}" for key, value in settings.items())
+    return f"python -m qmx.data.cache {source} {shlex.quote(folder)}{flags}"
+
+
+def elsewhere(folder: str, end: int, source: str, **settings: int) -> str:
+    """The cure that makes another cache beside one: its command, and the key."""
+    other = f"{folder.rstrip('/')}-{end}"
+    made_by = command(source, other, folder, **settings)
+    return f"run {made_by} and set data.cache={shlex.quote(other)}"
+
+
+def read_manifest(folder: str, source: str, **settings: int) -> dict[str, Any]:
+    """The manifest of a finished cache; if there is none, ValueError says how to make one.
+
+    Args:
+      source, settings: see `command`.
+    """
+    made_by = command(source, folder, **settings)
     path = Path(folder, MANIFEST)
     try:
         manifest = json.loads(path.read_text())
@@ -61,7 +95,8 @@ def read_manifest(folder: str, made_by: str) -> dict[str, Any]:
         raise ValueError(f"{folder}: no finished cache in it; run {made_by}") from None
     except OtherVersion as other:
         raise ValueError(
-            f"{path}: version {other}, and this is {VERSION}; run {made_by} into a new folder"
+            f"{path}: version {other}, and this is {VERSION};"
+            f" {elsewhere(folder, VERSION, source, **settings)}"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}; remove it and run {made_by}") from None
@@ -119,7 +154,7 @@ def missing_or_resized(folder: Path, shards: list[dict[str, Any]]) -> list[str]:
 
 def verify(folder: str) -> str:
     """Check the digest of every shard; returns a line for the user, ValueError names damage."""
-    manifest = read_manifest(folder, f"python -m qmx.data.cache SOURCE {folder}")
+    manifest = read_manifest(folder, "SOURCE")
     bad = missing_or_resized(Path(folder), manifest["shards"])
     bad += [
         shard["file"]
@@ -155,8 +190,8 @@ def reader(folder: str, photos: Photos, side: int) -> tuple[np.ndarray, Read, li
       ValueError: no finished cache; one of other photos or of another side; a shard that is missing
         or has changed in size.
     """
-    made_by = f"python -m qmx.data.cache {photos.remake} {folder} --side={side}"
-    manifest = read_manifest(folder, made_by)
+    manifest = read_manifest(folder, photos.remake, side=side)
+    made_by = command(photos.remake, folder, side=side)
     if (manifest["digest"], manifest["images"]) != (photos.digest, photos.size):
         raise ValueError(
             f"data.cache {folder} was made of other photos than {photos.where}, or these have"
@@ -165,8 +200,8 @@ def reader(folder: str, photos: Photos, side: int) -> tuple[np.ndarray, Read, li
     if manifest["side"] != side:
         raise ValueError(
             f"data.cache {folder} has canvases of {manifest['side']} pixels and data.canvas is"
-            f" {side}; use data.canvas={manifest['side']}, or run {made_by} into another"
-            " folder"
+            f" {side}; use data.canvas={manifest['side']}, or"
+            f" {elsewhere(folder, side, photos.remake, side=side)}"
         )
     shards, root = manifest["shards"], Path(folder)
     bad = missing_or_resized(root, shards)

@@ -3,6 +3,7 @@ without labels, in one folder."""
 
 import hashlib
 import os
+import shlex
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -125,7 +126,7 @@ def listing(path: str) -> tuple[Photos, np.ndarray]:
         labels,
         classes,
         hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest(),
-        path,
+        shlex.quote(path),
         sizes,
     )
     return photos, sizes

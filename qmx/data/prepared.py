@@ -34,7 +34,8 @@ def builder(name: str) -> Any:
     except Exception as error:  # TFDS raises many kinds, some with a list of all its sets
         reason = " ".join((str(error).strip() or repr(error)).splitlines()[0].split())
         raise ValueError(
-            f"data.path {name!r} is no set of tensorflow-datasets that can be read: {reason}"
+            f"data.path {name!r} is no set of tensorflow-datasets that can be read: {reason};"
+            " set TFDS_DATA_DIR to where it is, if it is prepared"
         ) from None
     finally:
         absl.setLevel(level)

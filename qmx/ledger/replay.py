@@ -28,6 +28,10 @@ class Request(NamedTuple):
     keys: list[bytes]  # of each, see `keys_of`
 
 
+class NotOne(ValueError):
+    """No target of a ledger matches, or several do."""
+
+
 def traffic(path: Path, target: str = "") -> list[Request]:
     """Every request to one target, the first one first.
 
@@ -38,7 +42,8 @@ def traffic(path: Path, target: str = "") -> list[Request]:
       target: the digest or name of a target, or its beginning; needed if the ledger has several.
 
     Raises:
-      ValueError: the file is no ledger, or no target or several targets match.
+      ValueError: the file is no ledger.
+      NotOne: no target, or several targets match.
       Damaged: a row is not as it was written.
     """
     with looked_into(path) as file:
@@ -113,7 +118,7 @@ def _target(file: File, beginning: str) -> str:
         raise Damaged(file.path, "the name of a target is not a text")
     chosen = [name for name in names if name.startswith(beginning)]
     if len(chosen) != 1:
-        raise ValueError(
+        raise NotOne(
             f"{file.path} has {len(chosen)} targets that begin with {beginning!r}; give"
             f" --target=BEGINNING of one of: {', '.join(chosen or names) or 'none'}"
         )

@@ -12,10 +12,10 @@ import ml_dtypes
 import numpy as np
 
 FORMATS = {  # how files of other kinds begin
-    b"\x89HDF": "an HDF5 file, as Keras writes them",
-    b"\x93NUMPY": "an array of NumPy",
-    b"\x1f\x8b": "compressed by gzip; unpack it",
-    b"GGUF": "a GGUF file",
+    b"\x89HDF": "an HDF5 file, as Keras writes them, and not weights of PyTorch",
+    b"\x93NUMPY": "an array of NumPy, and not weights of PyTorch",
+    b"\x1f\x8b": "compressed by gzip, and not weights of PyTorch; unpack it",
+    b"GGUF": "a GGUF file, and not weights of PyTorch",
 }
 # A tensor that is read; of safetensors and of torch.
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -58,7 +58,6 @@ def read(path: Path | str) -> dict[str, dict[str, np.ndarray]]:
         words = next((words for start, words in FORMATS.items() if magic.startswith(start)), "")
         raise ValueError(
             f"{path} is {words or 'neither a PyTorch file nor .safetensors; download it again'}"
-            + (", and not weights of PyTorch" if words else "")
         )
     if magic.startswith(b"PK"):
         refuse_programs(path)

@@ -189,7 +189,7 @@ def _check_tensors(model_input: Tensor, model_output: Tensor, classes: int, acce
         raise ValueError(
             f"the model's output {model_output.name} has the shape {model_output.shape} and should"
             f" have {[-1, classes]}: the images have {classes} classes, which must be the model's,"
-            " in its order"
+            " in its order; target.classes names the classes of a model that has others"
         )
 
 

@@ -461,7 +461,7 @@ def test_an_edited_manifest_is_named_and_the_cure_works(cached, pool, tmp_path, 
     command = re.search("remove it and run (python -m qmx.data.cache .*)", said)[1]
     refused(capsys, "manifest.json: ", "--verify", tmp_path / "cache")
     path.unlink()
-    assert main([*command.split()[3:], "--processes=1", "--shard=5"]) == 0
+    assert main([*command.split()[3:], "--processes=1"]) == 0
     assert path.read_text() == text
     assert cached().pool.size == 21
 

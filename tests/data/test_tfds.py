@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
+from test_advice import advice
 from test_data import load
 from test_photos import WHOLE, encoded, photo
 
@@ -286,3 +287,41 @@ def test_unreadable_photos_have_their_name(tmp_path, monkeypatch):
 
 def test_tensorflow_is_not_needed():
     assert importlib.util.find_spec("tensorflow") is None or "tensorflow" not in sys.modules
+
+
+def test_the_cures_of_sets_work(prepared_sets, tmp_path, monkeypatch):
+    """A name; the directory where the set is; one prepared anew in another; a split to evaluate on
+    with the key that is named."""
+    set_key = advice(r"needs the name of a set, data\.(\w+)=", load, "tfds")[1]
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "empty"))
+    variable = advice(r"set (\w+) to where it is, if", load, "tfds", **{set_key: "tiny_two"})[1]
+    monkeypatch.setenv(variable, str(prepared_sets))
+    assert load("tfds", "tiny_two", canvas=16, crop=20).pool.size == 12
+    prepared.builder.cache_clear(), prepared.records.cache_clear()
+
+    other = tmp_path / "other"
+    shutil.copytree(prepared_sets / "tiny_two", other / "tiny_two")
+    info = next((other / "tiny_two").rglob("dataset_info.json"))
+    info.write_text(json.dumps({**json.loads(info.read_text()), "fileFormat": "tfrecord"}))
+    monkeypatch.setenv(variable, str(other))
+    advice(f"prepare it again in another {variable} with pip", load, "tfds", "tiny_two")
+    prepare("tiny_two", tmp_path / "again", ("train", "test"))
+    monkeypatch.setenv(variable, str(tmp_path / "again"))
+    assert load("tfds", "tiny_two", canvas=16, crop=20).pool.size == 12
+
+    shard = next((tmp_path / "again").rglob("*train.array_record*"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole.replace(b"JFIF", b"JFIG", 1))
+    prepared.builder.cache_clear(), prepared.records.cache_clear()
+    name = advice(r"; prepare (\w+) again$", load, "tfds", "tiny_two")[1]
+    shutil.rmtree(tmp_path / "again")
+    prepare(name, tmp_path / "again", ("train", "test"))
+    prepared.builder.cache_clear(), prepared.records.cache_clear()
+    assert load("tfds", "tiny_two", canvas=16, crop=20).pool.size == 12
+
+    cure = r"only (.*); name the one to evaluate on with data\.(\w+)$"
+    found = advice(cure, load, "tfds", "tiny_two", "val")
+    keys = {split: {found[2]: split} for split in found[1].split(", ")}
+    advice("evaluate on another split", load, "tfds", "tiny_two", **keys.pop("train"))
+    for key in keys.values():
+        assert load("tfds", "tiny_two", canvas=16, crop=20, **key).evaluation.size == 3

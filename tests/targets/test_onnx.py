@@ -7,6 +7,7 @@ import onnx
 import pytest
 from conftest import TINY
 from onnx import TensorProto, helper, numpy_helper
+from test_advice import advice
 
 from qmx.data.arrays import from_arrays
 from qmx.pipeline import of_targets_classes
@@ -88,6 +89,20 @@ def test_refused(tmp_path):
     wide = model(tmp_path / "wide.onnx", ["n", 4, 4, 4], TensorProto.UINT8)
     with pytest.raises(ValueError, match=r"\[-1, 4, 4, 4\] and images are shown as \[-1, 8, 8, 1"):
         connect(wide)
+
+
+def test_the_cures_work(tmp_path):
+    """Each tensor that is named is one; numbers that are said are taken."""
+    two = model(tmp_path / "two.onnx", ["n", 8, 8, 1], TensorProto.UINT8, ("a", "b"))
+    for wrong in ({}, {"output": "c"}, {"input": "pixels", "output": "a"}):
+        found = advice(r"name one of (.*) in target\.(\w+)$", connect, two, **wrong)
+        for name in found[1].split(", "):
+            connect(two, **{**wrong, "output": "a", found[2]: name}).query(IMAGES)
+    floats = model(tmp_path / "f.onnx", ["n", 8, 8, 1])
+    scale = advice(r"scale=(\d+) for the pixels as they are", connect, floats)[1]
+    flat = IMAGES.reshape(len(IMAGES), -1).astype(np.float32)
+    got = connect(floats, shown=Shown(scale=float(scale))).query(IMAGES)
+    np.testing.assert_allclose(got, flat @ WEIGHTS, rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.slow
