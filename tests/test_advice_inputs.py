@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 
@@ -31,10 +32,12 @@ from qmx import detection, embed, models
 from qmx.checkpoint import save_weights
 from qmx.contract import Encoder
 from qmx.data import cache, cached, open_photos
-from qmx.data.arrays import arrays, read_npz, trigger_images
+from qmx.data.arrays import arrays, from_arrays, read_npz, trigger_images
+from qmx.data.classes import warnings
 from qmx.data.originals import BATCHES, IDX
 from qmx.data.photos import decode
 from qmx.models import from_torch, to_torch
+from qmx.models.layout import torch_name
 from qmx.models.norm import BatchNorm
 from qmx.models.resnet import ARCHS
 from qmx.models.vit import VITS
@@ -279,6 +282,32 @@ def test_original_files(tmp_path):
     assert arrays(str(tmp_path / "cifar"), "").pool.size == 5
 
 
+def test_numbers_of_images_and_channels():
+    """As many as is said, in the range that is said."""
+    known = load("digits", limit=int(advice("or (0) for all", load, "digits", limit=-1)[1]))
+    assert known.pool.size == 1437
+    for key, least in (("mean", "0"), ("std", "1e-06")):
+        cure = rf"data\.{key} .* must be (\d) numbers in (\S+) .. (\d), one a channel"
+        found = advice(cure, load, "digits", **{key: (2.0, 0.5)})
+        assert found[2] == least
+        for number in map(float, found.groups()[1:]):
+            data = load("digits", **{key: (number,) * int(found[1])})
+            assert getattr(data, key) == (number,)
+
+
+def test_numbers_of_classes_that_no_image_has(sides):
+    """Labels that are the classes' numbers."""
+    image = RNG.integers(0, 256, (8, 8, 8, 1), np.uint8)
+    held, label = RNG.integers(0, 256, (4, 8, 8, 1), np.uint8), np.arange(8) % 2
+
+    def warned(step):
+        return warnings(from_arrays("own", image, label * step, held, label[:4] * step))
+
+    (line,) = warned(3)
+    assert re.search(r"no image: 1, 2; is label the number of the class, 0\.\.N-1\?$", line)
+    assert warned(1) == []
+
+
 # Weights of PyTorch
 
 
@@ -377,6 +406,9 @@ def test_networks_of_a_file(tmp_path):
         what="the file",
     )
     assert convert({**state, found[1]: state["conv1.weight"]}).arch == "resnet8"
+    kinds = advice("its last part should be one of (.*)$", torch_name, "conv1/weights")[1]
+    for kind in kinds.split(", "):
+        assert torch_name(f"conv1/{kind}").startswith("conv1.")
     arch = advice(r"set arch to (\w+), or give another file", convert, state, "resnet50")[1]
     assert convert(state, arch).arch == arch
     for known in advice("choose one of (.*)$", convert, state, "vgg16")[1].split(", "):
@@ -396,7 +428,7 @@ def test_a_stem_that_shapes_do_not_tell(tmp_path, capsys):
     assert from_torch.main([*map(str, words), found[3]]) == 0
 
 
-def test_places_to_write_to(tmp_path, capsys):
+def test_places_to_write_to(tmp_path, capsys, monkeypatch):
     """Each command's ends, in a directory that is there; another name than the source's."""
     path, image = tmp_path / "net.safetensors", np.zeros((30, 30, 3), np.uint8)
     save_file(STATE, path)
@@ -421,6 +453,15 @@ def test_places_to_write_to(tmp_path, capsys):
         assert embed.main([*map(str, words), str(tmp_path / f"f{end}")]) == 0
     with open(tmp_path / "f.csv") as lines:
         assert next(csv.reader(lines))[0] == "a.png"
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # as where it is not installed
+    cure = told(
+        r"needs (\w+): pip install (\w+)$", capsys, embed.main, *words, tmp_path / "g.parquet"
+    )
+    monkeypatch.undo()
+    assert (
+        cure[1] == cure[2] == "pyarrow"
+        and embed.main([*map(str, words), str(tmp_path / "g.parquet")]) == 0
+    )
 
 
 # Networks and encoders of ours

@@ -453,7 +453,9 @@ def test_no_answers_to_replay(audited, command, tmp_path, capsys, left_out):
         told = "questions of an attacker"
     assert detect.main([str(there)]) == 2
     assert re.search(f"has no {told}.*; run qmx there$", capsys.readouterr().err.strip())
-    status, _, err = command(*words, f"--workdir={there}")
+    marks = read_json(there / "config.json")["audit"]["watermark"]  # of the run's last command
+    more = f"--config.audit.watermark={marks}", f"--workdir={there}"
+    status, _, err = command(*words, *more)
     assert status == 0, err
     assert detect.main([str(there)]) == 0
     assert read_json(there / "detection.json")["traffic"] == {"queries": 160, "left_out": 0}

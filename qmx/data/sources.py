@@ -57,7 +57,7 @@ class Photos(NamedTuple):
     labels: np.ndarray  # i32[n]; empty if there are none
     class_names: tuple[str, ...]
     digest: str  # SHA-256 of the listing, see the source
-    remake: str  # the arguments of qmx.data.cache that name these photos
+    remake: str  # the arguments of qmx.data.cache that name these photos, as a shell takes them
     sizes: np.ndarray | None = None  # i64[n], of the files in bytes; None if there are no files
 
     @property
