@@ -72,7 +72,7 @@ def command(source: str, folder: str, like: str = "", **settings: int) -> str:
 def elsewhere(folder: str, end: int, source: str, **settings: int) -> str:
     """The cure that makes another cache beside one: its command, and the key."""
     other = f"{folder.rstrip('/')}-{end}"
-    made_by = command(source, other, folder, **settings)
+    made_by = command(source, other, like=folder, **settings)
     return f"run {made_by} and set data.cache={shlex.quote(other)}"
 
 

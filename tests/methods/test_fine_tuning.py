@@ -22,7 +22,7 @@ import qmx
 from qmx import distill, models, optim
 from qmx.data import load
 from qmx.layer_rates import by_layer
-from qmx.models import from_torch, vit
+from qmx.models import from_torch
 from qmx.models.to_torch import to_torch
 from qmx.models.vit import VITS, Arch, Block, ViT
 from qmx.optim import kernels_only
@@ -151,9 +151,12 @@ def test_stochastic_depth():
 
     after = one + attend(one) / (1 - rate)
     wanted = [one, after, one + mlp(one) / (1 - rate), after + mlp(after) / (1 - rate)]
-    dropped = Block(arch, jnp.float32, rate)
-    y = dropped.apply(
-        {"params": params}, np.tile(one, (count, 1, 1)), None, rngs={"dropout": jax.random.key(2)}
+    y = block.apply(
+        {"params": params},
+        np.tile(one, (count, 1, 1)),
+        None,
+        rate,
+        rngs={"dropout": jax.random.key(2)},
     )
     which = np.stack([np.isclose(y, case, atol=1e-5).all((1, 2)) for case in wanted], 1)
     assert (which.sum(1) == 1).all(), "all tokens of an image, or none"
@@ -164,20 +167,25 @@ def test_stochastic_depth():
 
 def test_rates_of_stochastic_depth(monkeypatch):
     """Linear in the block from 0; none in an evaluation, which needs no key."""
-    rates = []
+    rates, call = [], Block.__call__
 
-    def recorded(arch, dtype, rate, name):
-        rates.append(rate)
-        return Block(arch, dtype, name=name)
+    def recorded(self, x, table, skipped=None):
+        jax.debug.callback(
+            lambda rate: rates.append(float(rate)),
+            jnp.nan if skipped is None else skipped,
+            ordered=True,
+        )
+        return call(self, x, table, skipped)
 
-    monkeypatch.setattr(vit, "Block", recorded)
+    monkeypatch.setattr(Block, "__call__", recorded)
     net = models.from_linen(ViT(ARCH._replace(depth=3), drop_path=0.4))
-    params = shapes(net, 4)
     x = jnp.zeros((2, 4, 4, 1))
-    for train, wanted in ((True, [0, 0.2, 0.4]), (False, [0, 0, 0])):
+    params = drawn(net.init(jax.random.key(0), x)[0])
+    for train, wanted in ((True, [0, 0.2, 0.4]), (False, [np.nan] * 3)):
         rates.clear()
-        jax.eval_shape(lambda p, train=train: net.apply(p, {}, x, train)[0], params)
-        np.testing.assert_allclose(rates, wanted)
+        net.apply(params, {}, x, train, jax.random.key(1))
+        jax.effects_barrier()
+        np.testing.assert_allclose(rates, wanted, rtol=1e-6)
     with pytest.raises(ValueError, match="drop_path 0.1 .*; set it to 0 for resnet8"):
         models.backbone("resnet8", drop_path=0.1)
 
