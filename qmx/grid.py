@@ -132,10 +132,17 @@ def columns(config: Any) -> list[Column]:
 def _with_partners(columns: list[Column], also: list[Column]) -> list[Column]:
     """Columns without the controls that are nobody's."""
     alone = {c for c in columns if is_control(c) and not of_control(c, columns)}
-    if impossible := [" + ".join(column) for column in also if column in alone]:
+    for control in [column for column in also if column in alone]:
+        words = " + ".join(control)
+        if control.select in BY_ANSWERS:
+            raise ValueError(
+                f"also has {words}, a control, and no column asks about the same images, for"
+                f" {control.select!r} chooses them by the answers; leave it out"
+            )
+        partner = "+".join(control._replace(access="logits"))
         raise ValueError(
-            f"also has {impossible[0]}, a control, and no column asks about the same images,"
-            f" whatever the answers are; name one without {TRUE_LABELS} too, as 'moco+logits'"
+            f"also has {words}, a control, and no column asks about the same images; name one"
+            f" without {TRUE_LABELS} too, as {partner!r}"
         )
     if len(alone) == len(columns):
         raise ValueError(f"accesses has {TRUE_LABELS!r} alone, a control; add answers, as 'logits'")

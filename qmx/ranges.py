@@ -272,7 +272,7 @@ def _tuple_problems(key: str, value: tuple, default: tuple, allowed: Range | Non
 
 
 def _said(allowed: Range) -> str:
-    low, high = (f"{number:,.10g}" for number in allowed[:2])
+    low, high = (f"{number:,.16g}" for number in allowed[:2])
     text = f"above {low}" if allowed.above else f"from {low}"
     if allowed.below:
         text += f" and below {high}" if allowed.above else f" on and below {high}"

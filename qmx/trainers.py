@@ -71,11 +71,13 @@ class Pretraining(NamedTuple):
 
 def _moco(keys: Any, net: Callable[..., Network], view: View) -> Method:
     if keys.batch_size % keys.group_size:
-        sizes = [size for size in range(2, keys.batch_size + 1) if keys.batch_size % size == 0]
+        # The whole batch is the last resort: qmx.cautions says why.
+        half = range(2, keys.batch_size // 2 + 1)
+        sizes = [size for size in half if keys.batch_size % size == 0] or [keys.batch_size]
         near = sorted(sorted(sizes, key=lambda size: abs(size - keys.group_size))[:2])
         raise ValueError(
             f"group_size {keys.group_size} does not divide batch_size {keys.batch_size} into groups"
-            f" of two images and more; {' and '.join(map(str, near))} do"
+            f" of two images and more; use {' or '.join(map(str, near))}"
         )
     head = (models.moco_head if keys.head == "mlp" else models.classifier)(keys.features)
     return moco.make(
