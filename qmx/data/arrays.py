@@ -88,6 +88,8 @@ def read_npz(path: str) -> tuple[np.ndarray, np.ndarray]:
             labels = file["label"] if "label" in file else None
             if not isinstance(images, np.ndarray) or not isinstance(labels, np.ndarray | None):
                 raise ValueError("image and label must be arrays saved by numpy")
+    except MemoryError:
+        raise  # the file may be sound
     except Exception as error:  # numpy, zipfile and zlib raise a dozen kinds for damaged files
         raise ValueError(f"{path}: {(str(error) or repr(error)).splitlines()[0]}") from None
 

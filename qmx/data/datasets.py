@@ -52,6 +52,7 @@ def load(
 
     Raises:
       ValueError: what is wrong with an argument or a file, in one line.
+      MemoryError: there is none for the arrays.
     """
     if source not in SOURCES:
         raise ValueError(f"data.source {source!r} is unknown; choose one of {', '.join(SOURCES)}")
@@ -71,7 +72,13 @@ def load(
     if source == "digits":
         data = digits()
     elif source == "arrays":
-        data = arrays(path, eval_path)
+        try:
+            data = arrays(path, eval_path)
+        except MemoryError as error:
+            raise MemoryError(
+                f"{path}: no memory for all of its images ({error}); lower their number in the"
+                " file, as data.limit counts after all are read"
+            ) from None
     else:
         find = folder.photos if source == "folder" else prepared.photos
         data = photographs(

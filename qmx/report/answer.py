@@ -3,10 +3,11 @@
 import math
 from typing import Any
 
-from qmx.grid import attacks, budget_keys, percent
+from qmx.grid import attacks, budget_keys, percent, propagates
 from qmx.report.beyond import beyond_text, first_figure
 from qmx.report.reach import COPY, best, column_of, fewest
 from qmx.report.tables import LEARNED, label
+from qmx.selection.by_answers import BY_ANSWERS
 
 LOWER_BOUND = "This is a lower bound on exposure: stronger attackers may need fewer."
 
@@ -136,39 +137,79 @@ def next_steps(results: dict) -> list[str]:
             " stopped, run the same command again: it goes on."
         )
     if weak:
+        keys = sorted({longer(row["recipe"]) for row in results["rows"] if row["undertrained"]})
         steps.append(
-            "Train the students longer (min_steps and epochs of their recipe): those marked with *"
-            f" agree with fewer than {LEARNED:g} % of the answers that they were given, and are"
-            f" left out ({', '.join(sorted(weak))})."
+            f"Train the students longer ({', '.join(keys)}): those marked with * agree with fewer"
+            f" than {LEARNED:g} % of the answers that they were given, and are left out"
+            f" ({', '.join(sorted(weak))})."
         )
     below = fewest(results, "fidelity", audit["below"])
     if below and below["low"] <= smallest and smallest > 1:
-        fewer = str((smallest // 2, *config["queries"])).replace(" ", "")
+        fewer = given("queries", smallest // 2, *config["queries"])
         steps.append(
             f"Ask less: {smallest} queries, the smallest budget, reach {percent(audit['below'])}"
-            f' already. --config.queries="{fewer}" shows where that begins.'
+            f" already. {fewer} shows where that begins."
         )
     if not found and results["rows"] and results["finished"]:
-        steps.append(
-            f"Raise {budget_keys(config)}, or try stronger attacks (--config.also with a"
-            " selection and the use pool)."
-        )
+        steps += stronger(results)
     if not any(audit[key] for key in ("per_second", "per_day", "per_month")):
         steps.append(
             "Tell your limits (--config.audit.per_day and --config.audit.principals), to read here"
             " what the copy takes in hours."
         )
-    if len({column.access for column in attacks(config)}) == 1:
+    tried = attacks(config)
+    if len({column.access for column in tried}) == 1 and tried[0].access != "label":
+        chosen = any(column.select in BY_ANSWERS for column in tried)
         steps.append(
-            "See what weaker answers would change (--config.accesses), which asks nothing more."
+            "See what weaker answers would change"
+            f" ({given('accesses', *config['accesses'], 'label')}), which asks"
+            f" {'about other images only where answers choose them' if chosen else 'nothing more'}."
         )
     if len(config["seeds"]) < 3:
-        steps.append("Run three seeds (--config.seeds=(0,1,2)) for an interval.")
+        others = [seed for seed in range(3) if seed not in config["seeds"]]
+        seeds = [*config["seeds"], *others][:3]
+        steps.append(f"Run three seeds ({given('seeds', *seeds)}) for an interval.")
+    if any("--config." in step for step in steps):
+        steps.append(
+            "Give the same command the keys named here, and --update: it keeps what is done and"
+            " what was answered."
+        )
     steps.append(
         "After a change of the model or its limits, run the same command in another --workdir, and"
         " compare: qmx compare BEFORE/results.json AFTER/results.json."
     )
     return steps
+
+
+def given(key: str, *values: Any) -> str:
+    """Words for a shell that give a key of a config a tuple of values."""
+    return f'--config.{key}="{values!r}"'
+
+
+def longer(recipe: str) -> str:
+    """The keys that let students of a recipe learn more, by its name in a row of the results."""
+    if recipe == "head":
+        return "--config.head.hidden, --config.head.decays"
+    part = recipe if recipe == "distill" else f"recipes.{recipe}"
+    return f"--config.{part}.min_steps"
+
+
+def stronger(results: dict) -> list[str]:
+    """Advice where no attack copies the model: larger budgets, an attack that was not tried."""
+    config, size = results["config"], results["pool"]["size"]
+    tried = attacks(config)
+    init = next((column.init for column in tried if column.init != "none"), "moco")
+    words = f"{init}+typiclust+pool"
+    ways = []
+    if results["pool"]["budgets"][-1]["queries"] < size:
+        ways.append(f"raise {budget_keys(config)}")
+    if not any(
+        (column.init, column.select) == (init, "typiclust") and propagates(column)
+        for column in tried
+    ):
+        ways.append(f"try a stronger attack ({given('also', *config['also'], words)})")
+    text = ", or ".join(ways)
+    return [f"{text[0].upper()}{text[1:]}."] if ways else []
 
 
 def attacks_not_tried(results: dict) -> list[str]:

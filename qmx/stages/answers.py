@@ -48,14 +48,14 @@ def ask_about(
                 images,
                 purpose,
                 partial(_answered, run, shown, name, len(keys), len(ids)),
-                partial(_name, source, ids[len(keys) :]),
+                partial(name_of, source, ids[len(keys) :]),
             )
             keys += keys_of(images, **target.identity)
             shown.update(len(keys))
     return keys
 
 
-def _name(source: Source, ids: np.ndarray, row: int) -> str:
+def name_of(source: Source, ids: np.ndarray, row: int) -> str:
     """An image for people: its file, or its number in the pool or among the evaluation images."""
     return source.names[ids[row]] if source.names else f"image {ids[row]}"
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
@@ -126,7 +127,8 @@ def detection(run: Run, tell: Callable[[str], None] = say) -> dict[str, Any] | N
         found = read_json(path)
         if found.get("ledger") == extent(ledger):
             return found
-        tell(f"{path} is of another ledger and left out; python -m qmx.detect {run.workdir} again")
+        words = f"python -m qmx.detect {shlex.quote(str(run.workdir))}"
+        tell(f"{path} is of another ledger and left out; {words} again")
         return None
 
     return from_first(look)

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from qmx.data import Dataset
+from qmx.data.folder import first_few
 from qmx.files import Unreadable, read_arrays, read_json, read_sealed, write_arrays, write_sealed
 from qmx.grid import budget_keys, cells
 from qmx.ledger import BudgetSpent, Ledger
 from qmx.metrics import top_k
 from qmx.progress import say
 from qmx.sharding import first
-from qmx.stages.answers import Answers, answered, ask_about, read_scores
+from qmx.stages.answers import Answers, answered, ask_about, name_of, read_scores
 from qmx.stages.run import Run, needed
 from qmx.stages.select import Selection, chosen_up_front
 from qmx.stages.target import Target, in_ledger, open_ledger, target_query
@@ -50,19 +51,23 @@ def query(run: Run, target: Target | NotDone, selections: Iterable[Selection | N
                 say(f"{name}: {(~has).sum()} of {len(has)} images have no answer and are left out")
             if purpose == "report":
                 measured = accuracy(run, target, there["report"], keys["report"])
-        both = len(set(keys["report"]) & set(keys["train"]))
+        both = set(keys["report"]) & set(keys["train"])
         if both:
+            rows = [row for row, key in enumerate(keys["report"]) if key in both]
+            names = [name_of(evaluation, there["report"], row) for row in rows]
+            listed = "; data.leave_out takes a list of photos" if evaluation.names else ""
             say(
-                f"warning: {both} of the images asked about for training are evaluation images too,"
-                " which flatters every figure; remove them from one side"
+                f"warning: {len(both)} of the images asked about for training are evaluation images"
+                f" too ({first_few(names)}), which flatters every figure; remove them from one side"
+                f"{listed}"
             )
-        rows = {
+        digests = {
             name: np.frombuffer(b"".join(some), np.uint8).reshape(-1, 32)
             for name, some in keys.items()
         }
         if first():
             path = directory / "keys.npz"
-            write_arrays(path, ids=there["train"], evaluation=there["report"], **rows)
+            write_arrays(path, ids=there["train"], evaluation=there["report"], **digests)
         return {"images": len(there["train"]), **measured}
 
     inputs = {
