@@ -2,11 +2,16 @@
 
 import ast
 import json
+import multiprocessing
+import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -19,6 +24,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 from test_advice import advice
 from test_data import load
+from test_encoders import file, photos  # noqa: F401
 from test_ledger import Target, images
 from test_ledger_commands import command as ledger_command
 from test_methods import QUICK, batch, make, plain
@@ -29,30 +35,35 @@ from test_settings import DIGITS, digits
 from test_vit import tiny  # noqa: F401
 
 from qmx import data as qmx_data
-from qmx import distill, emp_ssl, fastsiam, fixmatch, moco, models, optim
+from qmx import distill, embed, emp_ssl, fastsiam, fixmatch, moco, models, optim, save_encoder
 from qmx.cautions import warnings
+from qmx.checkpoint import save_weights
 from qmx.checks import check_trainers, check_values, validate
-from qmx.data import named
+from qmx.data import cache, named
 from qmx.data.arrays import from_arrays
 from qmx.data.classes import number_of
+from qmx.detection import mmd
 from qmx.encoders import save_features
 from qmx.files import write_json
 from qmx.frozen_keys import add_encoder
 from qmx.layer_rates import by_layer
-from qmx.ledger import Ledger, table
+from qmx.ledger import BudgetSpent, Ledger, table
+from qmx.ledger.replay import traffic
 from qmx.ledger.table import from_ledger
 from qmx.ledger.verify import recover
 from qmx.main import LESS_MEMORY, parse
 from qmx.models.from_torch import convert
-from qmx.pipeline import of_targets_classes
+from qmx.pipeline import STAGES, of_targets_classes
 from qmx.ranges import OF_THE_GRID, RANGES, WORDS, value_problems
 from qmx.report import compare
 from qmx.report.answer import next_steps
+from qmx.selection.select import select
 from qmx.settings import base, leaves, recipe
 from qmx.sharding import check_batch
+from qmx.shipped import config_file, load_file, with_files
 from qmx.stages import frozen
 from qmx.stages.pretrain import Pretrained
-from qmx.stages.query import query
+from qmx.stages.query import check_budget, query
 from qmx.stages.run import SMALLER, Run
 from qmx.stages.select import Selection
 from qmx.stages.target import target
@@ -215,14 +226,26 @@ def test_columns_that_lack_something():
         partner = ("moco",) if word == "true_labels" else ()
         lists = {"lists": ("README.md",)} if word == "list" else {}
         validate(digits(also=(f"moco+{word}", *partner), inits=("none",), **lists), DIGITS)
-    for level in advice(
-        "lower accesses",
-        checked,
-        target__kind="callable",
-        target__path="a.py:f",
-        target__access="probs",
-    ).string.split("'")[1:2]:
-        assert level == "logits"
+    probs = {"target__kind": "callable", "target__path": "own.py:f", "target__access": "probs"}
+    advice("lower accesses", checked, **probs)
+    for level in ("probs", "label"):
+        checked(**probs, accesses=(level,))
+    plain = from_arrays("own", *unlabelled(DIGITS))
+    target_of = {"target__kind": "callable", "target__path": "own.py:f"}
+    level = advice(
+        "accesses has '(.*)', which reads labels, .* leave it out",
+        *(checked, plain),
+        **target_of,
+        accesses=("logits", "true_labels"),
+    )[1]
+    checked(plain, **target_of, accesses=tuple({"logits", "true_labels"} - {level}))
+
+
+def unlabelled(data):
+    """Arrays of both sides of a data set without labels."""
+    none = np.zeros(0, np.int32)
+    sides = (side.shown(np.arange(side.size)) for side in (data.pool, data.evaluation))
+    return [array for images in sides for array in (images, none)]
 
 
 def test_budgets():
@@ -475,7 +498,7 @@ def test_images_on_both_sides(tmp_path, capsys):
     data = qmx_data.load("folder", **paths, **sizes, leave_out=str(tmp_path / "out.txt"))
     run = run._replace(data=data, workdir=tmp_path / "other")
     query(run, target(run), [Selection(np.arange(3), 0)])
-    assert "warning" not in capsys.readouterr().err
+    assert "evaluation images too" not in capsys.readouterr().err
 
 
 def test_a_target_that_answers_nothing_at_first(tmp_path):
@@ -753,3 +776,185 @@ def test_keys_for_less_memory():
     lowest = {key: re.search("from (\\d+)", said({key: -1})[key])[1] for key in numbers}
     assert not said({key: int(number) for key, number in lowest.items()})
     assert not said({"target.precision": "bfloat16", "student.arch": "resnet8_narrow"})
+
+
+# What a choice needs, and commands
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"target__kind": kind} for kind in ("torch", "onnx", "callable", "recorded", "served")),
+        {"inits": ("none", "imported")},
+        {"inits": ("none", "public")},
+        {"also": ("moco+list",)},
+        {"target__access": "label"},
+    ],
+)
+def test_what_a_choice_needs(changes, tmp_path):
+    """The keys that are named, with values as they are shown."""
+    there = tmp_path / "file"
+    there.touch()
+    given = {
+        **{"https://HOST:PORT": "https://host:8000", "NAME": "m", "": str(there)},
+        "FILE.py:function": f"{there}:f",
+    }
+    line = advice("--config", checked, **changes).string
+    for key, value in re.findall(r"--config\.([\w.]+)(?:=([^\s,]+))?", line):
+        value = given.get(value, str(there))
+        if key == "lists":
+            value = (value,)
+        if key == "accesses":  # of a target that is computed here
+            changes = {"accesses": ast.literal_eval(re.search(r"shows less: (\(.*\))", line)[1])}
+            continue
+        changes = {**changes, key.replace(".", "__"): value}
+    checked(**changes)
+
+
+def test_other_cures_of_a_config():
+    """Stages that do without what is lacking; kinds that read a path; whole numbers."""
+    path = {"target__path": "README.md"}
+    kinds = advice(r"read by target.kind=(.*) alone; set one of them, or leave", checked, **path)
+    for kind in re.split(", | and ", kinds[1]):
+        arch = {"target__arch": "resnet50"} if kind == "torch" else {}
+        checked(**path, **arch, target__kind=kind)
+    checked()
+    advice("must be a top-1 and a top-5 accuracy in per cent", checked, target__expect=(90.0,))
+    for expect in ((90.0, 99.0), ()):
+        checked(target__expect=expect)
+    advice("epochs 1.5 must be a whole number", checked, pretrain__moco__epochs=1.5)
+    checked(pretrain__moco__epochs=2.0)
+    for axis in ("seeds", "inits", "selects", "accesses", "uses"):
+        advice(f"{axis} is empty; name at least one", checked, **{axis: (), "also": ()})
+    alone = {"inits": ("none",), "also": ()}
+    names = advice("choose among (.*)", checked, stage="pretrain", **alone)[1].split(", ")
+    for name in ("moco", "simsiam", "fastsiam", "emp_ssl", "rotation"):
+        assert name in names
+        checked(stage="pretrain", inits=(name,), also=())
+    plain = from_arrays("own", *unlabelled(DIGITS))
+    other = {"target__kind": "callable", "target__path": "own.py:f"}
+    stage = advice(
+        "--stage=monitor compares .*; --stage=(pretrain) trains the encoders",
+        *(checked, plain, "monitor"),
+        **other,
+    )[1]
+    checked(plain, stage)
+    nothing = plain._replace(evaluation=DIGITS.evaluation._replace(size=0))
+    stage = advice(r"--stage=(\w+) alone does without", checked, nothing, **other)[1]
+    checked(nothing, stage, **other)
+
+
+def test_a_budget_that_is_too_small(tmp_path):
+    """Raised to the images that are told; or fewer queries, or seeds."""
+    few = {"queries": (20, 50), "fractions": (), "also": (), "seeds": (0, 1)}
+
+    def asks(**changes):
+        check_budget(digits(**{**few, **changes}), tmp_path, DIGITS)
+
+    pattern = r"about (\d+) .*raise --config.(budget), or lower --config.(queries) or the number of"
+    told = advice(pattern, asks, budget=60, error=BudgetSpent)
+    asks(**{told[2]: int(told[1])})
+    asks(budget=60, **{told[3]: (20, 25)})
+    asks(budget=60, seeds=(0,))
+
+
+def test_lists_of_images(tmp_path):
+    """One for each budget; and selections that look at no image, as listed."""
+    names = tuple(f"n/{i}.png" for i in range(9))
+    pool = DIGITS.pool._replace(size=9, names=names)
+    paths = [str(tmp_path / f"{i}.txt") for i in range(2)]
+    for path in paths:
+        Path(path).write_text("\n".join(names[:3]))
+    advice("there must be one list of as many images", select, "list", pool, 3, 0, tuple(paths))
+    Path(paths[1]).write_text("\n".join(names[3:5]))
+    for budget in (2, 3):
+        assert len(select("list", pool, budget, 0, tuple(paths))) == budget
+    for word in ("typiclust", "any"):
+        known = advice("choose among (.*)", select, word, DIGITS.pool, 3, 0)[1].split(", ")
+        for name in known:
+            some = pool if name == "list" else DIGITS.pool
+            assert len(select(name, some, 3, 0, tuple(paths))) == 3
+
+
+def test_words_of_the_command(tmp_path, command):
+    """Flags, configs, keys and stages as they are named."""
+    words = ["qmx", f"--config={ROOT}/configs/digits.py", f"--workdir={tmp_path}/w"]
+    told = advice(r"'(.*)' is no flag; write (--config.)key=value", parse, [*words, "budget=9"])
+    assert parse([*words, told[2] + told[1]]).config.budget == 9
+    typo = advice("did you mean '(.*)'", parse, [*words, "--config.pretrain.moco.epoch=3"])[1]
+    assert parse([*words, f"--config.{typo}=3"]).config.pretrain.moco.epochs == 3
+    example = advice("as in python -m qmx.main (.*)", parse, ["qmx"])[1].split()
+    assert parse(with_files(["qmx", *example])).workdir.name == "digits"
+    for name in advice("qmx's own are (.*)", config_file, "digit")[1].split(", "):
+        assert Path(config_file(name)).exists()
+    pattern = "is none of (.*)"
+    for word in advice(pattern, load_file, "imagenet:any")[1].split(", "):
+        load_file(f"imagenet:{word}")
+    _, _, err = command(*words[1:], "--stage=any")
+    stages = re.search("choose one of (.*)", err)[1].split(", ")
+    assert stages == ["all", *STAGES]
+    _, _, err = command(*words[1:], "--stage=report")
+    assert "needs what earlier stages leave" in err and stages.index("report") == len(stages) - 1
+
+
+def test_targets_of_a_ledger(tmp_path):
+    """A beginning of those that are listed."""
+    for name in ("abc", "abd"):
+        with Ledger(tmp_path / "l", target=name) as ledger:
+            ledger.ask(Target(), images(1, 2))
+    pattern = "give --target=BEGINNING of one of: (.*)"
+    for beginning in ("ab", "x"):
+        listed = advice(pattern, lambda name: [*traffic(tmp_path / "l", name)], beginning)[1]
+        for name in listed.split(", "):
+            assert [*traffic(tmp_path / "l", name)]
+
+
+def test_permutations_for_a_level():
+    """One more than the number that is named."""
+    rows = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+    for level in (0.001, 0.05, 0.29):
+        pattern, few = r"needs permutations above (\d+)", {"window": 4, "alpha": level}
+        least = int(advice(pattern, mmd, rows, rows, permutations=1, **few)[1])
+        mmd(rows, rows, permutations=least + 1, **few)
+
+
+@pytest.mark.slow
+def test_where_features_are_written(file, tmp_path, capsys):  # noqa: F811
+    """Each ending that is named; an encoder that qmx wrote."""
+    path, encoder = file
+    photos(tmp_path / "photos", 1)
+    words = [str(path), str(tmp_path / "photos")]
+    assert embed.main([*words, str(tmp_path / "f.txt")]) == 2
+    ends = re.search("ends with (.*) in a directory", capsys.readouterr().err)[1].split(", ")
+    assert len(ends) == 3
+    for end in ends:
+        assert embed.main([*words, str(tmp_path / f"f{end}")]) == 0
+    save_weights(tmp_path / "bare.safetensors", encoder)
+    bare = [str(tmp_path / "bare.safetensors"), words[1], str(tmp_path / "g.npz")]
+    assert embed.main(bare) == 2
+    assert "give one that qmx wrote" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="give one for each"):
+        save_encoder(path, "resnet8_narrow", encoder, shape=(16, 16, 3), mean=(0,), std=(1, 1, 1))
+
+
+def test_a_worker_that_is_killed(tmp_path, capsys):
+    """With fewer processes the rest is written."""
+    pool = tree(tmp_path / "train", {f"n{c}/{i}.JPEG": (40, 30) for c in (1, 2) for i in range(4)})
+    words = [pool, str(tmp_path / "cache"), "--shard=2"]
+
+    def kill():
+        while not (workers := multiprocessing.active_children()):
+            time.sleep(0.001)
+        os.kill(workers[0].pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        assert cache.main([*words, "--processes=2"]) == 2
+        killer.join()
+        flag = re.search(r"run again with fewer (--\w+)", capsys.readouterr().err)[1]
+        assert cache.main([*words, f"{flag}=1"]) == 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -43,6 +43,7 @@ def select(
                 " list of as many images as each budget has"
             )
         return fitting[0]
+    known = [one for one in SELECTS if one not in NEED_FEATURES]
     raise ValueError(
-        f"selection {name!r} is unknown, or needs features; choose among {', '.join(SELECTS)}"
+        f"selection {name!r} is unknown, or needs features; choose among {', '.join(known)}"
     )
