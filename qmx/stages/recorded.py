@@ -26,7 +26,8 @@ def connect(keys: Any, data: Dataset) -> Outside:
     if table.scores.shape[1] != (data.classes or table.scores.shape[1]):
         raise ValueError(
             f"{keys.path} scores {table.scores.shape[1]} classes and {data.name} has"
-            f" {data.classes}; they must be the same classes in the same order"
+            f" {data.classes}; they must be the same classes in the same order, or target.classes"
+            " names a file with a line for each of the target's"
         )
     for have in np.unique(table.access).tolist():
         if not levels.derivable(have, keys.access):

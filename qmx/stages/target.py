@@ -191,7 +191,8 @@ def converted(keys: Any, data: Dataset) -> from_torch.Converted:
     if classes != (data.classes or classes):
         raise ValueError(
             f"{keys.path} scores {classes} classes and {data.name} has {data.classes}; they must be"
-            " the same classes in the same order"
+            " the same classes in the same order, or target.classes names a file with a line for"
+            " each of the target's"
         )
     return made
 
