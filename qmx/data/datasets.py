@@ -76,8 +76,8 @@ def load(
             data = arrays(path, eval_path)
         except MemoryError as error:
             raise MemoryError(
-                f"{path}: no memory for all of its images ({error}); lower their number in the"
-                " file, as data.limit counts after all are read"
+                f"{path}: no memory for all of its images{f' ({error})' if str(error) else ''};"
+                " lower their number in the file, as data.limit counts after all are read"
             ) from None
     else:
         find = folder.photos if source == "folder" else prepared.photos
