@@ -50,7 +50,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def command(source: str, folder: str, like: str = "", **settings: int) -> str:
+def command(source: str, folder: str, like: str = "", /, **settings: int) -> str:
     """The command that makes a cache, or writes only what it lacks.
 
     Args:
@@ -72,7 +72,7 @@ def command(source: str, folder: str, like: str = "", **settings: int) -> str:
 def elsewhere(folder: str, end: int, source: str, **settings: int) -> str:
     """The cure that makes another cache beside one: its command, and the key."""
     other = f"{folder.rstrip('/')}-{end}"
-    made_by = command(source, other, like=folder, **settings)
+    made_by = command(source, other, folder, **settings)
     return f"run {made_by} and set data.cache={shlex.quote(other)}"
 
 
