@@ -1,10 +1,11 @@
 """Advice in messages, followed: each cure that one names is taken, and works.
 
-Cures of other messages are followed where their faults are tested: of damaged ledgers in
-test_ledger_commands.py, of refused images in test_ledger_refused.py, of held and full ledgers in
-test_ledger_writes.py, of caches in test_cache.py, of photos in test_opened.py, of copies in
-test_copies.py, of checkpoints in test_checkpoint.py, of stages and of changed functions in
-test_workdir.py.
+Cures of configs, stages, inputs and servers are followed in test_advice_config.py,
+test_advice_stages.py, test_advice_inputs.py and targets/test_advice_of_servers.py; others where
+their faults are tested: of damaged ledgers in test_ledger_commands.py, of refused images in
+test_ledger_refused.py, of held and full ledgers in test_ledger_writes.py, of caches in
+test_cache.py, of photos in test_opened.py, of copies in test_copies.py, of checkpoints in
+test_checkpoint.py, of stages and of changed functions in test_workdir.py.
 """
 
 import json
