@@ -90,6 +90,7 @@ def steep(**rates):
     return losses[-1]
 
 
+@pytest.mark.slow
 def test_numbers_that_go_wrong():
     """Either cure, and it learns."""
     pattern, error = "a (lower learning rate) or a (warm-up) may cure it", FloatingPointError
