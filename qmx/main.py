@@ -289,6 +289,6 @@ def start(arguments: Arguments) -> str:
         say(f"{devices}, jax {jax.__version__}; writing to {workdir}")
         for warning in warnings(config, images, stage):
             say(f"warning: {warning}")
-        with stop_on_signals() as stopped:
+        with stop_on_signals(say) as stopped:
             said = arguments.update, arguments.command
             return pipeline.run(config, workdir, images, stage, stopped, *said)

@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+PATIENCE = 3.0  # seconds; most that is computed is done sooner
+
 
 @contextmanager
 def end_on_signals() -> Iterator[None]:
@@ -21,18 +23,30 @@ def end_on_signals() -> Iterator[None]:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[Callable[[], bool]]:
+def stop_on_signals(tell: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
     """A function that says whether a signal came; the second one ends the program at once. On
-    leaving, signals do what they did before."""
+    leaving, signals do what they did before.
+
+    Args:
+      tell: called with a line for the user where the program has not stopped `PATIENCE` seconds
+        after a signal, as amid a clustering.
+    """
     seen: list[int] = []
+    line = "stops as soon as what it computes now is done; a second signal ends it at once"
+    late = threading.Timer(PATIENCE, tell, [line])
+    late.daemon = True
 
     def note(number: int) -> None:
         if seen:
             os._exit(128 + number)
         seen.append(number)
+        late.start()
 
-    with _watched(note):
-        yield lambda: bool(seen)
+    try:
+        with _watched(note):
+            yield lambda: bool(seen)
+    finally:
+        late.cancel()
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import pytest
 from conftest import ONE_BLOCK, ROOT, TINY
 from jax.experimental.compilation_cache import compilation_cache
 
+from qmx import signals
 from qmx.main import MOST_USED, load_file, main
 from qmx.pipeline import STAGES
 from qmx.settings import base, leaves
@@ -304,7 +305,7 @@ def test_a_signal_is_for_its_call():
     kept = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
     try:
         for _ in range(2):
-            with stop_on_signals() as stopped:
+            with stop_on_signals(print) as stopped:
                 assert not stopped()
                 os.kill(os.getpid(), signal.SIGTERM)
                 deadline = time.monotonic() + 10
@@ -315,6 +316,33 @@ def test_a_signal_is_for_its_call():
         assert came == [signal.SIGTERM]
     finally:
         signal.signal(signal.SIGTERM, kept)
+
+
+def test_a_signal_amid_something_long(monkeypatch):
+    """The user is told that it was heard, and how to end at once; of what stops soon nothing."""
+    told = []
+    for patience, lines in ((60.0, 0), (0.01, 1)):
+        monkeypatch.setattr(signals, "PATIENCE", patience)
+        with stop_on_signals(told.append) as stopped:
+            assert not told
+            os.kill(os.getpid(), signal.SIGINT)
+            deadline = time.monotonic() + 10
+            while not stopped() or len(told) < lines:
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+        assert len(told) == lines
+    assert "a second signal ends it at once" in told[0]
+    code = (
+        "import time\nfrom qmx.signals import stop_on_signals\n"
+        "with stop_on_signals(print):\n    print('begun', flush=True)\n    time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT)
+    assert process.stdout.readline() == b"begun\n"
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+    assert process.wait(10) == 128 + signal.SIGINT
+    process.stdout.close()
 
 
 @pytest.mark.slow
