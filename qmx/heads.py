@@ -152,10 +152,20 @@ def fit(
     def soft(rows: np.ndarray, temperature: float) -> jax.Array:
         return jax.nn.softmax(jnp.asarray(rows, dtype) / temperature)
 
-    begun = start(seed, features.shape[1], logits.shape[1], hidden, dtype)
-    sizes = tuple(size for size in (features.shape[1], hidden, logits.shape[1]) if size)
-    fresh = np.concatenate([layer[key].ravel() for layer in begun.values() for key in layer])
-    x, n = scaled(features), len(features)
+    def begin(width: int) -> tuple[np.ndarray, tuple[int, ...]]:
+        begun = start(seed, width, logits.shape[1], hidden, dtype)
+        sizes = tuple(size for size in (width, hidden, logits.shape[1]) if size)
+        return np.concatenate(
+            [layer[key].ravel() for layer in begun.values() for key in layer]
+        ), sizes
+
+    x, n, basis = scaled(features), len(features), None
+    if not hidden and n < features.shape[1]:
+        # The decayed minimum is a combination of its rows (the representer theorem, Kimeldorf and
+        # Wahba 1971): fewer weights, and L-BFGS takes the same steps among them.
+        left, values, basis = np.linalg.svd(np.asarray(x), full_matrices=False)
+        x = jnp.asarray(left * values, dtype)
+    fresh, sizes = begin(x.shape[1])
     part = np.random.default_rng(seed).permutation(n) % folds
     truth = np.asarray(soft(logits, 1.0))
 
@@ -182,11 +192,16 @@ def fit(
         for other in temperatures[1:]:
             if (loss := told(other, [decay])[0]) < best:
                 best, temperature = loss, other
-    learn, answers = also or (features, logits)
-    x = x if also is None else scaled(learn)
-    weight = jnp.ones(len(learn), dtype)
+    answers = logits
+    if also is not None:
+        x, answers, basis = scaled(also[0]), also[1], None
+        fresh, sizes = begin(x.shape[1])
+    weight = jnp.ones(len(x), dtype)
     found = _minimum(fresh, sizes, x, soft(answers, temperature), weight, decay)
-    return Head(_plain(_tree(found, sizes), mean, scale, temperature), decay, temperature, best)
+    params = _tree(found, sizes)
+    if basis is not None:
+        params["fc"]["kernel"] = basis.T @ params["fc"]["kernel"]
+    return Head(_plain(params, mean, scale, temperature), decay, temperature, best)
 
 
 def _plain(params: PyTree, mean: Any, scale: float, temperature: float) -> PyTree:

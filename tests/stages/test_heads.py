@@ -48,6 +48,18 @@ def test_temperature():
         assert np.abs(ours - softmax(truth, axis=1)).max() < 0.05, temperature
 
 
+def test_fewer_answers_than_features():
+    """The same head, found among combinations of its rows."""
+    features, logits = blobs(30, dimension=80)
+    about = dict(zip(("mean", "scale"), heads.spread(features), strict=True))
+    few = heads.fit(features, logits, **about)
+    all_of_them = heads.fit(features, logits, **about, also=(features, logits))
+    assert (few.decay, few.temperature) == (all_of_them.decay, all_of_them.temperature)
+    fresh, _ = blobs(40, seed=1, dimension=80)
+    ours, theirs = (heads.scores(head.params, fresh) for head in (few, all_of_them))
+    np.testing.assert_allclose(ours, theirs, atol=0.01 * theirs.std())
+
+
 def test_the_choice():
     """Decay and temperature are those that tell held-out answers best; with few answers none is
     chosen. A hidden layer learns what a line cannot."""
