@@ -8,13 +8,16 @@ test_cache.py, of photos in test_opened.py, of copies in test_copies.py, of chec
 test_checkpoint.py, of stages and of changed functions in test_workdir.py.
 """
 
+import collections
+import importlib.util
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import ROOT, TINY
 from test_cache import make
 from test_data import load
 from test_ledger import Target, images, logits_of
@@ -22,10 +25,11 @@ from test_ledger_commands import command as ledger_command
 from test_named import arrays, write
 from test_photos import tree
 
+from qmx import board
 from qmx import data as qmx_data
 from qmx.checks import validate
 from qmx.data import named
-from qmx.ledger import BudgetSpent, Ledger, access, pixel_digests
+from qmx.ledger import BudgetSpent, Ledger, access, pixel_digests, weaken
 from qmx.ledger.accounts import Account
 from qmx.ledger.table import Recorded, save
 from qmx.main import parse
@@ -362,3 +366,34 @@ def test_a_table_that_lacks_images(tmp_path):
     assert not told[1]
     table_of(path, data, 60, 60)
     recorded.refuse_missing(config, data, np.arange(60))
+
+
+# What is said of packages, and to the library's callers
+
+
+def test_extras_that_are_named():
+    """Each is one of the package's, and has what the message is about; there is no network here."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    named_in = collections.defaultdict(set)
+    for path in (ROOT / "qmx").rglob("*.py"):
+        for extra in re.findall(r"pip install 'qmx\[(\w+)\]'", path.read_text()):
+            named_in[extra].add(path.stem)
+    assert named_in == {"tensorboard": {"board"}, "onnx": {"onnx_file"}, "torch": {"read_torch"}}
+    for extra, package in (
+        ("tensorboard", board.PACKAGE),
+        ("onnx", "onnxruntime"),
+        ("torch", "torch"),
+    ):
+        assert re.match(rf"{package}\b", extras[extra][0]), extra
+        assert importlib.util.find_spec(package)
+
+
+def test_a_key_for_each_answer():
+    """Noise with as many keys as are wanted."""
+    p = np.full((3, 4), 0.25)
+    count = int(advice(r"a key for each of (\d+) answers", weaken.noise, p, 0.1, [b"1" * 32])[1])
+    noisy = weaken.noise(p, 0.1, [bytes([row]) * 32 for row in range(count)])
+    np.testing.assert_allclose(noisy.sum(1), 1)
+    assert (noisy != 0.25).any()
