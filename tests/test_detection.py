@@ -428,7 +428,7 @@ def test_detect(audited, command, capsys):
     )
     assert detect.main(shlex.split(told[1])) == 0
     assert measured.detection(SimpleNamespace(workdir=workdir)) == found
-    assert detect.main([str(workdir), "--delta=0.9", "--alpha=0.05", "--most=50"]) == 0
+    assert detect.main([str(workdir), "--delta=0.9", "--alpha=0.05", "--most=400"]) == 0
 
 
 @pytest.mark.parametrize(
