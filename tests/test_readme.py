@@ -50,7 +50,7 @@ def test_installed_command(command, tmp_path):
 def test_commands(command, tmp_path):
     """The flags and keys in the README's commands exist, and the configs that they name do."""
     commands = [line for line in lines(README) if "qmx.main" in line]
-    assert len(commands) == 6  # the others are in docs/, see test_docs.py
+    assert len(commands) == 7  # the others are in docs/, see test_docs.py
     for line in commands:
         check(command, behind(line), tmp_path)
 
