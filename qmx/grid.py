@@ -132,7 +132,7 @@ def columns(config: Any) -> list[Column]:
 def _with_partners(columns: list[Column], also: list[Column]) -> list[Column]:
     """Columns without the controls that are nobody's."""
     alone = {c for c in columns if is_control(c) and not of_control(c, columns)}
-    for control in [column for column in also if column in alone]:
+    if control := next((column for column in also if column in alone), None):
         words = " + ".join(control)
         if control.select in BY_ANSWERS:
             raise ValueError(

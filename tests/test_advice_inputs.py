@@ -449,10 +449,15 @@ def test_places_to_write_to(tmp_path, capsys, monkeypatch):
     (tmp_path / "photos").mkdir()
     Image.fromarray(image).save(tmp_path / "photos/a.png")
     words = made, tmp_path / "photos"
-    for end in told(cure, capsys, embed.main, *words, tmp_path / "f.txt")[1].split(", "):
+    ends = told(cure, capsys, embed.main, *words, tmp_path / "f.txt")[1].split(", ")
+    assert len(ends) == 3
+    for end in ends:
         assert embed.main([*map(str, words), str(tmp_path / f"f{end}")]) == 0
     with open(tmp_path / "f.csv") as lines:
         assert next(csv.reader(lines))[0] == "a.png"
+    save_weights(tmp_path / "bare.safetensors", encoder)
+    bare = tmp_path / "bare.safetensors", words[1], tmp_path / "g.npz"
+    told("give one that qmx wrote", capsys, embed.main, *bare)
     monkeypatch.setitem(sys.modules, "pyarrow", None)  # as where it is not installed
     cure = told(
         r"needs (\w+): pip install (\w+)$", capsys, embed.main, *words, tmp_path / "g.parquet"

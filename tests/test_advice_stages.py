@@ -34,8 +34,7 @@ from test_settings import DIGITS
 from test_vit import tiny  # noqa: F401
 
 from qmx import data as qmx_data
-from qmx import distill, embed, emp_ssl, fastsiam, fixmatch, moco, models, optim, save_encoder
-from qmx.checkpoint import save_weights
+from qmx import distill, emp_ssl, fastsiam, fixmatch, moco, models, optim
 from qmx.checks import validate
 from qmx.data import cache, named
 from qmx.data.arrays import from_arrays
@@ -544,25 +543,6 @@ def test_permutations_for_a_level():
         pattern, few = r"needs permutations above (\d+)", {"window": 4, "alpha": level}
         least = int(advice(pattern, mmd, rows, rows, permutations=1, **few)[1])
         mmd(rows, rows, permutations=least + 1, **few)
-
-
-@pytest.mark.slow
-def test_where_features_are_written(file, tmp_path, capsys):  # noqa: F811
-    """Each ending that is named; an encoder that qmx wrote."""
-    path, encoder = file
-    photos(tmp_path / "photos", 1)
-    words = [str(path), str(tmp_path / "photos")]
-    assert embed.main([*words, str(tmp_path / "f.txt")]) == 2
-    ends = re.search("ends with (.*) in a directory", capsys.readouterr().err)[1].split(", ")
-    assert len(ends) == 3
-    for end in ends:
-        assert embed.main([*words, str(tmp_path / f"f{end}")]) == 0
-    save_weights(tmp_path / "bare.safetensors", encoder)
-    bare = [str(tmp_path / "bare.safetensors"), words[1], str(tmp_path / "g.npz")]
-    assert embed.main(bare) == 2
-    assert "give one that qmx wrote" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="give one for each"):
-        save_encoder(path, "resnet8_narrow", encoder, shape=(16, 16, 3), mean=(0,), std=(1, 1, 1))
 
 
 def test_a_worker_that_is_killed(tmp_path, capsys):

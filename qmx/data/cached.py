@@ -13,7 +13,7 @@ import shlex
 import struct
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def read_manifest(folder: str, source: str, **settings: int) -> dict[str, Any]:
     Args:
       source, settings: see `command`.
     """
-    made_by = command(source, folder, **settings)
+    again = partial(command, source, folder, **settings)
     path = Path(folder, MANIFEST)
     try:
         manifest = json.loads(path.read_text())
@@ -92,14 +92,14 @@ def read_manifest(folder: str, source: str, **settings: int) -> dict[str, Any]:
             raise OtherVersion(manifest["version"])
         check_manifest(manifest)
     except FileNotFoundError:
-        raise ValueError(f"{folder}: no finished cache in it; run {made_by}") from None
+        raise ValueError(f"{folder}: no finished cache in it; run {again()}") from None
     except OtherVersion as other:
         raise ValueError(
             f"{path}: version {other}, and this is {VERSION};"
             f" {elsewhere(folder, VERSION, source, **settings)}"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}; remove it and run {made_by}") from None
+        raise ValueError(f"{path}: {error}; remove it and run {again()}") from None
     return manifest
 
 
@@ -191,11 +191,11 @@ def reader(folder: str, photos: Photos, side: int) -> tuple[np.ndarray, Read, li
         or has changed in size.
     """
     manifest = read_manifest(folder, photos.remake, side=side)
-    made_by = command(photos.remake, folder, side=side)
+    again = partial(command, photos.remake, folder, side=side)
     if (manifest["digest"], manifest["images"]) != (photos.digest, photos.size):
         raise ValueError(
             f"data.cache {folder} was made of other photos than {photos.where}, or these have"
-            f" changed since; remove it and run {made_by}"
+            f" changed since; remove it and run {again()}"
         )
     if manifest["side"] != side:
         raise ValueError(
@@ -208,7 +208,7 @@ def reader(folder: str, photos: Photos, side: int) -> tuple[np.ndarray, Read, li
     if bad:
         raise ValueError(
             f"data.cache {folder}: {len(bad)} of {len(shards)} shards are missing or cut off: "
-            f"{', '.join(bad[:3])}; run {made_by}, which writes only these"
+            f"{', '.join(bad[:3])}; run {again()}, which writes only these"
         )
     starts = np.cumsum([0] + [shard["count"] for shard in shards])
     broken = {i for i, _, _ in manifest["broken"]}
@@ -244,7 +244,7 @@ def reader(folder: str, photos: Photos, side: int) -> tuple[np.ndarray, Read, li
             except (RuntimeError, ValueError, struct.error) as error:
                 raise ValueError(
                     f"{root / shards[number]['file']} is damaged, {' '.join(str(error).split())};"
-                    f" remove it and run {made_by}, which writes only it"
+                    f" remove it and run {again()}, which writes only it"
                 ) from None
 
         in_threads(one, ids)

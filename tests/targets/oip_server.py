@@ -14,6 +14,7 @@ import hashlib
 import json
 import socket
 import ssl
+import subprocess
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -29,6 +30,17 @@ TRACEBACK = (
     + "onnxruntime.InvalidArgument: [ONNXRuntimeError] : 2 : INVALID_ARGUMENT : Got invalid"
     " dimensions for input: image\n index: 0 Got: 2 Expected: 1\n Please fix either the inputs.\n"
 )
+
+
+def certificate(folder):
+    """(certificate, key), paths of PEM files that openssl makes, for two addresses of this
+    machine."""
+    paths = [str(folder / name) for name in ("cert", "key")]
+    words = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
+    names = ["-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1,IP:0.0.0.0"]
+    files = ["-out", paths[0], "-keyout", paths[1]]
+    subprocess.run([*words.split(), *names, *files], check=True, capture_output=True)
+    return paths
 
 
 def scores_of(images):

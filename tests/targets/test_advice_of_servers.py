@@ -10,11 +10,11 @@ import re
 import shutil
 import socket
 import ssl
-import subprocess
 import threading
 import time
 
 import numpy as np
+import oip_server
 import pytest
 from oip_server import SAYS, Handler, Server, scores_of
 from test_advice import advice
@@ -58,15 +58,10 @@ def serving():
 
 @pytest.fixture
 def certificate(tmp_path):
-    """(certificate, key), PEM files for two addresses of this machine."""
+    """(certificate, key) of this machine."""
     if not shutil.which("openssl"):
         pytest.skip("makes its certificate with openssl")
-    paths = [str(tmp_path / name) for name in ("cert.pem", "key.pem")]
-    words = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
-    names = ["-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1,IP:0.0.0.0"]
-    files = ["-out", paths[0], "-keyout", paths[1]]
-    subprocess.run([*words.split(), *names, *files], check=True, capture_output=True)
-    return paths
+    return oip_server.certificate(tmp_path)
 
 
 def place(server, scheme="http", host="127.0.0.1"):

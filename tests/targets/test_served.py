@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import urllib3
 from conftest import ROOT, TINY
-from oip_server import refuses, scores_of
+from oip_server import certificate, refuses, scores_of
 from test_ledger_commands import command as ledger_command
 from test_said import holds
 
@@ -483,32 +483,8 @@ def test_addresses(url, token_env, message):
 def test_tls(serve, tmp_path):
     """A certificate that nobody vouches for is refused; with its file it is trusted, for its own
     host alone."""
-    made = [
-        "-keyout",
-        tmp_path / "key",
-        "-out",
-        tmp_path / "cert",
-        "-subj",
-        "/CN=test",
-        "-days",
-        "2",
-    ]
-    subprocess.run(
-        [
-            "openssl",
-            "req",
-            "-x509",
-            "-newkey",
-            "rsa:2048",
-            "-nodes",
-            "-addext",
-            "subjectAltName=IP:127.0.0.1",
-            *made,
-        ],
-        check=True,
-        capture_output=True,
-    )
-    server = serve(f"--cert={tmp_path}/cert", f"--key={tmp_path}/key")
+    cert, key = certificate(tmp_path)
+    server = serve(f"--cert={cert}", f"--key={key}")
     with pytest.raises(
         ValueError, match="certificate that is not trusted.*self-signed.*target.ca_file"
     ):
@@ -519,12 +495,12 @@ def test_tls(serve, tmp_path):
             "digits",
             shape=(8, 8, 1),
             classes=10,
-            ca_file=str(tmp_path / "cert"),
+            ca_file=cert,
         )
-    found = connect(server, scheme="https", ca_file=str(tmp_path / "cert"))
+    found = connect(server, scheme="https", ca_file=cert)
     assert np.array_equal(found.query(IMAGES), scores_of(IMAGES))
     with pytest.raises(ValueError, match="ca_file .*key cannot be read"):
-        connect(server, scheme="https", ca_file=str(tmp_path / "key"))
+        connect(server, scheme="https", ca_file=key)
 
 
 @pytest.mark.slow
