@@ -561,8 +561,9 @@ def test_a_worker_that_is_killed(tmp_path, capsys):
     try:
         assert cache.main([*words, "--processes=2"]) == 2
         killer.join()
-        flag = re.search(r"run again with fewer (--\w+)", capsys.readouterr().err)[1]
-        assert cache.main([*words, f"{flag}=1"]) == 0
+        said = capsys.readouterr().err
+        assert (advice := re.search(r"run again with fewer (--\w+)", said)), said
+        assert cache.main([*words, f"{advice[1]}=1"]) == 0
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

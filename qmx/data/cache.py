@@ -66,17 +66,20 @@ def run_all(tasks: list[tuple], processes: int) -> Iterator[int]:
         return
     # A fork would copy locks that jax's threads may hold.
     context = multiprocessing.get_context("spawn")
+    killed = "a worker was killed, perhaps for memory; run again with fewer --processes"
     with ProcessPoolExecutor(min(processes, len(tasks)), context, start_worker) as pool:
         try:
-            for done in as_completed([pool.submit(write_shard, *task) for task in tasks]):
+            try:
+                futures = [pool.submit(write_shard, *task) for task in tasks]
+            except Exception:  # of many kinds, when a worker dies while the next one starts
+                raise ValueError(killed) from None
+            for done in as_completed(futures):
                 yield done.result()
         except BaseException as error:
             for child in multiprocessing.active_children():
                 child.terminate()
             if isinstance(error, BrokenProcessPool):
-                raise ValueError(
-                    "a worker was killed, perhaps for memory; run again with fewer --processes"
-                ) from None
+                raise ValueError(killed) from None
             raise
 
 
