@@ -26,8 +26,8 @@ def base() -> ConfigDict:
     config.seeds = (0,)  # one run for each; the report has their mean and deviation
     # what a student starts from; also "imported" and "public", the weights of pretrain.*.path
     config.inits = ("none", "rotation", "moco", "simsiam")
-    # how the images to ask about are chosen; random, class_balanced, list, typiclust, balanced,
-    # kcenter, probcover, margin, entropy; qmx/selection/
+    # how the images to ask about are chosen; random, class_balanced, list, typiclust, maxherding,
+    # probcover, balanced, kcenter, margin, entropy; qmx/selection/
     config.selects = ("random",)
     config.lists = ()  # for the selection "list": files of image names, one file for each budget
     # for margin and entropy: how often more is asked after a random share; two is the fewest in

@@ -218,7 +218,7 @@ def attacks_not_tried(results: dict) -> list[str]:
     known = [
         (
             "a selection of the images to ask about by their features",
-            lambda c: c.select in ("typiclust", "balanced", "kcenter", "probcover"),
+            lambda c: c.select in ("typiclust", "maxherding", "probcover", "balanced", "kcenter"),
         ),
         (
             "a selection by the answers (margin, entropy)",

@@ -1,7 +1,7 @@
 """Choice of the images to ask about, and propagation of their answers to the others."""
 
 from qmx.selection.by_answers import entropy, margin
-from qmx.selection.by_features import balanced, kcenter, probcover, typiclust, unit
+from qmx.selection.by_features import balanced, kcenter, maxherding, probcover, typiclust, unit
 from qmx.selection.orders import class_balanced_order, random_order
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "entropy",
     "kcenter",
     "margin",
+    "maxherding",
     "probcover",
     "random_order",
     "typiclust",

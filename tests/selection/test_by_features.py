@@ -10,6 +10,7 @@ from qmx.selection.by_features import (
     balanced,
     k_means,
     kcenter,
+    maxherding,
     probcover,
     typiclust,
     unit,
@@ -63,15 +64,21 @@ def test_balanced_shares():
     assert counts.max() - counts.min() <= 1
 
 
-def test_typiclust_is_the_densest():
-    """A blob's choice has the least mean distance to its 20 nearest within the blob, by a plain
-    loop."""
-    features, of = blobs(spread=0.2)
-    for i in typiclust(features, 4, np.random.default_rng(0)):
-        members = np.flatnonzero(of == of[i])
+@pytest.mark.parametrize("clusters, budget", [(4, 4), (4, 50), (7, 120)])
+def test_typiclust_against_a_loop(monkeypatch, clusters, budget):
+    """In each cluster the next one has the least mean distance to its 20 nearest of those that are
+    left, or to half of them, by a plain loop."""
+    monkeypatch.setattr(by_features, "MAX_CLUSTERS", clusters)
+    features, _ = blobs(spread=0.2, size=60)
+    of = k_means(features, clusters, np.random.default_rng(0))
+    left = np.ones(len(features), bool)
+    for i in typiclust(features, budget, np.random.default_rng(0)):
+        members = np.flatnonzero((of == of[i]) & left)
         distances = np.linalg.norm(features[members][:, None] - features[members], axis=-1)
-        mean = np.sort(distances, axis=1)[:, 1 : min(20, len(members) // 2) + 1].mean(1)
-        assert members[mean.argmin()] == i
+        nearest = np.sort(distances, axis=1)[:, 1 : min(20, len(members) // 2) + 1]
+        mean = nearest.sum(1) / max(nearest.shape[1], 1)
+        np.testing.assert_allclose(mean[members == i], mean.min(), rtol=1e-5)
+        left[i] = False
 
 
 def test_typiclust_leaves_outliers():
@@ -107,6 +114,34 @@ def test_probcover_covers():
         assert gain[i] == gain.max()
         covered |= inside[i]
     assert covered.all()
+
+
+def test_maxherding_against_a_loop():
+    """Each image raises most the mean of the kernels to the nearest chosen one, by scikit-learn's
+    kernel and every gain counted anew; and a smaller budget's choice begins a larger one's."""
+    from sklearn.metrics.pairwise import rbf_kernel
+
+    features, _ = blobs(spread=0.3)
+    ids = maxherding(features, 60, np.random.default_rng(3))
+    kernel = rbf_kernel(features.astype(np.float64), gamma=1.0)
+    covered = np.zeros(len(features))
+    for place, i in enumerate(ids):
+        gain = np.maximum(kernel - covered, 0).sum(1)
+        gain[ids[:place]] = -1
+        np.testing.assert_allclose(gain[i], gain.max(), rtol=1e-5)
+        covered = np.maximum(covered, kernel[i])
+    np.testing.assert_array_equal(maxherding(features, 7, np.random.default_rng(3)), ids[:7])
+
+
+def test_maxherding_of_many(monkeypatch):
+    """Of a larger pool it looks at some, which the seed draws; the rest of a budget is random."""
+    monkeypatch.setattr(by_features, "HERD", 30)
+    features, _ = blobs(spread=0.3)
+    ids = maxherding(features, 50, np.random.default_rng(0))
+    seen = np.random.default_rng(0).permutation(len(features))
+    assert set(ids[:30]) == set(seen[:30])
+    np.testing.assert_array_equal(ids[30:], seen[30:50])
+    assert set(ids[:10]) != set(maxherding(features, 10, np.random.default_rng(1)))
 
 
 def test_duplicates():
