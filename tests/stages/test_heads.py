@@ -60,6 +60,27 @@ def test_fewer_answers_than_features():
     np.testing.assert_allclose(ours, theirs, atol=0.01 * theirs.std())
 
 
+def test_few_labels():
+    """Of very few labels the head is as good as with the best decay: a strong one is no choice for
+    its modesty, with which it tells nothing but the most frequent class."""
+    rng = np.random.default_rng(0)
+    truth = rng.integers(10, size=2000)
+    features = (rng.normal(size=(10, 32))[truth] + 2.0 * rng.normal(size=(2000, 32))).astype("f4")
+    mean, scale = heads.spread(features)
+    right = {}
+    for seed in range(4):
+        some = np.random.default_rng(seed).permutation(len(truth))[:20]
+        labels = 20 * np.eye(10, dtype=np.float32)[truth[some]]
+        for decays in ((1e-1, 1e-4), (1e-1,), (1e-4,)):
+            about = dict(mean=mean, scale=scale, decays=decays, temperatures=(1.0,))
+            head = heads.fit(features[some], labels, **about)
+            guess = heads.scores(head.params, features).argmax(1)
+            right.setdefault(decays, []).append((guess == truth).mean())
+    chosen, strong, weak = (np.mean(told) for told in right.values())
+    assert weak > strong + 0.1, (strong, weak)
+    assert chosen > weak - 0.02, (chosen, weak)
+
+
 def test_the_choice():
     """Decay and temperature are those that tell held-out answers best; with few answers none is
     chosen. A hidden layer learns what a line cannot."""
