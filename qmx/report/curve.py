@@ -1,18 +1,27 @@
 """Picture of accuracy and fidelity against queries."""
 
 import io
+import json
+from functools import lru_cache
 from statistics import mean, stdev
 
 from qmx.grid import columns, percent
 from qmx.report.reach import COPY
+from qmx.report.seen import seen
 from qmx.report.tables import label, labelled, values
 
 
 def curve(results: dict) -> bytes:
     """Plot accuracy, where there are labels, and fidelity as a PNG; bars are one standard deviation
     over the seeds."""
+    return _curve(seen(results))
+
+
+@lru_cache(maxsize=8)
+def _curve(read: str) -> bytes:
     from matplotlib.figure import Figure
 
+    results = json.loads(read)
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     kinds = [("top1", "accuracy"), ("fidelity_top1", "fidelity")]
     kinds = kinds if labelled(results) else kinds[1:]

@@ -1,12 +1,15 @@
 """The page's curves: SVG whose colours are the page's, for light and dark."""
 
 import io
+import json
 import re
+from functools import lru_cache
 from statistics import mean
 from typing import Any
 
 from qmx.grid import Column
 from qmx.report.reach import COPY, MEASURES, full, learned, ranked
+from qmx.report.seen import seen
 from qmx.report.tables import label, labelled, rows_of
 
 # Colours that matplotlib writes, and the page's variables that take their place.
@@ -24,6 +27,12 @@ APART = 0.13  # of the axis, between two numbers below it
 def drawn(results: dict) -> dict[str, str]:
     """An SVG for each measure, on shared axes, with the seeds' range and the 95 % line; without
     labels of fidelity alone."""
+    return _drawn(seen(results))
+
+
+@lru_cache(maxsize=8)
+def _drawn(read: str) -> dict[str, str]:
+    results = json.loads(read)
     shown = ranked(results)
     known = [m for m in MEASURES if m != "accuracy" or labelled(results)]
     return {measure: _draw(results, measure, shown) for measure in known}

@@ -19,9 +19,11 @@ from qmx.files import write_json
 from qmx.report import compare, files, safe
 from qmx.report.answer import answer, next_steps
 from qmx.report.audit import audit
+from qmx.report.curve import curve
 from qmx.report.notes import account_notes
 from qmx.report.pictures import picture
 from qmx.report.reach import reached
+from qmx.report.svg import drawn
 from qmx.report.tables import spent
 from qmx.settings import base
 
@@ -369,6 +371,19 @@ def test_nothing_yet(tmp_path):
     text = files.write(tmp_path, found)
     assert text.startswith("Nothing can be said yet") and "12 of 12 students" in text
     jsonschema.validate(json.loads((tmp_path / "results.json").read_text()), SCHEMA)
+
+
+def test_pictures_are_drawn_once():
+    """The same figures, other seconds: the same pictures, not drawn again. Others where a row or
+    the grid is another."""
+    first = results()
+    again, row, grid = (copy.deepcopy(first) for _ in range(3))
+    again["rows"][0]["seconds"] = -1
+    row["rows"][0]["fidelity_top1"] += 1
+    grid["config"]["selects"] = ["random", "kcenter"]
+    for draw in (curve, drawn):
+        assert draw(again) is draw(first)
+        assert draw(row) != draw(first) != draw(grid)
 
 
 @pytest.mark.slow
