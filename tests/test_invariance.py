@@ -2,12 +2,13 @@
 with."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from conftest import LEVEL, ROOT
+from conftest import LEVEL, QUICKLY, ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -15,39 +16,70 @@ METHODS = ("moco", "simsiam", "rotation", "fixmatch", "distill")
 STEPS = 20
 
 
+# Those whose batches are made each way there is: whole epochs of images alone; and epochs that run
+# into each other, of images with scores, and of others beside them. By the number of devices.
+FED = {1: ("moco",), 4: ("moco", "fixmatch"), 8: ("moco", "fixmatch")}
+
+
 @pytest.fixture(scope="module")
-def trained(environment, tmp_path_factory):
-    """trained(name, devices, dtype, stops) -> the folder of tests/small_trainings.py, made once.
+def train(environment):
+    """train(devices, dtype, *runs): a new process with so many devices, see
+    tests/small_trainings.py."""
 
-    `stops` are the dispatches that each process but the last does, with its own number of devices.
-    """
-    root = tmp_path_factory.mktemp("trained")
-
-    def run(name, devices=(1,), dtype="float32", stops=(), at_once=1, methods=METHODS):
-        folder = root / name
-        if not folder.exists():
-            for number, stop in zip(devices, (*stops, 0), strict=True):
-                flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={number} {LEVEL}"}
-                wide = {"JAX_ENABLE_X64": "1"} if dtype == "float64" else {}
-                words = [
-                    sys.executable,
-                    "tests/small_trainings.py",
-                    str(folder),
-                    ",".join(methods),
-                    *map(str, (STEPS, stop, at_once)),
-                ]
-                done = subprocess.run(
-                    words,
-                    cwd=ROOT,
-                    env={**environment, **flags, **wide},
-                    capture_output=True,
-                    text=True,
-                    timeout=900,
-                )
-                assert done.returncode == 0 and done.stdout.split() == [str(number)], done.stderr
-        return folder
+    def run(devices, dtype, *runs):
+        wide = {"JAX_ENABLE_X64": "1"} if dtype == "float64" else {}
+        quick = LEVEL if wide else QUICKLY
+        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {quick}"}
+        words = [(str(folder), *how) for folder, *how in runs]
+        done = subprocess.run(
+            [sys.executable, "tests/small_trainings.py", str(STEPS), json.dumps(words)],
+            cwd=ROOT,
+            env={**environment, **flags, **wide},
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+        assert done.returncode == 0 and done.stdout.split() == [str(devices)], done.stderr
 
     return run
+
+
+@pytest.fixture(scope="module")
+def float32(train, tmp_path_factory):
+    """The folder of all runs in float32, of one and of four devices."""
+    root = tmp_path_factory.mktemp("float32")
+    train(
+        4,
+        "float32",
+        (root / "4", METHODS, (0,), 1),
+        (root / "4 from the host", FED[4], (0,), 0),
+        (root / "in pieces", METHODS, (3, 6), 1),
+    )
+    shutil.copytree(root / "in pieces", root / "moved")
+    train(4, "float32", (root / "in pieces", METHODS, (0,), 1))
+    train(
+        1,
+        "float32",
+        (root / "1", METHODS, (0,), 1),
+        (root / "1 from the host", FED[1], (0,), 0),
+        (root / "moved", METHODS, (0,), 1),
+    )
+    return root
+
+
+@pytest.fixture(scope="module")
+def float64(train, tmp_path_factory):
+    """The same in float64, of one and of eight devices; also with six steps in a dispatch, stopped
+    between two of these."""
+    root = tmp_path_factory.mktemp("float64")
+    for devices in (1, 8):
+        train(
+            devices,
+            "float64",
+            (root / f"{devices}", METHODS, (0,), 1),
+            (root / f"{devices} in pieces of six", FED[devices], (1, 0), 6),
+        )
+    return root
 
 
 def losses(folder, methods=METHODS):
@@ -80,9 +112,9 @@ def assert_same(a, b, rtol, atol, of_momenta=None, methods=METHODS, kinks=0):
     `KINK`: a difference that is not rounding's shows in all methods, and in float64.
     """
     for name in methods:
-        assert len(losses(a)[name]) == STEPS
+        assert len(losses(a, methods)[name]) == STEPS
         np.testing.assert_allclose(
-            losses(b, methods)[name], losses(a)[name], rtol=rtol, atol=atol, err_msg=name
+            losses(b, methods)[name], losses(a, methods)[name], rtol=rtol, atol=atol, err_msg=name
         )
     beyond = []
     for file in (
@@ -103,55 +135,51 @@ def assert_same(a, b, rtol, atol, of_momenta=None, methods=METHODS, kinks=0):
                 )
 
 
-@pytest.mark.parametrize("devices", [2, 4])
-def test_devices(trained, devices):
+def test_devices(float32):
     """To float32's rounding; eight devices, where a group of statistics lies on several, are
     compared in float64."""
-    assert_same(trained("1"), trained(f"{devices}", (devices,)), **ROUNDING, kinks=1)
+    assert_same(float32 / "1", float32 / "4", **ROUNDING, kinks=1)
 
 
-def test_devices_in_float64(trained):
+def test_devices_in_float64(float32, float64):
     """It is rounding and nothing else: in double precision the difference is ten million times
     smaller."""
-    one, eight = (trained(f"{devices} in float64", (devices,), "float64") for devices in (1, 8))
+    one, eight = float64 / "1", float64 / "8"
     assert_same(one, eight, rtol=1e-12, atol=1e-13)
     with np.load(one / "moco/state.npz") as state:
         assert {str(state[path].dtype) for path in state.files} == {"float64", "int32"}
     # The same weights and the same views at the beginning as in float32.
     for name in METHODS:
         np.testing.assert_allclose(
-            losses(one)[name][:2], losses(trained("1"))[name][:2], rtol=1e-5, atol=2e-6
+            losses(one)[name][:2], losses(float32 / "1")[name][:2], rtol=1e-5, atol=2e-6
         )
 
 
-def test_resume(trained):
-    """Stopped twice in the middle of an epoch, each time gone on with by a new process:
+def test_resume(float32):
+    """Stopped twice in the middle of an epoch, gone on with by the same process and by a new one:
     equal to the bit."""
-    pieces = trained("in pieces", (2, 2, 2), stops=(3, 6))
-    assert_same(trained("2", (2,)), pieces, rtol=0, atol=0)
+    assert_same(float32 / "4", float32 / "in pieces", rtol=0, atol=0)
 
 
-def test_resume_on_other_devices(trained):
+def test_resume_on_other_devices(float32):
     """A checkpoint of four devices goes on with one."""
-    assert_same(trained("1"), trained("moved", (4, 1), stops=(7,)), **ROUNDING, kinks=1)
+    assert_same(float32 / "1", float32 / "moved", **ROUNDING, kinks=1)
 
 
 @pytest.mark.parametrize("devices", [1, 4])
-def test_images_on_the_devices(trained, devices):
+def test_images_on_the_devices(float32, devices):
     """Batches that are gathered there are the host's: the same bits after as many steps."""
-    host = trained(f"{devices} from the host", (devices,), at_once=0)
-    assert_same(host, trained(f"{devices}", (devices,)), rtol=0, atol=0)
+    host = float32 / f"{devices} from the host"
+    assert_same(host, float32 / f"{devices}", rtol=0, atol=0, methods=FED[devices])
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-def test_several_steps_in_one_dispatch(trained, devices):
+def test_several_steps_in_one_dispatch(float64, devices):
     """The same bits as one in each gives, also where the run was stopped between two dispatches and
     went on.
 
     In float64, whose convolutions are matrix products: XLA's float32 ones round another way in a
       loop.
     """
-    how = {"methods": ("moco", "fixmatch"), "at_once": 6, "stops": (1,)}
-    pieces = trained(f"{devices} in pieces of six", (devices,) * 2, "float64", **how)
-    whole = trained(f"{devices} in float64", (devices,), "float64")
-    assert_same(whole, pieces, rtol=0, atol=0, methods=how["methods"])
+    pieces = float64 / f"{devices} in pieces of six"
+    assert_same(float64 / f"{devices}", pieces, rtol=0, atol=0, methods=FED[devices])
