@@ -1,6 +1,9 @@
 """Weights between PyTorch and qmx: the same numbers, nothing lost in silence, nothing executed."""
 
 import argparse
+import contextlib
+import functools
+import io
 import os
 import pickle
 import re
@@ -51,10 +54,10 @@ def whole(net):
     )
 
 
-def logits(arch, classes, variables, x, batch=16, **keywords):
-    """In eval mode, batch by batch."""
+def logits(arch, classes, variables, x, batch=16, options=None, **keywords):
+    """In eval mode, batch by batch; `options` are the compiler's."""
     net = chain(backbone=models.backbone(arch, **keywords), head=models.classifier(classes))
-    step = jax.jit(lambda p, s, x: net.apply(p, s, x, False)[0])
+    step = jax.jit(lambda p, s, x: net.apply(p, s, x, False)[0], compiler_options=options)
     variables = jax.device_put(variables)
     return np.concatenate([step(*variables, x[i : i + batch]) for i in range(0, len(x), batch)])
 
@@ -73,8 +76,18 @@ def agree(ours, theirs, tolerance):
     assert difference < tolerance * spread, (difference, spread)
 
 
-def run(module, *arguments, **environment):
-    """A command of the package: (exit status, standard out, standard error)."""
+def run(module, *arguments):
+    """A command of the package, in this process: (exit status, standard out, standard error)."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = {"from_torch": from_torch, "to_torch": to_torch}[module].main(
+            [*map(str, arguments)]
+        )
+    return status, out.getvalue(), err.getvalue()
+
+
+def run_alone(module, *arguments, **environment):
+    """The same in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-m", f"qmx.models.{module}", *map(str, arguments)],
         cwd=ROOT,
@@ -86,10 +99,10 @@ def run(module, *arguments, **environment):
     return done.returncode, done.stdout, done.stderr
 
 
-def refused(module, *arguments, out, **environment):
+def refused(module, *arguments, out, run=run):
     """The one line that a command gives on standard error as it refuses its arguments, leaving
     nothing at `out`."""
-    status, printed, error = run(module, *arguments, out, **environment)
+    status, printed, error = run(module, *arguments, out)
     assert status == 2 and printed == "" and error.count("\n") == 1, error
     assert not list(out.parent.glob(f"{out.name}*")) and not out.with_suffix(".part").exists()
     return error
@@ -144,9 +157,11 @@ def test_target_scores(large):
     """The target of the reference results scores 64 images as torch does, its grouped
     convolutions included."""
     net, _, out, _ = large
-    x, ours = images(64, 64)
+    x, ours = images(64, 32)
     theirs = their_logits(net, x)
-    ours = logits("resnext101_32x16d", 1000, unflatten(load_file(out)), ours)
+    # Compiled quickly, its grouped convolutions take nine times as long.
+    level = {"xla_backend_optimization_level": 2}
+    ours = logits("resnext101_32x16d", 1000, unflatten(load_file(out)), ours, options=level)
     agree(ours, theirs, 1e-3)
     assert (ours.argmax(1) == theirs.argmax(1)).all() and len(set(theirs.argmax(1))) > 8
 
@@ -163,10 +178,10 @@ def resnet50():
 
 @pytest.mark.slow
 def test_student_scores(resnet50):
-    """So does the ResNet-50 at 96 px; in half precision within its own tolerance; and with its
+    """So does the ResNet-50 at 64 px; in half precision within its own tolerance; and with its
     norms folded in."""
     net, found = resnet50
-    x, ours = images(64, 96)
+    x, ours = images(64, 64)
     theirs = their_logits(net, x)
     full = logits("resnet50", 1000, whole(found), ours)
     agree(full, theirs, 1e-3)
@@ -405,11 +420,11 @@ def test_without_torch(small, tmp_path):
     """safetensors need no torch, neither do the helps; a .pth says in one line what to install."""
     _, state = small
     (tmp_path / "torch.py").write_text("raise ImportError('blocked')")
-    blocked = {"PYTHONPATH": str(tmp_path)}
+    alone = functools.partial(run_alone, PYTHONPATH=str(tmp_path))
     save_file(numpy(moco_state(state)), tmp_path / "net.safetensors")
     torch.save(state, tmp_path / "net.pth")
     out = tmp_path / "out.safetensors"
-    status, printed, error = run("from_torch", tmp_path / "net.safetensors", out, **blocked)
+    status, printed, error = alone("from_torch", tmp_path / "net.safetensors", out)
     assert (status, error) == (0, "")
     for line in (
         "resnet18, no classifier",
@@ -424,9 +439,9 @@ def test_without_torch(small, tmp_path):
     found = from_torch.load(out)
     same_backbone(found, state)
     assert weights_digest(found.backbone) in printed
-    assert run("from_torch", "--help", **blocked)[0] == run("to_torch", "--help", **blocked)[0] == 0
+    assert alone("from_torch", "--help")[0] == alone("to_torch", "--help")[0] == 0
     out.unlink()
-    error = refused("from_torch", tmp_path / "net.pth", out=out, **blocked)
+    error = refused("from_torch", tmp_path / "net.pth", out=out, run=alone)
     assert "pip install 'qmx[torch]'" in error and "net.pth" in error
 
 
@@ -451,7 +466,8 @@ def test_all_differences_at_once(small, tmp_path):
     tensors[q + "layer3.1.bn2.gain"] = tensors.pop(q + "layer3.1.bn2.weight")
     tensors[q + "conv1.weight"] = torch.zeros(64, 3, 5, 5)
     torch.save(released_file(tensors), tmp_path / "moco.pth.tar")
-    error = refused("from_torch", tmp_path / "moco.pth.tar", out=tmp_path / "out.safetensors")
+    out = tmp_path / "out.safetensors"
+    error = refused("from_torch", tmp_path / "moco.pth.tar", out=out, run=run_alone)
     assert "moco.pth.tar" in error and "resnet18" in error
     assert f"missing: {q}layer2.0.conv1.weight, {q}layer3.1.bn2.weight;" in error
     assert f"unexpected: {q}layer3.1.bn2.gain (256,);" in error
