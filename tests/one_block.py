@@ -1,15 +1,35 @@
 """A network of one residual block, which compiles and steps in a fraction of the time that the
 smallest of qmx's own takes. The runs of most tests train it.
 
-    python tests/one_block.py WORDS    # `qmx WORDS`, which knows it
+    python tests/one_block.py WORDS                       # `qmx WORDS`, which knows it
+    python tests/one_block.py benchmarks/FILE.py WORDS    # the benchmark, which knows it
+    qmx --config=tests/one_block.py                       # configs/digits.py:float32 with it
 """
+
+import runpy
+import sys
+from pathlib import Path
 
 from qmx.models.resnet import ARCHS, Arch
 
 NAME = "one_block"
 ARCHS[NAME] = Arch((1,), bottleneck=False, width=8, stem="small")
 
-if __name__ == "__main__":
-    from qmx.__main__ import run
 
-    run()
+def get_config(words=""):
+    from qmx.shipped import load_file
+
+    config = load_file(f"{Path(__file__).parent.parent}/configs/digits.py:float32")
+    config.student.arch = config.target.arch = NAME
+    return config
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] and sys.argv[1].endswith(".py"):
+        sys.argv.pop(0)
+        sys.path[0] = str(Path(sys.argv[0]).parent)
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    else:
+        from qmx.__main__ import run
+
+        run()

@@ -1,4 +1,4 @@
-"""The benchmarks run, in a form that takes seconds."""
+"""The benchmarks run, in a form that takes seconds; most of them with tests/one_block.py."""
 
 import json
 import subprocess
@@ -7,6 +7,8 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT
+
+from qmx.models.resnet import ARCHS
 
 
 @pytest.mark.slow
@@ -18,6 +20,7 @@ def test_step_time(environment):
     rows = last_line(
         environment,
         "benchmarks/step_time.py",
+        "--arch=one_block",
         "--batch=8",
         "--queue=16",
         "--blocks=2",
@@ -42,17 +45,28 @@ def test_convolutions(environment):
     figures = last_line(
         environment,
         "benchmarks/convolutions.py",
-        "--arch=resnet8",
+        "--arch=one_block",
         "--size=8",
         "--channels=1",
         "--batch=4",
         "--blocks=1",
     )
-    assert sum(row["times"] for row in figures["rows"]) == 9  # 1 + 3 blocks of 2, and two shortcuts
+    assert sum(row["times"] for row in figures["rows"]) == 3  # 1, and a block of 2
     for part, sums in figures["sums"].items():
         for side in (0, 1):
             wanted = sum(row["times"] * row["seconds"][part][side] for row in figures["rows"])
             assert sums[side] == pytest.approx(wanted)
+
+
+def test_layers(monkeypatch):
+    """The convolutions of a network of three stages: strides and shortcuts too."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from limits import layers
+
+    found = layers(ARCHS["resnet8"], 8, 1)
+    assert len(found) == 9  # 1 + 3 blocks of 2, and two shortcuts
+    assert [conv.stride for conv in found].count(2) == 4
+    assert [conv.kernel for conv in found].count(1) == 2
 
 
 @pytest.mark.slow
@@ -73,7 +87,7 @@ def test_moco_cifar10(environment, tmp_path):
         f"--evaluation={tmp_path}/evaluation.npz",
         "--epochs=2",
         "--batch=64",
-        "--arch=resnet8",
+        "--arch=one_block",
         "--dtype=bfloat16",
         "--evaluate-at",
         "2",
@@ -90,7 +104,7 @@ def test_moco_cifar10(environment, tmp_path):
 def printed(environment, *command):
     """The lines that a benchmark prints."""
     return subprocess.run(
-        [sys.executable, *command],
+        [sys.executable, "tests/one_block.py", *command],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -116,7 +130,7 @@ def test_input_pipeline(environment):
         "--batch=4",
         "--size=16",
         "--step",
-        "--arch=resnet8",
+        "--arch=one_block",
     )
     rates = figures["images_per_second"]
     assert [*rates] == [
@@ -144,7 +158,7 @@ def test_target_throughput(environment):
     rates = last_line(
         environment,
         "benchmarks/target_throughput.py",
-        "--arch=resnet8",
+        "--arch=one_block",
         "--size=8",
         "--images=48",
         "--batch=16",
@@ -221,7 +235,7 @@ def test_growth(environment):
     figures = last_line(
         environment,
         "benchmarks/growth.py",
-        "--arch=resnet8",
+        "--arch=one_block",
         "--size=8",
         "--batch=8",
         "--queues",
@@ -252,16 +266,14 @@ def test_faults(environment):
             "--parts=kills,together",
             "--kills=1",
             "--tries=1",
-            # Few images, small networks, one encoder instead of three.
+            # A small network, few images, one student, no encoder.
+            "--config=tests/one_block.py",
             "--config.data.limit=200",
-            "--config.student.arch=resnet8_pool",
-            "--config.target.arch=resnet8_pool",
-            "--config.student.dtype=float32",
-            "--config.target.precision=float32",
             "--config.target.epochs=1",
             "--config.distill.epochs=0.1",
             "--config.distill.batch_size=16",
-            "--config.inits=('none','moco')",
+            "--config.fractions=(1.0,)",
+            "--config.inits=('none',)",
             "--config.also=()",
             "--config.save_minutes=0.02",
         ],
@@ -282,25 +294,17 @@ def test_faults(environment):
 @pytest.mark.slow
 def test_overhead(environment):
     """A ratio for each pair, of trainings that both went to the end."""
-    out = subprocess.run(
-        [
-            sys.executable,
-            "benchmarks/overhead.py",
-            "--arch=resnet8",
-            "--size=8",
-            "--batch=16",
-            "--queue=32",
-            "--epoch-steps=4",
-            "--epochs=2",
-            "--pairs=2",
-        ],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    figures = json.loads(out.splitlines()[-1])
+    figures = last_line(
+        environment,
+        "benchmarks/overhead.py",
+        "--arch=one_block",
+        "--size=8",
+        "--batch=16",
+        "--queue=512",
+        "--epoch-steps=4",
+        "--epochs=2",
+        "--pairs=2",
+    )
     assert (
         len(figures["seconds"]) == 2 and figures["ratio"] > 0 and figures["state_bytes"] > 100_000
     )
@@ -312,7 +316,7 @@ def test_feeding(environment):
     rows = last_line(
         environment,
         "benchmarks/feeding.py",
-        "--config=configs/digits.py:float32",
+        "--config=tests/one_block.py",
         "--steps=4",
         "--turns=1",
         "--at-once",
@@ -328,36 +332,23 @@ def test_feeding(environment):
 def test_selection(environment):
     """A time for each way."""
     ways = ["balanced", "kcenter", "typiclust", "probcover", "propagate"]
-    out = subprocess.run(
-        [
-            sys.executable,
-            "benchmarks/selection.py",
-            "--images=300",
-            "--dimension=8",
-            "--budget=20",
-            "--classes=5",
-            "--ways",
-            *ways,
-        ],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    assert [*json.loads(out.splitlines()[-1])["seconds"]] == ways
+    figures = last_line(
+        environment,
+        "benchmarks/selection.py",
+        "--images=300",
+        "--dimension=8",
+        "--budget=20",
+        "--classes=5",
+        "--ways",
+        *ways,
+    )
+    assert [*figures["seconds"]] == ways
 
 
 @pytest.mark.slow
 def test_ledger(environment):
     """A time for each part."""
-    out = subprocess.run(
-        [sys.executable, "benchmarks/ledger.py", "--rows=5000", "--classes=10", "--budget"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    figures = json.loads(out.splitlines()[-1])
+    figures = last_line(
+        environment, "benchmarks/ledger.py", "--rows=5000", "--classes=10", "--budget"
+    )
     assert [*figures["parts"]] == ["write", "resume", "read"] and figures["file_bytes"] > 5000 * 20
