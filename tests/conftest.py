@@ -11,8 +11,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -134,19 +132,12 @@ def as_users():
 
 @pytest.fixture(scope="session")
 def start(environment):
-    """start(*arguments) -> the running command, its standard out and error as text pipes."""
+    """start(*arguments, **environment) -> the running command, see tests/forks.py."""
+    from forks import Fork, Server
 
-    def popen(*arguments):
-        return subprocess.Popen(
-            [sys.executable, "tests/one_block.py", *map(str, arguments)],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    return popen
+    server = Server(environment)
+    yield lambda *arguments, **more: Fork(server, [*map(str, arguments)], more)
+    server.close()
 
 
 @pytest.fixture(scope="session")
@@ -155,7 +146,7 @@ def process(start):
 
     def run(*arguments):
         running = start(*arguments)
-        out, err = running.communicate(timeout=900)
+        out, err = running.communicate()
         return running.returncode, out, err
 
     return run

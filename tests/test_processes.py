@@ -56,35 +56,18 @@ def free_port():
 
 
 @pytest.fixture(scope="module")
-def launch(environment):
-    """launch(processes, devices, flags) -> the running commands."""
+def launch(start):
+    """launch(processes, devices, *words) -> the running commands."""
 
-    def start(processes, devices, *words):
+    def started(processes, devices, *words):
         flags = f"--xla_force_host_platform_device_count={devices} {QUICKLY}"
-        several = (
-            [f"--coordinator=localhost:{free_port()}", f"--processes={processes}"]
-            if processes > 1
-            else []
-        )
+        several = [f"--coordinator=localhost:{free_port()}", f"--processes={processes}"]
         return [
-            subprocess.Popen(
-                [
-                    sys.executable,
-                    "tests/one_block.py",
-                    *words,
-                    *several,
-                    *([f"--process={index}"] if several else []),
-                ],
-                cwd=ROOT,
-                env={**environment, "XLA_FLAGS": flags},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
+            start(*words, *[*several, f"--process={index}"] * (processes > 1), XLA_FLAGS=flags)
             for index in range(processes)
         ]
 
-    return start
+    return started
 
 
 def finish(processes, timeout=900):
@@ -285,28 +268,34 @@ def test_a_dead_process_ends_the_other(launch, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("failing", [0, 1])
-def test_an_error_in_one_ends_the_other(failing):
-    """Nor does an error that only one of them has leave the other waiting for it."""
+def test_an_error_in_one_ends_the_other():
+    """Nor does an error that only one of them has, the first or the second, leave the other waiting
+    for it."""
     code = (
         "import sys; from qmx import sharding; port, index, failing = map(int, sys.argv[1:]); "
         "sharding.connect(f'localhost:{port}', 2, index); sharding.any_process(False); "
         "assert index != failing, 'alone with this'; sharding.any_process(False)"
     )
-    port = str(free_port())
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, port, str(index), str(failing)],
-            cwd=ROOT,
-            env={**os.environ, "JAX_PLATFORMS": "cpu"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    done = finish(running, timeout=60)
-    assert all(status != 0 for status, _, _ in done) and "alone with this" in done[failing][2], done
+
+    def start(failing):
+        port = str(free_port())
+        return [
+            subprocess.Popen(
+                [sys.executable, "-c", code, port, str(index), str(failing)],
+                cwd=ROOT,
+                env={**os.environ, "JAX_PLATFORMS": "cpu"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for index in range(2)
+        ]
+
+    both = [start(failing) for failing in range(2)]  # they wait, and can do so at once
+    for failing, running in enumerate(both):
+        done = finish(running, timeout=60)
+        assert all(status != 0 for status, _, _ in done), done
+        assert "alone with this" in done[failing][2], done
 
 
 def wait_for(processes, path, lines):
