@@ -49,6 +49,15 @@ def photos(tmp_path_factory):
     ]
 
 
+# Half the side of the tiny form, for its time.
+HALF = [
+    "--config.data.resize=18",
+    "--config.data.crop=16",
+    "--config.weak_view.size=16",
+    "--config.strong_view.size=16",
+]
+
+
 @pytest.fixture(scope="module")
 def imagenet(photos, command, tmp_path_factory):
     """The workdir of imagenet.py:tiny."""
@@ -57,6 +66,7 @@ def imagenet(photos, command, tmp_path_factory):
         "--config=configs/imagenet.py:tiny",
         *photos,
         *ONE_BLOCK,
+        *HALF,
         f"--workdir={workdir}",
         "--config.inits=('none','moco')",
         "--config.also=('moco+fixmatch',)",
@@ -107,6 +117,7 @@ def test_a_cache_gives_the_same_target_and_answers(imagenet, photos, command, tm
         "--config=configs/imagenet.py:tiny",
         *photos,
         *ONE_BLOCK,
+        *HALF,
         f"--workdir={tmp_path}/w",
         "--update",
         f"--config.data.cache={tmp_path}/cache",
@@ -181,12 +192,8 @@ def weights(tmp_path_factory):
 TORCH = [
     "--config=configs/imagenet.py:tiny,none,moco",
     "--config.student.arch=resnet8",
-    # Half the side, for its time.
+    *HALF,
     "--config.data.limit=32",
-    "--config.data.resize=18",
-    "--config.data.crop=16",
-    "--config.weak_view.size=16",
-    "--config.strong_view.size=16",
     "--config.fractions=(1.0,)",
     "--config.target.kind=torch",
     "--config.target.arch=resnet8",

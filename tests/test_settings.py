@@ -82,9 +82,14 @@ def test_simsiam_predictor_rate():
     """With the flag the predictor keeps its rate to the last step while the backbone's falls;
     else both fall."""
     for fixed in (True, False):
-        keys = digits(pretrain__simsiam__fix_predictor_rate=fixed).pretrain.simsiam
+        config = digits(pretrain__simsiam__fix_predictor_rate=fixed, student__arch="one_block")
         trainer = trainers.pretrainer(
-            "simsiam", keys, digits().student, digits().strong_view, networks.look(DIGITS), 440
+            "simsiam",
+            config.pretrain.simsiam,
+            config.student,
+            config.weak_view,
+            networks.look(DIGITS),
+            440,
         )
         ts = trainer.init(jax.random.key(0))
         last = ts._replace(
