@@ -1,8 +1,9 @@
 """Cost of a step without a clock: operations, convolutions, donated bytes, dtypes, layouts, traces.
 
 The steps are those of ResNet-50 at 224 pixels with bfloat16 convolutions, traced and lowered but
-never compiled, so that the figures are the same on every machine. What a step should cost is worked
-out here from the papers' layers; each bar is also shown something that must not pass it.
+never compiled, so that the figures are the same on every machine; in quick tests each of its stages
+has one block. What a step should cost is worked out here from the papers' layers; each bar is also
+shown something that must not pass it.
 """
 
 from collections import Counter
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_networks
 from jax.interpreters import partial_eval as pe
 
 from qmx import augment, distill, fit, init_state, make_step, moco, models, optim, rotation, simsiam
@@ -23,20 +25,32 @@ from qmx.sharding import put_batch, put_state
 
 BATCH, SIDE, QUEUE = 8, 224, 64
 METHODS = ("distill", "moco", "simsiam", "rotation")
+RESNET50, SHALLOW = (3, 4, 6, 3), (1, 1, 1, 1)
+CASES = [
+    *(pytest.param(name, SHALLOW, id=name) for name in METHODS[:2]),
+    *(
+        pytest.param(name, RESNET50, id=f"{name}-resnet50", marks=pytest.mark.slow)
+        for name in METHODS
+    ),
+]
 KEY = jax.random.key(0)
 TX = optim.sgd(lambda step: 0.01, weight_decay=1e-4)
 
 
-def make(name, network=models.backbone, view=None, features=2048, hidden=512, queue=QUEUE, **keys):
-    """A method on the backbones that `network(**keys)` makes; by default ResNet-50, and a view that
-    costs nothing."""
+def resnet(blocks=SHALLOW, dtype=jnp.bfloat16, **keys):
+    """ResNet-50's stages with so many blocks."""
+    return models.from_linen(ResNet(Arch(blocks, bottleneck=True), dtype=dtype, **keys))
+
+
+def make(name, net=resnet, view=None, features=2048, hidden=512, queue=QUEUE):
+    """A method on the backbones that `net(**keys)` makes, and by default a view that costs
+    nothing."""
     view = view or augment.plain_view()
-    net = partial(network, **keys) if keys else partial(network, "resnet50", dtype=jnp.bfloat16)
     return {
         "distill": lambda: distill.make(net(), models.classifier(1000), view),
         "moco": lambda: moco.make(net(stats_groups=2), models.moco_head(), view, queue_size=queue),
         "simsiam": lambda: simsiam.make(
-            net(zero_init=True),
+            net(),
             models.simsiam_projector(features),
             models.simsiam_predictor(hidden),
             view,
@@ -55,10 +69,10 @@ def arguments(method, side=SIDE):
 
 
 @cache
-def traced(name):
+def traced(name, blocks=SHALLOW):
     """(the step's jaxpr without what nothing reads, the step lowered, the state's shapes) of a
-    method on ResNet-50."""
-    method = make(name)
+    method."""
+    method = make(name, partial(resnet, blocks))
     given = arguments(method)
     trace = make_step(method, TX).trace(*given)
     jaxpr = trace.jaxpr.jaxpr
@@ -121,7 +135,7 @@ def macs(eqn):
     return products // keys["batch_group_count"]
 
 
-def resnet50(side=SIDE):
+def convolutions(blocks, side=SIDE):
     """(multiplications without padding, with it) of each convolution for one image. He et al. 2016,
     table 1."""
 
@@ -134,9 +148,9 @@ def resnet50(side=SIDE):
 
     yield layer(3, 64, 7, 2, side)
     inputs, pixels = 64, side // 4
-    for stage, blocks in enumerate((3, 4, 6, 3)):
+    for stage, count in enumerate(blocks):
         planes = 64 * 2**stage
-        for block in range(blocks):
+        for block in range(count):
             stride = 2 if stage and not block else 1
             yield layer(inputs, planes, 1, 1, pixels)
             yield layer(planes, planes, 3, stride, pixels)  # v1.5: the stride is here
@@ -156,7 +170,7 @@ HEADS = {
 }
 
 
-def expected(name):
+def expected(name, blocks=SHALLOW):
     """(multiplications of a step for an image, least and most; matrix products and convolutions of
     a step).
 
@@ -166,9 +180,9 @@ def expected(name):
     """
     bounds = []
     for padded in (0, 1):
-        convolutions = [layer[padded] for layer in resnet50()]
-        forward = sum(convolutions) + sum(HEADS[name])
-        train = 3 * forward - convolutions[0]
+        layers = [layer[padded] for layer in convolutions(blocks)]
+        forward = sum(layers) + sum(HEADS[name])
+        train = 3 * forward - layers[0]
         bounds.append(
             {
                 "distill": train,
@@ -177,11 +191,11 @@ def expected(name):
                 "rotation": 4 * train,
             }[name]
         )
-    layers = 53 + len(HEADS[name])
-    each = 3 * layers - 1
+    count = len(layers) + len(HEADS[name])
+    each = 3 * count - 1
     return (
         *bounds,
-        {"distill": each, "moco": each + layers + 2, "simsiam": 2 * each, "rotation": each}[name],
+        {"distill": each, "moco": each + count + 2, "simsiam": 2 * each, "rotation": each}[name],
     )
 
 
@@ -193,28 +207,26 @@ def contractions(jaxpr):
 def test_published_operations():
     """The figures that all the rest is derived from: 4.09 G for the network, and 53
     convolutions."""
-    layers = list(resnet50())
+    layers = list(convolutions(RESNET50))
     assert len(layers) == 53
     assert sum(padded for _, padded in layers) + 2048 * 1000 == pytest.approx(4.089e9, rel=1e-3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", METHODS)
-def test_operations(name):
+@pytest.mark.parametrize("name, blocks", CASES)
+def test_operations(name, blocks):
     """No more multiplications than the method needs: no forward pass twice, no gradient that nobody
     asked for."""
-    least, most, count = expected(name)
-    jaxpr, lowered, _ = traced(name)
+    least, most, count = expected(name, blocks)
+    jaxpr, lowered, _ = traced(name, blocks)
     found = contractions(jaxpr)
     # A 1x1 convolution may be written as a matrix product, and a 3x3 as one over padded patches:
     # the bounds hold.
     assert least <= sum(found) / BATCH <= most
     assert len(found) == count
     kinds = Counter(eqn.primitive.name for eqn in equations(jaxpr))
-    assert (
-        kinds["conv_general_dilated"]
-        <= {"distill": 158, "moco": 211, "simsiam": 316, "rotation": 158}[name]
-    )
+    each = {RESNET50: 53, SHALLOW: 17}[blocks]  # convolutions of a forward pass
+    times = {"distill": 3, "moco": 4, "simsiam": 6, "rotation": 3}[name]
+    assert kinds["conv_general_dilated"] <= times * each - (2 if name == "simsiam" else 1)
     cost = lowered.cost_analysis()
     # XLA counts what is done to each number too, which is 0.4 % of it (jax 0.10 to 0.12), and
     # leaves out the padding.
@@ -226,23 +238,25 @@ def test_views_are_cheap():
     view = augment.make_view(SIDE)
     images = {"image": jax.ShapeDtypeStruct((BATCH, 256, 256, 3), jnp.uint8)}
     one = sum(contractions(jax.make_jaxpr(view)(KEY, images).jaxpr)) / BATCH
-    assert 0 < 2 * one < 0.03 * expected("moco")[0]
+    assert 0 < 2 * one < 0.03 * expected("moco", RESNET50)[0]
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_state_is_donated(name):
-    """Each array of the state may be written over in place; ResNet-50's is of the size that it
-    should be."""
-    _, lowered, state = traced(name)
-    leaves = jax.tree.leaves(state)
-    assert lowered.as_text().count("tf.aliasing_output") == len(leaves)
+@pytest.mark.parametrize("name, blocks", CASES)
+def test_state_is_donated(name, blocks):
+    """Each array of the state may be written over in place."""
+    _, lowered, state = traced(name, blocks)
+    assert lowered.as_text().count("tf.aliasing_output") == len(jax.tree.leaves(state))
+
+
+def test_bytes_of_a_state():
+    """ResNet-50's parameters and momentum, means and variances, 4 bytes each."""
+    state, _, _ = arguments(make("distill", partial(resnet, RESNET50)))
     floats = sum(
         leaf.size * leaf.dtype.itemsize
-        for leaf in leaves
+        for leaf in jax.tree.leaves(state)
         if jnp.issubdtype(leaf.dtype, jnp.floating)
     )
-    if name == "distill":  # parameters and momentum, means and variances, 4 bytes each
-        assert floats == 4 * (2 * 25_557_032 + 2 * 26_560)
+    assert floats == 4 * (2 * 25_557_032 + 2 * 26_560)
 
 
 def audit(jaxpr, dtype):
@@ -290,20 +304,20 @@ def layout(jaxpr):
     return found
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_dtypes(name):
+@pytest.mark.parametrize("name, blocks", CASES)
+def test_dtypes(name, blocks):
     """Convolutions in bfloat16, forward and backward; sums, logarithms, parameters and their like
     in float32."""
-    jaxpr, _, state = traced(name)
+    jaxpr, _, state = traced(name, blocks)
     assert audit(jaxpr, jnp.bfloat16) == []
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state)} <= {"float32", "int32"}
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_layout(name):
+@pytest.mark.parametrize("name, blocks", CASES)
+def test_layout(name, blocks):
     """Images stay NHWC from end to end, kernels HWIO, and every convolution is padded alike on both
     sides."""
-    method = make(name)
+    method = make(name, partial(resnet, blocks))
     state, batch, _ = arguments(method)
     forward = jax.make_jaxpr(method.loss)(state.params, state.state, batch, KEY).jaxpr
     # A quarter turn is a transpose of the images, and there are two that turn sideways.
@@ -311,22 +325,24 @@ def test_layout(name):
     assert layout(forward) == turns
     whole = Counter(
         eqn.primitive.name
-        for eqn in equations(traced(name)[0])
+        for eqn in equations(traced(name, blocks)[0])
         if eqn.invars and getattr(eqn.invars[0].aval, "ndim", 0) > 3
     )
     assert whole["transpose"] == len(turns)  # nor does a gradient turn anything
 
 
-def small(**keys):
-    """A network that compiles in a moment."""
-    return models.from_linen(ResNet(Arch((1,), bottleneck=False, width=8, stem="small"), **keys))
+SMALL = {**dict.fromkeys(METHODS, small_networks.layers), "distill": small_networks.residual}
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(
+    scope="module",
+    params=[*METHODS[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS[2:])],
+)
 def running(request):
     """(step, any state, batches) of a method on a small network and 8-pixel images, on the tests'
     devices."""
-    method = make(request.param, small, augment.plain_view(), 16, 8, dtype=jnp.float32)
+    name = request.param
+    method = make(name, SMALL[name], augment.plain_view(), 16, 8)
     rng = np.random.default_rng(0)
     batches = [
         put_batch(
@@ -395,7 +411,8 @@ def test_several_steps_in_one_dispatch():
         image=rng.integers(0, 256, (40, 4, 4, 3), np.uint8),
         scores=rng.normal(size=(40, 5)).astype(np.float32),
     )
-    state = put_state(init_state(method, TX, KEY, source.read(np.arange(8))))
+    like = source.read(np.arange(8))
+    state = put_state(jax.jit(lambda: init_state(method, TX, KEY, like))())
     step, seen = make_step(method, TX), []
     state = fit(
         step,
@@ -433,7 +450,7 @@ def test_recomputed():
 
 def test_lost_donation():
     """A step that keeps the old state gives no bytes to the new one, and no array is named."""
-    method = make("distill", small, augment.plain_view(), dtype=jnp.float32)
+    method = make("distill", SMALL["distill"])
     kept = jax.jit(make_step(method, TX).__wrapped__).lower(*arguments(method, 8))
     assert "tf.aliasing_output" not in kept.as_text()
     assert kept.compile().memory_analysis().alias_size_in_bytes == 0
@@ -442,12 +459,12 @@ def test_lost_donation():
 def test_upcast():
     """A network in float32, a sum in bfloat16, images turned over, a pad on one side: each is
     named."""
-    method = make("distill", dtype=jnp.float32, arch="resnet50")
+    method = make("distill", partial(resnet, dtype=jnp.float32))
     state, batch, _ = arguments(method)
     wrong = audit(
         jax.make_jaxpr(method.loss)(state.params, state.state, batch, KEY).jaxpr, jnp.bfloat16
     )
-    assert wrong == ["a convolution of ['float32']"] * 53
+    assert wrong == ["a convolution of ['float32']"] * 17
 
     def odd(x, kernel):
         y = jax.lax.conv_general_dilated(

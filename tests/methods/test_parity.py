@@ -329,7 +329,7 @@ def test_resnet_forward(arch, side):
     )
     module = their_resnet(arch, 3).eval()
     module.load_state_dict(variables(params, stats))  # strict: every name, every shape
-    y = jax.jit(lambda: net.apply(params, stats, x, False)[0])()
+    y = jax.jit(lambda *given: net.apply(*given, False)[0])(params, stats, x)
     with torch.no_grad():
         theirs = module(tensor(x)).numpy()
     assert y.shape == (4, module.features)
@@ -366,9 +366,8 @@ def test_resnet_init():
     asked."""
     torch.manual_seed(0)
     for zero_init in (False, True):
-        params, stats = models.backbone("resnet8", zero_init=zero_init).init(
-            jax.random.key(0), jnp.zeros((2, 8, 8, 3))
-        )
+        net = models.backbone("resnet8", zero_init=zero_init)
+        params, stats = jax.jit(net.init)(jax.random.key(0), jnp.zeros((2, 8, 8, 3)))
         ours = as_arrays(params, stats)
         module = their_resnet(ARCHS["resnet8"], 3)
         assert ours.keys() == module.state_dict().keys()
@@ -533,9 +532,10 @@ def test_ema(decay):
 
 STEPS, EPOCHS, SIDE, CLASSES = 10, 5, 8, 6
 DECAY, TOLERANCE, MARGIN = 0.01, 1e-4, 4e-6
-NARROW = ARCHS["resnet8"]._replace(width=4)  # 16 features
+NARROW = Arch((1,), bottleneck=False, width=4, stem="small")
 
 
+@jax.jit
 def view(rng, batch):
     """A view that can be told again from its key."""
     image = batch["image"].astype(jnp.float32) / 255
@@ -570,7 +570,7 @@ def ten_steps(method, tx, follow, seed, size=32):
     follow: ts -> (step, batch, rng) -> loss. Returns the losses of both sides and qmx's last state.
     """
     first, root = next(batches(seed, size)), jax.random.key(1)
-    ts = qmx.init_state(method, tx, jax.random.key(0), first)
+    ts = jax.jit(lambda rng: qmx.init_state(method, tx, rng, first))(jax.random.key(0))
     step, their_step, ours, theirs = qmx.make_step(method, tx), follow(ts), [], []
     for i, batch in enumerate(batches(seed, size)):
         theirs.append(their_step(i, batch, jax.random.fold_in(root, i)))
@@ -746,7 +746,7 @@ def test_rotation_ten_steps(seed=29):
 @pytest.mark.parametrize(
     "arch, temperatures, seed",
     [
-        (NARROW, (1.5, 1.0), 27),
+        (NARROW._replace(blocks=(1, 1)), (1.5, 1.0), 27),
         (Arch((1, 1), bottleneck=True, width=8), (4.0, 4.0), 28),
     ],
     ids=["one_sided", "hinton_bottleneck_large_stem"],
