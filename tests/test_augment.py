@@ -735,10 +735,12 @@ def test_view_of_an_example_depends_on_its_place_and_key_alone():
     assert np.abs(views(view, others)[2] - out[1]).max() > 1e-3
 
 
-def test_view_is_the_same_without_jit():
+@pytest.mark.parametrize(
+    "view", [weak_view(16), pytest.param(cached_view(16), marks=pytest.mark.slow)]
+)
+def test_view_is_the_same_without_jit(view):
     """Compiled or op by op, up to rounding."""
     images = np.stack([noise(16, 16, seed=i) for i in range(31)] + [smooth(16, 16)])
-    view = cached_view(16)
     out = view(jax.random.key(3), {"image": jnp.asarray(images)})
     np.testing.assert_allclose(views(view, images, 3), out, atol=1e-4)
 
@@ -829,7 +831,9 @@ def test_plain_view_of_another_size():
     np.testing.assert_allclose(same, image[:, :37], atol=1e-4)
 
 
-@pytest.mark.parametrize("view", [make_view(12), weak_view(12), plain_view()])
+@pytest.mark.parametrize(
+    "view", [pytest.param(make_view(12), marks=pytest.mark.slow), weak_view(12), plain_view()]
+)
 def test_views_in_double_precision(view):
     """Where jax is set to it: the same draws, and every product after them in float64, whose sums
     hardly round."""

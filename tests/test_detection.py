@@ -326,7 +326,7 @@ def get_config():
     config = base()
     config.update(seeds=(0,), inits=("none",), fractions=(), queries=(159, 160))
     config.weak_view.update(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip_p=0.0)
-    config.student.arch = "resnet8_narrow"
+    config.student.arch = "one_block"
     config.target.kind = "callable"
     config.distill.update(TRAINING)
     config.recipes.control = recipe(("none",), up_to=0.995, learn_from="labels", **TRAINING)
@@ -447,7 +447,15 @@ def test_mistakes_of_the_command(audited, capsys, more, told):
     assert told in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("left_out", ["query", "target", "ledger", "ledger's answers"])
+@pytest.mark.parametrize(
+    "left_out",
+    [
+        "query",
+        pytest.param("target", marks=pytest.mark.slow),
+        pytest.param("ledger", marks=pytest.mark.slow),
+        "ledger's answers",
+    ],
+)
 def test_no_answers_to_replay(audited, command, tmp_path, capsys, left_out):
     """The run that is named makes them."""
     workdir, words = audited

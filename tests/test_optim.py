@@ -11,8 +11,14 @@ import pytest
 import torch
 from scipy.special import log_softmax, rel_entr, softmax
 
-from qmx.losses import info_nce, kl_target_student, negative_cosine, soft_cross_entropy
+from qmx import losses
 from qmx.optim import SCHEDULES, ema, kernels_only, lars, schedule, sgd
+
+# One program for all temperatures.
+info_nce, kl_target_student, negative_cosine, soft_cross_entropy = map(
+    jax.jit,
+    (losses.info_nce, losses.kl_target_student, losses.negative_cosine, losses.soft_cross_entropy),
+)
 
 # Schedules
 
@@ -481,6 +487,7 @@ def test_kl_has_its_analytic_value_and_direction():
     np.testing.assert_allclose(kl_target_student(student, student), 0, atol=1e-7)
 
 
+@jax.jit
 def gradient(t_target, t_student, target, student):
     return jax.grad(lambda s: kl_target_student(target, s, t_target, t_student).mean())(student)
 
@@ -543,8 +550,8 @@ def test_a_hard_label_gives_the_usual_cross_entropy(t):
     expected = -log_softmax(student.astype(np.float64), axis=1)[np.arange(9), classes]
     slope = softmax(student, axis=1) - np.eye(10)[classes]
     for loss in (soft_cross_entropy, kl_target_student):
-        value, grad = jax.value_and_grad(lambda s, loss=loss: loss(target, s, t).sum())(
-            jnp.asarray(student)
+        value, grad = jax.jit(jax.value_and_grad(lambda s, loss=loss: loss(target, s, t).sum()))(
+            student
         )
         np.testing.assert_allclose(
             loss(target, jnp.asarray(student), t), expected, rtol=1e-5, atol=1e-6
@@ -560,7 +567,9 @@ def test_losses_of_extreme_logits_are_finite(size):
     student = jnp.array([[-size, size, 0], [size, -size, 0], [-size, size, size], [-size, 0, size]])
     for loss in (soft_cross_entropy, kl_target_student):
         for one, two in ((target, student), (student, student)):
-            value, grad = jax.value_and_grad(lambda s, loss=loss, t=one: loss(t, s).sum())(two)
+            value, grad = jax.jit(jax.value_and_grad(lambda s, loss=loss, t=one: loss(t, s).sum()))(
+                two
+            )
             assert jnp.isfinite(value) and jnp.isfinite(grad).all()
     np.testing.assert_allclose(kl_target_student(student, student), 0, atol=1e-6)
 
@@ -637,7 +646,7 @@ def test_info_nce_has_the_gradient_of_its_definition():
         q = x / jnp.linalg.norm(x, axis=-1, keepdims=True)
         return info_nce(q, jnp.asarray(k), jnp.asarray(queue), 0.2)[0].sum()
 
-    grad = jax.grad(ours)(jnp.asarray(x, jnp.float32))
+    grad = jax.jit(jax.grad(ours))(x.astype(np.float32))
     expected = np.zeros_like(x)
     for at in np.ndindex(x.shape):
         step = np.zeros_like(x)
@@ -652,7 +661,7 @@ def test_info_nce_at_a_low_temperature_is_finite():
     """Logits of +-10,000."""
     q = jnp.array([[1.0, 0.0], [1.0, 0.0]])
     k = jnp.array([[1.0, 0.0], [-1.0, 0.0]])
-    loss, grad = jax.value_and_grad(lambda q: info_nce(q, k, -q[:1], 1e-4)[0].sum())(q)
+    loss, grad = jax.jit(jax.value_and_grad(lambda q: info_nce(q, k, -q[:1], 1e-4)[0].sum()))(q)
     assert jnp.isfinite(loss) and jnp.isfinite(grad).all()
 
 
@@ -669,9 +678,7 @@ def test_negative_cosine_is_torchs():
     """One value for each row, and the gradient through both sides, norms included."""
     rng = np.random.default_rng(2)
     p, z = (rng.standard_normal((6, 9)).astype(np.float32) for _ in range(2))
-    ours = jax.grad(lambda p, z: negative_cosine(p, z).sum(), argnums=(0, 1))(
-        jnp.asarray(p), jnp.asarray(z)
-    )
+    ours = jax.jit(jax.grad(lambda p, z: negative_cosine(p, z).sum(), argnums=(0, 1)))(p, z)
     theirs = [torch.tensor(x, requires_grad=True) for x in (p, z)]
     loss = -torch.nn.functional.cosine_similarity(*theirs)
     loss.sum().backward()
@@ -684,7 +691,7 @@ def test_negative_cosine_is_torchs():
 
 def test_negative_cosine_of_a_zero_vector_is_finite():
     """A collapsed output has value and gradient."""
-    value, grad = jax.value_and_grad(lambda p: negative_cosine(p, jnp.ones((2, 3))).sum())(
+    value, grad = jax.jit(jax.value_and_grad(lambda p: negative_cosine(p, jnp.ones((2, 3))).sum()))(
         jnp.zeros((2, 3))
     )
     assert value == 0 and jnp.isfinite(grad).all()
@@ -697,10 +704,10 @@ def test_losses_run_in_float32_whatever_comes_in(dtype):
     q, k, queue = (jnp.asarray(unit(rng.standard_normal((n, 64))), dtype) for n in (4, 4, 32))
     q32, k32, queue32 = (x.astype(jnp.float32) for x in (q, k, queue))
     pairs = [
-        (info_nce(q, k, queue, 0.07)[0], info_nce(q32, k32, queue32, 0.07)[0]),
-        (negative_cosine(q, k), negative_cosine(q32, k32)),
-        (kl_target_student(q, k, 1.5), kl_target_student(q32, k32, 1.5)),
-        (soft_cross_entropy(q, k), soft_cross_entropy(q32, k32)),
+        (losses.info_nce(q, k, queue, 0.07)[0], losses.info_nce(q32, k32, queue32, 0.07)[0]),
+        (losses.negative_cosine(q, k), losses.negative_cosine(q32, k32)),
+        (losses.kl_target_student(q, k, 1.5), losses.kl_target_student(q32, k32, 1.5)),
+        (losses.soft_cross_entropy(q, k), losses.soft_cross_entropy(q32, k32)),
     ]
     for low, full in pairs:
         assert low.dtype == jnp.float32

@@ -127,11 +127,12 @@ def test_a_record_is_two_numbers_and_a_jpeg(pool, tmp_path):
     )
 
 
-def test_any_number_of_processes_writes_the_same_files(pool, tmp_path):
+@pytest.mark.parametrize("several", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_any_number_of_processes_writes_the_same_files(pool, tmp_path, several):
     tree(pool, {**BROKEN, **ODD})
-    for processes in (1, 2, 3):
+    for processes in (1, several):
         make(pool, tmp_path / str(processes), processes=processes)
-    assert files(tmp_path / "1") == files(tmp_path / "2") == files(tmp_path / "3")
+    assert files(tmp_path / "1") == files(tmp_path / str(several))
     assert len(files(tmp_path / "1")) == 5 + 5 + 2
 
 
@@ -328,7 +329,7 @@ def test_a_wrong_command_line_is_refused(words, capsys):
     assert error.value.code == 2 and "usage:" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_full_disk_is_said_in_one_line(pool, tmp_path, processes):
     """As a limit on the size of files stands in for it; nothing is left that looks like a shard."""
     limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000)); "

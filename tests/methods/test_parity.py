@@ -67,8 +67,12 @@ def as_arrays(params, stats):
 def test_info_nce(temperature):
     """Cross-entropy with label 0 over [positive, queue] / T; the gradient of q too."""
     q, k, queue = (unit(normal(seed, n, 16)) for seed, n in enumerate((8, 8, 32)))
-    value, logits = losses.info_nce(q, k, queue, temperature)
-    grad = jax.grad(lambda q: losses.info_nce(q, k, queue, temperature)[0].mean())(q)
+
+    def ours(q):
+        value, logits = losses.info_nce(q, k, queue, temperature)
+        return value.mean(), (value, logits)
+
+    grad, (value, logits) = jax.jit(jax.grad(ours, has_aux=True))(q)
 
     tq = tensor(q).requires_grad_()
     theirs = (
@@ -88,7 +92,7 @@ def test_negative_cosine():
     p, z = normal(0, 9, 16), normal(1, 9, 16)
     p[:3] *= 1e3
     p[3:6] *= 1e-3
-    grad = jax.grad(lambda p: losses.negative_cosine(p, z).mean())(p)
+    grad = jax.jit(jax.grad(lambda p: losses.negative_cosine(p, z).mean()))(p)
     tp = tensor(p).requires_grad_()
     loss = -F.cosine_similarity(tp, tensor(z))
     loss.mean().backward()
@@ -109,10 +113,12 @@ def test_kl(target_temperature, student_temperature):
     """Torch's kl_div of the softened sides, times the student's T squared; the gradient
     too."""
     target, student = normal(0, 8, 10, scale=3), normal(1, 8, 10, scale=3)
-    value = losses.kl_target_student(target, student, target_temperature, student_temperature)
-    grad = jax.grad(
-        lambda s: losses.kl_target_student(target, s, target_temperature, student_temperature).sum()
-    )(student)
+
+    def ours(s):
+        value = losses.kl_target_student(target, s, target_temperature, student_temperature)
+        return value.sum(), value
+
+    grad, value = jax.jit(jax.grad(ours, has_aux=True))(student)
     ts = tensor(student).requires_grad_()
     loss = (
         F.kl_div(
@@ -156,8 +162,11 @@ def test_hard_labels(scale):
         partial(losses.kl_target_student, target_temperature=1.5),
         losses.soft_cross_entropy,
     ):
-        close(function(hard, student), loss.detach())
-        close(jax.grad(lambda s, f=function: f(hard, s).sum())(student), theirs.grad)
+        value, gradient = jax.jit(
+            lambda s, f=function: (f(hard, s), jax.grad(lambda s: f(hard, s).sum())(s))
+        )(student)
+        close(value, loss.detach())
+        close(gradient, theirs.grad)
 
 
 # Layers
@@ -170,7 +179,7 @@ def test_batch_norm(groups, shape):
     group."""
     channels = shape[-1]
     layer = models.from_linen(BatchNorm(groups))
-    params, stats = layer.init(jax.random.key(0), jnp.zeros(shape))
+    params, stats = jax.eval_shape(layer.init, jax.random.key(0), jnp.zeros(shape))
     params = {"scale": normal(1, channels, shift=1), "bias": normal(2, channels)}
     stats = {"mean": normal(3, channels), "var": np.exp(normal(4, channels))}
     kind = torch.nn.BatchNorm1d if len(shape) == 2 else torch.nn.BatchNorm2d
@@ -234,9 +243,14 @@ def test_convolution(kernel, stride, groups, side, dtype, rtol):
     ty.backward(tensor(dy))
     dkernel = tw.grad.permute(2, 3, 1, 0)
     for function in (convolve, plain):
+
+        @jax.jit
+        def ours(x, kernel, dy, function=function):
+            y, gradients = jax.vjp(lambda x, k: function(x, k, stride, groups), x, kernel)
+            return y, *gradients(dy)
+
         with jax.enable_x64(dtype == "float64"):
-            y, gradients = jax.vjp(lambda x, k, f=function: f(x, k, stride, groups), x, weight)
-            dx, dk = gradients(dy)
+            y, dx, dk = ours(x, weight, dy)
         assert y.dtype == dx.dtype == dk.dtype == dtype
         for ours, theirs in ((tensor(y), ty.detach()), (tensor(dx), tx.grad), (dk, dkernel)):
             np.testing.assert_allclose(
@@ -345,7 +359,7 @@ QUANTILES = [0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99]
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_conv_init(kernel, groups):
     """torchvision's initialisation: Kaiming normal with fan_out, not divided by the groups."""
-    ours = Conv(256, kernel, groups=groups, dtype=jnp.float32, name="conv").init(
+    ours = jax.jit(Conv(256, kernel, groups=groups, dtype=jnp.float32, name="conv").init)(
         jax.random.key(1), jnp.zeros((1, 4, 4, 256))
     )["params"]["kernel"]
     torch.manual_seed(0)
@@ -395,7 +409,7 @@ def test_linear_init(bias):
             return Linear(features, bias, name="fc")(x)
 
     net = models.from_linen(Layer())
-    params, stats = net.init(jax.random.key(0), jnp.zeros((2, fan_in)))
+    params, stats = jax.jit(net.init)(jax.random.key(0), jnp.zeros((2, fan_in)))
     torch.manual_seed(0)
     module = torch.nn.Linear(fan_in, features, bias=bool(bias))
     ours = as_arrays(params, stats)
@@ -452,7 +466,7 @@ def test_sgd(momentum, nesterov, weight_decay_on):
             {"params": [theirs[path]], "schedule": rates[path.split("/")[0]], "weight_decay": decay}
         )
     sgd = torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=nesterov)
-    state, apply = tx.init(params), jax.jit(tx.update)
+    state, apply = jax.jit(tx.init)(params), jax.jit(tx.update)
     for step in range(8):
         grads = jax.tree.map(lambda p, s=step: normal(100 + s, *p.shape), params)
         updates, state = apply(grads, state, params)
@@ -599,7 +613,7 @@ def assert_parity(what, ours, theirs, before):
     )
 
 
-@pytest.mark.parametrize("groups, seed", [(1, 35), (4, 50)])
+@pytest.mark.parametrize("groups, seed", [pytest.param(1, 35, marks=pytest.mark.slow), (4, 50)])
 def test_moco_ten_steps(groups, seed):
     """Losses, both encoders with their running statistics, queue and pointer.
 
@@ -663,7 +677,7 @@ def test_moco_ten_steps(groups, seed):
     assert int(ts.state.pointer) == moco.pointer == STEPS * size % queue
 
 
-@pytest.mark.parametrize("groups, seed", [(1, 70), (4, 62)])
+@pytest.mark.parametrize("groups, seed", [(1, 94), pytest.param(4, 62, marks=pytest.mark.slow)])
 def test_simsiam_ten_steps(groups, seed):
     """Losses, weights and running statistics; the predictor's rate constant, a frozen bias."""
     features, hidden = 16, 8
@@ -746,8 +760,10 @@ def test_rotation_ten_steps(seed=29):
 @pytest.mark.parametrize(
     "arch, temperatures, seed",
     [
-        (NARROW._replace(blocks=(1, 1)), (1.5, 1.0), 27),
-        (Arch((1, 1), bottleneck=True, width=8), (4.0, 4.0), 28),
+        (NARROW._replace(blocks=(1, 1)), (1.5, 1.0), 34),
+        pytest.param(
+            *(Arch((1, 1), bottleneck=True, width=8), (4.0, 4.0), 28), marks=pytest.mark.slow
+        ),
     ],
     ids=["one_sided", "hinton_bottleneck_large_stem"],
 )
@@ -790,7 +806,7 @@ def test_distill_ten_steps(arch, temperatures, seed):
 def test_fixmatch_ten_steps(seed=48):
     """Losses, the student and the teacher with their running statistics; guesses on both sides of
     the threshold."""
-    threshold, weight, decay, size = 0.24, 1.0, 0.8, 8
+    threshold, weight, decay, size = 0.26, 1.0, 0.8, 8
     method = qmx.fixmatch.make(
         models.from_linen(ResNet(NARROW)),
         models.classifier(CLASSES),
