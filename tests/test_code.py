@@ -98,19 +98,21 @@ def known(names, files):
 def test_light_import():
     """`import qmx` brings nothing but what jax, flax.linen and optax bring; the command little more
     before it runs."""
-    code = (
-        "import sys, json, jax, flax.linen, optax; before = set(sys.modules); import {};"
-        "print(json.dumps(sorted({{name.split('.')[0] for name in set(sys.modules) - before}})))"
+    code = "import sys, json, jax, flax.linen, optax; before = set(sys.modules)" + "".join(
+        f"\nimport {module}"
+        "\nprint(json.dumps(sorted({name.split('.')[0] for name in set(sys.modules) - before})))"
+        for module in ("qmx", "qmx.main")
     )
-    for module, more in (("qmx", set()), ("qmx.main", {"absl", "ml_collections", "PIL"})):
-        out = subprocess.run(
-            [sys.executable, "-c", code.format(module)],
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=ROOT,
-        ).stdout
-        found = set(json.loads(out)) - sys.stdlib_module_names - {"qmx", *more}
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+    for line, module, more in zip(
+        out.splitlines(),
+        ("qmx", "qmx.main"),
+        (set(), {"absl", "ml_collections", "PIL"}),
+        strict=True,
+    ):
+        found = set(json.loads(line)) - sys.stdlib_module_names - {"qmx", *more}
         assert not {name for name in found if not name.startswith("_")}, module
 
 

@@ -5,19 +5,17 @@ import json
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from test_advice import advice
 from test_data import load
 from test_photos import WHOLE, encoded, photo
 
-from qmx.data import open_photos, prepared
+from qmx.data import cache, open_photos, prepared
 from qmx.data.photos import canvas, decode, shown
 
 PHOTOS = {  # split -> file name -> (the file, class)
@@ -235,26 +233,11 @@ def test_damaged_records_are_named(prepared_sets, tmp_path, monkeypatch):
         load("tfds", "tiny_two")
 
 
-def test_a_prepared_set_can_be_cached(tmp_path, data_dir):
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_prepared_set_can_be_cached(tmp_path, data_dir, processes):
     """With the names of what cannot be read, by several processes."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "qmx.data.cache",
-            "--source=tfds",
-            "tiny_photos",
-            tmp_path / "cache",
-            "--side=16",
-            "--shard=5",
-            "--processes=2",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    words = ["--source=tfds", "tiny_photos", str(tmp_path / "cache"), "--side=16", "--shard=5"]
+    assert cache.main([*words, f"--processes={processes}"]) == 0
     plain = load("tfds", "tiny_photos", canvas=16, crop=20)
     quick = load("tfds", "tiny_photos", canvas=16, crop=20, cache=str(tmp_path / "cache"))
     assert quick.digest != plain.digest, "its canvases are not the files' to the last bit"

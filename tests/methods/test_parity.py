@@ -677,7 +677,7 @@ def test_moco_ten_steps(groups, seed):
     assert int(ts.state.pointer) == moco.pointer == STEPS * size % queue
 
 
-@pytest.mark.parametrize("groups, seed", [(1, 94), pytest.param(4, 62, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("groups, seed", [(1, 94), pytest.param(4, 67, marks=pytest.mark.slow)])
 def test_simsiam_ten_steps(groups, seed):
     """Losses, weights and running statistics; the predictor's rate constant, a frozen bias."""
     features, hidden = 16, 8
@@ -806,9 +806,11 @@ def test_distill_ten_steps(arch, temperatures, seed):
 def test_fixmatch_ten_steps(seed=48):
     """Losses, the student and the teacher with their running statistics; guesses on both sides of
     the threshold."""
-    threshold, weight, decay, size = 0.26, 1.0, 0.8, 8
+    threshold, weight, decay, size = 0.24, 1.0, 0.8, 8
+    # Of one block all guesses would be on one side of the threshold.
+    arch = ARCHS["resnet8"]._replace(width=4)
     method = qmx.fixmatch.make(
-        models.from_linen(ResNet(NARROW)),
+        models.from_linen(ResNet(arch)),
         models.classifier(CLASSES),
         view,
         view,
@@ -823,7 +825,7 @@ def test_fixmatch_ten_steps(seed=48):
     seen, confidence = {}, []
 
     def network():
-        backbone = their_resnet(NARROW, 1)
+        backbone = their_resnet(arch, 1)
         return reference.network(
             backbone=backbone, head=reference.classifier(backbone.features, CLASSES)
         )

@@ -55,7 +55,13 @@ def test_words_are_of_whitened_patches():
     assert np.linalg.eigvalsh(np.cov(patches.T))[-1] > 4  # as they are, one direction rules
 
 
-def test_components_against_scikit_learn():
+@pytest.fixture
+def few(monkeypatch):
+    """Words are learned from a tenth of the patches."""
+    monkeypatch.setattr("qmx.selection.patches.SAMPLE", 5_000)
+
+
+def test_components_against_scikit_learn(few):
     """The same likenesses between images as by scikit-learn's PCA, whose components are divided by
     the fourth root of their variance; blocks change nothing, nor does a second call."""
     images = digits()[:300]
@@ -69,7 +75,7 @@ def test_components_against_scikit_learn():
     np.testing.assert_array_equal(again, found.astype(np.float32))
 
 
-def test_fewer_images_than_components():
+def test_fewer_images_than_components(few):
     images = digits()[:20]
     found = patch_features(lambda ids: images[ids], 20)
     assert found.shape == (20, 20) and np.isfinite(found).all()
