@@ -33,8 +33,8 @@ def get_config(words: str = "laptop") -> ConfigDict:
     config.also = ("moco+maxherding", "moco+maxherding+pool")
     config.data.source = "arrays"
 
-    # By the labels of 20,000 images of the pool: of 100 labels of images so chosen propagation tells
-    # 82.9 % of the others (three encoders), and of 100 typiclust ones 81.6 with weight 0.5.
+    # By the labels of 20,000 images of the pool: with 100 labels of images so chosen propagation
+    # tells 82.9 % of the others (two encoders), with 100 typiclust ones and weight 0.5 81.6.
     config.selection.patches = 1.0
     config.propagation.update(neighbours=10, alpha=0.9, patches=2.0)
 
