@@ -17,9 +17,8 @@ ARCHS[NAME] = Arch((1,), bottleneck=False, width=8, stem="small")
 
 
 def get_config(words=""):
-    from qmx.shipped import load_file
-
-    config = load_file(f"{Path(__file__).parent.parent}/configs/digits.py:float32")
+    digits = runpy.run_path(str(Path(__file__).parent.parent / "configs/digits.py"))
+    config = digits["get_config"]("float32")
     config.student.arch = config.target.arch = NAME
     return config
 

@@ -260,13 +260,15 @@ def test_faults(environment):
             "--parts=kills,together",
             "--kills=1",
             "--tries=1",
-            # A small network, few images, one student, no encoder.
-            "--config=tests/one_block.py",
+            # Few images, a small network, one student, no encoder.
+            "--config.student.arch=resnet8_pool",
+            "--config.target.arch=resnet8_pool",
+            "--config.student.dtype=float32",
+            "--config.target.precision=float32",
             "--config.data.limit=200",
             "--config.target.epochs=1",
             "--config.distill.epochs=0.1",
             "--config.distill.batch_size=16",
-            "--config.fractions=(1.0,)",
             "--config.inits=('none',)",
             "--config.also=()",
             "--config.save_minutes=0.02",
