@@ -204,7 +204,7 @@ def stronger(results: dict) -> list[str]:
     if results["pool"]["budgets"][-1]["queries"] < size:
         ways.append(f"raise {budget_keys(config)}")
     if not any(
-        (column.init, column.select) == (init, "typiclust") and propagates(column)
+        column.init == init and column.select in ("typiclust", "maxherding") and propagates(column)
         for column in tried
     ):
         ways.append(f"try a stronger attack ({given('also', *config['also'], words)})")
