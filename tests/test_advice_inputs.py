@@ -55,9 +55,11 @@ def narrow():
 
 
 def told(pattern, capsys, main, *words):
-    """The match of `pattern` in the one line that a command ends with, with status 2."""
+    """The match of `pattern` in the line that a command ends with, with status 2; a slow one shows
+    its progress before."""
     assert main([str(word) for word in words]) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
+    *before, line = capsys.readouterr().err.strip().splitlines()
+    assert all(shown.endswith(" left") for shown in before), before
     match = re.search(pattern, line)
     assert match, line
     return match

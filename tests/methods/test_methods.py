@@ -74,7 +74,7 @@ def make(name, view=noisy, net=None, **changes):
         "features": lambda: features.make(net, models.classifier, view),
         "linear": lambda: linear.make(net, models.classifier(10, kernel_std=0.01), view),
         "fixmatch": lambda: fixmatch.make(
-            net, models.classifier(10), view, view, threshold=0.2, decay=0.9
+            net, models.classifier(10), view, view, **{"threshold": 0.2, "decay": 0.9, **changes}
         ),
     }[name]()
 
