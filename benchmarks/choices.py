@@ -1,4 +1,4 @@
-"""What ways of choosing images are worth: accuracy of a head on the labels of the chosen ones.
+"""Worth of the ways of choosing images: accuracy of a head on the labels of the chosen ones.
 
     python benchmarks/choices.py POOL.npz EVALUATION.npz --images=20000 --seeds=5
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from qmx import heads
 from qmx.selection.by_features import BY_FEATURES, unit
+from qmx.selection.orders import random_order
 
 WAYS = ("random", "probcover", "typiclust", "maxherding")
 BUDGETS = (10, 20, 50, 100, 250, 500, 1000)
@@ -60,7 +61,7 @@ def main() -> None:
             for budget in args.budgets:
                 began, rng = time.perf_counter(), np.random.default_rng(seed)
                 if way == "random":
-                    ids = rng.permutation(len(rows))[:budget]
+                    ids = random_order(len(rows), seed)[:budget]
                 else:
                     ids = BY_FEATURES[way](rows, budget, rng, classes)
                 seconds[way] += time.perf_counter() - began

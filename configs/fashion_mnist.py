@@ -6,7 +6,7 @@
 FOLDER has the four original files (train-images-idx3-ubyte.gz and so on). tensorflow-datasets'
 copy, prepared once, is --config.data.source=tfds --config.data.path=fashion_mnist.
 
-`laptop` is for two cores (51 minutes), and the only protocol so far. Target: ResNet-8 (He
+`laptop` is for two cores (about 50 minutes), and the only protocol so far. Target: ResNet-8 (He
 et al. 2016, section 4.2, n = 1) at 28 pixels. Students: the same with a max-pool behind the first
 layer. The recipes are ours. Crops, rates and steps were chosen by the pool's images, not by the
 evaluation's. Students that label the pool themselves gained nothing there. Propagated answers help

@@ -14,16 +14,11 @@ import threading
 import time
 from pathlib import Path
 
-# What a call imports.
-MODULES = (
+ROOT = Path(__file__).parent.parent
+# Beside what a call imports to compute (benchmarks/fault_signals.py): what its report does.
+ALSO = (
     "one_block",
     "qmx.main",
-    "qmx.checks",
-    "qmx.cautions",
-    "qmx.pipeline",
-    "qmx.data",
-    "orbax.checkpoint",
-    "sklearn.datasets",
     "matplotlib.backends.backend_agg",
     "matplotlib.backends.backend_svg",
     "matplotlib.figure",
@@ -39,7 +34,7 @@ class Server:
         with there:
             self._process = subprocess.Popen(
                 [sys.executable, __file__, str(there.fileno())],
-                cwd=Path(__file__).parent.parent,
+                cwd=ROOT,
                 env=environment,
                 pass_fds=[there.fileno()],
             )
@@ -129,6 +124,9 @@ def serve(asked):
 
 
 if __name__ == "__main__":
-    for module in MODULES:
+    sys.path.append(str(ROOT / "benchmarks"))
+    from fault_signals import MODULES
+
+    for module in (*ALSO, *MODULES):
         importlib.import_module(module)
     serve(socket.socket(fileno=int(sys.argv[1])))

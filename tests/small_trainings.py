@@ -61,9 +61,8 @@ METHODS = {  # eight groups of four images; one group over all of them
         NET, models.simsiam_projector(16, 2), models.simsiam_predictor(8), VIEW
     ),
     "rotation": rotation.make(NET, models.classifier(4), WEAK),
-    # The scores say nothing, so that it is never very
-    # sure. Both views without colours, whose float32 rounds another way for other numbers of images
-    # on a device.
+    # The scores say nothing, so that it is never very sure. Both views without colours, whose
+    # float32 rounds another way for other numbers of images on a device.
     "fixmatch": fixmatch.make(NET, HEAD, WEAK, WEAK, threshold=0.15, weight=1.0, decay=0.9),
     "distill": distill.make(NET, HEAD, VIEW),
 }

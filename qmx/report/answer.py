@@ -8,6 +8,7 @@ from qmx.report.beyond import beyond_text, first_figure
 from qmx.report.reach import COPY, best, column_of, fewest
 from qmx.report.tables import LEARNED, label
 from qmx.selection.by_answers import BY_ANSWERS
+from qmx.selection.by_features import BY_FEATURES
 
 LOWER_BOUND = "This is a lower bound on exposure: stronger attackers may need fewer."
 
@@ -218,11 +219,11 @@ def attacks_not_tried(results: dict) -> list[str]:
     known = [
         (
             "a selection of the images to ask about by their features",
-            lambda c: c.select in ("typiclust", "maxherding", "probcover", "balanced", "kcenter"),
+            lambda c: c.select in BY_FEATURES,
         ),
         (
             "a selection by the answers (margin, entropy)",
-            lambda c: c.select in ("margin", "entropy"),
+            lambda c: c.select in BY_ANSWERS,
         ),
         ("answers spread to the rest of the pool", lambda c: c.use in ("pool", "head_pool")),
         ("a student that labels the rest of the pool itself", lambda c: c.use == "fixmatch"),

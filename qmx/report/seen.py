@@ -1,4 +1,4 @@
-"""What the pictures of a report are drawn from."""
+"""Figures from which the pictures of a report are drawn."""
 
 import json
 
