@@ -37,8 +37,8 @@ def test_results(finished):
     cells = {tuple(row[axis] for axis in axes) for row in results["rows"]}
     columns = [
         *((init, "random", "logits", "asked") for init in ("none", "rotation", "moco", "simsiam")),
-        ("moco", "typiclust", "logits", "asked"),
-        ("moco", "typiclust", "logits", "pool"),
+        ("moco", "maxherding", "logits", "asked"),
+        ("moco", "maxherding", "logits", "pool"),
     ]
     assert cells == {(*column, fraction, 0) for column in columns for fraction in (0.05, 1.0)}
     assert len(results["rows"]) == 12
@@ -90,7 +90,7 @@ def test_artefacts(finished):
         "select/random-1437-seed0/ids.npz",
         "ledger.sqlite",
         "query/keys.npz",
-        "select/moco-typiclust-71-seed0/ids.npz",
+        "select/moco-maxherding-71-seed0/ids.npz",
         "select/features-moco-seed0/features.npy",
         "distill/moco-random-logits-asked-71-seed0/metrics.jsonl",
         "evaluate/none-random-logits-asked-1437-seed0/result.json",
@@ -319,7 +319,7 @@ def test_self_labelled_students(finished, command, tmp_path):
         f"--workdir={tmp_path}/w",
         "--config.inits=('none',)",
         "--update",
-        "--config.also=('none+fixmatch','moco+typiclust+fixmatch')",
+        "--config.also=('none+fixmatch','moco+maxherding+fixmatch')",
         "--config.fixmatch.mu=2",
         "--config.fixmatch.epochs=0.4",
         "--config.fixmatch.decay=0.8",
@@ -330,7 +330,7 @@ def test_self_labelled_students(finished, command, tmp_path):
     rows = [row for row in new["rows"] if row["use"] == "fixmatch"]
     assert {(row["init"], row["select"], row["fraction"]) for row in rows} == {
         (*column, fraction)
-        for column in (("none", "random"), ("moco", "typiclust"))
+        for column in (("none", "random"), ("moco", "maxherding"))
         for fraction in (0.05, 1)
     }
     assert all(
@@ -342,7 +342,7 @@ def test_self_labelled_students(finished, command, tmp_path):
         }
         for row in rows
     )
-    assert "| none + fixmatch" in out and "| moco + typiclust + fixmatch" in out
+    assert "| none + fixmatch" in out and "| moco + maxherding + fixmatch" in out
     folder = tmp_path / "w/distill/none-random-logits-fixmatch-71-seed0"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert (

@@ -205,33 +205,33 @@ def test_columns():
     any order."""
     config = digits(
         inits=("none", "moco"),
-        selects=("random", "typiclust"),
+        selects=("random", "maxherding"),
         uses=("asked", "pool"),
         also=(
             "simsiam",
             "moco+pool",
             "rotation+pool+label+kcenter",
             "none+fixmatch",
-            "moco+typiclust+fixmatch",
+            "moco+maxherding+fixmatch",
         ),
     )
     assert columns(config) == [
         ("none", "random", "logits", "asked"),
         ("moco", "random", "logits", "asked"),
         ("moco", "random", "logits", "pool"),
-        ("moco", "typiclust", "logits", "asked"),
-        ("moco", "typiclust", "logits", "pool"),
+        ("moco", "maxherding", "logits", "asked"),
+        ("moco", "maxherding", "logits", "pool"),
         ("simsiam", "random", "logits", "asked"),
         ("rotation", "kcenter", "label", "pool"),
         ("none", "random", "logits", "fixmatch"),
-        ("moco", "typiclust", "logits", "fixmatch"),
+        ("moco", "maxherding", "logits", "fixmatch"),
     ]
     assert encoders(config) == ["moco", "simsiam", "rotation"]
     assert columns(digits(inits=("none",), uses=("pool", "fixmatch"), also=())) == [
         ("none", "random", "logits", "fixmatch")
     ], "it needs no features"
     with pytest.raises(ValueError, match="the grid is empty"):
-        columns(digits(inits=("none",), selects=("typiclust",), also=()))
+        columns(digits(inits=("none",), selects=("maxherding",), also=()))
 
 
 def test_shipped_config_is_valid():
@@ -324,16 +324,16 @@ def test_no_budget():
         ("also", ("moco+typiclusst",), "'typiclusst' is none of random"),
         (
             "also",
-            ("none+typiclust",),
-            "none [+] typiclust [+] logits [+] asked, which needs an encoder",
+            ("none+maxherding",),
+            "none [+] maxherding [+] logits [+] asked, which needs an encoder",
         ),
         ("also", ("mocco",), "also has the unknown value 'mocco'; did you mean 'moco'"),
         ("uses", ("pools",), "did you mean 'pool'"),
         ("uses", ("fixmatsch",), "did you mean 'fixmatch'"),
         (
             "also",
-            ("none+typiclust+fixmatch",),
-            "none [+] typiclust [+] logits [+] fixmatch, which needs an encoder",
+            ("none+maxherding+fixmatch",),
+            "none [+] maxherding [+] logits [+] fixmatch, which needs an encoder",
         ),
         ("fixmatch__rule", "fre", "did you mean 'free'"),
         ("fixmatch__align", "unifrom", "did you mean 'uniform'"),

@@ -14,7 +14,7 @@ from qmx import checks, models, pipeline, ranges, settings, trainers, workdir
 from qmx.contract import Encoder, Method, begin_from, chain, network_key, view_shape
 from qmx.data import load
 from qmx.main import parse
-from qmx.selection.by_features import typiclust
+from qmx.selection.by_features import maxherding
 from qmx.selection.patches import beside
 
 pytestmark = pytest.mark.slow  # each trains, or needs what a command trained
@@ -53,13 +53,13 @@ def test_nothing_is_looked_up_twice(finished, monkeypatch, capsys):
     assert selections == {
         "select/random-71-seed0": 4,
         "select/random-1437-seed0": 4,
-        "select/moco-typiclust-71-seed0": 2,
-        "select/moco-typiclust-1437-seed0": 2,
+        "select/moco-maxherding-71-seed0": 2,
+        "select/moco-maxherding-1437-seed0": 2,
     }
 
 
 def test_selection_by_patches(finished, command, tmp_path):
-    """With `selection.patches` typiclust chooses by both features, and nothing else is redone."""
+    """With `selection.patches` maxherding chooses by both features, and nothing else is redone."""
     shutil.copytree(finished, tmp_path / "w")
     selects = tmp_path / "w/select"
     before = {path: path.read_bytes() for path in selects.glob("*/ids.npz")}
@@ -67,11 +67,11 @@ def test_selection_by_patches(finished, command, tmp_path):
     status, _, err = command(*words, "--update")
     assert status == 0, err
     after = {path: path.read_bytes() for path in selects.glob("*/ids.npz")}
-    changed = selects / "moco-typiclust-71-seed0/ids.npz"
+    changed = selects / "moco-maxherding-71-seed0/ids.npz"
     assert {path for path in after if after[path] != before[path]} == {changed}
     names = "features-moco-seed0/features.npy", "patches/patches.npy"
     rows = beside(*(np.load(selects / name) for name in names), 0.7)
-    want = typiclust(rows, 71, np.random.default_rng(0), 10)
+    want = maxherding(rows, 71, np.random.default_rng(0), 10)
     with np.load(changed) as file:
         np.testing.assert_array_equal(file["ids"], want)
 
