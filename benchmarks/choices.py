@@ -53,12 +53,16 @@ def main() -> None:
     classes = int(pool[1].max()) + 1
     found: dict[str, dict[int, list[float]]] = {way: {} for way in args.ways}
     seconds = dict.fromkeys(args.ways, 0.0)
+    draws = []
     for seed in range(args.seeds):
         drawn = np.random.default_rng(seed).permutation(len(pool[0]))[: args.images]
-        some = pool[0][drawn], pool[1][drawn]
-        rows = unit(some[0])
-        for way in args.ways:
-            for budget in args.budgets:
+        draws.append((pool[0][drawn], pool[1][drawn]))
+    print("| images |" + "".join(f" {way} |" for way in args.ways))
+    print("|---|" + "---|" * len(args.ways), flush=True)
+    for budget in args.budgets:
+        for seed, some in enumerate(draws):
+            rows = unit(some[0])
+            for way in args.ways:
                 began, rng = time.perf_counter(), np.random.default_rng(seed)
                 if way == "random":
                     ids = random_order(len(rows), seed)[:budget]
@@ -66,12 +70,9 @@ def main() -> None:
                     ids = BY_FEATURES[way](rows, budget, rng, classes)
                 seconds[way] += time.perf_counter() - began
                 found[way].setdefault(budget, []).append(accuracy(some, evaluation, ids, seed))
-    print("| images |" + "".join(f" {way} |" for way in args.ways))
-    print("|---|" + "---|" * len(args.ways))
-    for budget in args.budgets:
         cells = [found[way][budget] for way in args.ways]
         shown = "".join(f" {np.mean(cell):.1f} ± {np.std(cell):.1f} |" for cell in cells)
-        print(f"| {budget:,} |{shown}")
+        print(f"| {budget:,} |{shown}", flush=True)
     print(json.dumps({"arguments": vars(args), "accuracy": found, "seconds_choosing": seconds}))
 
 
