@@ -1,0 +1,48 @@
+"""The benchmark of ways of pretraining at equal processor time."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+sys.path.append(str(ROOT / "benchmarks"))
+from equal_compute import needed  # noqa: E402
+
+
+def test_needed():
+    """By hand, on the logarithm of the number of labels."""
+    assert needed((50, 200), [40.0, 50.0], 45.0) == pytest.approx(100)
+    assert needed((50, 200, 800), [40.0, 39.0, 49.0], 44.0) == pytest.approx(400)
+    assert needed((50, 200), [40.0, 50.0], 30.0) == 50
+    assert needed((50, 200), [40.0, 50.0], 51.0) is None
+
+
+@pytest.mark.slow
+def test_equal_compute(environment, tmp_path):
+    """A row for each method, with the time that it was given, within what a step takes."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = digits.images.astype(np.uint8)[..., None] * 15
+    for name, part in (("pool", slice(1200)), ("test", slice(1200, None))):
+        np.savez(tmp_path / name, image=images[part], label=digits.target[part])
+    line = f"--pool={tmp_path}/pool.npz --evaluation={tmp_path}/test.npz --config=digits --draws=1"
+    done = subprocess.run(
+        [sys.executable, "benchmarks/equal_compute.py", *line.split(), "--minutes=0.05"]
+        + ["--cores=1", "--methods", "moco", "--budgets", "50", "100"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    *table, last = done.stdout.splitlines()
+    rows = json.loads(last)["rows"]
+    (row,) = rows
+    assert row["method"] == "moco" and len(table) == 3
+    assert 0.02 < row["minutes"] < 0.1 and row["epochs"] > 0 and row["petaflops"] > 0
+    assert 60 < row["linear"] <= 100 and 60 < row["neighbours"] <= 100
+    assert [len(draws) for draws in row["few"]] == [1, 1]
