@@ -7,6 +7,7 @@ through all keys, so that a new one cannot be forgotten.
 import difflib
 import math
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 from qmx import board
@@ -162,10 +163,10 @@ WORDS = {
 
 def value_problems(config: Any) -> Iterator[str]:
     """A line for each key whose value cannot be meant, whatever the images are."""
-    defaults = dict(leaves(base()))
+    defaults, known = dict(_defaults()), {key.rpartition(".")[0] for key in _defaults()}
     for name in config.recipes:
         defaults.update(leaves(recipe(inits=("none",)), f"recipes.{name}."))
-    named = [f"pretrain.{name}." for name in set(config.pretrain) - set(base().pretrain)]
+    named = [f"pretrain.{name}." for name in config.pretrain if f"pretrain.{name}" not in known]
     for group in named:
         defaults.update(leaves(public(), group))
     for key, value in leaves(config):
@@ -186,6 +187,12 @@ def value_problems(config: Any) -> Iterator[str]:
             yield f"{key} {value!r} must be {whole}{_said(allowed or FROM_0)}"
     if config.tensorboard is True and (lacking := board.problem()):
         yield lacking
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    """Every key with its default, made once: it takes longer than to look at a config."""
+    return dict(leaves(base()))
 
 
 def view_problems(name: str, view: Any, shape: tuple[int, int, int]) -> Iterator[str]:

@@ -39,13 +39,24 @@ SINGLE = [
 TUPLES = [key for key, value in LEAVES.items() if isinstance(value, tuple)]
 
 
-def refused(key, value):
-    """The one line about a key of this value."""
-    problems = list(value_problems(config(**{key.replace(".", "__"): value})))
-    assert problems, f"{key}={value!r} passes"
-    assert len(problems) == 1 and len(problems[0].splitlines()) == 1
-    assert problems[0].startswith((f"{key} ", f"{key}: ")), problems[0]
-    return problems[0]
+def told(values):
+    """The lines about these values of keys, all of them in one config, by the key."""
+    problems = list(
+        value_problems(config(**{key.replace(".", "__"): values[key] for key in values}))
+    )
+    found = {}
+    for line in problems:
+        assert len(line.splitlines()) == 1
+        found.setdefault(line.split()[0].rstrip(":"), []).append(line)
+    return found
+
+
+def refused(values):
+    """The one line about each of these keys, and there is no other line."""
+    lines = told(values)
+    assert lines.keys() == values.keys(), "these pass, or nothing was wrong with them"
+    assert all(len(line) == 1 for line in lines.values()), lines
+    return {key: line for key, (line,) in lines.items()}
 
 
 def test_the_keys_as_they_are():
@@ -59,38 +70,45 @@ def test_the_keys_as_they_are():
     assert {*RANGES, *WORDS, *OF_THE_GRID, *ANY_LENGTH} <= used
 
 
-@pytest.mark.parametrize("key", SINGLE)
-def test_numbers(key):
+@pytest.mark.parametrize("value", NUMBERS)
+def test_numbers(value):
     """Of the wrong type, negative, not finite, or beyond all reason."""
-    for value in NUMBERS:
-        if value is not None or LEAVES[key] is not None:
-            refused(key, value)
+    refused({key: value for key in SINGLE if value is not None or LEAVES[key] is not None})
 
 
-@pytest.mark.parametrize("key", [key for key in TUPLES if key not in OF_THE_GRID])
-def test_members_of_tuples(key):
+MEMBERS = [key for key in TUPLES if key not in OF_THE_GRID]
+LONGEST = max(len(LEAVES[key]) for key in MEMBERS)
+
+
+@pytest.mark.parametrize("value", NUMBERS)
+def test_members_of_tuples(value):
     """A wrong member in the place of each, or in an empty tuple."""
-    words = key.rpartition(".")[2] not in RANGES
-    for value in (1, None, True) if words else NUMBERS:
-        for place in range(max(len(LEAVES[key]), 1)):
+    words = {key for key in MEMBERS if key.rpartition(".")[2] not in RANGES}
+    right = words if isinstance(value, str) else set()  # any word may be a member
+    for place in range(LONGEST):
+        wrong = {}
+        for key in set(MEMBERS) - right:
             members = list(LEAVES[key]) or [value]
-            members[place] = value
-            refused(key, tuple(members))
-    refused(key, None)
+            members[place % len(members)] = value
+            wrong[key] = tuple(members)
+        refused(wrong)
+
+
+def test_no_tuples():
+    refused(dict.fromkeys(MEMBERS))
 
 
 def test_words():
-    for key in LEAVES:
-        if key in WORDS or key.rpartition(".")[2] in WORDS:
-            assert "unknown value 'nonsense'" in refused(key, "nonsense")
-            refused(key, None)
+    ours = [key for key in LEAVES if key in WORDS or key.rpartition(".")[2] in WORDS]
+    for line in refused(dict.fromkeys(ours, "nonsense")).values():
+        assert "unknown value 'nonsense'" in line
+    refused(dict.fromkeys(ours))
 
 
 def test_switches():
-    for key, value in LEAVES.items():
-        if isinstance(value, bool):
-            refused(key, None)
-            refused(key, 1)
+    ours = [key for key, value in LEAVES.items() if isinstance(value, bool)]
+    refused(dict.fromkeys(ours))
+    refused(dict.fromkeys(ours, 1))
 
 
 # Keys, or last parts of keys, of which 0 is a value that somebody may mean.
@@ -104,16 +122,17 @@ ZERO = {
 }
 
 
-@pytest.mark.parametrize("key", [key for key in SINGLE + TUPLES if key not in OF_THE_GRID])
-def test_zero(key):
-    """Refused wherever it has no meaning."""
-    last = key.rpartition(".")[2]
-    if key in SINGLE and not {key, last} & ZERO:
-        refused(key, 0)
-    elif key in SINGLE:
-        assert not list(value_problems(config(**{key.replace(".", "__"): 0})))
-    elif last in RANGES and last not in ZERO:
-        refused(key, (0, *LEAVES[key][1:]))
+def test_zero():
+    """Refused wherever it has no meaning, and nowhere else."""
+    numbers = {key for key in SINGLE if key not in OF_THE_GRID}
+    meant = {key for key in numbers if {key, key.rpartition(".")[2]} & ZERO}
+    assert not told(dict.fromkeys(meant, 0))
+    first = {
+        key: (0, *LEAVES[key][1:])
+        for key in MEMBERS
+        if key.rpartition(".")[2] in RANGES and key.rpartition(".")[2] not in ZERO
+    }
+    refused({**dict.fromkeys(numbers - meant, 0), **first})
 
 
 @pytest.mark.parametrize("key", OF_THE_GRID)

@@ -5,20 +5,37 @@ import jax
 import numpy as np
 import pytest
 from record_vits import body, entry, filled, images, networks_of_transformers, tensors
-from test_vit import TINY, TOLERANCE, features, off, tiny  # noqa: F401
+from test_vit import RECORDED, TINY, TOLERANCE, features, off, tiny  # noqa: F401
 from torch_reference import torch
 
 from qmx import models
 from qmx.models import from_torch
 
-hf = pytest.importorskip("transformers", reason="transformers is not installed")
-VITS = {title: rest for title, *rest in networks_of_transformers()}
+TITLES = [
+    title.removeprefix("transformers ")
+    for title in RECORDED
+    if title.startswith("transformers ") and not title.endswith(" in memory")
+]
 
 
-@pytest.mark.parametrize("title", VITS)
-def test_vit(title, tiny, features, tmp_path):  # noqa: F811
+@pytest.fixture(scope="module")
+def hf():
+    """The package, which is imported where it is used: it takes five seconds of a processor."""
+    return pytest.importorskip("transformers", reason="transformers is not installed")
+
+
+@pytest.fixture(scope="module")
+def networks(hf):
+    """{title: (class, configuration, arch)} of those that were recorded."""
+    made = {title: rest for title, *rest in networks_of_transformers()}
+    assert [*made] == TITLES
+    return made
+
+
+@pytest.mark.parametrize("title", TITLES)
+def test_vit(title, networks, tiny, features, tmp_path):  # noqa: F811
     """Of tiny networks of each family, with all parameters random."""
-    model, config, arch = VITS[title]
+    model, config, arch = networks[title]
     net = filled(model(config))
     net.float().save_pretrained(tmp_path)
     made = from_torch.load(tmp_path / "model.safetensors")
@@ -37,7 +54,7 @@ def test_vit(title, tiny, features, tmp_path):  # noqa: F811
         ("resnet50", "bottleneck", (256, 512, 1024, 2048), (3, 4, 6, 3)),
     ],
 )
-def test_resnet(arch, kind, widths, depths, tmp_path):
+def test_resnet(arch, kind, widths, depths, hf, tmp_path):
     """Scores of ten classes, with all weights and statistics random."""
     config = hf.ResNetConfig(
         layer_type=kind, hidden_sizes=[*widths], depths=[*depths], num_labels=10

@@ -57,8 +57,9 @@ def test_words_are_of_whitened_patches():
 
 @pytest.fixture
 def few(monkeypatch):
-    """Words are learned from a tenth of the patches."""
+    """Fewer words, learned from a tenth of the patches."""
     monkeypatch.setattr("qmx.selection.patches.SAMPLE", 5_000)
+    monkeypatch.setattr("qmx.selection.patches.WORDS", 40)
 
 
 def test_components_against_scikit_learn(few):
