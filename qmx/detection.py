@@ -73,13 +73,15 @@ def prada(
     authors' code, which looks after 1, 11, 21 queries and so on.
     """
     members: dict[int, list[int]] = {}
-    joined: dict[int, list[float]] = {}  # distances at which they joined, 0 of the first
+    # Of the distances at which they joined, 0 of the first: their mean, and the sum of the squares
+    # about it.
+    joined: dict[int, tuple[float, float]] = {}
     bound: dict[int, float] = {}
     nearest: dict[int, list[float]] = {}
     at, value = [], []
     for i, k in enumerate(np.asarray(classes).tolist()):
         if k not in members:
-            members[k], joined[k], bound[k], nearest[k] = [i], [0.0], 0.0, []
+            members[k], joined[k], bound[k], nearest[k] = [i], (0.0, 0.0), 0.0, []
         else:
             distance = float(
                 np.sqrt(np.square(features[members[k]] - features[i]).sum(1).min())  # of the set
@@ -87,8 +89,11 @@ def prada(
             nearest[k].append(distance)
             if distance > bound[k]:
                 members[k].append(i)
-                joined[k].append(distance)
-                bound[k] = max(bound[k], float(np.mean(joined[k]) - np.std(joined[k])))
+                mean, squares = joined[k]
+                off = distance - mean
+                mean += off / len(members[k])
+                joined[k] = mean, squares + off * (distance - mean)
+                bound[k] = max(bound[k], mean - (joined[k][1] / len(members[k])) ** 0.5)
         if (i + 1) % every == 0:
             w = normality([some for some in nearest.values() if len(some) >= OF_A_CLASS])
             if w is not None:
