@@ -27,13 +27,18 @@ FACTS = {
 }
 
 
-@pytest.fixture
-def file(tmp_path):
+def made(net):
+    """Its variables at first."""
+    return qmx.Encoder(*net.init(jax.random.key(0), jnp.zeros((2, 16, 16, 3))))
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
     """(a file with an encoder, its variables)."""
-    net = models.backbone("resnet8_narrow")
-    encoder = qmx.Encoder(*net.init(jax.random.key(0), jnp.zeros((2, 16, 16, 3))))
-    save_weights(tmp_path / "encoder.safetensors", encoder, FACTS)
-    return tmp_path / "encoder.safetensors", encoder
+    encoder = made(models.backbone("resnet8_narrow"))
+    path = tmp_path_factory.mktemp("encoder") / "encoder.safetensors"
+    save_weights(path, encoder, FACTS)
+    return path, encoder
 
 
 def photos(folder, count=5):
@@ -88,7 +93,7 @@ def test_save_encoder(tmp_path, classes):
     if classes:
         net = qmx.chain(backbone=net, head=models.classifier(classes))
     mean, std = np.array([0.5, 0.4, 0.3]), (0.2, 0.25, 0.3)
-    encoder = qmx.Encoder(*net.init(jax.random.key(0), jnp.zeros((2, 16, 16, 3))))
+    encoder = made(net)
     keywords = {"shape": (16, 16, 3), "mean": mean, "std": std, "classes": classes}
     path = tmp_path / "own.safetensors"
     qmx.save_encoder(str(path), "resnet8_narrow", encoder, method="my own", **keywords)

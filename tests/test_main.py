@@ -65,7 +65,7 @@ def npz(path, n=40, **changes):
             "batch_size 2048 is larger than the pool of 1437",
         ),
         (
-            [DIGITS, "--config.pretrain.moco.queue_size=1000"],
+            [DIGITS, *ONE_BLOCK, "--config.pretrain.moco.queue_size=1000"],
             "queue_size 1000 is not a multiple of batch_size 128",
         ),
         ([DIGITS, "--cnfig.x=1"], "cnfig"),

@@ -2,6 +2,7 @@
 and torch."""
 
 import math
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,14 @@ info_nce, kl_target_student, negative_cosine, soft_cross_entropy = map(
 # Schedules
 
 
+@lru_cache
+def at_many(rate):
+    return jax.jit(jax.vmap(rate))
+
+
 def values(rate, *steps):
     """The rate at many steps at once, as it is computed inside a jitted step."""
-    return np.asarray(jax.jit(jax.vmap(rate))(jnp.array(steps, jnp.int32)))
+    return np.asarray(at_many(rate)(jnp.array(steps, jnp.int32)))
 
 
 def test_moco_v2():

@@ -580,7 +580,8 @@ def plain_trained():
     """Its state after three steps."""
     _, method = plain_fixmatch(threshold=0.2)
     tx = optim.sgd(lambda step: 0.1)
-    ts, step = init_state(method, tx, jax.random.key(0), batch()), make_step(method, tx)
+    ts = jax.jit(lambda rng: init_state(method, tx, rng, batch()))(jax.random.key(0))
+    step = make_step(method, tx)
     for k in range(3):
         ts, _ = step(ts, batch(k), jax.random.key(1))
     return ts
@@ -596,7 +597,8 @@ def test_fixmatch_loss_by_hand():
         Encoder(state.params, state.state.stats),
     )
     network, _ = plain_fixmatch()
-    guess = np.asarray(network.apply(*teacher, data["pool_image"] / 255.0, False)[0], np.float64)
+    apply = jax.jit(network.apply, static_argnums=3)
+    guess = np.asarray(apply(*teacher, data["pool_image"] / 255.0, False)[0], np.float64)
     classes, confidence = guess.argmax(1), np.exp(guess).max(1) / np.exp(guess).sum(1)
     threshold = float(np.sort(confidence)[B - 1 : B + 1].mean())  # half of the images are above it
     sure = confidence >= threshold
@@ -610,7 +612,7 @@ def test_fixmatch_loss_by_hand():
         )
 
     together = jnp.concatenate([data["image"], data["pool_image"]]) / 255.0
-    both = np.asarray(network.apply(state.params, state.state.stats, together, True)[0], np.float64)
+    both = np.asarray(apply(state.params, state.state.stats, together, True)[0], np.float64)
     log_q = both - np.log(np.exp(both).sum(1, keepdims=True))
     p = np.asarray(jax.nn.softmax(data["scores"] / 1.5), np.float64)
     known = (p * (np.log(p) - log_q[:B])).sum(1).mean()
