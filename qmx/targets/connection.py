@@ -70,9 +70,11 @@ class _HttpsPool(urllib3.HTTPSConnectionPool):
 WATCHED = {"http": _HttpPool, "https": _HttpsPool}
 
 
-def connections(url: str, trusted: ssl.SSLContext, timeout: urllib3.Timeout) -> urllib3.PoolManager:
+def connections(
+    url: str, trusted: ssl.SSLContext | None, timeout: urllib3.Timeout
+) -> urllib3.PoolManager:
     """Connections to a server, through the proxy that the environment names for it (HTTPS_PROXY,
-    NO_PROXY and the like), if any. Each answer has its `Watch`."""
+    NO_PROXY and the like), if any; `trusted` is for TLS. Each answer has its `Watch`."""
     parts = urlsplit(url)
     proxy = getproxies().get(parts.scheme)
     if not proxy or proxy_bypass(parts.hostname or ""):

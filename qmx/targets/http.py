@@ -10,6 +10,7 @@ import re
 import ssl
 import time
 from collections.abc import Callable, Mapping
+from urllib.request import getproxies
 
 import urllib3
 
@@ -97,8 +98,10 @@ def client(
     """
     check_address(url, token_env, headers_env)
     secrets(token_env, headers_env)
+    # A plain address without a proxy needs none, and to read the system's takes a while.
+    plain = url.lower().startswith("http:") and not ca_file and not getproxies()
     try:
-        trusted = ssl.create_default_context(cafile=ca_file or None)
+        trusted = None if plain else ssl.create_default_context(cafile=ca_file or None)
     except OSError as error:  # an ssl.SSLError is one
         raise ValueError(
             f"target.ca_file {ca_file} cannot be read as PEM certificates: {error}"
