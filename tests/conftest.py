@@ -88,7 +88,7 @@ def pytest_runtest_teardown(nextitem):
     """Drop compiled programs before there are too many.
 
     Each takes a few memory maps. A process at the limit of them aborts where it starts a thread, or
-    hangs. To count them takes ten milliseconds, and ten tests do not make 40,000.
+    hangs. To count them takes some milliseconds, and ten tests do not make 40,000.
     """
     if next(TESTS) % 10 or not MAPS.exists():
         return
