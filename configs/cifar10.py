@@ -105,14 +105,15 @@ def get_config(words: str = "") -> ConfigDict:
 
 def laptop(config: ConfigDict) -> None:
     """Protocols for two cores: small networks, small crops, few steps. All recipes are ours."""
-    config.queries, config.fractions = (10, 50, 100, 250, 500, 1000), ()
+    config.queries, config.fractions = (50, 100, 250, 500), ()
     config.inits = ("none", "moco")
     config.also = ("moco+maxherding", "moco+maxherding+pool")
     config.student.arch, config.target.arch = "resnet8_x2_pool", "resnet8_x4_pool"
-    # Crops of 24 pixels take about half the time of 32.
+    # Crops of 24 pixels take about half the time of 32. Whole images, which are what is evaluated,
+    # show things about as large as crops of two thirds do at 24 (Touvron et al. 2019, FixRes).
     config.strong_view.update(size=24, crop_scale=(0.2, 1.0))
-    config.weak_view.crop_scale = (0.6, 1.0)
-    config.target.update(epochs=8.0, warmup_epochs=1.0)
+    config.weak_view.update(size=24, crop_scale=(0.4, 1.0))
+    config.target.update(epochs=14.0, warmup_epochs=1.0)
     config.pretrain.moco.update(
         epochs=24.0,
         batch_size=256,
@@ -150,8 +151,10 @@ def laptop(config: ConfigDict) -> None:
             head_learning_rate=0.3,
             **keys,
         )
-    config.selection.patches = 1.0
-    config.propagation.update(neighbours=10, alpha=0.9, patches=2.0)
+    # The best of 48 by the labels of 12,000 images of the pool (one encoder): 44.1 % of the others
+    # are told by 50 labels, 56.1 by 500; without patches 42 and 50.
+    config.selection.patches = 0.5
+    config.propagation.update(neighbours=30, alpha=0.9, patches=0.5)
     config.monitor.knn_k = 20
 
 
