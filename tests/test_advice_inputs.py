@@ -57,6 +57,7 @@ def narrow():
 def told(pattern, capsys, main, *words):
     """The match of `pattern` in the line that a command ends with, with status 2; a slow one shows
     its progress before."""
+    capsys.readouterr()  # what an earlier command has shown
     assert main([str(word) for word in words]) == 2
     *before, line = capsys.readouterr().err.strip().splitlines()
     assert all(shown.endswith(" left") for shown in before), before
