@@ -18,7 +18,7 @@ budgets, tell as much as `--reach`. Nothing is chosen by these figures. The last
 import argparse
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -28,14 +28,13 @@ from ml_collections import FrozenConfigDict
 
 from qmx import networks, trainers
 from qmx.contract import Encoder
-from qmx.data import Dataset
-from qmx.data.arrays import read_npz
+from qmx.data import Dataset, Source, load
 from qmx.data.batches import feed
-from qmx.data.datasets import load
 from qmx.inference import predict
 from qmx.main import set_xla_flags
 from qmx.metrics import knn
 from qmx.operations import of_call
+from qmx.report.reach import first_reached
 from qmx.selection.orders import random_order
 from qmx.sharding import put_state
 from qmx.shipped import load_file
@@ -93,19 +92,10 @@ def linear(pool: np.ndarray, labels: np.ndarray, asking: np.ndarray) -> np.ndarr
     return fitted.predict(scale.transform(asking))
 
 
-def needed(budgets: Sequence[int], accuracies: list[float], reach: float) -> float | None:
-    """Labels that reach an accuracy, on a line in the logarithm of their number; None if none
-    does."""
-    if accuracies[0] >= reach:
-        return float(budgets[0])
-    for (n, low), (m, high) in zip(
-        zip(budgets, accuracies, strict=True),
-        zip(budgets[1:], accuracies[1:], strict=True),
-        strict=False,
-    ):
-        if high >= reach:
-            return float(n * (m / n) ** ((reach - low) / (high - low)))
-    return None
+def images_and_labels(source: Source) -> tuple[np.ndarray, np.ndarray]:
+    """Arrays of a source in memory."""
+    arrays, rows = source.held
+    return arrays["image"][rows], arrays["label"][rows]
 
 
 def main() -> None:
@@ -128,7 +118,7 @@ def main() -> None:
     config.data.update(source="arrays", path=args.pool, eval_path=args.evaluation)
     config = FrozenConfigDict(config)
     data = load(**config.data)
-    (images, labels), (asking, truth) = read_npz(args.pool), read_npz(args.evaluation)
+    (images, labels), (asking, truth) = map(images_and_labels, (data.pool, data.evaluation))
     seen = networks.look(data)
     view, net = (
         networks.evaluation_view(seen),
@@ -161,7 +151,11 @@ def main() -> None:
             for n in args.budgets
         ]
         means = [float(np.mean(draws)) for draws in few]
-        row |= {"method": name, "few": few, "labels": needed(args.budgets, means, args.reach)}
+        row |= {
+            "method": name,
+            "few": few,
+            "labels": first_reached(args.budgets, means, args.reach),
+        }
         rows.append(row)
         shown = "".join(f" {mean:.1f} |" for mean in means)
         number = f"{row['labels']:,.0f}" if row["labels"] else "not reached"

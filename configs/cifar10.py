@@ -29,6 +29,7 @@ from ml_collections import ConfigDict
 
 from qmx.settings import base, recipe
 from qmx.shipped import chosen
+from qmx.training_keys import on_two_cores
 
 INITS = ("none", "rotation", "moco", "simsiam")
 WORDS = (*INITS, "laptop", "tiny")
@@ -134,23 +135,10 @@ def laptop(config: ConfigDict) -> None:
     config.pretrain.emp_ssl.update(epochs=1.0, features=256, hidden=512)
     config.pretrain.rotation.update(epochs=6.0, batch_size=64, schedule="cosine")
 
-    # All students of a budget take as many steps, whatever they start from; of more than 250
-    # images twice as many as of fewer. Those of the pool take at least as many as it has batches.
+    # 250 images and fewer, and more.
+    inits = ("rotation", "moco", "simsiam", "fastsiam", "emp_ssl")
     del config.recipes.scratch, config.recipes.tune
-    for name, steps, share in (
-        ("few", 600, dict(up_to=0.005)),
-        ("many", 1200, dict(above=0.005)),
-    ):
-        keys = dict(epochs=1.0, min_steps=steps, batch_size=64, schedule="cosine", **share)
-        config.recipes[f"scratch_{name}"] = recipe(
-            ("none",), learning_rate=0.05, head_learning_rate=0.05, **keys
-        )
-        config.recipes[f"tune_{name}"] = recipe(
-            ("rotation", "moco", "simsiam", "fastsiam", "emp_ssl"),
-            learning_rate=0.05,
-            head_learning_rate=0.3,
-            **keys,
-        )
+    config.recipes.update(on_two_cores(inits, above=0.005))
     # The best of 48 by the labels of 12,000 images of the pool (one encoder): 44.1 % of the others
     # are told by 50 labels, 56.1 by 500; without patches 42 and 50.
     config.selection.patches = 0.5

@@ -18,8 +18,9 @@ plain distillation (Praetorian, January 2026, as cited by OWASP's AISVS 1.0 rese
 
 from ml_collections import ConfigDict
 
-from qmx.settings import base, recipe
+from qmx.settings import base
 from qmx.shipped import chosen
+from qmx.training_keys import on_two_cores
 
 WORDS = ("laptop",)
 
@@ -58,18 +59,7 @@ def get_config(words: str = "laptop") -> ConfigDict:
         schedule="cosine",
         weight_decay=5e-4,
     )
-    # All students of a budget take as many steps, whatever they start from; of 1,000 images twice
-    # as many as of fewer. Those of the pool take at least as many as it has batches.
-    for name, steps, share in (
-        ("few", 600, dict(up_to=0.01)),
-        ("many", 1200, dict(above=0.01)),
-    ):
-        keys = dict(epochs=1.0, min_steps=steps, batch_size=64, schedule="cosine", **share)
-        config.recipes[f"scratch_{name}"] = recipe(
-            ("none",), learning_rate=0.05, head_learning_rate=0.05, **keys
-        )
-        config.recipes[f"tune_{name}"] = recipe(
-            ("moco",), learning_rate=0.05, head_learning_rate=0.3, **keys
-        )
+    # 250 images and fewer, and 1,000.
+    config.recipes.update(on_two_cores(("moco",), above=0.01))
     config.monitor.knn_k = 20
     return config

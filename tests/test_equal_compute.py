@@ -8,17 +8,6 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-sys.path.append(str(ROOT / "benchmarks"))
-from equal_compute import needed  # noqa: E402
-
-
-def test_needed():
-    """By hand, on the logarithm of the number of labels."""
-    assert needed((50, 200), [40.0, 50.0], 45.0) == pytest.approx(100)
-    assert needed((50, 200, 800), [40.0, 39.0, 49.0], 44.0) == pytest.approx(400)
-    assert needed((50, 200), [40.0, 50.0], 30.0) == 50
-    assert needed((50, 200), [40.0, 50.0], 51.0) is None
-
 
 @pytest.mark.slow
 def test_equal_compute(environment, tmp_path):

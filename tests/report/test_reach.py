@@ -15,6 +15,7 @@ def test_between_budgets():
     queries."""
     assert first_reached([10, 1000], [20, 60], 40) == pytest.approx(100)
     assert first_reached([10, 100, 1000], [20, 60, 70], 62.5) == pytest.approx(100 * 10**0.25)
+    assert first_reached((50, 200), [40.0, 50.0], 45.0) == pytest.approx(100)
     for level in (21, 33, 59.9):
         x = first_reached([14, 143], [20, 60], level)
         assert 14 < x < 143 and 20 + 40 * math.log(x / 14) / math.log(143 / 14) == pytest.approx(
@@ -28,6 +29,8 @@ def test_only_what_was_measured():
     assert first_reached([10, 100], [20, 60], 5) == first_reached([10, 100], [20, 60], 20) == 10
     assert first_reached([10, 100], [20, 60], 60) == pytest.approx(100)
     assert first_reached([10, 100], [20, 60], 60.1) is None
+    assert first_reached((50, 200), [40.0, 50.0], 30.0) == 50
+    assert first_reached((50, 200), [40.0, 50.0], 51.0) is None
     assert first_reached([10], [20], 20.1) is None and first_reached([], [], 1) is None
 
 
@@ -35,6 +38,7 @@ def test_the_first_time():
     """A curve that falls again counts where it first gets there; a flat one where it begins to
     rise."""
     assert first_reached([1, 10, 100, 1000], [10, 50, 30, 90], 40) == pytest.approx(10**0.75)
+    assert first_reached((50, 200, 800), [40.0, 39.0, 49.0], 44.0) == pytest.approx(400)
     assert first_reached([1, 10, 100], [10, 10, 20], 15) == pytest.approx(10**1.5)
 
 
