@@ -25,6 +25,9 @@ def propagating() -> ConfigDict:
             # weight of features of patches beside the encoder's, for small images; 0 leaves them
             # out, see qmx/selection/patches.py
             patches=0.0,
+            # power of what a head on the same features tells, by which the scores are multiplied; 0
+            # leaves it out
+            head_power=0.0,
         )
     )
 

@@ -115,6 +115,7 @@ RANGES = {
     "neighbours": FROM_1,
     "power": Range(0, 100, above=True),
     "alpha": Range(0, 1, above=True, below=True),
+    "head_power": Range(0, 100, why="0 leaves the head out"),
     "patches": Range(0, 100, why="as the encoder's features have 1"),
     "mu": Range(1, 1000, why="images of the pool for each that was asked about"),
     "threshold": PROBABILITY,

@@ -83,3 +83,26 @@ def spread(
     scores = np.where(total > 0, reached / np.maximum(total, 1), 1 / reached.shape[1])
     scores[ids] = probabilities
     return scores.astype(np.float32)
+
+
+FLOOR = 1e-6  # of a propagated score, so that a head can name a class that nothing of reached
+
+
+def with_head(scores: np.ndarray, ids: np.ndarray, told: np.ndarray, power: float) -> np.ndarray:
+    """Propagated scores times what a head tells: two views of the same features that err on
+    different images, for a line separates classes and a graph follows dense places.
+
+    Args:
+      scores: f32[n, N], of `propagate`.
+      ids: i64[m], the images that were asked about; their scores stay.
+      told: f32[n, N], logits of a head that was fitted to the answers (`qmx.heads`).
+      power: of the head's probabilities, p_i ~ s_i q_i^power.
+
+    Returns:
+      f32[n, N], probabilities.
+    """
+    from scipy.special import log_softmax, softmax
+
+    both = softmax(np.log(scores + FLOOR) + power * log_softmax(told, axis=1), axis=1)
+    both[ids] = scores[ids]
+    return both.astype(np.float32)

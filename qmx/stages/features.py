@@ -13,10 +13,11 @@ from qmx.data import Source
 from qmx.data.sources import take
 from qmx.files import Unreadable, check_file, read_json, write_json
 from qmx.grid import columns, propagates
+from qmx.ledger.access import as_logits
 from qmx.progress import Progress, progress
 from qmx.selection.by_features import BY_FEATURES, unit
 from qmx.selection.patches import beside, patch_features
-from qmx.selection.propagate import graph_of, spread
+from qmx.selection.propagate import graph_of, spread, with_head
 from qmx.sharding import first, from_first
 from qmx.stages import frozen
 from qmx.stages.pretrain import Pretrained, Taught, backbone
@@ -66,7 +67,19 @@ class Features(NamedTuple):
         with the config's keys."""
         made_of = self.path, self.encoder.sha256, self.patches
         graph = _graph(*made_of, keys.patches, keys.neighbours, keys.power)
-        return spread(graph, ids, probabilities, keys.alpha, keys.temperature)
+        scores = spread(graph, ids, probabilities, keys.alpha, keys.temperature)
+        if not keys.head_power:
+            return scores
+        rows = self.read(keys.patches)
+
+        def told() -> np.ndarray:
+            mean, scale = heads.spread(rows)
+            answers = as_logits(probabilities, "probs")
+            head = heads.fit(rows[ids], answers, mean=mean, scale=scale)
+            return heads.scores(head.params, rows)
+
+        # In one process: another machine's sums may round another way.
+        return with_head(scores, ids, from_first(told), keys.head_power / keys.temperature)
 
 
 @lru_cache(maxsize=4)  # one graph serves all budgets; for 60,000 images it takes 0.2 GB

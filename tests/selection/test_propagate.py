@@ -5,7 +5,7 @@ import pytest
 from sklearn.semi_supervised import LabelSpreading
 from test_by_features import blobs
 
-from qmx.selection.propagate import propagate
+from qmx.selection.propagate import propagate, with_head
 
 
 def one_hot(classes, count=4):
@@ -96,3 +96,23 @@ def test_temperature():
     want[ids] = given
     np.testing.assert_allclose(sharp, want, atol=1e-5)
     np.testing.assert_array_equal(sharp[-1], 0.25)
+
+
+def test_with_head():
+    """Scores times the head's probabilities to the power; answers stay; the head alone tells where
+    nothing reached, and can name a class of which a score is nothing."""
+    rng = np.random.default_rng(0)
+    scores = rng.dirichlet(np.ones(3), 6).astype(np.float32)
+    scores[4], scores[5] = 1 / 3, (1, 0, 0)
+    told = rng.normal(size=(6, 3)).astype(np.float32)
+    told[5] = (0, 40, 0)
+    ids = np.array([1, 2])
+    found = with_head(scores, ids, told, 0.5)
+    q = np.exp(told.astype(np.float64))
+    q /= q.sum(1, keepdims=True)
+    want = scores * np.sqrt(q)
+    want /= want.sum(1, keepdims=True)
+    np.testing.assert_allclose(found[[0, 3]], want[[0, 3]], atol=1e-5)
+    np.testing.assert_array_equal(found[ids], scores[ids])
+    np.testing.assert_allclose(found[4], np.sqrt(q[4]) / np.sqrt(q[4]).sum(), rtol=1e-5)
+    assert found[5].argmax() == 1 and found.dtype == np.float32
