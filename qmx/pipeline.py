@@ -100,7 +100,8 @@ def run(
         return "\n".join([*paths, "qmx.load_encoder reads them; python -m qmx.embed uses them"])
     grid = cells(config, data.pool.size)
     # Cells whose images are chosen, or whose answers are spread, by features of their encoder, and
-    # heads on them.
+    # heads on them. A network that learned another encoder's features has these for it: they are
+    # the better ones, and whoever ships the small network had the other.
     heads = {cell.start for cell in grid if cell.use in HEADS.values()}
     by_features = heads | {
         cell.start
@@ -112,11 +113,12 @@ def run(
     looks = {
         start: handed_on(call, monitor, encoder[start], feature.get(start)) for start in starts
     }
-    feature |= {
-        start: handed_on(call, features, encoder[start])
-        for start in starts
-        if start in by_features and start not in still
-    }
+    for start in starts:
+        if start in by_features and start not in still:
+            name = teacher(config, start[0])
+            feature[start] = (
+                feature[name, start[1]] if name else handed_on(call, features, encoder[start])
+            )
     shown = {
         start: handed_on(call, evaluation_features, encoder[start])
         for start in starts

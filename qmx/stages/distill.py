@@ -11,7 +11,7 @@ from qmx import networks, trainers
 from qmx.checkpoint import save_weights
 from qmx.data import Source
 from qmx.data.sources import Beside, take
-from qmx.grid import HEADS, Cell, is_control, recipe_name, recipe_of
+from qmx.grid import HEADS, Cell, is_control, recipe_name, recipe_of, teacher
 from qmx.ledger.access import as_logits
 from qmx.stages import heads
 from qmx.stages.answers import Answers, train_scores
@@ -51,8 +51,8 @@ def distill(
 
     Args:
       encoder: that it starts from; None for a start from nothing.
-      features: of that encoder, by which answers are spread where the cell's use is "pool", and on
-        which a head learns.
+      features: of that encoder, or of the one that it learned from, by which answers are spread
+        where the cell's use is "pool", and on which a head learns.
       answers: not read by a recipe that learns from labels; of a control they say which images its
         column has answers to.
     """
@@ -83,6 +83,8 @@ def distill(
             inputs["without_answer"] = left_out
     if cell.use == "pool":
         inputs["propagation"] = plain(config.propagation)
+        if teacher(config, cell.init):
+            inputs["features"] = needed(features).encoder.sha256
     if cell.use == "fixmatch":
         inputs["fixmatch"] = plain(config.fixmatch)
         inputs["strong_view"] = plain(config.strong_view)

@@ -37,7 +37,8 @@ def select(
     To choose by answers the target is asked here already, see `qmx.stages.rounds.in_rounds`.
 
     Args:
-      features: of the cell's encoder; read if its way of choosing needs them.
+      features: of the cell's encoder, or of the one that it learned from; read if its way of
+        choosing needs them.
       target: read by ways that choose by answers alone.
     """
     way, budget, seed = cell.select, cell.queries, cell.seed
@@ -74,11 +75,12 @@ def _choose(run: Run, cell: Cell, features: Any, target: Any) -> np.ndarray:
         return in_order(cell.select, pool, budget, cell.seed, run.config.lists)
     if not chosen_by_features(cell, pool.size):
         return np.arange(budget)  # all of them: there is nothing to choose
-    rows = needed(features).read(run.config.selection.patches)
+    features = needed(features)
+    rows = features.read(run.config.selection.patches)
     way = BY_FEATURES[cell.select]
     say(
-        f"{cell.select} chooses {budget} of {len(rows)} images by the features of {cell.init} seed"
-        f" {cell.seed}"
+        f"{cell.select} chooses {budget} of {len(rows)} images by the features of"
+        f" {features.encoder.init} seed {cell.seed}"
     )
     rng = np.random.default_rng(cell.seed)
     classes = len(np.unique(pool.labels)) or run.data.classes

@@ -18,6 +18,8 @@ from qmx.report import files
 from qmx.report.audit import audit
 from qmx.report.beyond import beyond, first_figure
 from qmx.report.reach import fewest, ranked, reached
+from qmx.selection.by_features import maxherding, unit
+from qmx.selection.patches import beside
 from qmx.settings import base
 
 # Fidelity of students of true labels, for each seed; those of answers are test_report.CURVES.
@@ -233,6 +235,28 @@ def test_features_are_learned(own, command, tmp_path):
     assert inputs["features"] == taught["sha256"]
     status, _, err = command(*words, "--stage=pretrain")
     assert status == 0 and "all of it was done before" in err
+
+
+@pytest.mark.slow
+def test_a_teachers_features(own, command, tmp_path):
+    """They choose images and spread answers for the network that learned them, whose own are not
+    even made."""
+    words = "--config.inits=('features',)", "--config.also=('features+maxherding+pool',)"
+    status, _, err = command(
+        *own, *words, "--config.accesses=('logits',)", "--config.distill.min_steps=2"
+    )
+    assert status == 0, err
+    workdir = tmp_path / "run"
+    assert "60 of 200 images by the features of public seed 0" in err
+    assert not (workdir / "select/features-features-seed0").exists()
+    rows = unit(np.load(workdir / "select/features-public/features.npy"))
+    rows = beside(rows, np.load(workdir / "select/patches/patches.npy"), 1.0)
+    want = maxherding(rows, 60, np.random.default_rng(0), 10)
+    with np.load(workdir / "select/features-maxherding-60-seed0/ids.npz") as file:
+        np.testing.assert_array_equal(file["ids"], want)
+    student = workdir / "distill/features-maxherding-logits-pool-60-seed0/inputs.json"
+    taught = json.loads((workdir / "pretrain/public/result.json").read_text())
+    assert json.loads(student.read_text())["features"] == taught["sha256"]
 
 
 @pytest.mark.slow
