@@ -8,7 +8,7 @@ import numpy as np
 
 from qmx.data import Dataset
 from qmx.files import read_arrays, write_arrays
-from qmx.grid import Cell, cells
+from qmx.grid import Cell, cells, teacher
 from qmx.progress import say
 from qmx.selection.by_answers import BY_ANSWERS
 from qmx.selection.by_features import BY_FEATURES
@@ -43,8 +43,8 @@ def select(
     """
     way, budget, seed = cell.select, cell.queries, cell.seed
     name, inputs = f"{way}-{budget}-seed{seed}", {"select": way, "seed": seed, "budget": budget}
-    if way in BY_FEATURES:
-        name = f"{cell.init}-{name}"
+    if way in BY_FEATURES:  # whoever has these features chooses these images
+        name = f"{teacher(run.config, cell.init) or cell.init}-{name}"
     if way in BY_ANSWERS:
         name = f"{cell.init}-{way}-{cell.access}-{budget}-seed{seed}"
         inputs |= inputs_of(run, cell, needed(target))

@@ -252,7 +252,7 @@ def test_a_teachers_features(own, command, tmp_path):
     rows = unit(np.load(workdir / "select/features-public/features.npy"))
     rows = beside(rows, np.load(workdir / "select/patches/patches.npy"), 1.0)
     want = maxherding(rows, 60, np.random.default_rng(0), 10)
-    with np.load(workdir / "select/features-maxherding-60-seed0/ids.npz") as file:
+    with np.load(workdir / "select/public-maxherding-60-seed0/ids.npz") as file:
         np.testing.assert_array_equal(file["ids"], want)
     student = workdir / "distill/features-maxherding-logits-pool-60-seed0/inputs.json"
     taught = json.loads((workdir / "pretrain/public/result.json").read_text())
