@@ -129,4 +129,7 @@ if __name__ == "__main__":
 
     for module in (*ALSO, *MODULES):
         importlib.import_module(module)
+    VITS = importlib.import_module("qmx.models.vit").VITS
+    small_vit = importlib.import_module("small_vit")
+    VITS[small_vit.NAME] = small_vit.SMALL
     serve(socket.socket(fileno=int(sys.argv[1])))

@@ -15,6 +15,7 @@ import torch_reference as reference
 from conftest import ROOT
 from record_vits import weights
 from safetensors.numpy import save_file
+from small_vit import NAME, SMALL
 from test_ten_steps import CLASSES, SIDE, STEPS, batches, keys, trained, view
 from torch_reference import torch
 
@@ -26,7 +27,6 @@ from qmx.models import from_torch
 from qmx.models.to_torch import to_torch
 from qmx.models.vit import VITS, Arch, Block, ViT
 from qmx.optim import kernels_only
-from qmx.ranges import WORDS
 
 ARCH = Arch("dinov2_reg", dim=8, depth=2, heads=2, hidden=16, patch=2, registers=2)
 RATE, DECAY, LAYER_DECAY = 2**-7, 2**-3, 0.75
@@ -250,9 +250,7 @@ def test_devices(environment):
     assert done.returncode == 0, done.stderr
 
 
-# The command, with a target and a student of two blocks, on grey images of 8 pixels.
-SMALL = Arch("vit_hf", dim=16, depth=2, heads=2, hidden=32, patch=4)
-NAME = "vit_small_hf"
+# The command, with a target and a student of tests/small_vit.py.
 
 
 def file_of(path, channels, arch=SMALL, classes=10, side=8):
@@ -285,7 +283,6 @@ def file_of(path, channels, arch=SMALL, classes=10, side=8):
 def arguments(tmp_path, monkeypatch):
     """Of a run whose student starts from a file of three channels, and whose target is another."""
     monkeypatch.setitem(VITS, NAME, SMALL)
-    monkeypatch.setitem(WORDS, "student.arch", (NAME, "resnet8"))
     file_of(tmp_path / "student.safetensors", 3)
     file_of(tmp_path / "target.safetensors", 1, side=12)
     return [
