@@ -14,11 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-COMMAND = [
-    sys.executable,
-    "-m",
-    "qmx.main",
-    "--config=configs/digits.py",
+COMMAND = [sys.executable, "-m", "qmx.main"]
+SHORT = [
     "--config.seeds=(0,)",
     "--config.fractions=(0.05,1.0)",
     "--config.queries=()",

@@ -33,7 +33,7 @@ import tempfile
 from pathlib import Path
 
 from fault_files import damage, full, locked
-from fault_runs import Bench
+from fault_runs import SHORT, Bench
 from fault_signals import commits, interrupts, kills, metrics, together
 
 PARTS = {
@@ -60,6 +60,7 @@ def main() -> int:
     parser.add_argument("--disk", type=int, default=48, help="MB of the small disk")
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--config", default="configs/digits.py", help="of the short run")
     given, words = parser.parse_known_args()
     found = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -69,6 +70,7 @@ def main() -> int:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
             **os.environ,
         }
+        words = [f"--config={given.config}", *SHORT, *words]
         bench = Bench(root, given, words, environment)
         process = bench.start(root / "undisturbed")
         _, err = process.communicate()

@@ -260,11 +260,8 @@ def test_faults(environment):
             "--parts=kills,together",
             "--kills=1",
             "--tries=1",
-            # Few images, a small network, one student, no encoder.
-            "--config.student.arch=resnet8_pool",
-            "--config.target.arch=resnet8_pool",
-            "--config.student.dtype=float32",
-            "--config.target.precision=float32",
+            # Few images, one student, no encoder.
+            "--config=tests/one_block.py",
             "--config.data.limit=200",
             "--config.target.epochs=1",
             "--config.distill.epochs=0.1",
