@@ -21,6 +21,7 @@ import argparse
 import shlex
 import sqlite3
 import sys
+from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
@@ -44,14 +45,15 @@ class Parser(argparse.ArgumentParser):
         sys.exit(fail(f"{message}; --help shows how", MISTAKE))
 
 
-def main(argv: list[str]) -> int:
-    """Run one command, and return the exit status."""
-    parser = Parser(
+@cache
+def parser() -> Parser:
+    """Of the command line."""
+    made = Parser(
         prog="python -m qmx.ledger",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    commands = made.add_subparsers(dest="command", required=True, parser_class=Parser)
     for name in ("summary", "verify", "export", "replay", "forget"):
         command = commands.add_parser(
             name, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -65,7 +67,12 @@ def main(argv: list[str]) -> int:
             command.add_argument("out", type=Path, nargs="?")
         if name in ("export", "replay", "forget"):
             command.add_argument("--target")
-    args = parser.parse_args(argv)
+    return made
+
+
+def main(argv: list[str]) -> int:
+    """Run one command, and return the exit status."""
+    args = parser().parse_args(argv)
     try:
         if not args.file.is_file():
             raise ValueError(f"{args.file}: no such file")
