@@ -58,7 +58,7 @@ METHODS = {  # eight groups of four images; one group over all of them
         network(8, (1, 1)), models.moco_head(16), VIEW, queue_size=2 * BATCH, decay=0.9
     ),
     "simsiam": simsiam.make(
-        NET, models.simsiam_projector(16, 2), models.simsiam_predictor(8), VIEW
+        NET, models.simsiam_projector(16, 2), models.simsiam_predictor(8), WEAK
     ),
     "rotation": rotation.make(NET, models.classifier(4), WEAK),
     # The scores say nothing, so that it is never very sure. Both views without colours, whose

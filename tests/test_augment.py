@@ -216,10 +216,16 @@ def test_crop_does_not_look_past_its_box():
 # The box.
 
 
-def draw_boxes(count, height, width, scale, ratio, seed=0):
-    keys = jax.random.split(jax.random.key(seed), count)
-    size = jnp.array([height, width], jnp.float32)
-    return np.asarray(quick(jax.vmap(lambda key: crop_box(key, size, scale, ratio)))(keys))
+DRAWN = 10_000
+boxes_of = jax.vmap(crop_box, (0, None, None, None))
+
+
+def draw_boxes(count, *of, seed=0):
+    """The first so many boxes of `DRAWN`: one program for all sizes, scales and ratios."""
+    keys = jax.random.split(jax.random.key(seed), DRAWN)
+    height, width, scale, ratio = of
+    given = np.float32([[height, width], scale, ratio])
+    return np.asarray(quick(boxes_of)(keys, *given))[:count]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from conftest import LEVEL, QUICKLY, ROOT
 pytestmark = pytest.mark.slow
 
 METHODS = ("moco", "simsiam", "rotation", "fixmatch", "distill")
-STEPS = 20
+STEPS = 14  # two dispatches of six, and what is left
 
 
 # Those whose batches are made each way there is: whole epochs of images alone; and epochs that run
@@ -106,7 +106,7 @@ KINK = 2e-3
 
 
 def assert_same(a, b, rtol, atol, of_momenta=None, methods=METHODS, kinks=0):
-    """The losses of 20 steps, every leaf of the last states, the answers and the neighbours.
+    """The losses of all steps, every leaf of the last states, the answers and the neighbours.
 
     `kinks` is how many of the methods may meet a kink that changes the leaves by more, up to
     `KINK`: a difference that is not rounding's shows in all methods, and in float64.
