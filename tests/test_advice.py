@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, TINY
+from numbered import images, logits_of
 from test_cache import make
 from test_data import load
-from test_ledger import Target, images, logits_of
+from test_ledger import Target
 from test_ledger_commands import command as ledger_command
 from test_named import arrays, write
 from test_photos import tree

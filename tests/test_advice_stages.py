@@ -19,13 +19,14 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY
 from ml_collections import ConfigDict, FrozenConfigDict
+from numbered import images
 from PIL import Image
 from safetensors.numpy import save_file
 from test_advice import advice
 from test_advice_config import checked
 from test_data import load
 from test_encoders import file, photos  # noqa: F401
-from test_ledger import Target, images
+from test_ledger import Target
 from test_ledger_commands import command as ledger_command
 from test_methods import QUICK, batch, make, plain
 from test_photos import tree

@@ -12,9 +12,9 @@ import jsonschema
 import numpy as np
 import pytest
 from conftest import ROOT
+from numbered import images, logits_of, numbers_of
 from scipy.spatial.distance import cdist
 from scipy.stats import shapiro
-from test_ledger import images, logits_of, numbers_of
 from test_ledger_commands import command as ledger_command
 
 from qmx import detect

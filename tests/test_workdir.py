@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ONE_BLOCK, ROOT, TINY, table
-from test_ledger import Target, images
+from numbered import images
+from test_ledger import Target
 from test_ledger_commands import command as ledger_command
 from test_named import arrays
 

@@ -11,29 +11,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from numbered import images, logits_of, numbers_of, refuse
 from scipy.special import softmax
 
 import qmx
 from qmx.ledger import Account, BudgetSpent, Ledger, Unavailable
 from qmx.ledger.access import ACCESS, as_logits, derive, one_hot_logits
-
-
-def images(*numbers):
-    """One image for each number, which it carries in its pixels."""
-    out = np.zeros((len(numbers), 4, 4, 1), np.uint8)
-    out[:, 0, 0, 0], out[:, 3, 1, 0] = np.divmod(np.array(numbers, int), 256)
-    return out
-
-
-def numbers_of(pixels):
-    return (pixels[:, 0, 0, 0].astype(int) * 256 + pixels[:, 3, 1, 0]).tolist()
-
-
-def logits_of(*numbers):
-    """What the target says of images; another vector for each, none of them round in decimal."""
-    return np.sin(
-        np.array(numbers, np.float32)[:, None] + np.array([1, 20, 300, 4000], np.float32)
-    ) * np.float32(7.3)
 
 
 class Target:
@@ -48,11 +31,6 @@ class Target:
             raise ConnectionError("the service is gone")
         self.sent += numbers_of(pixels)
         return derive(logits_of(*numbers_of(pixels)), "logits", self.access)
-
-
-def refuse(pixels):
-    """The query function of what must not be asked."""
-    raise AssertionError(f"{len(pixels)} images were sent")
 
 
 @pytest.fixture
@@ -226,7 +204,8 @@ def test_giving_up_while_waiting(ledger):
 # Asks for 0..99 in batches of 4; from batch `hang` on, the target does not come back.
 ASKING = """
 import sys, time
-from test_ledger import Ledger, images, logits_of, numbers_of
+from numbered import images, logits_of, numbers_of
+from qmx.ledger import Ledger
 
 path, hang = sys.argv[1], int(sys.argv[2])
 batches = 0
@@ -312,7 +291,8 @@ def test_a_process_killed_anywhere_loses_nothing(path, ledger, answers):
 
 READING = """
 import sys
-from test_ledger import Ledger, images, logits_of, refuse
+from numbered import images, logits_of, refuse
+from qmx.ledger import Ledger
 
 with Ledger(sys.argv[1], target="t") as ledger:
     for line in sys.stdin:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_ledger import Target, another_process, images, logits_of, numbers_of, refuse
+from numbered import images, logits_of, numbers_of, refuse
+from test_ledger import Target, another_process
 
 import qmx
 from qmx.ledger import BudgetSpent, Damaged, Ledger
@@ -108,7 +109,7 @@ WRITING = """
 import sys
 import numpy as np
 from qmx.ledger import Ledger
-from test_ledger import images, logits_of, numbers_of
+from numbered import images, logits_of, numbers_of
 
 path, start, stop, step = sys.argv[1], *map(int, sys.argv[2:])
 with Ledger(path, target="t") as ledger:

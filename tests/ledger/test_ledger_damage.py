@@ -5,7 +5,8 @@ import sqlite3
 
 import numpy as np
 import pytest
-from test_ledger import Target, images, logits_of
+from numbered import images, logits_of
+from test_ledger import Target
 from test_ledger_commands import command
 
 from qmx.ledger import Damaged, Ledger

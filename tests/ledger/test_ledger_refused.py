@@ -5,7 +5,7 @@ import sqlite3
 
 import numpy as np
 import pytest
-from test_ledger import images, logits_of, numbers_of, refuse
+from numbered import images, logits_of, numbers_of, refuse
 from test_ledger_commands import command
 
 from qmx.ledger import BudgetSpent, Ledger, Refused, TooManyRefused, Unavailable

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_ledger import Target, another_process, images, logits_of, numbers_of, refuse
+from numbered import images, logits_of, numbers_of, refuse
+from test_ledger import Target, another_process
 
 import qmx
 from qmx.ledger import Damaged, Ledger, Unwritten, file, sending
@@ -116,7 +117,8 @@ import sys, time
 from pathlib import Path
 import numpy as np
 from qmx.ledger import sending
-from test_ledger import Ledger, images, logits_of, numbers_of, refuse
+from numbered import images, logits_of, numbers_of, refuse
+from qmx.ledger import Ledger
 
 disk, sent, waits = Path(sys.argv[1]), [], []
 filler = disk / "filler"

@@ -6,7 +6,8 @@ import sqlite3
 import numpy as np
 import pytest
 from conftest import TINY, table
-from test_ledger import Target, images, logits_of, refuse
+from numbered import images, logits_of, refuse
+from test_ledger import Target
 
 from qmx.ledger import BudgetSpent, Ledger, pixel_digests
 from qmx.ledger.__main__ import main

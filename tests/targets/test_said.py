@@ -12,7 +12,7 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
-from test_ledger import images
+from numbered import images
 
 from qmx.ledger import Ledger, Unavailable
 from qmx.targets import http, served
