@@ -93,7 +93,9 @@ def test_bare_box(hurried, tmp_path):
     by name."""
     (tmp_path / "sitecustomize.py").write_text(BLOCK)
     began, out = time.monotonic(), tmp_path / "out"
-    process = start(out, {**hurried, "PYTHONPATH": str(tmp_path)}, "--minutes=3", "--peers", "eager")
+    process = start(
+        out, {**hurried, "PYTHONPATH": str(tmp_path)}, "--minutes=3", "--peers", "eager"
+    )
     status, parts, _ = finish(process)
     assert status == 0 and time.monotonic() - began < 180 + 20
     assert [said["state"] for said in parts.values()] == ["done"] * 3 + ["skipped"] * 3
@@ -120,7 +122,9 @@ def test_bare_box(hurried, tmp_path):
 
     # A second call finds every row; PyTorch, whose turn it is, crashes, and is left out.
     (tmp_path / "torch.py").write_text("import os\nos.kill(os.getpid(), 11)\n")
-    process = start(out, {**hurried, "PYTHONPATH": str(tmp_path)}, "--minutes=3", "--parts", "steps")
+    process = start(
+        out, {**hurried, "PYTHONPATH": str(tmp_path)}, "--minutes=3", "--parts", "steps"
+    )
     status, parts, said = finish(process)
     assert "steps: crashed with status -11; once more, without PyTorch" in said
     assert status == 0 and parts["steps"]["state"] == "done" and len(summary(out)) == 2
