@@ -104,7 +104,11 @@ def pytest_unconfigure():
         shutil.rmtree(COMPILED, ignore_errors=True)
 
 
-FIRST = {"test_invariance.py", "test_processes.py", "test_benchmarks.py"}
+# The three are slow, and the others the longest of the quick ones that would come late.
+FIRST = {
+    f"test_{name}.py"
+    for name in ("invariance", "processes", "benchmarks", "workdir", "augment", "served", "parity")
+}
 
 
 def pytest_collection_modifyitems(items):
