@@ -117,17 +117,8 @@ ZERO = {
     *("head_learning_rate", "warmup_epochs", "warmup_start", "milestones", "factor", "momentum"),
     *("weight_decay", "min_steps", "drop_path", "limit", "mean", "size", "jitter", "flip_p"),
     *("jitter_p", "grey_p", "blur_p", "scale", "channels", "expect", "retries", "max_refused"),
-    *(
-        "rate",
-        "decay",
-        "similarity",
-        "patches",
-        "head_power",
-        "threshold",
-        "guess_temperature",
-        "guess_decay",
-    ),
-    *("weight", "fixmatch.epochs", "above", "head.hidden", "decays"),
+    *("rate", "decay", "similarity", "patches", "threshold", "guess_temperature", "guess_decay"),
+    *("head_power", "weight", "fixmatch.epochs", "above", "head.hidden", "decays"),
 }
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from qmx.metrics import nearest
 
 TOLERANCE, ITERATIONS = 1e-6, 100  # of the conjugate gradients
+FLOOR = 1e-6  # below a propagated score, so that a head can name a class of which nothing came
 
 
 def propagate(
@@ -83,9 +84,6 @@ def spread(
     scores = np.where(total > 0, reached / np.maximum(total, 1), 1 / reached.shape[1])
     scores[ids] = probabilities
     return scores.astype(np.float32)
-
-
-FLOOR = 1e-6  # of a propagated score, so that a head can name a class that nothing of reached
 
 
 def with_head(scores: np.ndarray, ids: np.ndarray, told: np.ndarray, power: float) -> np.ndarray:

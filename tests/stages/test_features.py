@@ -37,3 +37,6 @@ def test_propagation_with_a_head(tmp_path):
     assert np.abs(found - plain).max() > 0.1
     right = [(x.argmax(1) == of).mean() for x in (found, plain)]
     assert right[0] >= right[1] - 0.02, right
+    labels = features.propagate(ids, np.eye(4, dtype=np.float32)[of[ids]], keys)
+    np.testing.assert_allclose(labels.sum(1), 1, atol=1e-5)  # of answers that are labels alone too
+    assert (labels.argmax(1) == of).mean() > 0.9
