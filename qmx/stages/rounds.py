@@ -45,7 +45,7 @@ def in_rounds(run: Run, cell: Cell, features: Features, target: Target) -> np.nd
     ids, keys = random_order(pool.size, cell.seed)[:first], list[bytes]()
     say(
         f"{cell.select} chooses {cell.queries} of {pool.size} images in {len(later)} rounds by the"
-        f" answers to those before, over the features of {cell.init} seed {cell.seed}"
+        f" answers to those before, over the features of {features.encoder.init} seed {cell.seed}"
     )
     for number, share in enumerate(later):
         new = ids[len(keys) :]
