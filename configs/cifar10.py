@@ -137,13 +137,11 @@ def laptop(config: ConfigDict) -> None:
     # Of an encoder that is brought along as `public`.
     config.pretrain.features.update(epochs=10.0, batch_size=128, schedule="cosine")
 
-    # 250 images and fewer, and more.
+    # 250 images and fewer, and more. Students of the pool see it three times: once is too little to
+    # learn what is propagated.
     inits = ("rotation", "moco", "simsiam", "fastsiam", "emp_ssl", "features")
     del config.recipes.scratch, config.recipes.tune
-    config.recipes.update(on_two_cores(inits, above=0.005))
-    # Students of the pool see it three times: once is too little to learn what is propagated.
-    for keys in config.recipes.values():
-        keys.epochs = 3.0
+    config.recipes.update(on_two_cores(inits, above=0.005, epochs=3.0))
     # The best of 48 by the labels of 12,000 images of the pool (one encoder): 44.1 % of the others
     # are told by 50 labels, 56.1 by 500; without patches 42 and 50.
     config.selection.patches = 0.5

@@ -68,12 +68,14 @@ def recipe(
     return ConfigDict({**keys, "inits": inits, "above": above, "up_to": up_to})
 
 
-def on_two_cores(inits: tuple[str, ...], above: float) -> dict[str, ConfigDict]:
+def on_two_cores(
+    inits: tuple[str, ...], above: float, epochs: float = 1.0
+) -> dict[str, ConfigDict]:
     """Recipes by name, of students that begin with nothing and of those that begin with one of
     `inits`: 600 steps of 64 images, and 1,200 above a share of the pool.
 
-    All students of a budget take as many steps, whatever they start from. Those of the pool take at
-    least as many as it has batches. Steps and rates are ours, chosen on Fashion-MNIST by images of
+    All students of a budget take as many steps, whatever they start from. Those of the pool see it
+    at least `epochs` times. Steps and rates are ours, chosen on Fashion-MNIST by images of
     the pool (benchmarks/README.md, "Real images on two cores").
     """
     made = {}
@@ -82,7 +84,7 @@ def on_two_cores(inits: tuple[str, ...], above: float) -> dict[str, ConfigDict]:
         ("many", 1200, dict(above=above)),
     ):
         keys: dict[str, Any] = dict(
-            epochs=1.0, min_steps=steps, batch_size=64, schedule="cosine", **share
+            epochs=epochs, min_steps=steps, batch_size=64, schedule="cosine", **share
         )
         made[f"scratch_{name}"] = recipe(
             ("none",), learning_rate=0.05, head_learning_rate=0.05, **keys
