@@ -11,16 +11,37 @@ from conftest import ROOT
 
 from qmx.models.resnet import ARCHS
 
+BENCHMARKS = ROOT / "benchmarks"
+
+
+@pytest.fixture
+def printed(monkeypatch, capsys):
+    """printed(file, *words) -> the lines that a benchmark prints, as its own program, in this
+    process: it imports nothing anew, and one compilation serves all that have the same step."""
+
+    def run(file, *words):
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+        monkeypatch.setattr(sys, "argv", [str(BENCHMARKS / file), *words])
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+@pytest.fixture
+def last_line(printed):
+    """last_line(file, *words) -> the JSON that a benchmark ends with."""
+    return lambda file, *words: json.loads(printed(file, *words)[-1])
+
 
 @pytest.mark.slow
-def test_step_time(environment):
+def test_step_time(last_line):
     """A row for each method and the inference, with positive times, PyTorch beside them.
 
     Distillation and MoCo are timed beside PyTorch in tests/test_gpu_benchmark.py.
     """
     rows = last_line(
-        environment,
-        "benchmarks/step_time.py",
+        "step_time.py",
         "--arch=one_block",
         "--batch=8",
         "--queue=16",
@@ -40,12 +61,11 @@ def test_step_time(environment):
 
 
 @pytest.mark.slow
-def test_convolutions(environment):
+def test_convolutions(last_line):
     """A time of both sides for every part of each shape, and the sums that count a shape as often
     as it occurs."""
     figures = last_line(
-        environment,
-        "benchmarks/convolutions.py",
+        "convolutions.py",
         "--arch=one_block",
         "--size=8",
         "--channels=1",
@@ -71,7 +91,7 @@ def test_layers(monkeypatch):
 
 
 @pytest.mark.slow
-def test_moco_cifar10(environment, tmp_path):
+def test_moco_cifar10(printed, tmp_path):
     """A row for each epoch, the neighbours asked where they should be, beside the notebook's
     figures."""
     rng = np.random.default_rng(0)
@@ -82,8 +102,7 @@ def test_moco_cifar10(environment, tmp_path):
             label=np.arange(count) % 10,
         )
     lines = printed(
-        environment,
-        "benchmarks/moco_cifar10.py",
+        "moco_cifar10.py",
         f"--pool={tmp_path}/pool.npz",
         f"--evaluation={tmp_path}/evaluation.npz",
         "--epochs=2",
@@ -102,30 +121,12 @@ def test_moco_cifar10(environment, tmp_path):
     )
 
 
-def printed(environment, *command):
-    """The lines that a benchmark prints."""
-    return subprocess.run(
-        [sys.executable, "tests/one_block.py", *command],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.splitlines()
-
-
-def last_line(environment, *command):
-    """The JSON that a benchmark ends with."""
-    return json.loads(printed(environment, *command)[-1])
-
-
 @pytest.mark.slow
-def test_input_pipeline(environment):
+def test_input_pipeline(last_line):
     """A rate for each part of the way from photos to views, for all together, and for the step that
     consumes them."""
     figures = last_line(
-        environment,
-        "benchmarks/input_pipeline.py",
+        "input_pipeline.py",
         "--photos=12",
         "--repeats=1",
         "--batch=4",
@@ -154,11 +155,10 @@ def test_input_pipeline(environment):
 
 
 @pytest.mark.slow
-def test_target_throughput(environment):
+def test_target_throughput(last_line):
     """A rate for the target, for the ledger and for both, which is no higher than either."""
     rates = last_line(
-        environment,
-        "benchmarks/target_throughput.py",
+        "target_throughput.py",
         "--arch=one_block",
         "--size=8",
         "--images=48",
@@ -169,12 +169,11 @@ def test_target_throughput(environment):
 
 
 @pytest.mark.slow
-def test_scaling(environment):
+def test_scaling(last_line):
     """A row for each number of devices; the table's hours are images over rates, and nothing is
     invented."""
     figures = last_line(
-        environment,
-        "benchmarks/scaling.py",
+        "scaling.py",
         "--devices",
         "2",
         "--size=8",
@@ -207,15 +206,15 @@ def test_scaling_refuses(monkeypatch, tmp_path):
     for words in (["--rates-from", str(other)], ["--rates", "mocco=1"], ["--rates", "moco=fast"]):
         monkeypatch.setattr(sys, "argv", ["scaling.py", *words])
         with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(ROOT / "benchmarks/scaling.py"), run_name="__main__")
+            runpy.run_path(str(BENCHMARKS / "scaling.py"), run_name="__main__")
         # Text, which Python prints to standard error before it ends with status 1.
         assert stop.value.code.startswith("scaling: --rates") and "\n" not in stop.value.code
 
 
 @pytest.mark.slow
-def test_start(environment):
+def test_start(last_line):
     """The three ratios, of which the first is one."""
-    rows = last_line(environment, "benchmarks/start.py", "--runs=1")["rows"]
+    rows = last_line("start.py", "--runs=1")["rows"]
     assert (
         rows[0]["clock_ratio"] == 1
         and len(rows) == 3
@@ -224,11 +223,10 @@ def test_start(environment):
 
 
 @pytest.mark.slow
-def test_growth(environment):
+def test_growth(last_line):
     """A row for each size of each of what grows."""
     figures = last_line(
-        environment,
-        "benchmarks/growth.py",
+        "growth.py",
         "--arch=one_block",
         "--size=8",
         "--batch=8",
@@ -285,11 +283,10 @@ def test_faults(environment):
 
 
 @pytest.mark.slow
-def test_overhead(environment):
+def test_overhead(last_line):
     """A ratio for each pair, of trainings that both went to the end."""
     figures = last_line(
-        environment,
-        "benchmarks/overhead.py",
+        "overhead.py",
         "--arch=one_block",
         "--size=8",
         "--batch=16",
@@ -304,11 +301,10 @@ def test_overhead(environment):
 
 
 @pytest.mark.slow
-def test_feeding(environment):
+def test_feeding(last_line):
     """A row for each training and way, the host's beside itself."""
     rows = last_line(
-        environment,
-        "benchmarks/feeding.py",
+        "feeding.py",
         "--config=tests/one_block.py",
         "--steps=4",
         "--turns=1",
@@ -322,12 +318,11 @@ def test_feeding(environment):
 
 
 @pytest.mark.slow
-def test_selection(environment):
+def test_selection(last_line):
     """A time for each way."""
     ways = ["balanced", "kcenter", "typiclust", "probcover", "propagate"]
     figures = last_line(
-        environment,
-        "benchmarks/selection.py",
+        "selection.py",
         "--images=300",
         "--dimension=8",
         "--budget=20",
@@ -339,9 +334,7 @@ def test_selection(environment):
 
 
 @pytest.mark.slow
-def test_ledger(environment):
+def test_ledger(last_line):
     """A time for each part."""
-    figures = last_line(
-        environment, "benchmarks/ledger.py", "--rows=5000", "--classes=10", "--budget"
-    )
+    figures = last_line("ledger.py", "--rows=5000", "--classes=10", "--budget")
     assert [*figures["parts"]] == ["write", "resume", "read"] and figures["file_bytes"] > 5000 * 20
