@@ -54,17 +54,17 @@ class Bench(NamedTuple):
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
-    def fork(self, workdir: Path) -> multiprocessing.Process:
+    def fork(self, workdir: Path, told: str = "err") -> multiprocessing.Process:
         """The command in a process that has imported all modules already, and computed nothing; its
-        standard error is in `root`/err."""
-        made = multiprocessing.get_context("fork").Process(target=self._call, args=(workdir,))
+        standard error is in `root`/`told`."""
+        made = multiprocessing.get_context("fork").Process(target=self._call, args=(workdir, told))
         made.start()
         return made
 
-    def _call(self, workdir: Path) -> None:
+    def _call(self, workdir: Path, told: str) -> None:
         from qmx.main import main
 
-        with open(self.root / "err", "w") as err, open(os.devnull, "w") as out:
+        with open(self.root / told, "w") as err, open(os.devnull, "w") as out:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 status = main([*COMMAND[2:], *self.words, f"--workdir={workdir}"])
         os._exit(status)

@@ -2,10 +2,8 @@
 together."""
 
 import collections
-import importlib
 import json
 import math
-import os
 import random
 import shutil
 import signal
@@ -43,9 +41,6 @@ def kills(bench: Bench) -> dict:
     given = bench.given
     draw, count, wrong, runs, lost = random.Random(given.seed), collections.Counter(), 0, 0, 0
     twice = 0
-    os.environ |= bench.environment
-    for module in MODULES:
-        importlib.import_module(module)
     process = bench.fork(bench.root / "again")  # a whole run, compiled
     longest = 0.0
     while process.is_alive():
@@ -230,13 +225,15 @@ def together(bench: Bench) -> dict:
     draw, wrong, refused = random.Random(bench.given.seed), 0, 0
     for place in range(bench.given.tries):
         workdir = bench.root / f"both{place}"
-        processes = [bench.start(workdir)]
+        processes = {"first": bench.fork(workdir, "first")}
         time.sleep(draw.uniform(0, 3))
-        processes.append(bench.start(workdir))
-        lines = [process.communicate()[1].splitlines()[-1] for process in processes]
+        processes["second"] = bench.fork(workdir, "second")
+        for process in processes.values():
+            process.join()
+        lines = [(bench.root / name).read_text().splitlines()[-1] for name in processes]
         told = [line for line in lines if " works in " in line and line.startswith("qmx: ")]
         refused += len(told)
-        ended = sorted(process.returncode for process in processes) == [0, 2]
+        ended = sorted(process.exitcode for process in processes.values()) == [0, 2]
         if not (len(told) == 1 and ended) or bench.fault(workdir, 0):
             wrong += 1
             account = json.loads((workdir / "results.json").read_text())["account"]

@@ -26,6 +26,7 @@ asked twice, and no file may be half written. Prints a line for each finished ru
 """
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -34,7 +35,7 @@ from pathlib import Path
 
 from fault_files import damage, full, locked
 from fault_runs import SHORT, Bench
-from fault_signals import commits, interrupts, kills, metrics, together
+from fault_signals import MODULES, commits, interrupts, kills, metrics, together
 
 PARTS = {
     part.__name__: part
@@ -72,9 +73,12 @@ def main() -> int:
         }
         words = [f"--config={given.config}", *SHORT, *words]
         bench = Bench(root, given, words, environment)
-        process = bench.start(root / "undisturbed")
-        _, err = process.communicate()
-        assert process.returncode == 0, err
+        os.environ |= environment
+        for module in MODULES:
+            importlib.import_module(module)
+        process = bench.fork(root / "undisturbed")
+        process.join()
+        assert process.exitcode == 0, (root / "err").read_text()
         for part in given.parts.split(","):
             found[part] = PARTS[part](bench)
             print(json.dumps({part: found[part]}), flush=True)

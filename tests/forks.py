@@ -115,7 +115,7 @@ def serve(asked):
                 os.close(file)
             os.environ |= what["environment"]
             sys.argv = ["qmx", *what["words"]]
-            from qmx.__main__ import run
+            from one_block import run
 
             run()
         for file in files:

@@ -23,12 +23,17 @@ def get_config(words=""):
     return config
 
 
-if __name__ == "__main__":
+def run():
+    """Run the benchmark that the command line begins with, or `qmx`; ends the process."""
     if sys.argv[1:2] and sys.argv[1].endswith(".py"):
         sys.argv.pop(0)
         sys.path[0] = str(Path(sys.argv[0]).parent)
         runpy.run_path(sys.argv[0], run_name="__main__")
-    else:
-        from qmx.__main__ import run
+        sys.exit()
+    from qmx.__main__ import run as command
 
-        run()
+    command()
+
+
+if __name__ == "__main__":
+    run()

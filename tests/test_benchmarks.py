@@ -2,7 +2,6 @@
 
 import json
 import runpy
-import subprocess
 import sys
 
 import numpy as np
@@ -249,33 +248,26 @@ def test_growth(last_line):
 
 
 @pytest.mark.slow
-def test_faults(environment):
+def test_faults(process):
     """After a kill the same command goes on to the same table."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "benchmarks/faults.py",
-            "--parts=kills,together",
-            "--kills=1",
-            "--tries=1",
-            # Few images, one student, no encoder.
-            "--config=tests/one_block.py",
-            "--config.data.limit=200",
-            "--config.target.epochs=1",
-            "--config.distill.epochs=0.1",
-            "--config.distill.batch_size=16",
-            "--config.inits=('none',)",
-            "--config.also=()",
-            "--config.save_minutes=0.02",
-        ],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
+    status, out, err = process(
+        "benchmarks/faults.py",
+        "--parts=kills,together",
+        "--kills=1",
+        "--tries=1",
+        # Few images, one student, no encoder.
+        "--config=tests/one_block.py",
+        "--config.data.limit=200",
+        "--config.target.epochs=1",
+        "--config.distill.epochs=0.1",
+        "--config.distill.batch_size=16",
+        "--config.inits=('none',)",
+        "--config.also=()",
+        "--config.save_minutes=0.02",
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert status == 0, out + err
     told = {}
-    for line in done.stdout.splitlines():
+    for line in out.splitlines():
         told |= json.loads(line) if line.startswith("{") else {}
     assert (told["kills"]["kills"], told["kills"]["runs"]) == (1, 1)
     assert not told["kills"]["images_asked_twice"]
