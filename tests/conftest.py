@@ -12,7 +12,9 @@ import io
 import itertools
 import json
 import os
+import runpy
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -191,6 +193,22 @@ def command():
         ):
             status = main(["qmx.main", *map(str, arguments)])
         return status, out.getvalue(), err.getvalue()
+
+    return run
+
+
+@pytest.fixture
+def printed(monkeypatch, capsys):
+    """printed(file, *words) -> the lines that a benchmark prints, as its own program, in this
+    process: it imports nothing anew, and one compilation serves all that have the same step."""
+
+    def run(file, *words):
+        path = ROOT / "benchmarks" / file
+        monkeypatch.syspath_prepend(str(path.parent))
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", [str(path), *words])
+        runpy.run_path(str(path), run_name="__main__")
+        return capsys.readouterr().out.splitlines()
 
     return run
 

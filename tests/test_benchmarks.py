@@ -14,20 +14,6 @@ BENCHMARKS = ROOT / "benchmarks"
 
 
 @pytest.fixture
-def printed(monkeypatch, capsys):
-    """printed(file, *words) -> the lines that a benchmark prints, as its own program, in this
-    process: it imports nothing anew, and one compilation serves all that have the same step."""
-
-    def run(file, *words):
-        monkeypatch.syspath_prepend(str(BENCHMARKS))
-        monkeypatch.setattr(sys, "argv", [str(BENCHMARKS / file), *words])
-        runpy.run_path(sys.argv[0], run_name="__main__")
-        return capsys.readouterr().out.splitlines()
-
-    return run
-
-
-@pytest.fixture
 def last_line(printed):
     """last_line(file, *words) -> the JSON that a benchmark ends with."""
     return lambda file, *words: json.loads(printed(file, *words)[-1])
@@ -94,7 +80,7 @@ def test_moco_cifar10(printed, tmp_path):
     """A row for each epoch, the neighbours asked where they should be, beside the notebook's
     figures."""
     rng = np.random.default_rng(0)
-    for name, count in (("pool", 200), ("evaluation", 16)):
+    for name, count in (("pool", 128), ("evaluation", 32)):
         np.savez(
             tmp_path / f"{name}.npz",
             image=rng.integers(0, 256, (count, 32, 32, 3), np.uint8),
@@ -105,7 +91,7 @@ def test_moco_cifar10(printed, tmp_path):
         f"--pool={tmp_path}/pool.npz",
         f"--evaluation={tmp_path}/evaluation.npz",
         "--epochs=2",
-        "--batch=64",
+        "--batch=32",
         "--arch=one_block",
         "--dtype=bfloat16",
         "--evaluate-at",
@@ -129,7 +115,7 @@ def test_input_pipeline(last_line):
         "--photos=12",
         "--repeats=1",
         "--batch=4",
-        "--size=16",
+        "--size=8",
         "--step",
         "--arch=one_block",
     )

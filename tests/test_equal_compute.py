@@ -1,16 +1,13 @@
 """The benchmark of ways of pretraining at equal processor time."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
 
 
 @pytest.mark.slow
-def test_equal_compute(environment, tmp_path):
+def test_equal_compute(printed, tmp_path):
     """A row for each method, with the time that it was given, within what a step takes."""
     from sklearn.datasets import load_digits
 
@@ -18,17 +15,18 @@ def test_equal_compute(environment, tmp_path):
     images = digits.images.astype(np.uint8)[..., None] * 15
     for name, part in (("pool", slice(1200)), ("test", slice(1200, None))):
         np.savez(tmp_path / name, image=images[part], label=digits.target[part])
-    line = f"--pool={tmp_path}/pool.npz --evaluation={tmp_path}/test.npz --config=digits --draws=1"
-    done = subprocess.run(
-        [sys.executable, "benchmarks/equal_compute.py", *line.split(), "--minutes=0.05"]
-        + ["--cores=1", "--methods", "moco", "--budgets", "50", "100"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
+    line = f"--pool={tmp_path}/pool.npz --evaluation={tmp_path}/test.npz --draws=1 --minutes=0.05"
+    *table, last = printed(
+        "equal_compute.py",
+        *line.split(),
+        "--config=tests/one_block.py",
+        "--cores=1",
+        "--methods",
+        "moco",
+        "--budgets",
+        "50",
+        "100",
     )
-    assert done.returncode == 0, done.stderr
-    *table, last = done.stdout.splitlines()
     rows = json.loads(last)["rows"]
     (row,) = rows
     assert row["method"] == "moco" and len(table) == 3

@@ -132,11 +132,19 @@ def test_bare_box(hurried, tmp_path):
 
 
 @pytest.mark.slow
-def test_images(hurried, tmp_path):
-    """The parts that need images, in the tiny form of their own making."""
-    process = start(tmp_path, hurried, "--minutes=3", "--parts", "input", "cifar")
-    status, parts, _ = finish(process)
-    assert status == 0 and [said["state"] for said in parts.values()] == ["done", "done"]
+def test_images(benchmarks, tmp_path):
+    """The parts that need images, in the tiny form of their own making: as in their processes, and
+    compiled with tests/test_benchmarks.py."""
+    from gpu import in_order
+    from gpu_summary import keep
+
+    wanted = ["input", "cifar"]
+    parts = {part: {"state": "waiting"} for part in wanted}
+    keep(tmp_path, [{"began": "now", "minutes": 3, "wanted": wanted, "parts": parts}])
+    images = {"pool": "", "evaluation": "", "peers": (), "until": time.monotonic() + 180}
+    in_order(SimpleNamespace(out=tmp_path, parts=wanted, tiny=True, **images))
+    parts = summary(tmp_path)[-1]["parts"]
+    assert [said["state"] for said in parts.values()] == ["done", "done"], parts
     rates = table_of(tmp_path, "input")["images_per_second"]
     assert {"decode", "to_device", "views", "step", "training"} <= {*rates}
     assert "shortfall" in (tmp_path / "input.md").read_text()
