@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from conftest import ROOT
+from one_block import NAME
 
 NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "docs/notebooks").glob("*.ipynb"))}
 
@@ -26,7 +27,7 @@ def run(tmp_path, monkeypatch):
 
     def cell_by_cell(name, steps):
         names = {}
-        first, *rest = cells(name, "code")
+        first, *rest = (code.replace("resnet8_narrow", NAME) for code in cells(name, "code"))
         first, found = re.subn(r"^STEPS = \d+", f"STEPS = {steps}", first, flags=re.MULTILINE)
         assert found == 1
         for number, code in enumerate((first, *rest)):
@@ -41,7 +42,7 @@ def run(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")
 def test_copy_digits(run):
     """The copies name the target's digit far more often than by chance, from 20 paid images."""
-    names, pictures = run("copy_digits", 60)
+    names, pictures = run("copy_digits", 260)
     assert pictures == 4
     assert names["target_top1"] > 60
     assert names["account"].images == names["account"].calls == 20
@@ -73,11 +74,11 @@ def test_audit_function(run, capsys):
 @pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")
 def test_encoders(run):
     """Features and scores come back from the files as they were; they know digits."""
-    names, pictures = run("encoders", 40)
+    names, pictures = run("encoders", 100)
     assert pictures == 2
     np.testing.assert_array_equal(names["features"], names["before"])
     np.testing.assert_array_equal(names["scores"], names["found"])
-    assert names["read"].facts["arch"] == "resnet8_narrow" and names["knn_top1"] > 60
+    assert names["read"].facts["arch"] == NAME and names["knn_top1"] > 60
     assert all(len(set(ids)) == 20 for ids in names["choices"].values())
     assert all(right > 25 for right in names["accuracy"].values()), names["accuracy"]
 
