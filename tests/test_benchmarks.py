@@ -19,8 +19,18 @@ def last_line(printed):
     return lambda file, *words: json.loads(printed(file, *words)[-1])
 
 
+@pytest.fixture
+def threads():
+    """PyTorch has as many threads afterwards as before."""
+    import torch
+
+    count = torch.get_num_threads()
+    yield
+    torch.set_num_threads(count)
+
+
 @pytest.mark.slow
-def test_step_time(last_line):
+def test_step_time(last_line, threads):
     """A row for each method and the inference, with positive times, PyTorch beside them.
 
     Distillation and MoCo are timed beside PyTorch in tests/test_gpu_benchmark.py.
