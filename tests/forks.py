@@ -1,12 +1,15 @@
-"""Processes of the command that need not import its modules: forks of one that has imported them
-and computed nothing. To import takes four seconds of a processor, more than most of them compute.
+"""Processes of the command, or of a script, that need not import their modules: forks of one that
+has imported them and computed nothing. To import takes four seconds of a processor, more than most
+of them compute.
 
     python tests/forks.py SOCKET    # which `Server` starts
 """
 
+import gc
 import importlib
 import json
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -31,6 +34,7 @@ class Server:
 
     def __init__(self, environment):
         self._here, there = socket.socketpair()
+        self._asking = threading.Lock()  # for an answer belongs to the last request
         with there:
             self._process = subprocess.Popen(
                 [sys.executable, __file__, str(there.fileno())],
@@ -41,8 +45,9 @@ class Server:
 
     def ask(self, what, *files):
         """The server's answer to a request, which gets these open files."""
-        socket.send_fds(self._here, [json.dumps(what).encode()], [*files])
-        return json.loads(self._here.recv(1 << 16))
+        with self._asking:
+            socket.send_fds(self._here, [json.dumps(what).encode()], [*files])
+            return json.loads(self._here.recv(1 << 16))
 
     def close(self):
         self._here.close()
@@ -50,7 +55,8 @@ class Server:
 
 
 class Fork:
-    """A command as subprocess.Popen has it, with text pipes for standard out and error."""
+    """A command, or a script if the first word is one, as subprocess.Popen has it, with text pipes
+    for standard out and error."""
 
     def __init__(self, server, words, environment):
         pipes = [os.pipe() for _ in range(2)]
@@ -114,6 +120,10 @@ def serve(asked):
                 os.dup2(file, number)
                 os.close(file)
             os.environ |= what["environment"]
+            if not what["words"][0].startswith("-") and what["words"][0].endswith(".py"):
+                sys.argv = what["words"]
+                runpy.run_path(sys.argv[0], run_name="__main__")
+                sys.exit()
             sys.argv = ["qmx", *what["words"]]
             from one_block import run
 
@@ -132,4 +142,6 @@ if __name__ == "__main__":
     VITS = importlib.import_module("qmx.models.vit").VITS
     small_vit = importlib.import_module("small_vit")
     VITS[small_vit.NAME] = small_vit.SMALL
+    gc.set_threshold(20_000)  # as in conftest.py
+    gc.freeze()
     serve(socket.socket(fileno=int(sys.argv[1])))

@@ -3,8 +3,6 @@
 import logging
 import random
 import re
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
@@ -12,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
 from safetensors.numpy import load_file, save_file
 
 import qmx
@@ -151,17 +148,13 @@ with Checkpoints(Path(sys.argv[1])) as checkpoints:
 
 
 @pytest.mark.slow
-def test_killed_while_saving(tmp_path):
+def test_killed_while_saving(start, tmp_path):
     """SIGKILL in the middle of saves: the newest good one is whole, and no older than the one
     before the last begun."""
     draw = random.Random(0)
+    (tmp_path / "saving.py").write_text(SAVING)
     for kill in range(4):
-        process = subprocess.Popen(
-            [sys.executable, "-c", SAVING, str(tmp_path / f"c{kill}")],
-            text=True,
-            stdout=subprocess.PIPE,
-            cwd=ROOT / "tests",
-        )
+        process = start(tmp_path / "saving.py", tmp_path / f"c{kill}")
         for _ in range(3):
             process.stdout.readline()
         time.sleep(draw.uniform(0, 0.3))

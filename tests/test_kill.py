@@ -57,30 +57,25 @@ def test_kill(finished, start, process, tmp_path):
 LONGER = [*TINY, "--stage=pretrain", "--config.inits=('moco',)", "--config.pretrain.moco.epochs=12"]
 
 
-@pytest.fixture(scope="module")
-def whole(command, tmp_path_factory):
-    """The encoder's directory of an undisturbed run that takes a second or two."""
-    workdir = tmp_path_factory.mktemp("whole") / "w"
-    assert command(*LONGER, f"--workdir={workdir}")[0] == 0
-    return workdir / "pretrain/moco-seed0"
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stop_and_go_on(whole, start, command, tmp_path, number):
+def test_stop_and_go_on(start, command, tmp_path):
     """SIGTERM and SIGINT finish the step, save, and end with 75; the same command goes on from
-    there, and the encoder is the same to the bit."""
-    parts = tmp_path / "w/pretrain/moco-seed0"
-    process = start(*LONGER, f"--workdir={tmp_path}/w")
-    assert wait_for(process, parts / "metrics.jsonl", lines=20)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 75, err
-    assert (
-        "stopped after step" in err.splitlines()[-1]
-        and "run the same command again" in err.splitlines()[-1]
-    )
+    there each time, and the encoder is that of an undisturbed run to the bit."""
+    whole, parts = (tmp_path / name / "pretrain/moco-seed0" for name in ("whole", "w"))
+    assert command(*LONGER, f"--workdir={tmp_path}/whole")[0] == 0
+    again = ""  # what the next call says first
+    for number, lines in ((signal.SIGTERM, 20), (signal.SIGINT, 60)):
+        process = start(*LONGER, f"--workdir={tmp_path}/w")
+        assert wait_for(process, parts / "metrics.jsonl", lines)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 75 and again in err, err
+        last = err.splitlines()[-1]
+        assert "stopped after step" in last and "run the same command again" in last
+        step = int(last.partition("stopped after step ")[2].split()[0])
+        assert step >= lines
+        again = f"goes on from {parts}/checkpoints/{step}\n"
     status, _, err = command(*LONGER, f"--workdir={tmp_path}/w")
-    assert status == 0 and f"goes on from {parts}/checkpoints/" in err
+    assert status == 0 and again in err, err
 
     digests = [json.loads((path / "result.json").read_text())["sha256"] for path in (whole, parts)]
     assert digests[0] == digests[1]
