@@ -2,18 +2,16 @@
 one dies."""
 
 import json
-import os
 import shutil
 import signal
 import socket
 import sqlite3
-import subprocess
-import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import ONE_BLOCK, QUICKLY, ROOT
+from conftest import ONE_BLOCK, QUICKLY
 
 # In float64, where the order of sums makes no difference that lasts.
 SHORT = [
@@ -81,7 +79,42 @@ def finish(processes, timeout=900):
 
 
 @pytest.fixture(scope="module")
-def workdirs(launch, tmp_path_factory):
+def meanwhile():
+    """meanwhile(processes) -> a future of what `finish` gives, which waits for a minute at most,
+    beside the other tests."""
+    with ThreadPoolExecutor() as waiting:
+        yield lambda processes: waiting.submit(finish, processes, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def with_an_error(start, meanwhile, tmp_path_factory):
+    """Two processes, the first or the second of which has an error, to their ends."""
+    script = tmp_path_factory.mktemp("error") / "failing.py"
+    script.write_text(
+        "import sys, jax; from qmx import sharding; jax.config.update('jax_platforms', 'cpu'); "
+        "port, index, failing = map(int, sys.argv[1:]); "
+        "sharding.connect(f'localhost:{port}', 2, index); sharding.any_process(False); "
+        "assert index != failing, 'alone with this'; sharding.any_process(False)"
+    )
+    ports = [free_port() for _ in range(2)]
+    return [
+        meanwhile([start(script, port, index, failing) for index in range(2)])
+        for failing, port in enumerate(ports)
+    ]
+
+
+@pytest.fixture(scope="module")
+def left_alone(launch, meanwhile, tmp_path_factory):
+    """The first of two processes, the second of which was killed, to its end."""
+    workdir = tmp_path_factory.mktemp("alone") / "w"
+    running = launch(2, 2, *PRETRAIN, f"--workdir={workdir}")
+    wait_for(running, workdir / "pretrain/moco-seed0/metrics.jsonl", 5)
+    running[1].kill()
+    return meanwhile(running)
+
+
+@pytest.fixture(scope="module")
+def workdirs(launch, with_an_error, tmp_path_factory):
     """The same run by one process of four devices, and by two of two."""
     root = tmp_path_factory.mktemp("processes")
     for name, processes in (("one", 1), ("two", 2)):
@@ -241,7 +274,7 @@ def test_target_elsewhere(launch, tmp_path):
 
 
 @pytest.mark.slow
-def test_stop_and_go_on(launch, tmp_path):
+def test_stop_and_go_on(launch, left_alone, tmp_path):
     """SIGTERM to one of two stops both after the same step with status 75, and one process alone
     goes on from there."""
     longer = [*PRETRAIN, f"--workdir={tmp_path}/w"]
@@ -258,42 +291,18 @@ def test_stop_and_go_on(launch, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_dead_process_ends_the_other(launch, tmp_path):
-    """Within a minute, with a message, and the same command goes on."""
-    running = launch(2, 2, *PRETRAIN, f"--workdir={tmp_path}/w")
-    wait_for(running, tmp_path / "w/pretrain/moco-seed0/metrics.jsonl", 5)
-    running[1].kill()
-    status, _, err = finish(running, timeout=60)[0]
+def test_a_dead_process_ends_the_other(left_alone):
+    """Within a minute, with a message."""
+    status, _, err = left_alone.result()[0]
     assert status not in (0, None) and err
 
 
 @pytest.mark.slow
-def test_an_error_in_one_ends_the_other():
+def test_an_error_in_one_ends_the_other(with_an_error):
     """Nor does an error that only one of them has, the first or the second, leave the other waiting
     for it."""
-    code = (
-        "import sys; from qmx import sharding; port, index, failing = map(int, sys.argv[1:]); "
-        "sharding.connect(f'localhost:{port}', 2, index); sharding.any_process(False); "
-        "assert index != failing, 'alone with this'; sharding.any_process(False)"
-    )
-
-    def start(failing):
-        port = str(free_port())
-        return [
-            subprocess.Popen(
-                [sys.executable, "-c", code, port, str(index), str(failing)],
-                cwd=ROOT,
-                env={**os.environ, "JAX_PLATFORMS": "cpu"},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for index in range(2)
-        ]
-
-    both = [start(failing) for failing in range(2)]  # they wait, and can do so at once
-    for failing, running in enumerate(both):
-        done = finish(running, timeout=60)
+    for failing, both in enumerate(with_an_error):
+        done = both.result()
         assert all(status != 0 for status, _, _ in done), done
         assert "alone with this" in done[failing][2], done
 
@@ -324,33 +333,26 @@ def test_half_a_cluster(command, tmp_path, words):
 
 
 @pytest.mark.parametrize(("on_a_machine", "seen"), [(1, ["all", "all"]), (2, ["0", "1"])])
-def test_devices_of_a_process(on_a_machine, seen):
+def test_devices_of_a_process(start, tmp_path, on_a_machine, seen):
     """Alone on its machine a process sees every GPU there; beside others the one of its number."""
-    code = (
-        "import jax; from qmx import sharding; sharding.connect(); "
+    (tmp_path / "seen.py").write_text(
+        "import jax; from qmx import sharding; jax.config.update('jax_platforms', 'cpu'); "
+        "sharding.connect(); "
         "print(jax.process_count(), jax.config.values['jax_cuda_visible_devices'])"
     )
     said = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
         "JAX_COORDINATOR_PORT": str(free_port()),
         "OMPI_COMM_WORLD_SIZE": "2",
         "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911",
         "OMPI_COMM_WORLD_LOCAL_SIZE": str(on_a_machine),
     }  # as mpirun says it
     started = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={
-                **said,
-                "OMPI_COMM_WORLD_RANK": str(rank),
-                "OMPI_COMM_WORLD_LOCAL_RANK": str(rank),
-            },
+        start(
+            tmp_path / "seen.py",
+            **said,
+            OMPI_COMM_WORLD_RANK=str(rank),
+            OMPI_COMM_WORLD_LOCAL_RANK=str(rank),
         )
         for rank in range(2)
     ]
-    assert [process.communicate()[0].split() for process in started] == [
-        ["2", each] for each in seen
-    ]
+    assert [out.split() for _, out, _ in finish(started)] == [["2", each] for each in seen]
