@@ -1,7 +1,7 @@
 """Train a small one of each method with qmx's own loop, in a process of its own; see
 test_invariance.py.
 
-    python tests/small_trainings.py STEPS RUNS
+    python tests/small_trainings.py DTYPE STEPS RUNS
 
 RUNS is a JSON list of [directory, methods, stops, at once]. Each training of a run is called once
 for each of its stops, is stopped after that many more dispatches, as a signal would, and goes on in
@@ -41,6 +41,8 @@ from qmx.sharding import put_state
 from qmx.train import Stopped
 from qmx.training import train
 
+if __name__ == "__main__":
+    jax.config.update("jax_enable_x64", sys.argv[1] == "float64")
 DTYPE = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
 WEAK = augment.weak_view(8, mean=(0.5,), std=(0.25,))
 VIEW = augment.make_view(8, jitter=(0.4, 0.4, 0, 0), grey_p=0, mean=(0.5,), std=(0.25,))
@@ -53,10 +55,9 @@ def network(groups, blocks=(1,)):
 
 
 NET, HEAD = network(1), models.classifier(10)
+TWO_BLOCKS = network(1, (1, 1))  # the second has a stride
 METHODS = {  # eight groups of four images; one group over all of them
-    "moco": moco.make(
-        network(8, (1, 1)), models.moco_head(16), VIEW, queue_size=2 * BATCH, decay=0.9
-    ),
+    "moco": moco.make(network(8), models.moco_head(16), WEAK, queue_size=2 * BATCH, decay=0.9),
     "simsiam": simsiam.make(
         NET, models.simsiam_projector(16, 2), models.simsiam_predictor(8), WEAK
     ),
@@ -64,7 +65,7 @@ METHODS = {  # eight groups of four images; one group over all of them
     # The scores say nothing, so that it is never very sure. Both views without colours, whose
     # float32 rounds another way for other numbers of images on a device.
     "fixmatch": fixmatch.make(NET, HEAD, WEAK, WEAK, threshold=0.15, weight=1.0, decay=0.9),
-    "distill": distill.make(NET, HEAD, VIEW),
+    "distill": distill.make(TWO_BLOCKS, HEAD, VIEW),
 }
 
 
@@ -120,7 +121,7 @@ def method_runs(name, steps, runs):
 def evaluate(ts, directory):
     """Answers of the student, and neighbours among them."""
     answers = predict(
-        chain(backbone=NET, head=HEAD),
+        chain(backbone=TWO_BLOCKS, head=HEAD),
         *put_state((ts.params, ts.state)),
         augment.plain_view((0.5,), (0.25,)),
         IMAGES[:51],
@@ -140,4 +141,4 @@ def main(steps, runs):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), json.loads(sys.argv[2]))
+    main(int(sys.argv[2]), json.loads(sys.argv[3]))

@@ -3,12 +3,10 @@ with."""
 
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import LEVEL, QUICKLY, ROOT
+from conftest import LEVEL, QUICKLY
 
 pytestmark = pytest.mark.slow
 
@@ -18,28 +16,23 @@ STEPS = 14  # two dispatches of six, and what is left
 
 # Those whose batches are made each way there is: whole epochs of images alone; and epochs that run
 # into each other, of images with scores, and of others beside them. By the number of devices.
-FED = {1: ("moco",), 4: ("moco", "fixmatch"), 8: ("moco", "fixmatch")}
+FED = {1: ("rotation",), 4: ("fixmatch",), 8: ("fixmatch",)}
+# Those that a new process ends: with the largest state, and with two streams of images.
+ENDED_ANEW = ("moco", "fixmatch")
 
 
 @pytest.fixture(scope="module")
-def train(environment):
+def train(start):
     """train(devices, dtype, *runs): a new process with so many devices, see
     tests/small_trainings.py."""
 
     def run(devices, dtype, *runs):
-        wide = {"JAX_ENABLE_X64": "1"} if dtype == "float64" else {}
-        quick = LEVEL if wide else QUICKLY
-        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {quick}"}
-        words = [(str(folder), *how) for folder, *how in runs]
-        done = subprocess.run(
-            [sys.executable, "tests/small_trainings.py", str(STEPS), json.dumps(words)],
-            cwd=ROOT,
-            env={**environment, **flags, **wide},
-            capture_output=True,
-            text=True,
-            timeout=900,
-        )
-        assert done.returncode == 0 and done.stdout.split() == [str(devices)], done.stderr
+        quick = LEVEL if dtype == "float64" else QUICKLY
+        flags = f"--xla_force_host_platform_device_count={devices} {quick}"
+        words = json.dumps([(str(folder), *how) for folder, *how in runs])
+        process = start("tests/small_trainings.py", dtype, STEPS, words, XLA_FLAGS=flags)
+        out, err = process.communicate()
+        assert process.returncode == 0 and out.split() == [str(devices)], err
 
     return run
 
@@ -48,15 +41,18 @@ def train(environment):
 def float32(train, tmp_path_factory):
     """The folder of all runs in float32, of one and of four devices."""
     root = tmp_path_factory.mktemp("float32")
+    pieces, others = root / "in pieces", sorted({*METHODS} - {*ENDED_ANEW})
     train(
         4,
         "float32",
         (root / "4", METHODS, (0,), 1),
         (root / "4 from the host", FED[4], (0,), 0),
-        (root / "in pieces", METHODS, (3, 6), 1),
+        (pieces, ENDED_ANEW, (3, 6), 1),
+        (pieces, others, (3, 6, 0), 1),
     )
-    shutil.copytree(root / "in pieces", root / "moved")
-    train(4, "float32", (root / "in pieces", METHODS, (0,), 1))
+    # Its checkpoints are those of the ninth step.
+    shutil.copytree(pieces, root / "moved", ignore=shutil.ignore_patterns("*.npz"))
+    train(4, "float32", (pieces, ENDED_ANEW, (0,), 1))
     train(
         1,
         "float32",
@@ -156,8 +152,8 @@ def test_devices_in_float64(float32, float64):
 
 
 def test_resume(float32):
-    """Stopped twice in the middle of an epoch, gone on with by the same process and by a new one:
-    equal to the bit."""
+    """Stopped twice in the middle of an epoch, gone on with by the same process, and two of them
+    then by a new one: equal to the bit."""
     assert_same(float32 / "4", float32 / "in pieces", rtol=0, atol=0)
 
 
