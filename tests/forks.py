@@ -9,7 +9,6 @@ import gc
 import importlib
 import json
 import os
-import runpy
 import socket
 import subprocess
 import sys
@@ -120,10 +119,6 @@ def serve(asked):
                 os.dup2(file, number)
                 os.close(file)
             os.environ |= what["environment"]
-            if not what["words"][0].startswith("-") and what["words"][0].endswith(".py"):
-                sys.argv = what["words"]
-                runpy.run_path(sys.argv[0], run_name="__main__")
-                sys.exit()
             sys.argv = ["qmx", *what["words"]]
             from one_block import run
 

@@ -24,10 +24,11 @@ def get_config(words=""):
 
 
 def run():
-    """Run the benchmark that the command line begins with, or `qmx`; ends the process."""
-    if sys.argv[1:2] and sys.argv[1].endswith(".py"):
+    """Run the script that the command line begins with, or `qmx`; ends the process."""
+    first = sys.argv[1] if len(sys.argv) > 1 else ""
+    if first.endswith(".py") and not first.startswith("-"):  # as in --config=FILE.py
         sys.argv.pop(0)
-        sys.path[0] = str(Path(sys.argv[0]).parent)
+        sys.path.insert(0, str(Path(first).parent))
         runpy.run_path(sys.argv[0], run_name="__main__")
         sys.exit()
     from qmx.__main__ import run as command

@@ -16,7 +16,7 @@ STEPS = 14  # two dispatches of six, and what is left
 
 # Those whose batches are made each way there is: whole epochs of images alone; and epochs that run
 # into each other, of images with scores, and of others beside them. By the number of devices.
-FED = {1: ("rotation",), 4: ("fixmatch",), 8: ("fixmatch",)}
+FED = {1: ("rotation",), 4: ("rotation", "fixmatch"), 8: ("rotation", "fixmatch")}
 # Those that a new process ends: with the largest state, and with two streams of images.
 ENDED_ANEW = ("moco", "fixmatch")
 
