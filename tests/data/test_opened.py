@@ -216,7 +216,7 @@ def test_a_photo_that_breaks_after_the_run(command, folders, tmp_path):
     words += [f"--config.data.path={folders[0]}", f"--config.data.eval_path={folders[1]}"]
     words += [f"--config.target.path={tmp_path}/own.py:f", "--config.inits=('moco',)"]
     words += ["--config.also=()", "--config.pretrain.moco.epochs=1", "--config.distill.epochs=0.1"]
-    words += ["--config.distill.min_steps=2", "--config.student.arch=resnet8_narrow"]
+    words += ["--config.distill.min_steps=2", "--config.student.arch=one_block"]
     words += [f"--config.{key}=16" for key in ("data.canvas", "data.resize", "data.crop")]
     words += [f"--config.{key}.size=16" for key in ("student", "weak_view", "strong_view")]
     status, _, err = command(*words)
