@@ -116,7 +116,7 @@ def laptop(config: ConfigDict) -> None:
     config.weak_view.update(size=24, crop_scale=(0.4, 1.0))
     config.target.update(epochs=14.0, warmup_epochs=1.0)
     config.pretrain.moco.update(
-        epochs=24.0,
+        epochs=44.0,
         batch_size=256,
         learning_rate=0.12,
         warmup_epochs=0.5,
