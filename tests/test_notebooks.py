@@ -42,7 +42,7 @@ def run(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")
 def test_copy_digits(run):
     """The copies name the target's digit far more often than by chance, from 20 paid images."""
-    names, pictures = run("copy_digits", 260)
+    names, pictures = run("copy_digits", 320)
     assert pictures == 4
     assert names["target_top1"] > 60
     assert names["account"].images == names["account"].calls == 20
@@ -74,7 +74,7 @@ def test_audit_function(run, capsys):
 @pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")
 def test_encoders(run):
     """Features and scores come back from the files as they were; they know digits."""
-    names, pictures = run("encoders", 100)
+    names, pictures = run("encoders", 200)
     assert pictures == 2
     np.testing.assert_array_equal(names["features"], names["before"])
     np.testing.assert_array_equal(names["scores"], names["found"])
