@@ -86,7 +86,7 @@ def bounds(
 def measured_peaks(gpu: bool) -> dict[str, float]:
     """The best of a few: operations a second of one large matrix product, bytes a second read and
     written by a copy."""
-    n, dtype, calls = (8192, "bfloat16", 20) if gpu else (1024, "float32", 1)
+    n, dtype, calls = (8192, "bfloat16", 20) if gpu else (2048, "float32", 1)
     return {
         "matmul": matmul_rate(n, dtype, None, calls),
         "copy": copy_rate(1 << 29 if gpu else 1 << 24, calls),

@@ -106,7 +106,7 @@ def pytest_unconfigure():
         shutil.rmtree(COMPILED, ignore_errors=True)
 
 
-# The three are slow, and the others the longest of the quick ones that would come late.
+# The first three are slow, and the others are the longest of the quick ones that would come late.
 FIRST = {
     f"test_{name}.py"
     for name in ("invariance", "processes", "benchmarks", "workdir", "augment", "served", "parity")
