@@ -114,6 +114,7 @@ def base() -> ConfigDict:
         kind="train",
         arch="resnet50",  # train, torch; checked against the weights, and "" takes what they are
         seed=0,  # of its training
+        whole_statistics=False,  # train: as a student's
         # of weights, an ONNX file, a function or a table; FILE.py:function or module:function;
         # weights are .safetensors, .pth or .pth.tar, a table is .npz or .parquet
         path="",

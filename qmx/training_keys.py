@@ -46,6 +46,8 @@ def distilling() -> ConfigDict:
         jitter=(0.0, 0.0, 0.0, 0.0),
         # features before the classifier by batch statistics, without scale and bias
         standardize=False,
+        # in the end batch norms' running statistics are measured anew on whole images of the pool
+        whole_statistics=False,
         # of a ViT: each layer's rate by that of the next one; 0.65 to 0.75 for BEiT and MAE
         layer_decay=1.0,
         # of a ViT: how often an image skips a branch of the last block; 0 in the first, and linear

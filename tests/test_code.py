@@ -16,7 +16,7 @@ LEVELS = (
     ("pipeline", "keys", "shipped", "embed", "detect"),
     ("stages", "checks", "cautions"),
     ("column_checks",),
-    ("report", "training", "trainers", "ranges", "encoders"),
+    ("report", "training", "trainers", "ranges", "encoders", "whole_statistics"),
     ("settings",),
     ("grid", "networks", "recipes"),
     ("targets",),

@@ -9,6 +9,7 @@ from scipy.special import softmax
 
 from qmx import networks, trainers
 from qmx.checkpoint import save_weights
+from qmx.contract import Network
 from qmx.data import Source
 from qmx.data.sources import Beside, take
 from qmx.grid import HEADS, Cell, is_control, recipe_name, recipe_of, teacher
@@ -21,11 +22,12 @@ from qmx.stages.run import Run, facts, needed, plain, read_weights, root_key
 from qmx.stages.select import Selection
 from qmx.stages.target import Labels
 from qmx.training import train
+from qmx.whole_statistics import measured
 from qmx.workdir import NotDone
 
 # Keys of a recipe that are newer than students that people have: at these values, which change
 # nothing, they are not part of what a student depends on.
-NEWER = {"layer_decay": 1.0, "drop_path": 0.0}
+NEWER = {"layer_decay": 1.0, "drop_path": 0.0, "whole_statistics": False}
 
 
 class Student(NamedTuple):
@@ -123,6 +125,9 @@ def distill(
         standardize = keys.standardize
         said = facts(run, cell.init, classes=run.data.classes, standardize=standardize)
         variables = trainer.method.network(ts.params, ts.state)
+        if keys.whole_statistics:
+            shown = networks.evaluation_view(seen, config.student.size)
+            variables = measured(network_of(run, cell), variables, shown, run.data.pool)
         digest = save_weights(directory / "student.safetensors", variables, said)
         return {
             "sha256": digest,
@@ -135,6 +140,13 @@ def distill(
     path = run.workdir / "distill" / cell.name / "student.safetensors"
     told = {key: result.pop(key) for key in ("decay", "temperature", "held_out") if key in result}
     return Student(path, **result, chosen=told or None)
+
+
+def network_of(run: Run, cell: Cell) -> Network:
+    """The network of a cell's student, as it is evaluated."""
+    keys, standardize = run.config.student, recipe_of(run.config, cell).standardize
+    dtype, seen = networks.evaluated_in(keys.dtype), networks.look(run.data)
+    return networks.classifier(keys.arch, dtype, seen, standardize=standardize)
 
 
 def asked(

@@ -5,19 +5,18 @@ from typing import Any
 
 import numpy as np
 
-from qmx import networks
 from qmx.contract import Encoder, Network
 from qmx.data.arrays import trigger_images
 from qmx.data.sources import take
 from qmx.files import read_arrays, write_arrays
-from qmx.grid import HEADS, Cell, is_control, recipe_of
+from qmx.grid import HEADS, Cell, is_control
 from qmx.metrics import compare, fidelity_by_class, top_k
 from qmx.report.tables import LEARNED
 from qmx.selection.by_answers import BY_ANSWERS, shares
 from qmx.sharding import first
 from qmx.stages import heads
 from qmx.stages.answers import Answers, report_scores, train_scores
-from qmx.stages.distill import Student
+from qmx.stages.distill import Student, network_of
 from qmx.stages.features import Features, trigger_features
 from qmx.stages.run import Run, needed, outputs, read_weights
 from qmx.stages.select import Selection
@@ -116,7 +115,7 @@ def watermark(
             scores = heads.scores(run, student.path, rows)
         else:
             name = f"trigger images of {cell.name}"
-            scores = outputs(run, name, *network_of(run, cell, student), source)
+            scores = outputs(run, name, *trained(run, cell, student), source)
         return {"answered": top_k(scores, marks, 1)}
 
     inputs = {"triggers": digest, "student": student.sha256, "size": run.config.student.size}
@@ -134,7 +133,7 @@ def of_network(
     run: Run, cell: Cell, student: Student, ids: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scores of a student for the evaluation images and for the pool's images `ids`, f32[n, N]."""
-    network, weights = network_of(run, cell, student)
+    network, weights = trained(run, cell, student)
     names = f"evaluate {cell.name}", f"asked images of {cell.name}"
     shown, asked = run.data.evaluation, take(run.data.pool, ids)
     return outputs(run, names[0], network, weights, shown), outputs(
@@ -142,11 +141,9 @@ def of_network(
     )
 
 
-def network_of(run: Run, cell: Cell, student: Student) -> tuple[Network, Encoder]:
+def trained(run: Run, cell: Cell, student: Student) -> tuple[Network, Encoder]:
     """A student's network and its weights, on the devices."""
-    keys, standardize = run.config.student, recipe_of(run.config, cell).standardize
-    dtype, facts = networks.evaluated_in(keys.dtype), networks.look(run.data)
-    network = networks.classifier(keys.arch, dtype, facts, standardize=standardize)
+    network = network_of(run, cell)
     return network, read_weights(run, network, student.path)
 
 

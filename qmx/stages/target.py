@@ -28,6 +28,7 @@ from qmx.stages.outside import NEW, SAME
 from qmx.stages.run import Run, facts, plain, read_weights, root_key
 from qmx.targets.query import Query, network_query
 from qmx.training import train
+from qmx.whole_statistics import measured
 
 T = TypeVar("T")
 
@@ -68,8 +69,10 @@ def target(run: Run) -> Target:
         inputs["shape"] = data.shape
         result = run.stage("target", ".", inputs, lambda directory: _convert(run, directory))
     else:
-        # A share of its answers is nothing that it is trained with.
-        trained = {key: value for key, value in plain(keys).items() if key != "max_refused"}
+        # A share of its answers is nothing that it is trained with, and a newer key that is off
+        # changes no target that people have.
+        left_out = ("max_refused", *["whole_statistics"] * (not keys.whole_statistics))
+        trained = {key: value for key, value in plain(keys).items() if key not in left_out}
         inputs = {
             "pool": data.pool_digest,
             "target": trained,
@@ -139,6 +142,10 @@ def _train(run: Run, directory: Path) -> dict:
     )
     said = facts(run, "target", arch=keys.arch, classes=run.data.classes, size=0)
     weights = Encoder(ts.params, ts.state)
+    if keys.whole_statistics:
+        dtype, seen = networks.evaluated_in(keys.precision), networks.look(run.data)
+        network = networks.classifier(keys.arch, dtype, seen)
+        weights = measured(network, weights, networks.evaluation_view(seen), pool)
     digest = save_weights(directory / "target.safetensors", weights, said)
     name = f"{keys.arch} trained on {run.data.name}"
     return {"name": name, "arch": keys.arch, "sha256": digest, "operations": operations}
