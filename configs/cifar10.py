@@ -8,7 +8,8 @@ The npz files hold "image" uint8[n, 32, 32, 3] and "label" int[n]. With tensorfl
 prepared once: --config.data.source=tfds --config.data.path=cifar10.
 
 Words after the colon, with commas between them: inits (none, rotation, moco, simsiam) for these
-alone; `laptop` for two cores; `tiny` for the same code in about a minute on them.
+alone; `laptop` for two cores, which has none and moco (others by --config.inits); `tiny` for the
+same code in about a minute on them.
 
 Protocols and what to expect:
 
@@ -146,7 +147,7 @@ def laptop(config: ConfigDict) -> None:
     for keys in config.recipes.values():
         keys.whole_statistics = True
     # The best of 48 by the labels of 12,000 images of the pool (one encoder): 44.1 % of the others
-    # are told by 50 labels, 56.1 by 500; without patches 42 and 50.
+    # are told by 50 labels, 56.1 by 500; without patches 42 and 52.
     config.selection.patches = 0.5
     config.propagation.update(neighbours=30, alpha=0.9, patches=0.5, head_power=0.5)
     config.monitor.knn_k = 20

@@ -60,7 +60,7 @@ def heads() -> ConfigDict:
     return ConfigDict(
         dict(
             hidden=0,  # width of a hidden layer; 0 is a linear head
-            folds=5,  # parts of the answers, each told by the others, that choose the two below
+            folds=5,  # of the cross-validation that chooses the two below
             # of the weights, for features of length 1 about their mean
             decays=(1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6),
             temperatures=(1.0, 2.0, 4.0),  # what the target's logits are divided by

@@ -39,7 +39,10 @@ def keys() -> list[Key]:
 def listing() -> str:
     """All keys as text, one in a line; a group's own remark stands above its keys."""
     said = remarks("".join(map(inspect.getsource, SOURCES)))
-    lines = ["# --config.KEY=VALUE changes a key. These are the defaults; a config has its own."]
+    lines = [
+        "# --config.KEY=VALUE changes a key. These are the defaults; a config has its own.",
+        "# A config's recipes have the keys of distill, as recipes.NAME.KEY.",
+    ]
     heads: list[str] = []
     for key in keys():
         group = key.name.rpartition(".")[0]

@@ -29,7 +29,7 @@ Stages, in their order:
   report      print the answer and the table, and write the report, the curve and results.json
 
 Exit status: 0 done; 2 a mistake, told in one line; 3 the budget is spent; 75 stopped by a signal
-after saving, the same command goes on.
+after saving, the same command goes on; 130 and 143 ended at once by a signal.
 """
 
 import sys

@@ -50,8 +50,8 @@ def matching() -> ConfigDict:
             guess_decay=0.999,  # of the averages that rules and alignment take over the steps
             weight=10.0,  # of the pool's loss, lambda_u
             decay=0.999,  # of the teacher, which is the student that is evaluated
-            # passes over the pool, over which the recipe's schedule is stretched; 0 is as many
-            # steps as the recipe has, and so is whatever is fewer
+            # passes over the pool, over which the recipe's schedule is stretched; never fewer steps
+            # than the recipe has; 0 is the recipe's steps
             epochs=100.0,
         )
     )

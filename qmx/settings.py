@@ -24,7 +24,8 @@ def base() -> ConfigDict:
     config = ConfigDict()
 
     config.seeds = (0,)  # one run for each; the report has their mean and deviation
-    # what a student starts from; also "imported" and "public", the weights of pretrain.*.path
+    # what a student starts from: none, rotation, moco, simsiam, fastsiam, emp_ssl, features;
+    # "imported" and "public" are the weights of pretrain.*.path
     config.inits = ("none", "rotation", "moco", "simsiam")
     # how the images to ask about are chosen; random, class_balanced, list, typiclust, maxherding,
     # probcover, balanced, kcenter, margin, entropy; qmx/selection/
@@ -33,8 +34,9 @@ def base() -> ConfigDict:
     # for margin and entropy: how often more is asked after a random share; two is the fewest in
     # which answers that were chosen choose others
     config.rounds = 2
-    # how much of an answer is seen: logits, probs, top5, rounded2, label. Answers are asked for
-    # once and replayed: qmx/ledger/access.py; with a defence, qmx/ledger/weaken.py.
+    # how much of an answer is seen: logits, probs, top5, rounded2, label; true_labels is the
+    # control. Answers are asked for once and replayed: qmx/ledger/access.py; with a defence,
+    # qmx/ledger/weaken.py.
     config.accesses = ("logits",)
     # what a student learns from: "asked", "pool" (propagation), "fixmatch"; "head", "head_pool"
     config.uses = ("asked",)
@@ -46,7 +48,7 @@ def base() -> ConfigDict:
     # distinct images that may be asked about in all; None is no limit
     config.budget = config_dict.placeholder(int)
     config.price = config_dict.placeholder(float)  # of 1,000 calls, in any currency
-    # shares of the target's accuracy, and of images, of which the report says what reaches them
+    # shares (of the target's accuracy; of images in agreement) whose number of queries is reported
     config.reach = (0.5, 0.75, 0.9, 0.95)
     # of the answers in the ledger; float16 halves the file and rounds to 3 digits
     config.ledger_dtype = "float32"

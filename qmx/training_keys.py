@@ -23,7 +23,7 @@ def training(**changes: Any) -> ConfigDict:
         momentum=0.9,  # and adamw's beta_1
         nesterov=False,  # Nesterov's momentum
         weight_decay=1e-4,
-        # or "kernels": no scales of norms, no biases, no tokens and positions of a ViT
+        # all; or kernels: no scales of norms, no biases, no tokens and positions of a ViT
         weight_decay_on="all",
     )
     return ConfigDict({**keys, **changes})
