@@ -36,7 +36,8 @@ def first_reached(queries: Sequence[int], accuracy: Sequence[float], level: floa
         if accuracy[place] >= level:  # and the one before it is below
             low, high = accuracy[place - 1 : place + 1]
             few, many = math.log(queries[place - 1]), math.log(queries[place])
-            return math.exp(few + (many - few) * (level - low) / (high - low))
+            found = math.exp(few + (many - few) * (level - low) / (high - low))
+            return min(found, float(queries[place]))  # rounding may go beyond it
     return None
 
 

@@ -165,6 +165,8 @@ def maxherding(
         while not counted[best := int(gain.argmax())]:
             top = np.argpartition(-gain, min(COUNTED, len(seen)) - 1)[:COUNTED]
             top = top[~counted[top] & np.isfinite(gain[top])]
+            if best not in top:  # of more than that are as great
+                top = np.append(top, best)
             gain[top], counted[top] = gains(top), True
         ids.append(best)
         gain[best] = -np.inf

@@ -34,6 +34,15 @@ def test_only_what_was_measured():
     assert first_reached([10], [20], 20.1) is None and first_reached([], [], 1) is None
 
 
+def test_exactly_the_last_budget():
+    """No rounding takes it beyond what was measured."""
+    budgets = (10, 20, 50, 100, 150, 250, 500, 1000, 5000, 12812)
+    pairs = [(few, many) for few in budgets for many in budgets if few < many]
+    found = [first_reached(pair, (80.0, 95.0), 95.0) for pair in pairs]
+    assert all(x <= many for x, (_, many) in zip(found, pairs, strict=True))
+    assert found == pytest.approx([many for _, many in pairs])
+
+
 def test_the_first_time():
     """A curve that falls again counts where it first gets there; a flat one where it begins to
     rise."""

@@ -133,6 +133,16 @@ def test_maxherding_against_a_loop():
     np.testing.assert_array_equal(maxherding(features, 7, np.random.default_rng(3)), ids[:7])
 
 
+@pytest.mark.parametrize("equal", [300, 1000])  # 128 gains are counted at a time
+def test_maxherding_of_equal_images(equal):
+    """Blank photos, or an encoder that says the same of all."""
+    features = unit(np.random.default_rng(0).normal(size=(1000, 4))).astype(np.float32)
+    features[:equal] = features[0]
+    ids = maxherding(features, 200, np.random.default_rng(0))
+    assert len(set(ids)) == 200
+    assert (ids < equal).sum() == (1 if equal < 1000 else 200)
+
+
 def test_maxherding_of_many(monkeypatch):
     """Of a larger pool it looks at some, which the seed draws; the rest of a budget is random."""
     monkeypatch.setattr(by_features, "HERD", 30)
