@@ -9,20 +9,18 @@ from typing import Any
 import jax
 
 from qmx import trainers
-from qmx.column_checks import access_problems, teacher_problems
+from qmx.column_checks import access_problems, head_problems, recipes_of, teacher_problems
 from qmx.data import Dataset
 from qmx.data.arrays import trigger_images
 from qmx.grid import (
     HEADS,
     USES,
-    Cell,
     cells,
     columns,
     encoders,
     frozen,
     inits,
     recipe_name,
-    recipe_of,
 )
 from qmx.metrics import held_out
 from qmx.models import ARCHS, NETWORKS
@@ -145,7 +143,8 @@ def _problems(config: Any, data: Dataset, stage: str) -> Iterator[str]:
             yield f"audit.watermark {error}"
     yield from _target_problems(config.target)
     yield from access_problems(config, data, shown)
-    recipes = _recipes(config, runs)
+    yield from head_problems(config, shown, runs)
+    recipes = recipes_of(config, [cell for cell in runs if cell.use not in HEADS.values()])
     yield from _label_problems(config, data, stage, {column.select for column in shown}, recipes)
     trained = {
         f"pretrain.{init}": config.pretrain[init]
@@ -238,16 +237,6 @@ def _trainers(config: Any, data: Dataset, stage: str) -> Iterator[tuple[str, Cal
     for (name, _), cell in kinds.items():
         key = f"recipes.{name}" if name else "distill"
         yield key, partial(trainers.of_student, config, cell, seen, pool)
-
-
-def _recipes(config: Any, runs: list[Cell]) -> dict[str, Any]:
-    """Every recipe that one of the runs is trained by, under the key that it stands at."""
-    return {
-        f"recipes.{name}" if name else "distill": recipe_of(config, cell)
-        for cell in runs
-        if cell.use not in HEADS.values()
-        for name in [recipe_name(config, cell)]
-    }
 
 
 def _target_problems(keys: Any) -> Iterator[str]:

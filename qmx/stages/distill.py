@@ -16,7 +16,7 @@ from qmx.grid import HEADS, Cell, is_control, recipe_name, recipe_of, teacher
 from qmx.ledger.access import as_logits
 from qmx.stages import heads
 from qmx.stages.answers import Answers, train_scores
-from qmx.stages.features import Features
+from qmx.stages.features import Features, shown_at
 from qmx.stages.pretrain import Pretrained, backbone
 from qmx.stages.run import Run, facts, needed, plain, read_weights, root_key
 from qmx.stages.select import Selection
@@ -71,6 +71,7 @@ def distill(
     is_head = cell.use in HEADS.values()
     if is_head:
         inputs |= {**heads.inputs_of(run, cell), "learn_from": keys.learn_from}
+        inputs |= shown_at(run, needed(encoder))
     else:
         inputs |= {
             "distill": {key: x for key, x in plain(keys).items() if NEWER.get(key) != x},

@@ -118,6 +118,13 @@ def _rows(path: Path, patches: Path | None, weight: float) -> np.ndarray:
     return unit(rows).astype(np.float32)
 
 
+def shown_at(run: Run, encoder: Pretrained) -> dict[str, int]:
+    """{"size": side} of the images that an encoder sees, where it is not their own; one that stays
+    as it is has its side in its digest."""
+    size = run.config.student.size
+    return {"size": size} if size and not encoder.kind else {}
+
+
 def features(run: Run, encoder: Pretrained | NotDone) -> Features:
     """An encoder's features of every image of the pool."""
     made = _of(run, needed(encoder), "select", run.data.pool, {"pool": run.data.pool_digest})

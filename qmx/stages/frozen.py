@@ -1,5 +1,7 @@
 """Encoders that stay as they are: weights of a network, a Python function, a table of features."""
 
+import hashlib
+import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -35,7 +37,11 @@ def inputs_of(config: Any, init: str, data: Dataset) -> dict:
     if keys.kind == "weights":
         file, part = from_torch.split_part(keys.path)
         said = {name: value for name, value in plain(keys).items() if name not in ("path", "watch")}
-        return {"file": file_digest(file), "part": part, "keys": said, "shape": data.shape}
+        made = {"file": file_digest(file), "part": part, "keys": said, "shape": data.shape}
+        # What `seen_by` reads of a ResNet, where its own keys say nothing.
+        seen = {"mean": data.mean, "std": data.std} if not (keys.mean and keys.std) else {}
+        side = {"size": config.student.size} if config.student.size and not keys.size else {}
+        return {**made, **seen, **side}
     return {"kind": keys.kind, "sha256": sha256(config, init), "licence": keys.licence}
 
 
@@ -61,11 +67,19 @@ def make(run: Run, init: str, directory: Path) -> dict:
             encoder, rule = resized(made.backbone, models.VITS[made.arch], look["size"])
         said = facts(run, init, arch=made.arch, dtype=keys.dtype, standardize=False, **look)
         digest = save_weights(directory / "encoder.safetensors", encoder, said)
-        result |= {"arch": made.arch, "positions": rule, **look, "sha256": digest}
+        # The same weights have other features of images that are shown in another way.
+        shown = {name: look[name] for name in ("features", "mean", "std", "size")}
+        identity = _digest({"weights": digest, "dtype": keys.dtype, **shown})
+        result |= {"arch": made.arch, "positions": rule, **look}
+        result |= {"sha256": digest, "identity": identity}
     else:
         result |= {"sha256": sha256(run.config, init), "licence": keys.licence}
     say_licence(init, result)
     return {**result, "seconds": time.monotonic() - began}
+
+
+def _digest(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def say_licence(init: str, found: dict) -> None:

@@ -36,7 +36,9 @@ class Pretrained(NamedTuple):
 
     @property
     def sha256(self) -> str:
-        return self.facts["sha256"]
+        """Digest of what makes its features: its file, and how images are shown to it where that
+        may differ."""
+        return self.facts.get("identity", self.facts["sha256"])
 
     @property
     def kind(self) -> str:

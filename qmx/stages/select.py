@@ -15,7 +15,7 @@ from qmx.selection.by_features import BY_FEATURES
 from qmx.selection.select import NEED_FEATURES
 from qmx.selection.select import select as in_order
 from qmx.sharding import first, from_first
-from qmx.stages.features import Features
+from qmx.stages.features import Features, shown_at
 from qmx.stages.rounds import in_rounds, inputs_of
 from qmx.stages.run import Run, needed
 from qmx.stages.target import Target
@@ -49,7 +49,8 @@ def select(
         name = f"{cell.init}-{way}-{cell.access}-{budget}-seed{seed}"
         inputs |= inputs_of(run, cell, needed(target))
     if chosen_by_features(cell, run.data.pool.size):
-        inputs["encoder"] = needed(features).encoder.sha256
+        encoder = needed(features).encoder
+        inputs |= {"encoder": encoder.sha256, **shown_at(run, encoder)}
         if way in BY_FEATURES and run.config.selection.patches:
             inputs["patches"] = run.config.selection.patches
     if way == "list":

@@ -173,6 +173,23 @@ def test_teachers():
         checks.validate(changed(accesses=("logits", TRUE_LABELS), inits=("none",)), unlabelled)
 
 
+def test_heads():
+    """One on a network that learned features has them from their encoder; one on labels is a
+    control; both are refused before anything is paid."""
+    data = load("digits")
+    config = changed(inits=("none", "features"), also=("features+head",))
+    config.pretrain.public.path = __file__
+    with pytest.raises(ValueError, match="heads on features, which learns the features of public"):
+        checks.validate(config, data)
+    config = changed(inits=("none", "public"))
+    config.pretrain.public.path = __file__
+    config.distill.learn_from = "labels"
+    with pytest.raises(ValueError, match="distill.learn_from 'labels' is for students that are no"):
+        checks.validate(config, data)
+    config.distill.learn_from = "scores"
+    checks.validate(config, data)
+
+
 OWN = """
     import numpy as np
 

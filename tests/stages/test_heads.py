@@ -229,6 +229,19 @@ def test_students(public_run, command):
     assert status == 0 and "all of it was done before" in err
     assert (folder / "asked").read_text() == before
 
+    # The same weights, and other images: nothing that was made of their features is left.
+    made = {path: path.read_bytes() for path in workdir.glob("*/*/*.[ns][pa]*")}
+    words = "--config.pretrain.public.mean=(0.1,0.1,0.1)", "--update"
+    status, _, err = command(*arguments, *words)
+    assert status == 0, err
+    changed = {path.parent for path in made if path.read_bytes() != made[path]}
+    assert {path.relative_to(workdir).as_posix() for path in changed} == {
+        *("pretrain/public", "select/features-public", "evaluate/features-public"),
+        "evaluate/trigger-features-public",
+        *(f"{kind}/public-random-logits-head-30-seed0" for kind in ("distill", "evaluate")),
+    }
+    assert (folder / "asked").read_text() == before
+
 
 @pytest.mark.parametrize(
     ("change", "message"),
