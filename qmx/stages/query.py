@@ -35,7 +35,7 @@ def query(run: Run, target: Target | NotDone, selections: Iterable[Selection | N
 
     def work(directory: Path) -> dict:
         refuse_beyond(run.config, len(ids), run.workdir)
-        keys: dict[str, list[bytes]] = {}
+        keys: dict[str, list[bytes]] = {"left_out": []}
         there: dict[str, np.ndarray] = {}  # the images that have an answer
         ask = cache(lambda: target_query(run, target))
         for purpose, source, wanted in (
@@ -46,6 +46,7 @@ def query(run: Run, target: Target | NotDone, selections: Iterable[Selection | N
             every = ask_about(run, target, ask, source, wanted, purpose, name)
             has = answered(run, target.identity, every)
             keys[purpose] = [every[place] for place in np.flatnonzero(has)]
+            keys["left_out"] += [every[place] for place in np.flatnonzero(~has)]
             there[purpose] = wanted[has]
             if not has.all():
                 say(f"{name}: {(~has).sum()} of {len(has)} images have no answer and are left out")
@@ -81,6 +82,7 @@ def query(run: Run, target: Target | NotDone, selections: Iterable[Selection | N
     result = run.stage("query", ".", inputs, work, lambda: lost_answers(run, target))
     note_calls(run, target)
     rows = read_arrays(run.workdir / "query" / "keys.npz")
+    rows.pop("left_out", None)
     rows.setdefault("evaluation", np.arange(len(rows["report"])))  # an older file has all
     return Answers(target.identity, **rows, top1=result["top1"], top5=result["top5"])
 
@@ -106,14 +108,19 @@ def accuracy(
 
 def lost_answers(run: Run, target: Target) -> str | None:
     """A line on answers of the stage that are gone, as when its ledger was replaced by one that was
-    recovered; None if all are there."""
+    recovered, or on images without an answer that may be asked about again; None if there is
+    neither."""
     rows = read_arrays(run.workdir / "query" / "keys.npz")
     keys = [row.tobytes() for name in ("train", "report") for row in rows[name]]
+    left_out = [row.tobytes() for row in rows.get("left_out", ())]  # an older file has none
     with open_ledger(run, target.identity) as ledger:
         missing = ledger.count_missing_keys(keys)
-    if not missing:
-        return None
-    return f"{missing} of {len(set(keys))} answers that it had are no longer in {ledger.path}"
+        forgotten = len({*left_out} - ledger.refused(left_out))
+    if missing:
+        return f"{missing} of {len(set(keys))} answers that it had are no longer in {ledger.path}"
+    if forgotten:
+        return f"{forgotten} images that had no answer may be asked about again"
+    return None
 
 
 def note_calls(run: Run, target: Target) -> int:

@@ -728,7 +728,7 @@ def test_the_command_where_some_images_have_no_answer(command, tmp_path):
         "    with open(Path(__file__).with_name('asked'), 'a') as log:\n"
         "        log.write(f'{len(images)}\\n')\n"
         "    sums = images.astype(int).sum((1, 2, 3))\n"
-        "    if (sums % 97 == 0).any():\n"
+        "    if (sums % 97 == 0).any() and not Path(__file__).with_name('mended').exists():\n"
         "        raise Refused('the input is bad')\n"
         "    flat = images.reshape(len(images), -1)[:, 10:20].astype(float)\n"
         "    flat[sums % 89 == 0] = np.nan\n"
@@ -763,6 +763,17 @@ def test_the_command_where_some_images_have_no_answer(command, tmp_path):
     again = [*words, "--config.target.max_refused=0.1"]
     assert command(*again)[0] == 0 and not (tmp_path / "asked").exists()
     assert json.loads((tmp_path / "w/results.json").read_text())["rows"] == [row]
+
+    # Mended and forgotten, they are asked about again, and they alone.
+    (tmp_path / "mended").touch()
+    assert ledger_command("forget", tmp_path / "w/ledger.sqlite")[0] == 0
+    status, _, err = command(*again)
+    assert status == 0, err
+    said = f"{account['refused']} images that had no answer may be asked about again"
+    assert f"query is done again, because {said}" in err
+    left = json.loads((tmp_path / "w/results.json").read_text())["account"]
+    assert left["refused"] < account["refused"], "those with NaN are left"
+    assert left["images"] + left["refused"] == 71 + 360
 
 
 HELD = """
