@@ -126,6 +126,7 @@ def run(
     }
     chosen = {cell: handed_on(call, select, cell, feature.get(cell.start), target) for cell in grid}
     answers = handed_on(call, query, target, chosen.values())  # the last that sees the target
+    unasked = handed_on(call, zero, answers)
     pairs = [encoder[start] for start in starts], [looks[start] for start in starts]
     rows: dict[Cell, dict | NotDone] = {}
 
@@ -150,7 +151,6 @@ def run(
         count(len(call.made) > before)
         if only == "all" and len(call.made) > before and cell != grid[-1]:
             page()
-    unasked = handed_on(call, zero, answers)
     said_done(call)
     if only not in ("all", "report"):
         return f"stage {only} is done; --stage=report shows where things stand"

@@ -138,18 +138,20 @@ def result_tables(results: dict) -> list[Table]:
                 f" ({over})",
                 ["encoder", *looks.values()],
                 [
-                    [
-                        init,
-                        *(
-                            spread([m[key] for m in monitors if m["init"] == init and key in m])
-                            for key in looks
-                        ),
-                    ]
+                    [init, *(looked_at(monitors, init, key) for key in looks)]
                     for init in dict.fromkeys(m["init"] for m in monitors)
                 ],
             )
         )
     return tables
+
+
+def looked_at(monitors: list[dict], init: str, key: str) -> str:
+    """The text of one measure of an encoder's features: "-" where there is none of its kind, and
+    one number for all seeds of an encoder that stays as it is."""
+    some = [monitor for monitor in monitors if monitor["init"] == init]
+    found = [monitor[key] for monitor in some if key in monitor]
+    return spread(found[:1] if "kind" in some[0] else found) if found else "-"
 
 
 def reach_tables(results: dict) -> list[Table]:

@@ -133,11 +133,12 @@ def distill(
         return {
             "sha256": digest,
             "seconds": time.monotonic() - began,
-            "recipe": recipe_name(config, cell) or "distill",
             "operations": operations,
         }
 
-    result = run.stage("distill", cell.name, inputs, work)
+    # Its name changes nothing, so it is the config's and not the stage's.
+    recipe = "head" if is_head else recipe_name(config, cell) or "distill"
+    result = {**run.stage("distill", cell.name, inputs, work), "recipe": recipe}
     path = run.workdir / "distill" / cell.name / "student.safetensors"
     told = {key: result.pop(key) for key in ("decay", "temperature", "held_out") if key in result}
     return Student(path, **result, chosen=told or None)

@@ -10,6 +10,7 @@ from qmx.data.arrays import trigger_images
 from qmx.data.sources import take
 from qmx.files import read_arrays, write_arrays
 from qmx.grid import HEADS, Cell, is_control
+from qmx.ledger.weaken import parse
 from qmx.metrics import compare, fidelity_by_class, top_k
 from qmx.report.tables import LEARNED
 from qmx.selection.by_answers import BY_ANSWERS, shares
@@ -69,6 +70,7 @@ def evaluate(
                 target=wanted.astype(np.int32),
             )
         asked = asked_fidelity(run, cell, on_asked, pool_ids, answers)
+        agreement = own_agreement(run, cell, pool_ids, answers)
         labels = evaluation.labels[there] if evaluation.labelled else None
         queries = {"train": cell.queries - chose, "select": chose, "report": len(target)}
         return {
@@ -76,10 +78,9 @@ def evaluate(
             "calls": sum(queries.values()),
             **compare(scores[there], target, labels),
             "fidelity_asked": asked,
-            "undertrained": asked < LEARNED,
+            "undertrained": asked < LEARNED * agreement / 100,
             "worst_class": worst_class(named, wanted, run.data.classes),
             "seconds": student.seconds,
-            "recipe": student.recipe,
             **({"head": student.chosen} if student.chosen else {}),
         }
 
@@ -93,10 +94,11 @@ def evaluate(
         **({"select": chose} if chose else {}),
         **({"shows": access} if access != "logits" else {}),
         **({"without_answer": left_out} if left_out else {}),
+        **({"learned": "beside the target"} if parse(cell.access) else {}),
     }
     # The row has its queries by purpose.
     row = {**cell._asdict(), **run.stage("evaluate", cell.name, inputs, work)}
-    row["operations"] = student.operations
+    row |= {"operations": student.operations, "recipe": student.recipe}
     if path := run.config.audit.watermark:
         row["watermark"] = watermark(run, cell, student, shown, path)
     return row
@@ -155,6 +157,18 @@ def asked_fidelity(
     if is_control(cell):
         return top_k(scores, run.data.pool.labels[ids], 1)
     return top_k(scores, train_scores(run, answers, ids, cell.access).argmax(1), 1)
+
+
+def own_agreement(run: Run, cell: Cell, ids: np.ndarray, answers: Answers) -> float:
+    """Agreement of the target with the answers that a student was given, in per cent: 100 but where
+    they are perturbed. A perfect copy agrees with no more of them."""
+    if is_control(cell):
+        return 100.0
+    given, said = (
+        train_scores(run, answers, ids, access).argmax(1)
+        for access in (cell.access, run.config.target.access)
+    )
+    return 100 * float((given == said).mean())
 
 
 def worst_class(student: np.ndarray, target: np.ndarray, classes: int) -> dict[str, Any] | None:

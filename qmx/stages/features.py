@@ -1,6 +1,7 @@
 """Features of an encoder for the pool, by which is chosen what to ask and on which heads learn, and
 for the evaluation images."""
 
+import os
 import time
 from functools import lru_cache, partial
 from pathlib import Path
@@ -180,6 +181,23 @@ def ahead(shown: Progress, done: int, count: int) -> None:
     shown.update(done + count)
 
 
+def reserve(path: Path) -> None:
+    """Take the room that a new mapped file will need: a disk that is full later would kill the
+    process without a word (SIGBUS).
+
+    Raises:
+      OSError: there is no room; the file is removed.
+    """
+    if not hasattr(os, "posix_fallocate"):  # Linux and FreeBSD have it
+        return
+    try:
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError:
+        path.unlink()
+        raise
+
+
 def compute(run: Run, encoder: Pretrained, source: Source, directory: Path) -> dict:
     """Write the features of a source; what a killed run wrote is not computed again."""
     name, size = f"features of {encoder.name}", source.size
@@ -208,6 +226,8 @@ def compute(run: Run, encoder: Pretrained, source: Source, directory: Path) -> d
             if first():
                 mode = "r+" if done else "w+"
                 file = np.lib.format.open_memmap(part, mode, rows.dtype, (size, rows.shape[1]))
+                if not done:
+                    reserve(part)
                 if file.shape[1] != rows.shape[1]:
                     raise ValueError(
                         f"{name} have {rows.shape[1]} numbers, and had {file.shape[1]} before"

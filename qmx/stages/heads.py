@@ -59,7 +59,7 @@ def fit(
         encoder=features.encoder.sha256,
     )
     digest = save_weights(directory / "student.safetensors", tree(flat), said)
-    return {"sha256": digest, "seconds": time.monotonic() - began, "recipe": "head", **found}
+    return {"sha256": digest, "seconds": time.monotonic() - began, **found}
 
 
 def scores(run: Run, path: Path, features: Features, ids: np.ndarray | None = None) -> np.ndarray:

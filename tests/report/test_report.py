@@ -24,7 +24,7 @@ from qmx.report.notes import account_notes
 from qmx.report.pictures import picture
 from qmx.report.reach import reached
 from qmx.report.svg import drawn
-from qmx.report.tables import spent
+from qmx.report.tables import looked_at, spent
 from qmx.settings import base
 
 SCHEMA = json.loads((ROOT / "qmx/report/results.schema.json").read_text())
@@ -449,3 +449,18 @@ def test_compare_of_others(tmp_path, capsys, text, told):
     assert compare.main([str(tmp_path), str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert told in line and str(tmp_path) in line
+
+
+def test_features_of_kinds():
+    """An encoder that stays as it is has no random network beside it, and is one for all seeds."""
+    monitors = [
+        {"init": "moco", "seed": 0, "knn_top1": 60.0, "knn_top1_random": 30.0},
+        {"init": "moco", "seed": 1, "knn_top1": 62.0, "knn_top1_random": 32.0},
+        *({"init": "public", "seed": seed, "kind": "weights", "knn_top1": 81.4} for seed in (0, 1)),
+    ]
+    found = [
+        looked_at(monitors, init, key)
+        for init in ("moco", "public")
+        for key in ("knn_top1", "knn_top1_random")
+    ]
+    assert found == ["61.0 ± 1.4", "31.0 ± 1.4", "81.4", "-"]

@@ -1,8 +1,14 @@
-"""Answers spread by features in a file: what the config's keys do."""
+"""Features in a file: answers that are spread by them, and a disk without room for them."""
 
+import os
+import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
+from conftest import ROOT
 from test_by_features import blobs
 
 from qmx import heads
@@ -40,3 +46,41 @@ def test_propagation_with_a_head(tmp_path):
     labels = features.propagate(ids, np.eye(4, dtype=np.float32)[of[ids]], keys)
     np.testing.assert_allclose(labels.sum(1), 1, atol=1e-5)  # of answers that are labels alone too
     assert (labels.argmax(1) == of).mean() > 0.9
+
+
+MAPPED = """
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from qmx.stages.features import reserve
+
+path = Path(sys.argv[1]) / "features.npy.part"
+np.lib.format.open_memmap(path, "w+", np.float32, (4000, 1000))
+try:
+    reserve(path)
+except OSError as error:
+    assert "No space left" in str(error) and not path.exists(), error
+file = np.lib.format.open_memmap(path, "w+", np.float32, (1000, 1000))
+reserve(path)
+try:
+    (path.parent / "other").write_bytes(bytes(20 * 2**20))
+except OSError as error:
+    assert "No space left" in str(error)
+file[:] = 1
+file.flush()
+print("well")
+"""
+
+
+def test_a_full_disk(tmp_path):
+    """A real one is told of at once; room that was taken stays, whoever fills the disk later."""
+    alone = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    mount = f"mount -t tmpfs -o size=12m none {tmp_path}"
+    if not shutil.which("unshare") or subprocess.run([*alone, mount]).returncode:
+        pytest.skip("no small disk can be mounted here")
+    script = f'{mount} && exec {sys.executable} -c "$0" {tmp_path}'
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*alone, script, MAPPED], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout) == (0, "well\n"), done.stderr
