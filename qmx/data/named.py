@@ -46,7 +46,7 @@ def with_names(data: Dataset, lines: list[list[str]], where: str) -> Dataset:
     facts = json.dumps([len(lines), columns.tolist()])
 
     def digest(side: Source, before: str) -> str:
-        # A side without labels stays as it is, and so do the encoders of a pool.
+        # A side without labels stays as it is.
         return hashlib.sha256((before + facts).encode()).hexdigest() if side.labelled else before
 
     return data._replace(
@@ -55,6 +55,7 @@ def with_names(data: Dataset, lines: list[list[str]], where: str) -> Dataset:
         pool=renumbered(data.pool, columns),
         evaluation=renumbered(data.evaluation, columns),
         pool_digest=digest(data.pool, data.pool_digest),
+        before_numbering=data.pool_digest,
         evaluation_digest=digest(data.evaluation, data.evaluation_digest),
     )
 

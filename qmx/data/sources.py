@@ -105,6 +105,13 @@ class Dataset(NamedTuple):
     evaluation_digest: str
     class_names: tuple[str, ...] = ()  # wnids, where the source has them
     left_out: tuple[str, ...] = ()  # the photos that are left out by name
+    # `pool_digest` before its classes were numbered as a target's; "" if they were not.
+    before_numbering: str = ""
+
+    @property
+    def images_digest(self) -> str:
+        """What stages depend on that read no class: the pool's digest, whatever target is named."""
+        return self.before_numbering or self.pool_digest
 
     @property
     def digest(self) -> str:

@@ -103,7 +103,7 @@ def _patches(run: Run) -> Path:
 
         return from_first(make)
 
-    run.stage("select", "patches", {"pool": run.data.pool_digest}, work)
+    run.stage("select", "patches", {"pool": run.data.images_digest}, work)
     return run.workdir / "select" / "patches" / "patches.npy"
 
 
@@ -128,7 +128,7 @@ def shown_at(run: Run, encoder: Pretrained) -> dict[str, int]:
 
 def features(run: Run, encoder: Pretrained | NotDone) -> Features:
     """An encoder's features of every image of the pool."""
-    made = _of(run, needed(encoder), "select", run.data.pool, {"pool": run.data.pool_digest})
+    made = _of(run, needed(encoder), "select", run.data.pool, {"pool": run.data.images_digest})
     config = run.config
     seen = any(
         (config.propagation.patches and propagates(column))

@@ -83,7 +83,7 @@ def pretrain(run: Run, init: str, seed: int, taught: Taught | NotDone | None = N
     else:
         view = trainers.PRETRAINING[init].view
         inputs = {
-            "pool": run.data.pool_digest,
+            "pool": run.data.images_digest,
             "seed": seed,
             "pretrain": {init: plain(keys)},
             view: plain(run.config[view]),

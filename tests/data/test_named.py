@@ -82,7 +82,8 @@ def test_a_target_of_more_classes(command, tmp_path):
     )
     words = [
         *("--config=configs/digits.py:float32", ONE_BLOCK[0]),
-        *("--config.seeds=(0,)", "--config.inits=('none',)", "--config.also=()"),
+        *("--config.seeds=(0,)", "--config.inits=('rotation',)", "--config.also=()"),
+        *("--config.pretrain.rotation.epochs=1", "--config.pretrain.rotation.batch_size=16"),
         *("--config.fractions=()", "--config.queries=(20,)", "--config.data.source=folder"),
         *(f"--config.data.path={tmp_path}/pool", f"--config.data.eval_path={tmp_path}/eval"),
         *("--config.data.canvas=16", "--config.data.resize=16", "--config.data.crop=16"),
@@ -92,9 +93,13 @@ def test_a_target_of_more_classes(command, tmp_path):
     ]
     status, _, err = command(*words)
     assert status == 2 and "with the shape [1, 5], and it must be [1, 2]" in err.splitlines()[-1]
+    assert command(*words, "--stage=pretrain")[0] == 0  # it needs no target, and no classes
+    encoder = tmp_path / "w/pretrain/rotation-seed0/encoder.safetensors"
+    before = encoder.stat().st_mtime_ns
     names = write(tmp_path, "wolf\ndog\ncat\nowl\ntench\n")
     status, _, err = command(*words, f"--config.target.classes={names}", "--update")
     assert status == 0, err
+    assert encoder.stat().st_mtime_ns == before, "it was pretrained again"
     results = json.loads((tmp_path / "w/results.json").read_text())
     assert results["target"]["top1"] == 100 and results["pool"]["classes"] == 5
     assert load(source="digits").class_names == ()
