@@ -5,7 +5,7 @@ Each stage leaves an artefact in the workdir and is skipped when the same inputs
     target/                       the target's weights
     pretrain/<init>-seed<s>/      an encoder
     monitor/<init>-seed<s>/       what its features are good for
-    pretrain/<init>/              one that stays as it is; select/ and evaluate/features-<init>/
+    pretrain/<init>/              one that was brought along; select/ and evaluate/features-<init>/
                                   have its features
     select/<way>-<queries>-seed<s>/   the pool's images that are asked about; to choose by answers
                                       (margin, entropy) this stage asks the target too, all rounds
@@ -108,17 +108,18 @@ def run(
         for cell in grid
         if chosen_by_features(cell, data.pool.size) or cell.use == "pool"
     }
-    still = [start for start in starts if frozen(config, start[0])]
-    feature = {start: handed_on(call, features, encoder[start]) for start in still}
+    learns = {start: teacher(config, start[0]) for start in starts}
+    feature = {
+        start: handed_on(call, features, encoder[start])
+        for start in starts
+        if frozen(config, start[0]) or (start in by_features and not learns[start])
+    }
     looks = {
         start: handed_on(call, monitor, encoder[start], feature.get(start)) for start in starts
     }
-    for start in starts:
-        if start in by_features and start not in still:
-            name = teacher(config, start[0])
-            feature[start] = (
-                feature[name, start[1]] if name else handed_on(call, features, encoder[start])
-            )
+    feature |= {
+        start: feature[learns[start], start[1]] for start in by_features if learns.get(start)
+    }
     shown = {
         start: handed_on(call, evaluation_features, encoder[start])
         for start in starts

@@ -226,7 +226,7 @@ def test_pytorch_target_and_encoder(photos, weights, command, tmp_path):
         and results["target"]["precision"] == "float32"
     )
 
-    encoder = load_file(tmp_path / "w/pretrain/moco-seed0/encoder.safetensors")
+    encoder = load_file(tmp_path / "w/pretrain/moco/encoder.safetensors")
     theirs = torch.load(weights / "moco.pth.tar", weights_only=True)["state_dict"][
         "module.encoder_q.conv1.weight"
     ]

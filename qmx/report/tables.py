@@ -148,10 +148,11 @@ def result_tables(results: dict) -> list[Table]:
 
 def looked_at(monitors: list[dict], init: str, key: str) -> str:
     """The text of one measure of an encoder's features: "-" where there is none of its kind, and
-    one number for all seeds of an encoder that stays as it is."""
+    one number for all seeds of an encoder that was brought along."""
     some = [monitor for monitor in monitors if monitor["init"] == init]
     found = [monitor[key] for monitor in some if key in monitor]
-    return spread(found[:1] if "kind" in some[0] else found) if found else "-"
+    one = "source" in some[0] and key != "knn_top1_random"
+    return spread(found[:1] if one else found) if found else "-"
 
 
 def reach_tables(results: dict) -> list[Table]:

@@ -25,7 +25,8 @@ def monitor(
     {} for a pool without labels.
 
     Args:
-      features: of an encoder that stays as it is, which has no random network beside it.
+      features: of the encoder, where other stages read them; an encoder that stays as it is always
+        has them, and has no random network beside it.
     """
     encoder = needed(encoder)
     if not run.data.pool.labelled:
@@ -58,7 +59,8 @@ def monitor(
 
     def look(directory: Path) -> dict:
         variables = read_weights(run, backbone(run), encoder.path)
-        result = {"knn_top1": knn_top1(run, encoder.name, variables)}
+        rows = features.rows() if isinstance(features, Features) else None
+        result = {"knn_top1": knn_top1(run, encoder.name, variables, rows)}
         if keys.linear:
             result["linear_top1"] = linear_top1(run, variables, directory, encoder)
         return result
@@ -80,14 +82,18 @@ def monitor(
     }
     if keys.linear:
         inputs |= {"probe": plain(keys.probe), "weak_view": plain(run.config.weak_view)}
-    result = run.stage("monitor", encoder.name, inputs, look)
+    # A probe has the seed's key, and neighbours have none.
+    name = f"{encoder.init}-seed{seed}" if keys.linear else encoder.name
+    result = run.stage("monitor", name, inputs, look)
     return {**neighbours, **result, "knn_top1_random": random["knn_top1"]}
 
 
-def knn_top1(run: Run, name: str, encoder: Encoder) -> float:
-    """`qmx.metrics.held_out_knn` of an encoder's features within the pool, in per cent."""
+def knn_top1(run: Run, name: str, encoder: Encoder, features: np.ndarray | None = None) -> float:
+    """`qmx.metrics.held_out_knn` of an encoder's features within the pool, in per cent; without
+    `features` they are computed."""
     keys, pool = run.config.monitor, run.data.pool
-    features = outputs(run, f"features of {name}", backbone(run), encoder, pool)
+    if features is None:
+        features = outputs(run, f"features of {name}", backbone(run), encoder, pool)
     return held_out_knn(features, pool.labels, keys.knn_k, keys.knn_temperature)
 
 

@@ -22,8 +22,9 @@ from qmx.stages.target import check_channels, source_of
 from qmx.training import train
 from qmx.workdir import NotDone
 
+WEIGHTS = "encoder.safetensors"
 # The file of an encoder that stays as it is.
-RESULT = dict.fromkeys(("callable", "table"), "result.json") | {"weights": "encoder.safetensors"}
+RESULT = dict.fromkeys(("callable", "table"), "result.json") | {"weights": WEIGHTS}
 
 
 class Pretrained(NamedTuple):
@@ -47,7 +48,8 @@ class Pretrained(NamedTuple):
 
     @property
     def name(self) -> str:
-        return self.init if self.kind else f"{self.init}-seed{self.seed}"
+        """One for all seeds of an encoder that was brought along."""
+        return self.init if "source" in self.facts else f"{self.init}-seed{self.seed}"
 
 
 class Taught(NamedTuple):
@@ -65,8 +67,7 @@ def pretrain(run: Run, init: str, seed: int, taught: Taught | NotDone | None = N
       taught: for an encoder that learns another's features.
     """
     keys, student = run.config.pretrain[init], run.config.student
-    name = f"{init}-seed{seed}"
-    if grid.frozen(run.config, init):  # one for all seeds
+    if grid.frozen(run.config, init):  # one for all seeds, and so are weights that are converted
         inputs = frozen.inputs_of(run.config, init, run.data)
         result = run.stage(
             "pretrain", init, inputs, lambda directory: frozen.make(run, init, directory)
@@ -78,27 +79,26 @@ def pretrain(run: Run, init: str, seed: int, taught: Taught | NotDone | None = N
             seen = {"mean": run.data.mean, "std": run.data.std, "size": student.size}
             inputs |= {**seen, "keys": {name: list(keys.get(name, ())) for name in ("mean", "std")}}
         result = run.stage(
-            "pretrain", name, inputs, lambda directory: _convert(run, init, directory)
+            "pretrain", init, inputs, lambda directory: _convert(run, init, directory)
         )
-    else:
-        view = trainers.PRETRAINING[init].view
-        inputs = {
-            "pool": run.data.images_digest,
-            "seed": seed,
-            "pretrain": {init: plain(keys)},
-            view: plain(run.config[view]),
-            "student": plain(student),
-        }
-        if grid.teacher(run.config, init):
-            inputs["features"] = needed(taught).sha256
-        result = run.stage(
-            "pretrain",
-            name,
-            inputs,
-            lambda directory: _pretrain(run, init, seed, directory, taught),
-        )
-    path = run.workdir / "pretrain" / name / "encoder.safetensors"
-    return Pretrained(init, seed, path, result)
+        return Pretrained(init, seed, run.workdir / "pretrain" / init / WEIGHTS, result)
+    name, view = f"{init}-seed{seed}", trainers.PRETRAINING[init].view
+    inputs = {
+        "pool": run.data.images_digest,
+        "seed": seed,
+        "pretrain": {init: plain(keys)},
+        view: plain(run.config[view]),
+        "student": plain(student),
+    }
+    if grid.teacher(run.config, init):
+        inputs["features"] = needed(taught).sha256
+    result = run.stage(
+        "pretrain",
+        name,
+        inputs,
+        lambda directory: _pretrain(run, init, seed, directory, taught),
+    )
+    return Pretrained(init, seed, run.workdir / "pretrain" / name / WEIGHTS, result)
 
 
 def _pretrain(

@@ -318,7 +318,7 @@ def test_the_command(arguments, command, tmp_path):
 
     data = load("digits")
     images = data.evaluation.shown(np.arange(9))
-    start = qmx.load_encoder(tmp_path / "w/pretrain/imported-seed0/encoder.safetensors")
+    start = qmx.load_encoder(tmp_path / "w/pretrain/imported/encoder.safetensors")
     made = from_torch.load(tmp_path / "student.safetensors", NAME)
     colours = np.repeat(images / 255, 3, -1).astype(np.float32) * 2 - 1  # 0.5 and 0.5
     net = models.backbone(NAME)

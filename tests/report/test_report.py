@@ -452,11 +452,12 @@ def test_compare_of_others(tmp_path, capsys, text, told):
 
 
 def test_features_of_kinds():
-    """An encoder that stays as it is has no random network beside it, and is one for all seeds."""
+    """An encoder that was brought along is one for all seeds; one that stays as it is has no random
+    network beside it."""
     monitors = [
         {"init": "moco", "seed": 0, "knn_top1": 60.0, "knn_top1_random": 30.0},
         {"init": "moco", "seed": 1, "knn_top1": 62.0, "knn_top1_random": 32.0},
-        *({"init": "public", "seed": seed, "kind": "weights", "knn_top1": 81.4} for seed in (0, 1)),
+        *({"init": "public", "seed": seed, "source": "x.pth", "knn_top1": 81.4} for seed in (0, 1)),
     ]
     found = [
         looked_at(monitors, init, key)
