@@ -6,6 +6,7 @@ to save an older step than the newest. Hence the digests of all leaves beside th
 restore that goes from the newest to the first good one and removes what it passed over.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -40,6 +41,21 @@ def leaf_digests(tree: PyTree) -> dict[str, str]:
     leaves = by_path(tree)
     with ThreadPoolExecutor() as hashing:  # which leaves Python to the others
         return dict(zip(leaves, hashing.map(digest, leaves.values()), strict=True))
+
+
+# What passes: too many open files, no memory, no right, an answer that a file server did not give.
+PASSING = ("EMFILE", "ENFILE", "ENOMEM", "EACCES", "EPERM", "EIO", "ESTALE", "ETIMEDOUT")
+
+
+def of_the_machine(error: Exception) -> bool:
+    """True for an error that says nothing of the file that was read: a checkpoint behind it may be
+    good."""
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return True
+    numbers = [getattr(errno, name) for name in PASSING if hasattr(errno, name)]
+    # Libraries in C++ give the system's words and no number.
+    said = any(os.strerror(number) in str(error) for number in numbers)
+    return said or (isinstance(error, OSError) and error.errno in numbers)
 
 
 class Checkpoints:
@@ -88,7 +104,8 @@ class Checkpoints:
         """The newest good state, in the shapes and shardings of `like`; None if there is none.
 
         A checkpoint that cannot be read, or whose bytes are not those that were written, is named
-        in a warning, removed, and the one before it taken.
+        in a warning, removed, and the one before it taken. Where the machine could not read it, as
+        without memory, the error is raised and nothing is removed.
         """
         if not self.directory.is_dir():
             return None
@@ -111,6 +128,8 @@ class Checkpoints:
                     return found["state"]
                 reason = "its bytes are not those that were saved"
             except Exception as error:  # orbax raises bare Exceptions for damaged files
+                if of_the_machine(error):
+                    raise
                 reason = str(error).splitlines()[0][:200]
             log.warning(
                 "checkpoint %s is damaged and passed over: %s", self.directory / str(step), reason
@@ -202,6 +221,8 @@ def save_weights(path: Path, tree: PyTree, facts: dict[str, Any] | None = None) 
     except SafetensorError as error:
         part.unlink(missing_ok=True)
         raise OSError(f"{path} cannot be written: {error}") from None
+    with open(part, "rb") as file:  # what it was trained from is removed after this
+        os.fsync(file.fileno())
     part.replace(path)
     return weights_digest(tree)
 

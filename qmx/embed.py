@@ -17,12 +17,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from qmx.data.photos import decode, in_threads, shown
+from qmx.data.photos import decode, formats, in_threads, shown
 from qmx.encoders import Loaded, encode, load_encoder
 from qmx.files import write_arrays, write_bytes, write_text
 from qmx.progress import progress, say
 
-SUFFIXES = tuple(Image.registered_extensions())
+SUFFIXES = tuple(
+    suffix for suffix, name in Image.registered_extensions().items() if name in formats()
+)
 CHUNK = 1024  # photos in memory at a time
 FORMATS = (".npz", ".parquet", ".csv")
 

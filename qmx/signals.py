@@ -8,6 +8,18 @@ from contextlib import contextmanager
 
 PATIENCE = 3.0  # seconds; most that is computed is done sooner
 
+# What a forked process does first, as those of a target's own pool: else its signals, written into
+# the pipe that it shares, would stop this one.
+IN_CHILDREN: list[Callable[[], None]] = []
+
+
+def _in_child() -> None:
+    while IN_CHILDREN:
+        IN_CHILDREN.pop()()
+
+
+os.register_at_fork(after_in_child=_in_child)
+
 
 @contextmanager
 def end_on_signals() -> Iterator[None]:
@@ -56,23 +68,30 @@ def _watched(react: Callable[[int], None]) -> Iterator[None]:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
 
-    def watch() -> None:
-        while number := os.read(reader, 1):
-            react(number[0])
-
     handlers = {
         number: signal.signal(number, lambda number, frame: None)
         for number in (signal.SIGTERM, signal.SIGINT)
     }
+
+    def watch() -> None:
+        while number := os.read(reader, 1):
+            if number[0] in handlers:  # each signal that Python handles is written there
+                react(number[0])
+
+    def forget() -> None:
+        signal.set_wakeup_fd(before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: not set by Python
+
     before = signal.set_wakeup_fd(writer)
+    IN_CHILDREN.append(forget)
     thread = threading.Thread(target=watch, name="watch for signals", daemon=True)
     thread.start()
     try:
         yield
     finally:
-        signal.set_wakeup_fd(before)
-        for number, handler in handlers.items():
-            signal.signal(number, handler or signal.SIG_DFL)  # None: not set by Python
+        IN_CHILDREN.remove(forget)
+        forget()
         os.close(writer)  # which ends the thread
         thread.join()
         os.close(reader)

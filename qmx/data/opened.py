@@ -1,6 +1,7 @@
 """Opening every photo that a run will read, before it spends anything."""
 
 import hashlib
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from qmx.data.sources import Dataset, Files, Photos
 from qmx.files import write_arrays, write_bytes
 
 AT_ONCE = 256  # photos between two calls of `update`
+SECONDS = 10.0  # of work that a kill may cost
 UNREADABLE = "unreadable.txt"
 UNSEEN, GOOD, FLAT = 0, 1, 2  # what is remembered of a photo
 
@@ -95,15 +97,22 @@ def _open_side(files: Files, folder: Path, update: Callable[[int], None]) -> dic
         except ValueError as error:
             problems[i] = str(error)
 
+    def remember() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_arrays(memory, state=state)
+
     update(known)
+    written = time.monotonic()
     try:
         for start in range(0, len(left), AT_ONCE):
             in_threads(one, left[start : start + AT_ONCE])
             update(known + min(start + AT_ONCE, len(left)))
+            if time.monotonic() - written > SECONDS:  # a signal ends the program at once
+                remember()
+                written = time.monotonic()
     finally:
         if len(left):
-            folder.mkdir(parents=True, exist_ok=True)
-            write_arrays(memory, state=state)
+            remember()
     problems |= {int(i): "" for i in files.rows if state[i] == FLAT}
     return dict(sorted(problems.items()))
 

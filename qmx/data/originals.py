@@ -4,6 +4,7 @@ Neither needs a download by this package, nor a pickle to be opened.
 """
 
 import gzip
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -78,5 +79,5 @@ def whole(path: Path) -> bytes:
         return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; the folder must have all of them") from None
-    except (EOFError, OSError) as error:
+    except (EOFError, OSError, zlib.error) as error:
         raise ValueError(f"{path}: {error}; fetch it again") from None

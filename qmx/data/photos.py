@@ -18,7 +18,17 @@ from qmx.data.sources import Files, Photos, Source
 
 EXIF_ORIENTATION = 0x0112
 MEMORY = 1 << 30  # bytes of canvases that are kept: 21,845 photos at 128 pixels
+# Not EPS, for which Pillow starts Ghostscript: images may come from strangers.
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA")
+FORMATS += ("TIFF", "WEBP")
 CHUNK = 4  # photos that a thread takes at a time; handing out single ones costs more
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """The formats that photos are read in, by Pillow's names: those of `FORMATS` that it has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def open_image(data: bytes, name: str) -> Image.Image:
@@ -26,7 +36,9 @@ def open_image(data: bytes, name: str) -> Image.Image:
     if not data:
         raise ValueError(f"{name}: the file is empty")
     try:
-        return Image.open(io.BytesIO(data))
+        return Image.open(io.BytesIO(data), formats=formats())
+    except MemoryError:
+        raise
     except Image.UnidentifiedImageError:
         raise ValueError(f"{name}: not an image that Pillow can read") from None
     except Exception as error:  # a header can be wrong in as many ways as there are formats
@@ -54,6 +66,8 @@ def decode(data: bytes, name: str) -> Image.Image:
     try:
         image.load()
         return as_rgb(image)
+    except MemoryError:  # which says nothing of the file
+        raise
     except Exception as error:  # OSError, SyntaxError, EOFError, struct.error, zlib.error ...
         raise ValueError(f"{name}: {' '.join(str(error).split()) or repr(error)}") from None
 

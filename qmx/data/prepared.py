@@ -95,6 +95,11 @@ def split_photos(name: str, split: str) -> Photos:
         labels[i] = one["label"]
         if "file_name" in one:
             names.append(bytes(one["file_name"]).decode("utf-8", "replace"))
+    if without := int((labels < 0).sum()):
+        raise ValueError(
+            f"{without} of the {size} images of {name}/{split} have no label; name a split that has"
+            " them"
+        )
     info, feature = data.info.splits[split], data.info.features["label"]
     listing = [
         data.info.full_name,

@@ -33,8 +33,13 @@ def ask_about(
     ids: np.ndarray,
     purpose: str,
     name: str,
+    max_refused: float | None = None,
 ) -> list[bytes]:
-    """Bring answers for a source's images into the ledger, with progress `name`; return keys."""
+    """Bring answers for a source's images into the ledger, with progress `name`; return keys.
+
+    Args:
+      max_refused: share of them that may have no answer; None is `target.max_refused`.
+    """
     keys: list[bytes] = []
     if run.config.target.kind == "recorded":
         table = Path(run.config.target.path)
@@ -49,6 +54,7 @@ def ask_about(
                 purpose,
                 partial(_answered, run, shown, name, len(keys), len(ids)),
                 partial(name_of, source, ids[len(keys) :]),
+                max_refused,
             )
             keys += keys_of(images, **target.identity)
             shown.update(len(keys))
@@ -88,6 +94,7 @@ def ask_together(
     purpose: str,
     on_progress: Callable[[int, int], None],
     name: Callable[[int], str],
+    max_refused: float | None = None,
 ) -> None:
     """Answers for a chunk of images into the ledger, which the first process keeps.
 
@@ -121,7 +128,7 @@ def ask_together(
                     on_progress=on_progress,
                     say=say,
                     name=name,
-                    max_refused=keys.max_refused,
+                    max_refused=keys.max_refused if max_refused is None else max_refused,
                     trial=TRIAL if elsewhere else 0,
                 )
             except Unavailable as error:

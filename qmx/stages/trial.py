@@ -8,7 +8,7 @@ import numpy as np
 
 from qmx.encoders import read_facts
 from qmx.grid import cells
-from qmx.ledger import Ledger, Refused, Unavailable
+from qmx.ledger import Ledger, Refused, Unavailable, keys_of
 from qmx.ledger.again import ask_again
 from qmx.progress import about, say
 from qmx.stages.answers import ask_about
@@ -55,7 +55,8 @@ def trial(run: Run, target: Target | NotDone) -> Run:
         run = of_classes(run, asked_for_classes(run, target, ask, ids))
     if new:
         for some in filter(len, (ids[:1], ids[1:])):
-            seconds = ask_some(run, target, ask, some)
+            seconds = ask_some(run, target, ask, some, max_refused=1.0)
+        refuse_refusals(run, target, ask, ids)
         if questions(run) >= MANY and len(ids) == FEW:
             look_again(run, target, ask())
         say(planned(run, seconds, len(some)))
@@ -67,11 +68,26 @@ def of_classes(run: Run, classes: int) -> Run:
     return run._replace(data=run.data._replace(classes=classes))
 
 
-def ask_some(run: Run, target: Target, ask: Callable[[], Query], ids: np.ndarray) -> float:
+def ask_some(
+    run: Run,
+    target: Target,
+    ask: Callable[[], Query],
+    ids: np.ndarray,
+    max_refused: float | None = None,
+) -> float:
     """Ask about evaluation images that have no answer yet; returns the seconds that it took."""
     began, source = time.monotonic(), run.data.evaluation
-    ask_about(run, target, ask, source, ids, "report", "a trial of the target")
+    ask_about(run, target, ask, source, ids, "report", "a trial of the target", max_refused)
     return time.monotonic() - began
+
+
+def refuse_refusals(run: Run, target: Target, ask: Callable[[], Query], ids: np.ndarray) -> None:
+    """Raise TooManyRefused if none of the trial's images has an answer, or more have none than the
+    whole run may leave out."""
+    keys = keys_of(run.data.evaluation.shown(ids), **target.identity)
+    refused = in_ledger(run, target.identity, lambda ledger: len(ledger.refused(keys)))
+    if refused == len(ids) or refused > run.config.target.max_refused * questions(run):
+        ask_some(run, target, ask, ids)  # asks nothing more, and says why
 
 
 def asked_for_classes(run: Run, target: Target, ask: Callable[[], Query], ids: np.ndarray) -> int:
@@ -86,7 +102,7 @@ def asked_for_classes(run: Run, target: Target, ask: Callable[[], Query], ids: n
     for one in ids:
         if classes := known():
             return classes
-        ask_some(run, target, ask, np.array([one]))
+        ask_some(run, target, ask, np.array([one]), max_refused=1.0)
     if classes := known():
         return classes
     raise ValueError(

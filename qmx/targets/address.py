@@ -35,7 +35,7 @@ def check_address(url: str, token_env: str = "", headers_env: tuple[str, ...] = 
             "QMX_TARGET_TOKEN, and not the token"
         )
     secret = [token_env] if token_env else [name for name in names if name.lower() != "host"]
-    if secret and parts.scheme == "http" and not _loopback(host):
+    if secret and parts.scheme == "http" and not loopback(host):
         raise ValueError(
             f"target.url http://{host} would send the token of {secret[0]} in clear text; use"
             " https://"
@@ -105,7 +105,8 @@ def bearer(token_env: str) -> str:
     return token
 
 
-def _loopback(host: str) -> bool:
+def loopback(host: str) -> bool:
+    """True for a name or number of this machine."""
     try:
         return ip_address(host).is_loopback
     except ValueError:

@@ -5,10 +5,12 @@ import socket
 import ssl
 import threading
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import urllib3
+
+from qmx.targets.address import loopback
 
 
 class Watch:
@@ -74,15 +76,18 @@ def connections(
     url: str, trusted: ssl.SSLContext | None, timeout: urllib3.Timeout
 ) -> urllib3.PoolManager:
     """Connections to a server, through the proxy that the environment names for it (HTTPS_PROXY,
-    NO_PROXY and the like), if any; `trusted` is for TLS. Each answer has its `Watch`."""
+    NO_PROXY and the like), if any; `trusted` is for TLS. Each answer has its `Watch`.
+
+    None goes to this machine through a proxy, which is another one: a token may be sent here alone
+    without TLS."""
     parts = urlsplit(url)
-    proxy = getproxies().get(parts.scheme)
-    if not proxy or proxy_bypass(parts.hostname or ""):
+    host, proxy = parts.hostname or "", getproxies().get(parts.scheme)
+    if not proxy or loopback(host) or proxy_bypass(host):
         found = urllib3.PoolManager(ssl_context=trusted, timeout=timeout)
         found.pool_classes_by_scheme = WATCHED
         return found
     user = urlsplit(proxy)
-    login = f"{user.username}:{user.password or ''}" if user.username else None
+    login = f"{unquote(user.username)}:{unquote(user.password or '')}" if user.username else None
     headers = urllib3.make_headers(proxy_basic_auth=login)
     found = urllib3.ProxyManager(proxy, ssl_context=trusted, timeout=timeout, proxy_headers=headers)
     found.pool_classes_by_scheme = WATCHED

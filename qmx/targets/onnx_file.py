@@ -74,7 +74,16 @@ def connect(
     def query(images: np.ndarray) -> np.ndarray:
         count = len(images)
         pixels, rows = prepare(images, seen), filled_up(count, fixed or count)
-        parts = [session.run([answer.name], {tensor.name: pixels[some]})[0] for some in rows]
+        try:
+            parts = [session.run([answer.name], {tensor.name: pixels[some]})[0] for some in rows]
+        except Exception as error:  # onnxruntime's own have no other base
+            text = " ".join(str(error).split())
+            if "allocat" in text:
+                raise MemoryError(f"{path}: {text}; lower target.batch_size") from None
+            raise ValueError(
+                f"{path} fails on {pixels.dtype}{list(pixels.shape)}: {text}; target.shown says how"
+                " images are shown to it"
+            ) from None
         return received(np.concatenate(parts)[:count], count, classes, access)
 
     named = f"\0{tensor.name}\0{answer.name}".encode()
