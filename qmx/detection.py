@@ -18,7 +18,7 @@ ENOUGH = 100  # distances that are too few to look at
 OUTLIER = 3.0  # standard deviations from the mean, beyond which distances are left out
 
 WINDOW = 100  # queries that are compared with honest ones; PRADA begins with as many
-ALPHA = 0.01  # of the test: by itself it alarms on one honest window of a hundred
+ALPHA = 0.01  # of the test, which alarms below it: on one honest window of two hundred
 PERMUTATIONS = 199  # so that the smallest p is 0.005
 REFERENCE = 500  # honest images that a window is compared with: a few hundred thousand distances
 ORDERS = 10  # random orders in which traffic is looked at once more

@@ -171,6 +171,8 @@ def fit(
     fresh, sizes = begin(x.shape[1])
     part = np.random.default_rng(seed).permutation(n) % folds
     truth = np.asarray(soft(logits, 1.0))
+    # Of labels each temperature makes the same, so that none is chosen and none is multiplied by.
+    hard = bool((truth.max(1) > 1 - 1e-6).all())
 
     def told(temperature: float, decays: Sequence[float]) -> list[float]:
         """Held-out cross-entropy for each decay, the largest first."""
@@ -188,10 +190,12 @@ def fit(
 
     ordered = sorted(decays, reverse=True)
     decay, temperature, best = ordered[len(ordered) // 2], temperatures[0], float("nan")
+    if hard:
+        temperature = 1.0
     if n >= FEW:
         losses = told(temperature, ordered)
         best, decay = min(zip(losses, ordered, strict=True))
-        for other in temperatures[1:]:
+        for other in temperatures[1:] if not hard else ():
             if (loss := told(other, [decay])[0]) < best:
                 best, temperature = loss, other
     answers = logits

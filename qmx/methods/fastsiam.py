@@ -57,7 +57,7 @@ def make(
         others = jax.lax.stop_gradient(zs)
         targets = [_mean(others[:place] + others[place + 1 :]) for place in range(views)]
         losses = _mean([negative_cosine(p, target) for p, target in zip(ps, targets, strict=True)])
-        unit = others[0] / jnp.linalg.norm(others[0], axis=-1, keepdims=True)
+        unit = others[0] / jnp.maximum(jnp.linalg.norm(others[0], axis=-1, keepdims=True), 1e-12)
         metrics = {"z_std": unit.std(0).mean()}
         return losses.mean(), ({**stats, "predictor": head_stats}, metrics)
 

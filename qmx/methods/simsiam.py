@@ -61,7 +61,8 @@ def make(net: Network, projector: Network, predictor: Network, view: View) -> Me
 
         stop = jax.lax.stop_gradient
         losses = (negative_cosine(p1, stop(z2)) + negative_cosine(p2, stop(z1))) / 2
-        unit = z1 / jnp.linalg.norm(z1, axis=-1, keepdims=True)
+        # Guarded as the loss is: rows that are all zeros are the collapse that this shows.
+        unit = z1 / jnp.maximum(jnp.linalg.norm(z1, axis=-1, keepdims=True), 1e-12)
         metrics = {"z_std": stop(unit).std(0).mean()}
         return losses.mean(), ({**stats, "predictor": head_stats}, metrics)
 

@@ -67,10 +67,10 @@ def _unasked(results: dict) -> str:
 
 
 def _sentence(results: dict, found: dict | None, most: dict | None) -> str:
-    size, smallest = results["pool"]["size"], results["pool"]["budgets"][0]["queries"]
+    size = results["pool"]["size"]
     if found:
         queries = math.ceil(found["queries"])
-        few = "at most " if found["queries"] == smallest else ""
+        few = "at most " if "queries" in found["bounds"] else ""
         text = (
             f"{few}{queries} {'query' if queries == 1 else 'queries'} ({share_of(queries, size)} of"
             f" the pool) are enough for a copy that agrees with your model on {percent(COPY)} of"

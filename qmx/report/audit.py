@@ -119,8 +119,7 @@ def inverse(results: dict, measure: str, share: float) -> dict[str, Any]:
     """
     row: dict[str, Any] = {"measure": measure, "share": share, "queries": None}
     row |= {"alone": None, "pooled": None, "why": None}
-    smallest = results["pool"]["budgets"][0]["queries"]
-    found = fewest_of_any_seed(results, measure, share)
+    found, is_bound = fewest_of_any_seed(results, measure, share)
     if full(results, measure) is None:
         return row | {"why": "the target's accuracy was not measured"}
     if found is None:
@@ -136,8 +135,10 @@ def inverse(results: dict, measure: str, share: float) -> dict[str, Any]:
             " attacks; a stronger one may need fewer"
         )
         return row | {"why": reason if most else "no student has learned"}
-    if found <= smallest:
-        return row | {"why": f"{smallest} queries, the smallest budget, reach it already"}
+    if is_bound:
+        smallest = results["pool"]["budgets"][0]["queries"]
+        which = "the smallest budget" + " whose students learned" * (found > smallest)
+        return row | {"why": f"{found:g} queries, {which}, reach it already"}
     principals = results["config"]["audit"]["principals"]
     return row | {
         "queries": found,
@@ -146,14 +147,16 @@ def inverse(results: dict, measure: str, share: float) -> dict[str, Any]:
     }
 
 
-def fewest_of_any_seed(results: dict, measure: str, share: float) -> float | None:
-    """The fewest queries by which some seed of some attack reaches a share; None if none does."""
+def fewest_of_any_seed(results: dict, measure: str, share: float) -> tuple[float | None, bool]:
+    """(the fewest queries by which some seed of some attack reaches a share, None if none does;
+    True if fewer may do, as no smaller budget was measured)."""
     lows = [
-        row["low"]
+        (row["low"], "low" not in row["bounds"])
         for column in attacks(results["config"])
         if (row := reach_of(results, column, measure, share)) and row["low"] is not None
     ]
-    return min(lows, default=None)
+    found, measured = min(lows, default=(None, True))
+    return found, not measured
 
 
 def access_levels(results: dict) -> list[dict[str, Any]]:

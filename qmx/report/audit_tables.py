@@ -31,11 +31,11 @@ def strongest_table(results: dict) -> Table | None:
 
 def effort_table(results: dict) -> Table:
     """Queries, hours and money for each measure and share."""
-    smallest, rows = results["pool"]["budgets"][0]["queries"], []
+    rows = []
     for row in results["audit"]["time_to_extract"]:
         attack = row["attack"]
-        few = "at most " if row["queries"] == smallest else ""
         found = attack and reach_of(results, column_of(attack), row["measure"], row["share"])
+        few = "at most " if found and "queries" in found["bounds"] else ""
         over = f" ({interval(found)})" if found and not few else ""
         rows.append(
             [

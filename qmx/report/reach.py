@@ -75,9 +75,11 @@ def reach_of(results: dict, column: Column, measure: str, share: float) -> dict[
 
     None if the full share is not known, or if no budget reaches it and some were not run yet. Else
     {the column's axes, "measure", "share", "queries", "low", "high", "seeds", "seeds_reached",
-    "largest"}. "queries" is a float, or None if no measured budget reaches the share; "low" and
-    "high" are the fewest and the most that one seed's own curve needs, "high" None if a seed's
-    never gets there; "largest" is the largest budget whose students learned, None if none did.
+    "first", "largest", "bounds"}. "queries" is a float, or None if no measured budget reaches the
+    share; "low" and "high" are the fewest and the most that one seed's own curve needs, "high" None
+    if a seed's never gets there; "first" and "largest" are the smallest and the largest budget
+    whose students learned, None if none did; "bounds" names those of "queries" and "low" that are
+    the first of their curve, so that fewer may do.
     """
     whole = full(results, measure)
     if whole is None:
@@ -89,16 +91,21 @@ def reach_of(results: dict, column: Column, measure: str, share: float) -> dict[
         return None
     each = [first_reached([*c], [*c.values()], share * whole) for c in curves.values()]
     some = [few for few in each if few is not None]
+    low, first = min(some, default=None), min(middle, default=None)
+    lowest = [min(c) for c, few in zip(curves.values(), each, strict=True) if few == low]
+    bounds = {"queries": queries == first, "low": low is not None and low in lowest}
     return {
         **column._asdict(),
         "measure": measure,
         "share": share,
         "queries": queries,
-        "low": min(some, default=None),
+        "low": low,
         "high": max(some) if some and len(some) == len(each) else None,
         "seeds": len(each),
         "seeds_reached": len(some),
+        "first": first,
         "largest": max(middle, default=None),
+        "bounds": [name for name, is_one in bounds.items() if is_one],
     }
 
 

@@ -159,7 +159,6 @@ def reach_tables(results: dict) -> list[Table]:
     """Queries that reach a share of the target's accuracy and of full agreement, with their price
     if it is set."""
     shares, price = results["config"]["reach"], results["config"]["price"]
-    smallest = results["pool"]["budgets"][0]["queries"]
 
     def cell(column: Column, measure: str, share: float) -> str:
         found = [
@@ -174,7 +173,8 @@ def reach_tables(results: dict) -> list[Table]:
         if number is None:
             return "not trained" if largest is None else f"not by {largest}"
         paid = "" if price is None else f" ({price * number / 1000:.2f})"
-        return f"{'at most ' if number == smallest else ''}{math.ceil(number)}{paid}"
+        few = "at most " if "queries" in found[0]["bounds"] else ""
+        return f"{few}{math.ceil(number)}{paid}"
 
     shown = columns(results["config"])
     titles = {

@@ -124,6 +124,7 @@ def probcover(
         for new in inside[ids[-1]][~covered[inside[ids[-1]]]]:
             covered[new] = True
             gain[inside[new]] -= 1
+        gain[ids[-1]] = 0  # a pair on the edge may be in one ball alone, by rounding
     left = np.setdiff1d(np.arange(len(features)), ids)
     return np.concatenate([np.array(ids, np.int64), rng.permutation(left)[: budget - len(ids)]])
 

@@ -6,8 +6,12 @@ import shutil
 
 import pytest
 from conftest import TINY
+from test_report import results
 
-from qmx.report.reach import first_reached
+from qmx.grid import columns
+from qmx.report.answer import answer
+from qmx.report.audit import inverse
+from qmx.report.reach import first_reached, reach_of
 
 
 def test_between_budgets():
@@ -41,6 +45,24 @@ def test_exactly_the_last_budget():
     found = [first_reached(pair, (80.0, 95.0), 95.0) for pair in pairs]
     assert all(x <= many for x, (_, many) in zip(found, pairs, strict=True))
     assert found == pytest.approx([many for _, many in pairs])
+
+
+def test_the_first_budget_that_counts():
+    """Where smaller budgets' students did not learn, the first whose did is a bound, and no limit
+    is safe by it."""
+    found = results(weak={("none", 10), ("moco", 10)})
+    row = reach_of(found, columns(found["config"])[1], "fidelity", 0.95)
+    assert (row["queries"], row["low"], row["first"]) == (100.0, 100.0, 100)
+    assert row["bounds"] == ["queries", "low"]
+    limit = inverse(found, "fidelity", 0.95)
+    assert limit["alone"] is None
+    words = "100 queries, the smallest budget whose students learned, reach it already"
+    assert limit["why"] == words
+    assert answer(found)["sentence"].startswith("At most 100 queries")
+    found = results()
+    row = reach_of(found, columns(found["config"])[1], "fidelity", 0.95)
+    assert row["bounds"] == [] and 10 < row["low"] < row["queries"] < 100
+    assert inverse(found, "fidelity", 0.95)["alone"]
 
 
 def test_the_first_time():

@@ -107,6 +107,19 @@ def test_the_choice():
         heads.fit(features * np.nan, logits)
 
 
+def test_labels_have_no_temperature():
+    """Each makes the same of them, so that the head is that of a temperature of 1."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(40, 64)).astype(np.float32)
+    with np.errstate(divide="ignore"):
+        labels = np.log(np.eye(10, dtype=np.float32)[rng.integers(0, 10, 40)])
+    plain = heads.fit(features, labels, temperatures=(1.0,))
+    for temperatures in ((1.0, 2.0, 4.0), (4.0,)):
+        made = heads.fit(features, labels, temperatures=temperatures)
+        assert (made.temperature, made.decay) == (1.0, plain.decay)
+        np.testing.assert_array_equal(made.params["fc"]["kernel"], plain.params["fc"]["kernel"])
+
+
 FUNCTIONS = """
     from pathlib import Path
 
