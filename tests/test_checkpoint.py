@@ -1,6 +1,8 @@
 """Saved states come back to the bit, or not at all; and stages are done once."""
 
+import errno
 import logging
+import os
 import random
 import re
 import time
@@ -9,6 +11,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -116,6 +119,29 @@ def test_damaged_checkpoint(tmp_path, caplog, damage):
     damage(tmp_path / "c/3")
     damage(tmp_path / "c/4")
     assert Checkpoints(tmp_path / "c").restore(state(0)) is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EMFILE, os.strerror(errno.EMFILE)),  # a limit of open files gives this one
+        ValueError(f"Error opening file: {os.strerror(errno.ESTALE)}"),  # as tensorstore says it
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"),
+    ],
+)
+def test_what_passes_removes_nothing(tmp_path, monkeypatch, error):
+    """It is raised, and the state is there afterwards."""
+
+    def restore(*_, **__):
+        raise error
+
+    saved(tmp_path / "c", 3, 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.CheckpointManager, "restore", restore)
+        with pytest.raises(type(error)) as raised:
+            Checkpoints(tmp_path / "c").restore(state(0))
+    assert raised.value is error
+    assert_same(Checkpoints(tmp_path / "c").restore(state(0)), state(5))
 
 
 def test_saving_goes_on_meanwhile(tmp_path):

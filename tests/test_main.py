@@ -318,6 +318,29 @@ def test_a_signal_is_for_its_call():
         signal.signal(signal.SIGTERM, kept)
 
 
+def test_signals_of_others():
+    """Those that a library handles, as a pool's SIGCHLD, and those of forked processes, which share
+    the pipe that signals are written into, stop nothing."""
+    kept = signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    try:
+        with stop_on_signals(print) as stopped:
+            for _ in range(2):
+                if not (child := os.fork()):
+                    os.kill(os.getpid(), signal.SIGTERM)  # which ends it, as it would without us
+                    time.sleep(10)
+                    os._exit(0)
+                assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+            time.sleep(0.2)
+            assert not stopped()
+            os.kill(os.getpid(), signal.SIGTERM)
+            deadline = time.monotonic() + 10
+            while not stopped() and time.monotonic() < deadline:
+                time.sleep(0.001)
+            assert stopped()
+    finally:
+        signal.signal(signal.SIGCHLD, kept)
+
+
 def test_a_signal_amid_something_long(monkeypatch):
     """The user is told that it was heard, and how to end at once; of what stops soon nothing."""
     told = []

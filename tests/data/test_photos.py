@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image, ImageFile
 from test_data import keys, load
 
 from qmx.data import batches
@@ -160,6 +160,31 @@ def test_what_cannot_be_read_is_refused_by_name(data, message):
     with pytest.raises(ValueError, match="^n01/bad.JPEG: .*" + message) as error:
         decode(data, "n01/bad.JPEG")
     assert len(str(error.value).splitlines()) == 1 and "BytesIO" not in str(error.value)
+
+
+def test_no_other_program_is_started(monkeypatch):
+    """Pillow gives EPS to Ghostscript, whatever the file is called."""
+
+    def started(*_, **__):
+        raise AssertionError("Ghostscript was started")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", started)
+    data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 8\n%%EndComments\nshowpage\n%%EOF\n"
+    with pytest.raises(ValueError, match="^cat.jpg: not an image that Pillow can read"):
+        decode(data, "cat.jpg")
+    with pytest.raises(AssertionError):  # else this would show nothing
+        Image.open(io.BytesIO(data)).load()
+
+
+def test_no_memory_is_no_damage(monkeypatch):
+    """It is raised as it is: the photo may be sound."""
+
+    def load(self):
+        raise MemoryError
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    with pytest.raises(MemoryError):
+        decode(WHOLE, "good.jpg")
 
 
 def test_damage_anywhere_is_refused_or_decoded():

@@ -58,7 +58,7 @@ def test_the_first_budget_that_counts():
     assert limit["alone"] is None
     words = "100 queries, the smallest budget whose students learned, reach it already"
     assert limit["why"] == words
-    assert answer(found)["sentence"].startswith("At most 100 queries")
+    assert answer(found)["text"].startswith("At most 100 queries")
     found = results()
     row = reach_of(found, columns(found["config"])[1], "fidelity", 0.95)
     assert row["bounds"] == [] and 10 < row["low"] < row["queries"] < 100

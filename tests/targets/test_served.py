@@ -1,6 +1,7 @@
 """Served targets and Python functions: a real server process, whatever goes wrong with it, and
 nothing paid is lost."""
 
+import base64
 import hashlib
 import http.server
 import json
@@ -61,9 +62,9 @@ def plain(serve):
     return serve()
 
 
-def connect(server, model="digits", scheme="http", **changes):
+def connect(server, model="digits", scheme="http", host="127.0.0.1", **changes):
     return served.connect(
-        f"{scheme}://127.0.0.1:{server[0]}",
+        f"{scheme}://{host}:{server[0]}",
         model,
         **{"shape": (8, 8, 1), "classes": 10, "timeout": 5.0, **changes},
     )
@@ -426,8 +427,9 @@ def test_headers(serve, monkeypatch):
 
 
 def test_proxy(plain, monkeypatch):
-    """The environment's, as other programs take it; NO_PROXY goes around it."""
-    asked = []
+    """The environment's, with its user's name and password as they are; none for this machine, to
+    which a token may be sent without TLS, and none that NO_PROXY names."""
+    asked, logins = [], set()
 
     class Proxy(http.server.BaseHTTPRequestHandler):
         def log_message(self, *_):
@@ -435,8 +437,10 @@ def test_proxy(plain, monkeypatch):
 
         def pass_on(self):
             asked.append(self.path)
+            logins.add(self.headers.get("Proxy-Authorization"))
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            answer = urllib3.request(self.command, self.path, body=body, headers=dict(self.headers))
+            there = self.path.replace("models.test", "127.0.0.1")
+            answer = urllib3.request(self.command, there, body=body, headers=dict(self.headers))
             self.send_response(answer.status)
             self.send_header("Content-Length", str(len(answer.data)))
             self.end_headers()
@@ -447,12 +451,16 @@ def test_proxy(plain, monkeypatch):
     proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
     try:
-        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.server_port}")
+        monkeypatch.setenv("http_proxy", f"http://me:p%40ss@127.0.0.1:{proxy.server_port}")
         monkeypatch.setenv("no_proxy", "")
-        assert np.array_equal(connect(plain).query(IMAGES), scores_of(IMAGES))
-        assert len(asked) == 4 and asked[-1].startswith("http://127.0.0.1:")
-        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        far = connect(plain, host="models.test")
+        assert np.array_equal(far.query(IMAGES), scores_of(IMAGES))
+        assert len(asked) == 4 and asked[-1].startswith("http://models.test:")
+        assert logins == {"Basic " + base64.b64encode(b"me:p@ss").decode()}
         connect(plain)
+        monkeypatch.setenv("no_proxy", "models.test")
+        with pytest.raises(Unavailable, match="models.test"):
+            connect(plain, host="models.test")
         assert len(asked) == 4
     finally:
         proxy.shutdown()
