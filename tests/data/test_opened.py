@@ -2,10 +2,13 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 from test_cache import make
 from test_data import load
@@ -102,6 +105,28 @@ def test_a_stopped_call_goes_on(folders, tmp_path, monkeypatch):
         open_photos(data, tmp_path / "w", stop)
     assert len(names) == 10 < AT_ONCE
     assert opened(data, tmp_path / "w") == [] and len(set(names)) == len(names) == 18
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+
+from qmx.data import load, open_photos, opened
+
+opened.AT_ONCE, opened.SECONDS = 5, -1.0
+pool, evaluation, folder = sys.argv[1:]
+sides = dict(path=pool, eval_path=evaluation)
+data = load(source="folder", **sides, canvas=16, resize=24, crop=20)
+open_photos(data, Path(folder), lambda done: os._exit(7) if done == 10 else None)
+"""
+
+
+def test_a_killed_call_goes_on(folders, tmp_path, monkeypatch):
+    """What was opened is remembered meanwhile: a signal ends the program at once."""
+    words = [sys.executable, "-c", KILLED, *map(str, folders), str(tmp_path / "w")]
+    assert subprocess.run(words, cwd=ROOT).returncode == 7
+    data, names = load("folder", *folders, **SIZES), decodes(monkeypatch)
+    assert opened(data, tmp_path / "w") == [] and len(set(names)) == len(names) == 18 - 5
 
 
 def test_unreadable_photos_are_named_on_both_sides_and_the_cure_works(folders, tmp_path):

@@ -91,6 +91,17 @@ def test_refused(tmp_path):
         connect(wide)
 
 
+def test_images_that_it_fails_on(tmp_path):
+    """In one line: what onnxruntime raises is of its own kind."""
+    free = model(tmp_path / "free.onnx", ["n", "h", "w", 1], TensorProto.UINT8)
+    found = onnx_file.connect(free, shape=(10, 10, 1), classes=10)
+    with pytest.raises(
+        ValueError, match=r"fails on uint8\[7, 10, 10, 1\]: .* target.shown"
+    ) as caught:
+        found.query(np.zeros((7, 10, 10, 1), np.uint8))
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_the_cures_work(tmp_path):
     """Each tensor that is named is one; numbers that are said are taken."""
     two = model(tmp_path / "two.onnx", ["n", 8, 8, 1], TensorProto.UINT8, ("a", "b"))
