@@ -21,7 +21,8 @@ from qmx import (
     rotation,
     simsiam,
 )
-from qmx.contract import Encoder, by_path, chain
+from qmx.contract import Encoder, Network, by_path, chain
+from qmx.diagnostics import watch
 from qmx.methods import linear
 from qmx.train import init_state, make_step
 
@@ -729,3 +730,15 @@ def test_labels_are_scores():
     want, (got, grads) = losses(ts.params)
     np.testing.assert_allclose(got, want, rtol=1e-5)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("make", [simsiam.make, partial(fastsiam.make, views=2)])
+def test_an_exact_collapse_is_seen(make):
+    """Features that are all zeros have a spread of 0, of which a warning tells; of NaN none does."""
+    nothing = Network(lambda rng, x: ({}, {}), lambda p, s, x, *_: (jnp.zeros((len(x), 8)), s))
+    batch = {"image": jnp.zeros((4, 6, 6, 1), jnp.uint8)}
+    method = make(nothing, nothing, nothing, lambda rng, batch: batch["image"] / 255.0)
+    params, state = method.init(jax.random.key(0), batch)
+    _, (_, metrics) = method.loss(params, state, batch, jax.random.key(1))
+    assert metrics["z_std"] == 0
+    assert "have collapsed" in watch(1, 8)(1, {"loss": 0.0, "z_std": float(metrics["z_std"])})
