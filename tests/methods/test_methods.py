@@ -734,7 +734,7 @@ def test_labels_are_scores():
 
 @pytest.mark.parametrize("make", [simsiam.make, partial(fastsiam.make, views=2)])
 def test_an_exact_collapse_is_seen(make):
-    """Features that are all zeros have a spread of 0, of which a warning tells; of NaN none does."""
+    """Features that are all zeros have a spread of 0, of which a warning tells; of NaN none is."""
     nothing = Network(lambda rng, x: ({}, {}), lambda p, s, x, *_: (jnp.zeros((len(x), 8)), s))
     batch = {"image": jnp.zeros((4, 6, 6, 1), jnp.uint8)}
     method = make(nothing, nothing, nothing, lambda rng, batch: batch["image"] / 255.0)
