@@ -14,8 +14,8 @@ IN_CHILDREN: list[Callable[[], None]] = []
 
 
 def _in_child() -> None:
-    while IN_CHILDREN:
-        IN_CHILDREN.pop()()
+    for forget in reversed(IN_CHILDREN):
+        forget()
 
 
 os.register_at_fork(after_in_child=_in_child)

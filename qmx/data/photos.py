@@ -19,8 +19,10 @@ from qmx.data.sources import Files, Photos, Source
 EXIF_ORIENTATION = 0x0112
 MEMORY = 1 << 30  # bytes of canvases that are kept: 21,845 photos at 128 pixels
 # Not EPS, for which Pillow starts Ghostscript: images may come from strangers.
-FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA")
-FORMATS += ("TIFF", "WEBP")
+FORMATS = (
+    *("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF"),
+    "WEBP",
+)
 CHUNK = 4  # photos that a thread takes at a time; handing out single ones costs more
 
 
