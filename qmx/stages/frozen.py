@@ -39,8 +39,12 @@ def inputs_of(config: Any, init: str, data: Dataset) -> dict:
         said = {name: value for name, value in plain(keys).items() if name not in ("path", "watch")}
         made = {"file": file_digest(file), "part": part, "keys": said, "shape": data.shape}
         # What `seen_by` reads of a ResNet, where its own keys say nothing.
-        seen = {"mean": data.mean, "std": data.std} if not (keys.mean and keys.std) else {}
-        side = {"size": config.student.size} if config.student.size and not keys.size else {}
+        seen = (
+            {"mean": data.mean, "std": data.std}
+            if not (keys.get("mean") and keys.get("std"))
+            else {}
+        )
+        side = {"size": config.student.size} if config.student.size and not keys.get("size") else {}
         return {**made, **seen, **side}
     return {"kind": keys.kind, "sha256": sha256(config, init), "licence": keys.licence}
 
