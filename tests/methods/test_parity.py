@@ -684,7 +684,7 @@ def test_moco_ten_steps(groups, seed):
     assert int(ts.state.pointer) == moco.pointer == STEPS * size % queue
 
 
-@pytest.mark.parametrize("groups, seed", [(1, 94), pytest.param(4, 67, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("groups, seed", [(1, 94), pytest.param(4, 98, marks=pytest.mark.slow)])
 def test_simsiam_ten_steps(groups, seed):
     """Losses, weights and running statistics; the predictor's rate constant, a frozen bias."""
     features, hidden = 16, 8
