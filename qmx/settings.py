@@ -24,7 +24,7 @@ def base() -> ConfigDict:
     config = ConfigDict()
 
     config.seeds = (0,)  # one run for each; the report has their mean and deviation
-    # what a student starts from: none, rotation, moco, simsiam, fastsiam, emp_ssl, features;
+    # what a student starts from; none, rotation, moco, simsiam, fastsiam, emp_ssl, features;
     # "imported" and "public" are the weights of pretrain.*.path
     config.inits = ("none", "rotation", "moco", "simsiam")
     # how the images to ask about are chosen; random, class_balanced, list, typiclust, maxherding,
