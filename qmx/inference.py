@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from qmx.contract import Network, PyTree, View
-from qmx.sharding import everywhere, put_batch, rows_here
+from qmx.sharding import enlarged, everywhere, put_batch, rows_here
 
 
 @cache
@@ -40,7 +40,7 @@ def ids_here(size: int, batch_size: int = 256) -> np.ndarray:
     out; what is said of the filling stands at the end, to be cut off. A batch is enlarged until it
     divides over the devices.
     """
-    batch_size = -(-batch_size // jax.device_count()) * jax.device_count()
+    batch_size = enlarged(batch_size)
     ids = np.minimum(np.arange(-(-size // batch_size) * batch_size), size - 1)
     return ids.reshape(-1, batch_size)[:, rows_here(batch_size)]
 

@@ -248,11 +248,16 @@ def put_state(tree: PyTree) -> PyTree:
     return jax.tree.map(put, tree)
 
 
+def enlarged(batch_size: int) -> int:
+    """The smallest batch from this size on that divides over the devices."""
+    return -(-batch_size // jax.device_count()) * jax.device_count()
+
+
 def check_batch(batch_size: int, name: str) -> None:
     """Raise ValueError unless a global batch of `batch_size` divides over the devices."""
     devices = jax.device_count()
     if batch_size % devices:
-        below, above = batch_size // devices * devices, -(-batch_size // devices) * devices
+        below, above = batch_size // devices * devices, enlarged(batch_size)
         raise ValueError(
             f"{name} {batch_size} does not divide over {devices} devices; "
             f"use {f'{below} or {above}' if below else above}"

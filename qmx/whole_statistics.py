@@ -14,7 +14,7 @@ import numpy as np
 from qmx.contract import Encoder, Network, View
 from qmx.data import Source
 from qmx.data.batches import ahead, batch_ids
-from qmx.sharding import everywhere, put_batch, rows_here
+from qmx.sharding import enlarged, everywhere, put_batch, rows_here
 
 # Of what a training left, 0.9^50 is half a per cent; the last ten batches count most. Ours.
 BATCH, BATCHES = 256, 50
@@ -45,8 +45,7 @@ def measured(network: Network, variables: Encoder, view: View, source: Source) -
     params, stats = variables
     if not jax.tree.leaves(stats):
         return variables
-    devices = jax.device_count()
-    size = -(-BATCH // devices) * devices
+    size = enlarged(BATCH)
     ids = [batch_ids(source.size, size, 0, k, False)[rows_here(size)] for k in range(BATCHES)]
     for _, images in ahead(source.shown, np.concatenate(ids), len(ids[0])):
         stats = _seen(network, view)(params, stats, put_batch({"image": images}))

@@ -110,7 +110,7 @@ class Dataset(NamedTuple):
 
     @property
     def images_digest(self) -> str:
-        """What stages depend on that read no class: the pool's digest, whatever target is named."""
+        """The pool's digest for stages that read no class, whatever target is named."""
         return self.before_numbering or self.pool_digest
 
     @property

@@ -18,16 +18,12 @@ from qmx.stages import heads
 from qmx.stages.answers import Answers, train_scores
 from qmx.stages.features import Features, shown_at
 from qmx.stages.pretrain import Pretrained, backbone
-from qmx.stages.run import Run, facts, needed, plain, read_weights, root_key
+from qmx.stages.run import Run, facts, needed, plain, read_weights, root_key, trained_by
 from qmx.stages.select import Selection
 from qmx.stages.target import Labels
 from qmx.training import train
 from qmx.whole_statistics import measured
 from qmx.workdir import NotDone
-
-# Keys of a recipe that are newer than students that people have: at these values, which change
-# nothing, they are not part of what a student depends on.
-NEWER = {"layer_decay": 1.0, "drop_path": 0.0, "whole_statistics": False}
 
 
 class Student(NamedTuple):
@@ -74,7 +70,7 @@ def distill(
         inputs |= shown_at(run, needed(encoder))
     else:
         inputs |= {
-            "distill": {key: x for key, x in plain(keys).items() if NEWER.get(key) != x},
+            "distill": trained_by(keys),
             "weak_view": plain(config.weak_view),
             "student": plain(config.student),
         }

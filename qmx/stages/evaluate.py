@@ -162,7 +162,7 @@ def asked_fidelity(
 def own_agreement(run: Run, cell: Cell, ids: np.ndarray, answers: Answers) -> float:
     """Agreement of the target with the answers that a student was given, in per cent: 100 but where
     they are perturbed. A perfect copy agrees with no more of them."""
-    if is_control(cell):
+    if not parse(cell.access):
         return 100.0
     given, said = (
         train_scores(run, answers, ids, access).argmax(1)

@@ -195,6 +195,16 @@ def root_key(seed: int, purpose: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
 
 
+# Keys of a training that are newer than students and targets that people have: at these values,
+# which change nothing, they are not part of what these depend on.
+NEWER = {"layer_decay": 1.0, "drop_path": 0.0, "whole_statistics": False}
+
+
+def trained_by(keys: Any) -> dict:
+    """The keys of a training that a student or a target depends on."""
+    return {key: value for key, value in plain(keys).items() if NEWER.get(key) != value}
+
+
 def plain(keys: Any) -> dict:
     """A part of the config as JSON has it."""
     return json.loads(keys.to_json())

@@ -25,7 +25,7 @@ from qmx.progress import say
 from qmx.sharding import from_first
 from qmx.stages import outside
 from qmx.stages.outside import NEW, SAME
-from qmx.stages.run import Run, facts, plain, read_weights, root_key
+from qmx.stages.run import Run, facts, plain, read_weights, root_key, trained_by
 from qmx.targets.query import Query, network_query
 from qmx.training import train
 from qmx.whole_statistics import measured
@@ -69,10 +69,8 @@ def target(run: Run) -> Target:
         inputs["shape"] = data.shape
         result = run.stage("target", ".", inputs, lambda directory: _convert(run, directory))
     else:
-        # A share of its answers is nothing that it is trained with, and a newer key that is off
-        # changes no target that people have.
-        left_out = ("max_refused", *["whole_statistics"] * (not keys.whole_statistics))
-        trained = {key: value for key, value in plain(keys).items() if key not in left_out}
+        # A share of its answers is nothing that it is trained with.
+        trained = {key: value for key, value in trained_by(keys).items() if key != "max_refused"}
         inputs = {
             "pool": data.pool_digest,
             "target": trained,
