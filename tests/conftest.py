@@ -14,6 +14,7 @@ import json
 import os
 import runpy
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -209,6 +210,30 @@ def printed(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [str(path), *words])
         runpy.run_path(str(path), run_name="__main__")
         return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+@pytest.fixture
+def on_small_disk(tmp_path):
+    """on_small_disk(script, *folders): the ended process of a Python script on a real disk of 12
+    MB, whose folder is its first word; it imports from the checkout and from `folders`."""
+    alone = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    mount = f"mount -t tmpfs -o size=12m none {tmp_path}"
+    if (
+        not shutil.which("unshare")
+        or subprocess.run([*alone, mount], capture_output=True).returncode
+    ):
+        pytest.skip("no small disk can be mounted here")
+
+    def run(script, *folders):
+        path = os.pathsep.join(map(str, (ROOT, *folders)))
+        return subprocess.run(
+            [*alone, f'{mount} && exec {sys.executable} -c "$0" {tmp_path}', script],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
 
     return run
 

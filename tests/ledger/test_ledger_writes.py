@@ -1,10 +1,7 @@
 """An answer that came is written, whatever stands in its way; and it waits for the disk."""
 
-import os
-import shutil
 import sqlite3
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -162,30 +159,9 @@ print("well")
 """
 
 
-def test_a_full_disk(tmp_path):
+def test_a_full_disk(on_small_disk):
     """A real one: what came is written once there is room, and without room nothing is sent."""
-    alone = ["unshare", "--user", "--map-root-user", "--mount"]
-    mount = "mount -t tmpfs -o size=12m none"
-    if (
-        not shutil.which("unshare")
-        or subprocess.run(
-            [*alone, "sh", "-c", f"{mount} {tmp_path}"], capture_output=True
-        ).returncode
-    ):
-        pytest.skip("no small disk can be mounted here")
-    here = os.pathsep.join([str(Path(qmx.__file__).parents[1]), str(Path(__file__).parent)])
-    done = subprocess.run(
-        [
-            *alone,
-            "sh",
-            "-c",
-            f'{mount} {tmp_path} && exec {sys.executable} -c "$0" {tmp_path}',
-            FILLING,
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": here},
-    )
+    done = on_small_disk(FILLING, Path(__file__).parent)
     assert (done.returncode, done.stdout) == (0, "well\n"), done.stderr
 
 

@@ -1,14 +1,8 @@
 """Features in a file: answers that are spread by them, and a disk without room for them."""
 
-import os
-import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
-from conftest import ROOT
 from test_by_features import blobs
 
 from qmx import heads
@@ -74,13 +68,7 @@ print("well")
 """
 
 
-def test_a_full_disk(tmp_path):
+def test_a_full_disk(on_small_disk):
     """A real one is told of at once; room that was taken stays, whoever fills the disk later."""
-    alone = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
-    mount = f"mount -t tmpfs -o size=12m none {tmp_path}"
-    if not shutil.which("unshare") or subprocess.run([*alone, mount]).returncode:
-        pytest.skip("no small disk can be mounted here")
-    script = f'{mount} && exec {sys.executable} -c "$0" {tmp_path}'
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*alone, script, MAPPED], capture_output=True, text=True, env=environment)
+    done = on_small_disk(MAPPED)
     assert (done.returncode, done.stdout) == (0, "well\n"), done.stderr
