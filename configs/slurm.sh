@@ -13,10 +13,11 @@
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# Five minutes before the time is up every process gets SIGTERM: it ends its step, saves, and returns 75.
+# Five minutes before the time is up every process gets SIGTERM: it ends its step, saves, and returns 75. So it does where a
+# target that is elsewhere does not answer: after a hundred times somebody should look at it.
 #SBATCH --signal=TERM@300
 
 srun --kill-on-bad-exit=0 "${PYTHON:-python}" -m qmx.main "$@"
 status=$?
-if [ "$status" -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+if [ "$status" -eq 75 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 100 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$status"

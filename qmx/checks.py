@@ -249,6 +249,12 @@ def _target_problems(keys: Any) -> Iterator[str]:
             f"target.path {keys.path} is read by target.kind=torch, onnx, callable and recorded"
             " alone; set one of them, or leave the path out"
         )
+    of_a_server = ("url", "model", "version", "token_env", "headers_env", "ca_file")
+    if keys.kind != "served" and (strange := [key for key in of_a_server if keys[key]]):
+        yield (
+            f"target.{strange[0]} {keys[strange[0]]} is read by target.kind=served alone, and it is"
+            f" {keys.kind}; set --config.target.kind=served, or leave the key out"
+        )
     if keys.kind == "callable" and not keys.path:
         yield "target.kind=callable needs the function: --config.target.path=FILE.py:function"
     if keys.kind == "onnx" and not keys.path:

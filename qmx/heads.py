@@ -143,10 +143,12 @@ def fit(
         answers that were spread over the pool; what is chosen is chosen by the others.
 
     Raises:
-      ValueError: features that are not finite.
+      ValueError: features that are not finite, or images without an answer (NaN).
     """
     if not np.isfinite(features).all():
         raise ValueError("some features are not finite")
+    if unanswered := int(np.isnan(logits).any(1).sum()):
+        raise ValueError(f"{unanswered} images have no answer; leave them out")
     dtype = jnp.promote_types(features.dtype, jnp.float32)
 
     def scaled(rows: np.ndarray) -> jax.Array:

@@ -29,7 +29,8 @@ Stages, in their order:
   report      print the answer and the table, and write the report, the curve and results.json
 
 Exit status: 0 done; 2 a mistake, told in one line; 3 the budget is spent; 75 stopped by a signal
-after saving, the same command goes on; 130 and 143 ended at once by a signal.
+after saving, or the target is busy: the same command goes on; 130 and 143 ended at once by a
+signal.
 """
 
 import sys
@@ -93,7 +94,7 @@ MOST_USED = (
     "pretrain.moco.epochs",
 )
 
-SPENT, STOPPED = 3, 75  # exit statuses, beside those of qmx/terminal.py
+SPENT, LATER = 3, 75  # exit statuses, beside those of qmx/terminal.py
 
 LESS_MEMORY = (
     "lower data.limit (images, 0 is all), data.crop or data.canvas (pixels), or target.batch_size"
@@ -130,7 +131,7 @@ def main(argv: list[str]) -> int:
     except (Exception, SystemExit) as error:
         return fail(explain(error), MISTAKE)
 
-    from qmx.ledger import BudgetSpent
+    from qmx.ledger import BudgetSpent, Unavailable
     from qmx.sharding import first
     from qmx.train import Stopped
 
@@ -140,9 +141,11 @@ def main(argv: list[str]) -> int:
     except BudgetSpent as error:
         return fail(str(error), SPENT)
     except Stopped as error:
-        return fail(f"{error}; run the same command again to go on", STOPPED)
+        return fail(f"{error}; run the same command again to go on", LATER)
     except (ValueError, LookupError, FloatingPointError, OSError) as error:
-        return fail(explain(error), MISTAKE)
+        # Their subclasses tell of more than a target that is busy, as of an address of nobody.
+        passing = type(error) in (Unavailable, ConnectionError)
+        return fail(explain(error), LATER if passing else MISTAKE)
     except MemoryError as error:
         text = explain(error) if str(error) else "out of memory"  # a stage names its own keys
         return fail(text if "; lower " in text else f"{text}; {LESS_MEMORY}", MISTAKE)
@@ -273,13 +276,14 @@ def start(arguments: Arguments) -> str:
         )
     if stage != "pretrain":
         check_budget(config, workdir, images)
+    wanted, free = json.loads(config.to_json()), pipeline.free_keys(config)
     # Else it was done before; it takes seconds for a large network.
-    if not (workdir / "config.json").exists():
-        pipeline.check_weights(config, images, stage)
+    if not pipeline.checked(workdir, wanted, free, stage):
+        pipeline.check_weights(config, images, stage, begun=(workdir / "target").exists())
         check_trainers(config, images, stage)
     with locked(workdir):
         pipeline.open_images(images, workdir)
-        claim(workdir, json.loads(config.to_json()), bool(arguments.update), say)
+        claim(workdir, wanted, bool(arguments.update), say, free)
         # So that a call after a kill compiles nothing anew.
         if jax.config.values["jax_compilation_cache_dir"] is None:
             jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))

@@ -40,13 +40,15 @@ def compare(
       only if the student gives that class no probability.
 
     Raises:
-      ValueError: the student's scores are not all finite.
+      ValueError: the student's scores are not all finite, or an image has no answer (NaN).
     """
     if not np.isfinite(student).all():
         raise ValueError(
             f"the student's scores are not finite for {int((~np.isfinite(student)).any(1).sum())}"
             " images"
         )
+    if unanswered := int(np.isnan(target).any(1).sum()):
+        raise ValueError(f"the target has no answer to {unanswered} images; leave them out")
     from scipy.special import log_softmax  # it would take a sixth of the time of `import qmx`
 
     first = target.argmax(1)
@@ -161,14 +163,15 @@ def _k_nearest(
 
 
 def held_out(size: int) -> np.ndarray:
-    """bool[size]: the part of a pool on which encoders are looked at, every fifth image.
+    """bool[size]: the part of a pool on which encoders are looked at, a fifth, drawn.
 
-    Of a large pool fewer, about as many as ImageNet has for validation.
+    Of a large pool less, about as many images as ImageNet has for validation. It is drawn, for
+    classes may come in turn.
 
     A researcher's monitor reads true labels, no student learns from it, and it stays within the
     pool, so that what is reported on the evaluation images is not looked at.
     """
-    return np.arange(size) % max(5, -(-size // 50_000)) == 0
+    return np.random.default_rng(0).permutation(size) % max(5, -(-size // 50_000)) == 0
 
 
 def held_out_knn(features: np.ndarray, labels: np.ndarray, k: int, temperature: float) -> float:

@@ -17,7 +17,8 @@ Each stage leaves an artefact in the workdir and is skipped when the same inputs
     results.json report.md report.html curve.png report.sha256, at the end and, of what is done so
                                   far, after a student
     config.json lock              what it was made with, and who works in it
-    target.json account.json      by what name the ledger knows the target, and its calls so far
+    target.json account.json trial.json   by what name the ledger knows the target, its calls so
+                                  far, and whether its first answers were well
     photos/                       the photos that were found good
 
 Each has inputs.json, result.json and SHA256SUMS, which is written last.
@@ -30,10 +31,12 @@ from typing import Any
 
 from qmx.data import Dataset, named, open_photos, opened
 from qmx.data.named import with_names
+from qmx.files import SUMS
 from qmx.grid import HEADS, Cell, cells, encoders, frozen, teacher
 from qmx.progress import counted, progress, say
 from qmx.sharding import from_first
 from qmx.stages import outside, recorded
+from qmx.stages.answers import afford
 from qmx.stages.distill import distill
 from qmx.stages.evaluate import evaluate
 from qmx.stages.features import evaluation_features, features, taught
@@ -43,7 +46,7 @@ from qmx.stages.pretrain import check as check_encoder
 from qmx.stages.pretrain import pretrain
 from qmx.stages.query import query
 from qmx.stages.report import report
-from qmx.stages.run import Run, handed_on
+from qmx.stages.run import Run, handed_on, needed
 from qmx.stages.select import chosen_by_features, chosen_up_front, select
 from qmx.stages.target import converted as converted_target
 from qmx.stages.target import target as target_stage
@@ -51,8 +54,9 @@ from qmx.stages.trial import trial
 from qmx.stages.zero import check as check_zero
 from qmx.stages.zero import zero
 from qmx.targets import onnx_file
-from qmx.workdir import NotDone
+from qmx.workdir import NotDone, changed_keys
 
+FREE = ("budget", "price", "save_minutes", "tensorboard")
 STAGES = ("target", "pretrain", "monitor", "select", "query", "distill", "evaluate", "report")
 
 
@@ -84,6 +88,9 @@ def run(
     if only != "pretrain":  # which needs a pool and nothing else
         target = handed_on(call, target_stage)
         call = trial(call, target)
+        if only == "all" and not all(trained(directory, *start) for start in starts):
+            # What features and answers choose is not known yet.
+            afford(call, needed(target), data.pool, chosen_up_front(config, data))
     lessons = {
         init: handed_on(call, taught, encoder[name, config.seeds[0]])
         for init in encoders(config)
@@ -158,6 +165,12 @@ def run(
     return report(call, target, *pairs, chosen, answers, [rows[cell] for cell in grid], unasked)
 
 
+def trained(directory: Path, init: str, seed: int) -> bool:
+    """True if there is an encoder of this name, whatever it was made with."""
+    names = (f"{init}-seed{seed}", init)  # the second is one that was brought along
+    return any((directory / "pretrain" / name / SUMS).exists() for name in names)
+
+
 def said_done(run: Run) -> None:
     """Tell the user if nothing was left to do."""
     if not run.made:
@@ -198,12 +211,26 @@ def of_targets_classes(config: Any, data: Dataset) -> Dataset:
         return data
 
 
-def check_weights(config: Any, data: Dataset, stage: str = "all") -> None:
+def free_keys(config: Any) -> tuple[str, ...]:
+    """Keys of the command line that may change in a workdir: no result depends on them."""
+    elsewhere = config.target.kind in outside.KINDS
+    return FREE + tuple(f"target.{key}" for key in outside.FREE if elsewhere)
+
+
+def checked(workdir: Path, config: dict, free: tuple[str, ...], stage: str) -> bool:
+    """True if an earlier call checked the same: one with this config that looked at the target, if
+    this one will."""
+    same = (workdir / "config.json").exists() and not changed_keys(workdir, config, free)
+    return same and (stage == "pretrain" or (workdir / "target").exists())
+
+
+def check_weights(config: Any, data: Dataset, stage: str = "all", begun: bool = False) -> None:
     """Raise ValueError for weights files that the config names and that do not fit, or a target
     elsewhere that does not, and Unavailable if it is not there; nothing is written. For the stage
-    pretrain no target is looked at."""
+    pretrain no target is looked at; nor is one elsewhere once the workdir is `begun`, for its
+    answers may be all that is left of it."""
     kind = "" if stage == "pretrain" else config.target.kind
-    if kind in outside.KINDS:
+    if kind in outside.KINDS and not begun:
         outside.describe(config.target, data)
     if kind == "recorded":
         recorded.refuse_missing(config, data, chosen_up_front(config, data))

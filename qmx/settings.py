@@ -138,7 +138,7 @@ def base() -> ConfigDict:
         headers_env=(),  # served: more headers, "X-Api-Key:NAME" with such a variable for each
         ca_file="",  # served: PEM certificates to trust in the place of the system's
         timeout=60.0,  # served: seconds for the connection, and again for the answer
-        rate=0.0,  # served: requests in a second, at most; 0 is no limit
+        rate=0.0,  # served, callable: requests in a second, at most; 0 is no limit
     )
     # how images are shown to a target that is elsewhere, see qmx/targets/shown.py
     config.target.shown = ConfigDict(

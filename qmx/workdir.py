@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from qmx.sharding import from_first
 
 # Files of a stage that are for people: no stage reads another's.
 FOR_PEOPLE = ("metrics.jsonl", NAME)
+CONFIG = "config.json"  # what the workdir was made with
 LONG = 60  # seconds; work that took longer is thrown away only where the user says so
 
 
@@ -198,43 +199,60 @@ def stages_version(workdir: Path) -> str | None:
     return ([name for name in versions if name != qmx.__version__] or versions or [None])[0]
 
 
-def claim(workdir: Path, config: dict, update: bool, say: Callable[[str], None] = print) -> None:
+def changed_keys(workdir: Path, config: dict, free: Container[str] = ()) -> list[str]:
+    """Lines on the keys, without those of `free`, that a workdir's config has otherwise, or its
+    version of qmx.
+
+    Raises:
+      Unreadable: there is no config, or not a whole one.
+    """
+    there, here = ({"qmx": qmx.__version__, **x} for x in (read_json(workdir / CONFIG), config))
+    changed = differences(there, json.loads(json.dumps(here)))
+    return [line for line in changed if line.partition(":")[0] not in free]
+
+
+def claim(
+    workdir: Path,
+    config: dict,
+    update: bool,
+    say: Callable[[str], None] = print,
+    free: Container[str] = (),
+) -> None:
     """Mark a workdir with this config and version, or refuse one of others.
 
     Args:
       say: gets a message if the config that was there cannot be read; then the stages tell by their
         inputs what still fits.
+      free: keys that may differ, for no result depends on them.
 
     Raises:
       Mismatch: the config or qmx's version differs from the one in the workdir, and `update` is
         false. It names the versions, or the first key, and the way to go on.
     """
-    config = json.loads(json.dumps({"qmx": qmx.__version__, **config}))
-    path = workdir / "config.json"
+    path = workdir / CONFIG
 
     def write() -> None:
-        old = {}
+        old, changed = {}, []
         try:
-            old = read_json(path) if path.exists() else {}
+            if path.exists():
+                old, changed = read_json(path), changed_keys(workdir, config, free)
         except Unreadable as error:
             say(f"{error}; it is written anew")
-        version = old.pop("qmx", None) or stages_version(workdir)
+        version = old.get("qmx") or stages_version(workdir)
         if version not in (None, qmx.__version__) and not update:
             raise Mismatch(
                 f"{workdir} was made by qmx {version}, and this is qmx {qmx.__version__}; take"
                 " another --workdir, or give --update to keep the ledger's answers and do the"
                 " stages again"
             )
-        if old and not update:
-            changed = differences({"qmx": qmx.__version__, **old}, config)
-            if changed:
-                more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-                raise Mismatch(
-                    f"{workdir} was made with another config, says {path.name}:"
-                    f" {changed[0]}{more}; take another --workdir, or give --update to keep the"
-                    " stages that still fit and do the others again"
-                )
+        if changed and not update:
+            more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+            raise Mismatch(
+                f"{workdir} was made with another config, says {path.name}: {changed[0]}{more};"
+                " give --update to keep the answers and the stages that still fit and do the others"
+                " again, or take another --workdir, which asks the target everything"
+            )
         workdir.mkdir(parents=True, exist_ok=True)
-        write_json(path, config)
+        write_json(path, {"qmx": qmx.__version__, **config})
 
     from_first(write)

@@ -412,11 +412,10 @@ def test_out_of_memory_in_a_run(small, tmp_path):
     )
     status, out, err = small()
     assert (status, out) == (2, ""), err
-    line = r"the machine has no memory left for \S+ EiB in query/.; lower (\S+) .*with (--update)"
-    key, update = re.search(line, last(err)).groups()
-    assert (key, small(f"--config.{key}=8")[0]) == ("target.batch_size", 2), "without --update"
-    status, _, err = small(f"--config.{key}=8", update)
-    assert status == 0, err
+    line = r"the machine has no memory left for \S+ EiB in query/.; lower (\S+) .*with --update"
+    key = re.search(line, last(err))[1]
+    status, _, err = small(f"--config.{key}=8")  # how it is asked may change in any workdir
+    assert (key, status) == ("target.batch_size", 0), err
     account = table(tmp_path / "w")["account"]
     assert account["calls"] == account["images"] == asked(tmp_path) - account["failed"]
 

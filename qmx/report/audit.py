@@ -149,36 +149,38 @@ def inverse(results: dict, measure: str, share: float) -> dict[str, Any]:
 
 def fewest_of_any_seed(results: dict, measure: str, share: float) -> tuple[float | None, bool]:
     """(the fewest queries by which some seed of some attack reaches a share, None if none does;
-    True if fewer may do, as no smaller budget was measured)."""
+    True if fewer may do, as some attack reaches it at its smallest budget, whose number is then the
+    one that is told)."""
     lows = [
-        (row["low"], "low" not in row["bounds"])
+        ("low" not in row["bounds"], row["low"])
         for column in attacks(results["config"])
         if (row := reach_of(results, column, measure, share)) and row["low"] is not None
     ]
-    found, measured = min(lows, default=(None, True))
+    measured, found = min(lows, default=(True, None))  # bounds first
     return found, not measured
 
 
 def access_levels(results: dict) -> list[dict[str, Any]]:
     """Accuracy of honest users at each level of access, beside the queries that a copy takes.
 
-    Rows of {"access", "top1", "top5", "calibration_error", "queries"}: the target's accuracy by
-    such answers and their expected calibration error in per cent; the queries of the strongest
-    attack tried at this level for fidelity on 95 % of images, None where none gets there.
+    Rows of {"access", "top1", "top5", "calibration_error", "queries", "at_most"}: the target's
+    accuracy by such answers and their expected calibration error in per cent; the queries of the
+    strongest attack tried at this level for fidelity on 95 % of images, None where none gets there,
+    and whether fewer may do.
     """
 
-    def queries(access: str) -> float | None:
-        config = results["config"]
-        numbers = [
-            row["queries"]
-            for column in columns(config)
+    def fewest_at(access: str) -> dict[str, Any]:
+        found = [
+            (row["queries"], "queries" in row["bounds"])
+            for column in columns(results["config"])
             if column.access == access
             and (row := reach_of(results, column, "fidelity", COPY))
             and row["queries"] is not None
         ]
-        return min(numbers, default=None)
+        queries, is_bound = min(found, default=(None, False))
+        return {"queries": queries, "at_most": is_bound}
 
-    return [{**row, "queries": queries(row["access"])} for row in results["access"]]
+    return [{**row, **fewest_at(row["access"])} for row in results["access"]]
 
 
 def controls(results: dict) -> dict[str, Any]:

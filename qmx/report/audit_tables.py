@@ -95,7 +95,7 @@ def largest_table(results: dict) -> Table | None:
     for row in results["audit"]["largest_limits"]:
         for who, key in dict([(1, "alone"), (principals, "pooled")]).items():
             if limits := row[key]:
-                rate = f"{limits['per_second']:.2g}"
+                rate = rounded_down(limits["per_second"])
                 rows.append([row["measure"], str(who), f"{limits['per_month']}"])
                 rows[-1] += [f"{limits['per_day']}", rate]
     title = (
@@ -104,6 +104,12 @@ def largest_table(results: dict) -> Table | None:
     )
     header = ["measure", "principals", "in a month", "in a day", "in a second"]
     return Table(title, header, rows) if rows else None
+
+
+def rounded_down(number: float) -> str:
+    """A positive number with two digits, not above it: a larger limit would let the attack by."""
+    size = 10.0 ** (math.floor(math.log10(number)) - 1)
+    return f"{math.floor(number / size * (1 + 1e-12)) * size:.2g}"
 
 
 def unknown_limits(results: dict) -> list[str]:
@@ -125,7 +131,9 @@ def access_table(results: dict) -> Table | None:
                 NO_LABELS if row[key] is None else f"{row[key]:.1f}"
                 for key in ("top1", "top5", "calibration_error")
             ),
-            not_reached(results) if row["queries"] is None else str(math.ceil(row["queries"])),
+            not_reached(results)
+            if row["queries"] is None
+            else "at most " * row["at_most"] + str(math.ceil(row["queries"])),
         ]
         for row in results["audit"]["access"]
     ]

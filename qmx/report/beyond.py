@@ -80,7 +80,7 @@ def beyond_text(results: dict) -> str:
     return (
         f"The model's answers to {row['queries']} images gave a copy {signed(row['beyond'])} points"
         f" of fidelity beyond true labels of the same images ({label(column_of(row), results)}:"
-        f" {row['fidelity']:.1f} against {row['labels']:.1f} %)."
+        f" {row['fidelity']:.1f} against {row['labels']:.1f} %{fewer_seeds(results, row)})."
     )
 
 
@@ -113,7 +113,14 @@ def cell(results: dict, column: Column, queries: int, row: dict[str, Any] | None
         ran = rows_of(results, column, queries) and rows_of(results, control, queries)
         return WITHOUT if ran else NOT_RUN
     spread = "" if row["deviation"] is None else f" ± {row['deviation']:.1f}"
-    return f"{signed(row['beyond'])}{spread} ({row['fidelity']:.1f} - {row['labels']:.1f})"
+    text = f"{signed(row['beyond'])}{spread} ({row['fidelity']:.1f} - {row['labels']:.1f})"
+    return text + fewer_seeds(results, row)
+
+
+def fewer_seeds(results: dict, row: dict[str, Any]) -> str:
+    """Words on the seeds of a figure, where some have none: not run, or a student did not learn."""
+    every = len(results["config"]["seeds"])
+    return f", {row['seeds']} of {every} seeds" if row["seeds"] < every else ""
 
 
 def signed(points: float) -> str:

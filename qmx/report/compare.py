@@ -87,11 +87,22 @@ def compared(before: dict[str, Any], after: dict[str, Any]) -> str:
 
 
 def _said(row: dict[str, Any] | None) -> str:
-    return "not reached" if row is None else f"{math.ceil(row['queries'])}"
+    if row is None:
+        return "not reached"
+    return "at most " * _is_bound(row) + f"{math.ceil(row['queries'])}"
+
+
+def _is_bound(row: dict[str, Any]) -> bool:
+    return "queries" in row["bounds"]
 
 
 def _factor(before: dict[str, Any] | None, after: dict[str, Any] | None) -> str:
-    return f"x {after['queries'] / before['queries']:.2g}" if before and after else ""
+    if not (before and after) or (_is_bound(before) and _is_bound(after)):
+        return ""  # of two bounds nothing is known
+    factor = f"x {after['queries'] / before['queries']:.2g}"
+    if _is_bound(before):
+        return f"{factor} or more"
+    return f"{factor} or less" if _is_bound(after) else factor
 
 
 def _hours(results: dict[str, Any], share: float, key: str) -> str:

@@ -8,12 +8,12 @@ from statistics import mean, stdev
 from qmx.grid import columns, percent
 from qmx.report.reach import COPY
 from qmx.report.seen import seen
-from qmx.report.tables import label, labelled, values
+from qmx.report.tables import label, labelled, learned_values, unlearned_values
 
 
 def curve(results: dict) -> bytes:
     """Plot accuracy, where there are labels, and fidelity as a PNG; bars are one standard deviation
-    over the seeds."""
+    over the seeds. Students that did not learn what they were given are crosses beside the line."""
     return _curve(seen(results))
 
 
@@ -32,10 +32,11 @@ def _curve(read: str) -> bytes:
         for place, column in enumerate(shown):
             aside = 1.03 ** (place - len(shown) / 2)  # so that the bars do not hide each other
             points = [
-                (queries * aside, values(results, column, queries, metric)) for queries in budgets
+                (queries * aside, learned_values(results, column, queries, metric))
+                for queries in budgets
             ]
             points = [(x, ys) for x, ys in points if ys]
-            panel.errorbar(
+            line = panel.errorbar(
                 [x for x, _ in points],
                 [mean(ys) for _, ys in points],
                 [stdev(ys) if len(ys) > 1 else 0 for _, ys in points],
@@ -43,6 +44,10 @@ def _curve(read: str) -> bytes:
                 capsize=3,
                 label=label(column, results),
             )
+            for queries in budgets:
+                weak = unlearned_values(results, column, queries, metric)
+                colour = line[0].get_color()
+                panel.plot([queries * aside] * len(weak), weak, "x", color=colour)
         if metric == "top1" and results["target"]["top1"] is not None:
             panel.axhline(
                 results["target"]["top1"], color="grey", linestyle="--", label="the target"

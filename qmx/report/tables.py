@@ -63,6 +63,18 @@ def values(results: dict, column: Column, queries: int, metric: str) -> list[flo
     return [row[metric] for row in rows_of(results, column, queries) if row[metric] is not None]
 
 
+def learned_values(results: dict, column: Column, queries: int, metric: str) -> list[float]:
+    """`values` of the students that learned what they were given."""
+    rows = [row for row in rows_of(results, column, queries) if not row["undertrained"]]
+    return [row[metric] for row in rows if row[metric] is not None]
+
+
+def unlearned_values(results: dict, column: Column, queries: int, metric: str) -> list[float]:
+    """`values` of the others."""
+    rows = [row for row in rows_of(results, column, queries) if row["undertrained"]]
+    return [row[metric] for row in rows if row[metric] is not None]
+
+
 def complete(results: dict, column: Column) -> bool:
     """True if every budget of a column was run with some seed."""
     return all(rows_of(results, column, b["queries"]) for b in results["pool"]["budgets"])

@@ -224,14 +224,16 @@ def _to_neighbours(
 
 def _radius(rows: np.ndarray, clusters: np.ndarray) -> float:
     """The least similarity at which 95 % of the balls hold rows of one cluster only."""
-    stranger = np.empty(len(rows))  # similarity to the most similar row of another cluster
+    stranger = np.empty(
+        len(rows), np.float32
+    )  # similarity to the most similar row of another cluster
     for start in range(0, len(rows), CHUNK):
         similarity = rows[start : start + CHUNK] @ rows.T
         similarity[clusters[start : start + CHUNK, None] == clusters] = -np.inf
         stranger[start : start + CHUNK] = similarity.max(1)
-    return max(
-        float(np.nextafter(np.sort(stranger)[int(np.ceil(PURITY * len(rows))) - 1], 2)), -1.0
-    )
+    # One step of the similarities' own numbers: a float64's would be rounded away beside them.
+    quantile = np.sort(stranger)[int(np.ceil(PURITY * len(rows))) - 1]
+    return max(float(np.nextafter(quantile, np.float32(2))), -1.0)
 
 
 BY_FEATURES: dict[str, Choice] = {

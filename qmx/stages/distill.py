@@ -16,7 +16,7 @@ from qmx.grid import HEADS, Cell, is_control, recipe_name, recipe_of, teacher
 from qmx.ledger.access import as_logits
 from qmx.stages import heads
 from qmx.stages.answers import Answers, train_scores
-from qmx.stages.features import Features, shown_at
+from qmx.stages.features import Features, propagation_inputs, shown_at
 from qmx.stages.pretrain import Pretrained, backbone
 from qmx.stages.run import Run, facts, needed, plain, read_weights, root_key, trained_by
 from qmx.stages.select import Selection
@@ -81,7 +81,7 @@ def distill(
         if left_out:
             inputs["without_answer"] = left_out
     if cell.use == "pool":
-        inputs["propagation"] = plain(config.propagation)
+        inputs |= propagation_inputs(run)
         if teacher(config, cell.init):
             inputs["features"] = needed(features).encoder.sha256
     if cell.use == "fixmatch":

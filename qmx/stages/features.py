@@ -22,7 +22,7 @@ from qmx.selection.propagate import graph_of, spread, with_head
 from qmx.sharding import first, from_first
 from qmx.stages import frozen
 from qmx.stages.pretrain import Pretrained, Taught, backbone
-from qmx.stages.run import Run, needed, outputs, read_weights
+from qmx.stages.run import Run, needed, outputs, plain, read_weights
 from qmx.workdir import NotDone
 
 LEAST, MOST = 1024, 65536  # images between two writes: as many as take about SECONDS
@@ -91,6 +91,24 @@ def _graph(
     return graph_of(_rows(path, patches, weight), neighbours, power)
 
 
+def mirrored(run: Run) -> dict[str, bool]:
+    """{"mirrored": True} if patches of mirror images are looked at too: where encoders learn that
+    both show the same."""
+    return {"mirrored": True} if run.config.strong_view.flip_p else {}
+
+
+def choice_inputs(run: Run) -> dict:
+    """Inputs of a stage that chooses images by features."""
+    weight = run.config.selection.patches
+    return {"patches": weight, **mirrored(run)} if weight else {}
+
+
+def propagation_inputs(run: Run) -> dict:
+    """Inputs of a stage that spreads answers by features."""
+    keys = run.config.propagation
+    return {"propagation": {**plain(keys), **(mirrored(run) if keys.patches else {})}}
+
+
 def _patches(run: Run) -> Path:
     """The file of the features of the pool's patches, see `qmx.selection.patches`."""
 
@@ -98,12 +116,14 @@ def _patches(run: Run) -> Path:
         pool = run.data.pool
 
         def make() -> dict:
-            np.save(directory / "patches.npy", patch_features(pool.shown, pool.size))
+            np.save(
+                directory / "patches.npy", patch_features(pool.shown, pool.size, **mirrored(run))
+            )
             return {"images": pool.size}
 
         return from_first(make)
 
-    run.stage("select", "patches", {"pool": run.data.images_digest}, work)
+    run.stage("select", "patches", {"pool": run.data.images_digest, **mirrored(run)}, work)
     return run.workdir / "select" / "patches" / "patches.npy"
 
 

@@ -14,13 +14,13 @@ from qmx.files import check_file
 from qmx.grid import Cell
 from qmx.ledger.access import as_logits
 from qmx.sharding import from_first
-from qmx.stages.features import Features
+from qmx.stages.features import Features, propagation_inputs
 from qmx.stages.run import Run, facts, plain
 
 
 def inputs_of(run: Run, cell: Cell) -> dict:
     """Inputs of such a student, beside its images, answers and encoder."""
-    spread = {"propagation": plain(run.config.propagation)} if cell.use == "head_pool" else {}
+    spread = propagation_inputs(run) if cell.use == "head_pool" else {}
     return {"head": plain(run.config.head), **spread}
 
 

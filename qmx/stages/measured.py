@@ -21,7 +21,7 @@ from qmx.checkpoint import file_digest
 from qmx.files import read_json
 from qmx.grid import Budget, Cell, Column, attacks, budgets, columns
 from qmx.ledger.replay import extent
-from qmx.metrics import calibration_error, fidelity_by_class, top_k
+from qmx.metrics import calibration_error, fidelity_by_class
 from qmx.progress import say
 from qmx.sharding import from_first
 from qmx.stages.answers import Answers, report_scores
@@ -46,12 +46,20 @@ def honest(run: Run, answers: Answers) -> list[dict[str, Any]]:
         rows.append(
             {
                 "access": access,
-                "top1": top_k(scores, labels, 1),
-                "top5": top_k(scores, labels, 5),
+                "top1": first_classes(scores, labels, 1),
+                "top5": first_classes(scores, labels, 5),
                 "calibration_error": calibration_error(softmax(scores, axis=1), labels),
             }
         )
     return rows
+
+
+def first_classes(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
+    """Per cent of rows whose class is among the first k, as an honest user reads an answer: of
+    equal scores, which rounding makes, that of the lower class comes first. A student's
+    (`qmx.metrics.top_k`) all count against it."""
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return 100.0 * float((order == labels[:, None]).any(1).mean())
 
 
 def zero_queries(run: Run, answers: Answers) -> dict[str, float | None]:
@@ -68,12 +76,13 @@ def zero_queries(run: Run, answers: Answers) -> dict[str, float | None]:
 
 
 def agreement(run: Run, rows: list[dict]) -> list[dict[str, Any]]:
-    """Agreement between students of two seeds, where a cell has several seeds.
+    """Agreement between students of two seeds that learned, where a cell has several.
 
     Rows of {the column's axes, "queries", "seeds", "agreement"}: the mean over pairs, in per cent
     of the evaluation images. Copies that agree with the target as often may err on other images.
     """
-    there = {tuple(row[field] for field in Column._fields + ("fraction", "seed")) for row in rows}
+    axes = (*Column._fields, "fraction", "seed")
+    there = {tuple(row[axis] for axis in axes) for row in rows if not row["undertrained"]}
     found = []
     for column in columns(run.config):
         for budget in budgets(run.config, run.data.pool.size):

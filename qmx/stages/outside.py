@@ -22,6 +22,8 @@ from qmx.train import Stopped
 KINDS = ("served", "callable", "onnx", "recorded")
 # Seconds before each further attempt at a batch; then the last again.
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
+# Keys of a target that others compute which change how it is asked, and not what it answers.
+FREE = ("batch_size", "rate", "timeout", "retries", "max_refused")
 SAME, NEW = "same-target", "new-target"  # words of --update on a target that changed
 
 
@@ -40,7 +42,7 @@ def connect(keys: Any, data: Dataset) -> Outside:
     }
     tensors = {"input": keys.input, "output": keys.output}
     if keys.kind == "callable":
-        return function.connect(keys.path, **fits, watch=keys.watch)
+        return function.connect(keys.path, **fits, watch=keys.watch, rate=keys.rate)
     if keys.kind == "recorded":
         return recorded.connect(keys, data)
     if keys.kind == "onnx":

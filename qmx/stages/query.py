@@ -16,7 +16,7 @@ from qmx.ledger import BudgetSpent, Ledger
 from qmx.metrics import top_k
 from qmx.progress import say
 from qmx.sharding import first
-from qmx.stages.answers import Answers, answered, ask_about, name_of, read_scores
+from qmx.stages.answers import Answers, afford, answered, ask_about, name_of, read_scores
 from qmx.stages.run import Run, needed
 from qmx.stages.select import Selection, chosen_up_front
 from qmx.stages.target import Target, in_ledger, open_ledger, target_query
@@ -37,6 +37,7 @@ def query(run: Run, target: Target | NotDone, selections: Iterable[Selection | N
         refuse_beyond(run.config, len(ids), run.workdir)
         keys: dict[str, list[bytes]] = {"left_out": []}
         there: dict[str, np.ndarray] = {}  # the images that have an answer
+        afford(run, target, run.data.pool, ids)  # before the evaluation images are paid
         ask = cache(lambda: target_query(run, target))
         for purpose, source, wanted in (
             ("report", evaluation, np.arange(evaluation.size)),

@@ -120,7 +120,8 @@ def of_classes(run: Run, results: dict) -> dict | None:
         return None
     column, queries = found
     (budget,) = (b for b in budgets(run.config, run.data.pool.size) if b.queries == queries)
-    seeds = [row["seed"] for row in rows_of(results, column, queries)]
+    rows = rows_of(results, column, queries)
+    seeds = [row["seed"] for row in rows if not row["undertrained"]]
     return measured.by_class(run, column, budget, seeds)
 
 

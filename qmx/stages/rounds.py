@@ -12,8 +12,8 @@ from qmx.selection.by_answers import BY_ANSWERS, shares
 from qmx.selection.orders import random_order
 from qmx.sharding import from_first
 from qmx.stages.answers import afford, answered, ask_about, read_scores
-from qmx.stages.features import Features
-from qmx.stages.run import Run, plain
+from qmx.stages.features import Features, propagation_inputs
+from qmx.stages.run import Run
 from qmx.stages.target import Target, target_query
 
 
@@ -75,5 +75,5 @@ def inputs_of(run: Run, cell: Cell, target: Target) -> dict:
         **target.identity,
         "access": cell.access,
         "rounds": run.config.rounds,
-        "propagation": plain(run.config.propagation),
+        **propagation_inputs(run),
     }

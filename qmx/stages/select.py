@@ -15,7 +15,7 @@ from qmx.selection.by_features import BY_FEATURES
 from qmx.selection.select import NEED_FEATURES
 from qmx.selection.select import select as in_order
 from qmx.sharding import first, from_first
-from qmx.stages.features import Features, shown_at
+from qmx.stages.features import Features, choice_inputs, shown_at
 from qmx.stages.rounds import in_rounds, inputs_of
 from qmx.stages.run import Run, needed
 from qmx.stages.target import Target
@@ -51,8 +51,8 @@ def select(
     if chosen_by_features(cell, run.data.pool.size):
         encoder = needed(features).encoder
         inputs |= {"encoder": encoder.sha256, **shown_at(run, encoder)}
-        if way in BY_FEATURES and run.config.selection.patches:
-            inputs["patches"] = run.config.selection.patches
+        if way in BY_FEATURES:
+            inputs |= choice_inputs(run)
     if way == "list":
         inputs["lists"] = [Path(path).read_text() for path in run.config.lists]
 
@@ -84,9 +84,8 @@ def _choose(run: Run, cell: Cell, features: Any, target: Any) -> np.ndarray:
         f" {features.encoder.init} seed {cell.seed}"
     )
     rng = np.random.default_rng(cell.seed)
-    classes = len(np.unique(pool.labels)) or run.data.classes
     # In one process: another machine's sums may round another way, and choose others.
-    return from_first(lambda: way(rows, budget, rng, classes))
+    return from_first(lambda: way(rows, budget, rng, run.data.classes))
 
 
 def chosen_by_features(cell: Cell, size: int) -> bool:

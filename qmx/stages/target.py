@@ -4,6 +4,7 @@ it."""
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,7 +15,7 @@ from qmx.checkpoint import file_digest, save_weights
 from qmx.contract import Encoder
 from qmx.data import Dataset
 from qmx.data.sources import take
-from qmx.files import Unreadable, read_sealed, write_sealed
+from qmx.files import SUMS, Unreadable, read_json, read_sealed, write_sealed
 from qmx.ledger import Ledger
 from qmx.ledger.access import one_hot_logits
 from qmx.ledger.accounts import answered_targets
@@ -96,26 +97,42 @@ def known_as(run: Run, result: dict) -> dict:
             told = read_sealed(path)
         except Unreadable:
             told = {}
-        if told.get("found") == found and "known_as" in told and run.update != NEW:
-            return told["known_as"]
+        if told.get("found") == found and "known_as" in told:
+            # As NEW it was taken by a call that was killed before it had asked everything.
+            if run.update != NEW or (told.get("new") and not all_asked(run, told["known_as"])):
+                return told["known_as"]
         ledger = run.workdir / "ledger.sqlite"
         with looked_into(ledger) if ledger.exists() else nullcontext() as file:
             paid = answered_targets(file) if file else {}
-        known = found
-        if paid and found not in paid and run.config.target.kind != "train":
+        known, given = found, run.config.target.kind != "train"
+        if given and run.update == NEW:
+            # What its digest does not tell, as other weights behind one version, its name does.
+            names = (f"{found}#{number}" if number > 1 else found for number in count(1))
+            known = next(name for name in names if name not in paid)
+        elif given and paid and found not in paid:
             last, answers = [*paid.items()][-1]
             if run.update == SAME:
                 known = last
-            elif run.update != NEW:
+            else:
                 raise ValueError(
                     f"the target {result['name']} is not what it was when {ledger} got its"
                     f" {answers} answers; --update={SAME} goes on with them, --update={NEW} asks"
                     " it everything"
                 )
-        write_sealed(path, {"found": found, "known_as": known})
+        new = {"new": True} if run.update == NEW else {}
+        write_sealed(path, {"found": found, "known_as": known, **new})
         return known
 
     return {**result, "sha256": from_first(name), "found": found}
+
+
+def all_asked(run: Run, known_as: str) -> bool:
+    """True if the stage query of a target is done."""
+    query = run.workdir / "query"
+    try:
+        return (query / SUMS).exists() and read_json(query / "inputs.json")["target"] == known_as
+    except Unreadable:
+        return False
 
 
 def _train(run: Run, directory: Path) -> dict:

@@ -7,15 +7,18 @@ from functools import cache, partial
 import numpy as np
 
 from qmx.encoders import read_facts
+from qmx.files import Unreadable, read_sealed, write_sealed
 from qmx.grid import cells
 from qmx.ledger import Ledger, Refused, Unavailable, keys_of
 from qmx.ledger.again import ask_again
 from qmx.progress import about, say
+from qmx.sharding import from_first
 from qmx.stages.answers import ask_about
+from qmx.stages.outside import NEW
 from qmx.stages.query import note_calls
 from qmx.stages.run import Run
 from qmx.stages.select import chosen_up_front
-from qmx.stages.target import Target, in_ledger, target_query
+from qmx.stages.target import Target, all_asked, in_ledger, target_query
 from qmx.targets.query import Query
 from qmx.workdir import NotDone
 
@@ -23,6 +26,7 @@ FEW = 3  # images of a trial
 # Images of a run from which on two more calls are nothing: that many ask two images again, to see
 # that an answer is always the same.
 MANY = 500
+VERDICT = "trial.json"
 ORDER = "the target does not answer in the order of the images"
 SAME = 0.01  # of the range of an answer's scores, by which another one may differ: float16 does
 
@@ -32,23 +36,24 @@ def trial(run: Run, target: Target | NotDone) -> Run:
 
     They go the whole way into the ledger: an answer of the wrong shape, level or type is found here
     and not after a day of pretraining. They are asked about anyway, so they cost nothing more. It
-    is for whole runs, and done once.
+    is for whole runs, and done until it was passed once: "trial.json" has the verdict.
 
     Returns:
       The run; where its images do not say how many classes there are, with the target's number.
 
     Raises:
-      ValueError: an answer that does not fit, see `qmx.ledger.Ledger.ask`; no answer.
+      ValueError: an answer that does not fit, see `qmx.ledger.Ledger.ask`; no answer; answers in
+        the order of other images, in this trial or in one before.
     """
     kind = run.config.target.kind
     if isinstance(target, NotDone):
         return run
     if target.path:
         return run if run.data.classes else of_classes(run, read_facts(target.path)["classes"])
-    new = run.only == "all" and kind != "recorded"
+    new = run.only == "all" and kind != "recorded" and not all_asked(run, target.sha256)
     if new:
         note_calls(run, target)  # before a ledger that is gone is begun anew
-        new = not in_ledger(run, target.identity, lambda ledger: ledger.calls())
+        new = not passed(run, target)
     ids = np.arange(min(FEW, run.data.evaluation.size))
     ask = cache(partial(target_query, run, target))  # a model is loaded once
     if not run.data.classes:
@@ -59,8 +64,32 @@ def trial(run: Run, target: Target | NotDone) -> Run:
         refuse_refusals(run, target, ask, ids)
         if questions(run) >= MANY and len(ids) == FEW:
             look_again(run, target, ask())
+        write_verdict(run, target, "")
         say(planned(run, seconds, len(some)))
     return run
+
+
+def passed(run: Run, target: Target) -> bool:
+    """True if this target's trial was passed before.
+
+    Raises:
+      ValueError: it was not, and answers in the ledger may be other images'.
+    """
+
+    def read() -> str | None:
+        try:
+            return read_sealed(run.workdir / VERDICT).get(target.sha256)
+        except Unreadable:
+            return None
+
+    if verdict := from_first(read):
+        raise ValueError(verdict)
+    return verdict is not None
+
+
+def write_verdict(run: Run, target: Target, verdict: str) -> None:
+    """Write down what a trial found: "" if there is nothing against the target."""
+    from_first(lambda: write_sealed(run.workdir / VERDICT, {target.sha256: verdict}))
 
 
 def of_classes(run: Run, classes: int) -> Run:
@@ -129,7 +158,12 @@ def look_again(run: Run, target: Target, query: Query) -> None:
 
     odd = in_ledger(run, who, look)
     if odd.startswith(ORDER):
-        raise ValueError(f"{odd} (the answers so far may be other images': take another --workdir)")
+        odd = (
+            f"{odd} (the answers so far may be other images': take another --workdir, or ask"
+            f" everything anew by --update={NEW})"
+        )
+        write_verdict(run, target, odd)
+        raise ValueError(odd)
     if odd:
         say(f"warning: {odd}")
 

@@ -2,7 +2,9 @@
 
 import hashlib
 import importlib.util
+import os
 import runpy
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ import numpy as np
 from qmx.checkpoint import file_digest
 from qmx.ledger import Refused
 from qmx.ledger.access import received
-from qmx.targets.query import Outside
+from qmx.targets.query import Outside, limiter
 from qmx.targets.shown import UNCHANGED, Shown, prepare, resolved
 from qmx.targets.shown import name as name_of
 
@@ -25,6 +27,7 @@ def connect(
     access: str = "logits",
     shown: Shown = UNCHANGED,
     watch: Sequence[str] = (),
+    rate: float = 0.0,
 ) -> Outside:
     """A query function around the user's function, images [b, ...] -> numbers [b, N].
 
@@ -36,13 +39,15 @@ def connect(
     function reads (weights, other modules) goes unnoticed.
 
     Args:
-      path: "FILE.py:function" or "module:function". The file is executed.
+      path: "FILE.py:function" or "module:function". The file is executed. It finds modules that
+        lie beside it, and the module those of the current directory, after all that is installed.
       shape: of the images, H, W, C.
       classes: N, 0 if it is not known.
       watch: more files that the function is made of, as weights.
       shown: how the function gets them; by default uint8[b, H, W, C].
       access: level of its results, "logits", "probs" or "label"; see
         `qmx.ledger.access.received`.
+      rate: most calls in a second; 0 is no limit.
 
     Raises:
       ValueError: there is no such file or function, or it cannot be loaded. By the query: the
@@ -50,9 +55,10 @@ def connect(
     """
     name, function = load(path)
     file = path.rpartition(":")[0]
-    known = resolved(shown, shape, "", [])
+    known, pause = resolved(shown, shape, "", []), limiter(rate)
 
     def query(images: np.ndarray) -> np.ndarray:
+        pause()
         try:
             answer = np.asarray(function(prepare(images, known)))
             numeric = answer.dtype.kind in "biuf"
@@ -106,7 +112,10 @@ def encoder(
 def load(path: str, key: str = "target.path") -> tuple[str, Callable[[np.ndarray], object]]:
     """(name, function) of the user's; see `connect`."""
     file, _, name = path.rpartition(":")
-    _source(file, path, key)
+    # Last, so that no file there takes the place of a library; for good, as functions import too.
+    beside = str(_source(file, path, key).parent.absolute())
+    if file.endswith(".py") and beside not in sys.path:
+        sys.path.append(beside)
     return name, _load(file, name, path, key)
 
 
@@ -137,6 +146,8 @@ def _source(file: str, path: str, key: str) -> Path:
     if file.endswith(".py"):
         origin = file
     else:
+        if os.getcwd() not in sys.path:  # as `python -m` has it, and the command `qmx` does not
+            sys.path.append(os.getcwd())
         try:
             spec = importlib.util.find_spec(file)
         except (ImportError, ValueError):

@@ -8,7 +8,6 @@ import json
 import logging
 import re
 import ssl
-import time
 from collections.abc import Callable, Mapping
 from urllib.request import getproxies
 
@@ -17,6 +16,7 @@ import urllib3
 from qmx.ledger import Refused, Unavailable
 from qmx.targets.address import check_address, headers_of, secrets
 from qmx.targets.connection import Watch, connections
+from qmx.targets.query import limiter
 from qmx.targets.said import shown, without
 
 # (method, path, body, headers) -> the body and the headers of the answer.
@@ -177,19 +177,6 @@ def client(
         return answer, response.headers
 
     return send
-
-
-def limiter(rate: float) -> Callable[[], None]:
-    """A function that returns at most `rate` times in a second, by waiting; 0 is no limit."""
-    free = time.monotonic()
-
-    def wait() -> None:
-        nonlocal free
-        if rate:
-            time.sleep(max(free - time.monotonic(), 0))
-            free = time.monotonic() + 1 / rate
-
-    return wait
 
 
 def _read(response: urllib3.BaseHTTPResponse, where: str, timeout: float) -> bytes:

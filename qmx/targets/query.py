@@ -1,5 +1,6 @@
 """Query functions: `images uint8[b, H, W, C] -> scores f32[b, N]`."""
 
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -28,6 +29,19 @@ PRECISIONS = {
     "tf32": ("float32", "tensorfloat32"),
     "bfloat16": ("bfloat16", "bfloat16"),
 }
+
+
+def limiter(rate: float) -> Callable[[], None]:
+    """A function that returns at most `rate` times in a second, by waiting; 0 is no limit."""
+    free = time.monotonic()
+
+    def wait() -> None:
+        nonlocal free
+        if rate:
+            time.sleep(max(free - time.monotonic(), 0))
+            free = time.monotonic() + 1 / rate
+
+    return wait
 
 
 def filled_up(count: int, size: int) -> np.ndarray:
