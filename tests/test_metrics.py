@@ -10,7 +10,7 @@ from scipy.special import log_softmax, rel_entr, softmax
 from sklearn.metrics import top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 
-from qmx import models
+from qmx import heads, models
 from qmx.augment import plain_view
 from qmx.contract import Network, chain
 from qmx.data import load
@@ -21,11 +21,13 @@ from qmx.metrics import (
     calibration_error,
     compare,
     fidelity_by_class,
+    held_out,
     held_out_knn,
     knn,
     top_k,
 )
 from qmx.settings import base
+from qmx.stages.measured import first_classes
 from qmx.targets.query import network_query
 
 B = 8  # divides over as many devices as a test machine simulates
@@ -53,6 +55,37 @@ def brightness_network():
         }
 
     return Network(lambda rng, x: ({"w": jnp.ones(3)}, {"seen": jnp.zeros(())}), apply)
+
+
+def test_images_without_an_answer():
+    """They would rank as class 0, and cost no divergence."""
+    scores = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    answers = scores.copy()
+    answers[2] = np.nan
+    with pytest.raises(ValueError, match="no answer to 1 images; leave them out"):
+        compare(scores, answers, None)
+    with pytest.raises(ValueError, match="1 images have no answer; leave them out"):
+        heads.fit(scores, answers)
+    with pytest.raises(ValueError, match="there is no class -1"):
+        one_hot_logits(np.array([0, -1]), 3)
+
+
+def test_classes_that_come_in_turn():
+    """The part of a pool that is held out has all of them."""
+    labels = np.arange(1000) % 10
+    assert held_out_knn(np.eye(10, dtype=np.float32)[labels], labels, 5, 0.1) == 100
+    asking = held_out(1000)
+    assert asking.sum() == 200 and np.bincount(labels[asking]).min() > 8
+    assert held_out(1_300_000).sum() == 50_000
+
+
+def test_ties_of_honest_users():
+    """Of equal scores the lower class comes first, as in the list that a user reads; of a student's
+    none counts."""
+    scores, labels = np.float32([[0, 1, 1], [1, 1, 0], [0, 0, 0]]), np.array([1, 1, 2])
+    assert first_classes(scores, labels, 1) == pytest.approx(100 / 3)
+    assert first_classes(scores, labels, 2) == pytest.approx(200 / 3)
+    assert top_k(scores, labels, 1) == 0
 
 
 # predict

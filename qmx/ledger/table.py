@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qmx.ledger.access import ACCESS
+from qmx.ledger.access import ACCESS, received
 from qmx.ledger.content import count_classes, is_whole, keys_of_digests, unpacked
 from qmx.ledger.file import Damaged, File, looked_into
 
@@ -93,6 +93,12 @@ def load(path: Path) -> Recorded:
             f"{path} has answers of the unknown access {min(unknown)!r}; choose among"
             f" {', '.join(ACCESS)}"
         )
+    for access in np.unique(texts["access"]).tolist():
+        some = scores[texts["access"] == access]
+        try:
+            received(some, len(some), some.shape[1], access)
+        except ValueError as error:
+            raise ValueError(f"{path} says that its answers are {access}: {error}") from None
     return Recorded(
         image, scores, texts["access"], str(texts["target"][0]), str(texts["preprocessing"][0])
     )

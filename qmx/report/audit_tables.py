@@ -107,7 +107,9 @@ def largest_table(results: dict) -> Table | None:
 
 
 def rounded_down(number: float) -> str:
-    """A positive number with two digits, not above it: a larger limit would let the attack by."""
+    """A number with two digits, not above it: a larger limit would let the attack by."""
+    if not number:
+        return "0"
     size = 10.0 ** (math.floor(math.log10(number)) - 1)
     return f"{math.floor(number / size * (1 + 1e-12)) * size:.2g}"
 

@@ -73,6 +73,17 @@ def test_the_first_time():
     assert first_reached([1, 10, 100], [10, 10, 20], 15) == pytest.approx(10**1.5)
 
 
+def test_another_attacks_bound():
+    """An attack whose smaller budgets' students did not learn may need fewer than the other one's
+    measured number: no limit is safe by that."""
+    found = results(weak={("moco", 10)})
+    measured, bound = (
+        reach_of(found, column, "fidelity", 0.9) for column in columns(found["config"])[:2]
+    )
+    assert bound["bounds"] and (measured is None or not measured["bounds"])
+    assert inverse(found, "fidelity", 0.9)["alone"] is None
+
+
 @pytest.mark.slow
 def test_report(finished, command, tmp_path):
     """The table beside the others, with prices where the config has one; by hand from the rows of

@@ -19,8 +19,10 @@ from qmx.files import write_json
 from qmx.report import compare, files, safe
 from qmx.report.answer import answer, next_steps
 from qmx.report.audit import audit
+from qmx.report.audit_tables import rounded_down
 from qmx.report.curve import curve
-from qmx.report.notes import account_notes
+from qmx.report.limits import largest_limits
+from qmx.report.notes import account_notes, pool_notes
 from qmx.report.pictures import picture
 from qmx.report.reach import reached
 from qmx.report.svg import drawn
@@ -199,6 +201,41 @@ def test_time_and_money():
     assert {(row["measure"], row["share"]) for row in unlimited} == {
         (measure, share) for measure in ("accuracy", "fidelity") for share in (0.5, 0.75, 0.9, 0.95)
     }
+
+
+@pytest.mark.parametrize("queries", [3, 35, 200, 2723])
+def test_limits_are_rounded_down(queries):
+    """At the rate that is printed the last query comes after a month."""
+    rate = largest_limits(queries).per_second
+    told = float(rounded_down(rate))
+    assert 0.9 * rate < told <= rate * (1 + 1e-9)
+    assert (queries - 1) / told >= 30 * 86400 - 1e-3
+    assert rounded_down(0) == "0" and rounded_down(2.0) == "2" and rounded_down(0.29) == "0.29"
+
+
+def test_what_did_not_learn_does_no_harm():
+    """A column of students that did not learn says nothing of what the pool does."""
+    strong = results()
+    for row in strong["rows"]:
+        row["use"] = "pool" if row["init"] == "moco" else "asked"
+        row["fidelity_top1"] = 50.0 if row["use"] == "pool" else 90.0
+        row["init"] = "moco"
+    strong["config"].update(inits=["moco"], also=["moco+pool"])
+    assert "does harm" in pool_notes(strong)[0]
+    for row in strong["rows"]:
+        row["undertrained"] = row["use"] == "pool"
+    assert pool_notes(strong) == []
+
+
+def test_bounds_between_two_reports():
+    def row(queries, *bounds):
+        return {"queries": queries, "bounds": bounds}
+
+    bound, number = row(10.0, "queries"), row(94.0)
+    assert compare._factor(bound, bound) == "" and compare._said(bound) == "at most 10"
+    assert compare._factor(bound, number) == "x 9.4 or more"
+    assert compare._factor(number, bound) == "x 0.11 or less"
+    assert compare._factor(number, number) == "x 1" and compare._factor(number, None) == ""
 
 
 def test_largest_limits():

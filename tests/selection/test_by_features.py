@@ -7,6 +7,7 @@ import pytest
 from qmx.selection import by_features
 from qmx.selection.by_features import (
     BY_FEATURES,
+    _radius,
     balanced,
     k_means,
     kcenter,
@@ -114,6 +115,16 @@ def test_probcover_covers():
         assert gain[i] == gain.max()
         covered |= inside[i]
     assert covered.all()
+
+
+@pytest.mark.parametrize("size", [20, 100, 1000])
+def test_balls_of_probcover_are_pure(size):
+    """At least 95 % of them hold images of one cluster, with the rounding of the similarities."""
+    rng = np.random.default_rng(size)
+    rows, of = unit(rng.normal(size=(size, 6)).astype(np.float32)), rng.integers(3, size=size)
+    similarity, radius = rows @ rows.T, _radius(rows, of)
+    stranger = np.where(of[:, None] == of, -2, similarity).max(1)
+    assert 0.95 <= (stranger < radius).mean() < 0.95 + 1 / size + 1e-9
 
 
 def test_maxherding_against_a_loop():

@@ -36,6 +36,26 @@ def test_likeness_against_loops():
     np.testing.assert_allclose(np.asarray(compared(image, words))[0], cells, rtol=1e-4, atol=1e-5)
 
 
+def test_mirrored(few):
+    """An image and its mirror image have the same features, of every second patch of both; by
+    themselves they have not."""
+    rng = np.random.default_rng(0)
+    images = np.kron(rng.integers(0, 256, (60, 6, 6, 1), np.uint8), np.ones((1, 3, 3, 1), np.uint8))
+    both = np.concatenate([images, images[:, :, ::-1]])
+    alike, apart = (patch_features(lambda ids: both[ids], 120, mirrored) for mirrored in (1, 0))
+    np.testing.assert_allclose(alike[:60], alike[60:], atol=1e-4 * alike.std())
+    assert np.abs(apart[:60] - apart[60:]).mean() > 0.1 * apart.std()
+    words = learn(lambda ids: both[ids], 120)
+    every = np.asarray(compared(both, words, 2))
+    grid = torch.as_tensor(brought(both)).unfold(1, 6, 2).unfold(2, 6, 2)
+    assert grid.shape[1:3] == (7, 7) and every.shape == (120, 9 * len(words.rows))
+
+
+def test_images_that_are_all_alike(few):
+    images = np.full((3, 16, 16, 1), 9, np.uint8)
+    assert not patch_features(lambda ids: images[ids], 3).any()
+
+
 def test_words_are_of_whitened_patches():
     """200 words of length 1; patches that are whitened by them have nearly uncorrelated numbers."""
     images = digits()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conftest import TINY, table
 from numbered import images, logits_of, refuse
+from scipy.special import softmax
 from test_ledger import Target
 
 from qmx.ledger import BudgetSpent, Ledger, pixel_digests
@@ -21,9 +22,9 @@ TABLE = Recorded(DIGESTS, logits_of(*range(20)), np.array(["logits"] * 20), "own
 @pytest.mark.parametrize("kind", ["npz", "parquet"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_a_table_comes_back(tmp_path, kind, dtype):
-    given = TABLE._replace(
-        scores=TABLE.scores.astype(dtype), access=np.array(["logits", "probs"] * 10)
-    )
+    scores = TABLE.scores.copy()
+    scores[1::2] = softmax(scores[1::2], axis=1)
+    given = TABLE._replace(scores=scores.astype(dtype), access=np.array(["logits", "probs"] * 10))
     save(tmp_path / f"t.{kind}", given)
     found = load(tmp_path / f"t.{kind}")
     for name in ("image", "scores", "access"):
@@ -32,6 +33,23 @@ def test_a_table_comes_back(tmp_path, kind, dtype):
         "owner's",
         "as-is",
     )
+
+
+@pytest.mark.parametrize(
+    "access, row, said",
+    [
+        ("label", (0.5, 0.3, 0.2), "no labels but scores"),
+        ("probs", (5.0, 2.0, 1.0), "no probabilities"),
+        ("probs", (1.2, -0.4, 0.2), "no probabilities"),
+        ("logits", (0.5, 0.3, 0.2), "are probabilities"),
+    ],
+)
+def test_a_level_that_the_numbers_are_not(tmp_path, access, row, said):
+    """They would be learned as something that nobody answered."""
+    scores = np.tile(np.float32(row), (20, 1))
+    save(tmp_path / "t.npz", TABLE._replace(scores=scores, access=np.array([access] * 20)))
+    with pytest.raises(ValueError, match=rf"t.npz says that its answers are {access}: .*{said}"):
+        load(tmp_path / "t.npz")
 
 
 def test_recorded_answers_count_when_they_are_used(tmp_path):

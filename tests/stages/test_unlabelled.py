@@ -165,6 +165,16 @@ def test_no_accuracy():
 def test_how_many_classes():
     """As many as the answer has; a class number does not say it."""
     assert received(np.zeros((2, 7), np.float32), 2, 0, "logits").shape == (2, 7)
+    rng = np.random.default_rng(0)
+    scores = rng.normal(scale=3, size=(64, 1000))
+    probs = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+    top = np.where(np.argsort(np.argsort(-probs)) < 20, probs, 0)
+    for given in (probs, probs.round(4), probs[:, :10] / probs[:, :10].sum(1, keepdims=True), top):
+        for one in (given.round(3), given[:1]) if len(given[0]) == 10 else (given,):
+            with pytest.raises(ValueError, match="set target.access=probs"):
+                received(one.astype(np.float32), len(one), 0, "logits")
+    for logits in (scores, scores / 30, np.abs(scores) / 30, np.float32([[0.3, 0.5]] * 3)):
+        assert received(logits, len(logits), 0, "logits").shape == logits.shape
     with pytest.raises(ValueError, match=r"shape \[2, 1\], and it must be \[2, N\]"):
         received(np.zeros((2, 1), np.float32), 2, 0, "logits")
     with pytest.raises(ValueError, match="how many classes there are; target.classes"):
