@@ -124,6 +124,18 @@ def test_a_rate_holds_for_a_function(tmp_path):
     assert time.monotonic() - began >= 3 / 20
 
 
+def test_a_function_is_loaded_once(small, tmp_path):
+    """A model of gigabytes would not fit into memory twice; another file is another function."""
+    counted = "open(__file__ + '.loads', 'a').write('x')\n"
+    (tmp_path / "own.py").write_text(FUNCTION + counted)
+    assert small("--stage=target")[0] == 0
+    assert small("--stage=select")[0] == 0 and small("--stage=query")[0] == 0
+    assert (tmp_path / "own.py.loads").read_text() == "x"
+    (tmp_path / "own.py").write_text(FUNCTION + counted + "# another\n")
+    function.load(f"{tmp_path}/own.py:f")
+    assert (tmp_path / "own.py.loads").read_text() == "xx"
+
+
 def test_modules_beside_a_function(tmp_path, monkeypatch):
     """A file finds what lies beside it, a module is found in the current directory, and neither
     takes the place of a library."""

@@ -60,7 +60,7 @@ def patch_features(
     def likeness(ids: np.ndarray) -> np.ndarray:
         images = read(ids)
         both = [images, images[:, :, ::-1]] if mirrored else [images]
-        return sum(np.asarray(compared(one, words, step), np.float64) for one in both) / len(both)
+        return np.mean([np.asarray(compared(one, words, step), np.float64) for one in both], 0)
 
     def blocks(ids: np.ndarray) -> Iterator[np.ndarray]:
         for start in range(0, len(ids), BLOCK):

@@ -7,6 +7,7 @@ import runpy
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,7 @@ def connect(
       ValueError: there is no such file or function, or it cannot be loaded. By the query: the
         function raised anything but an OSError, or its result is not an answer of that level.
     """
-    name, function = load(path)
+    name, function = load(path, watch=watch)
     file = path.rpartition(":")[0]
     known, pause = resolved(shown, shape, "", []), limiter(rate)
 
@@ -109,14 +110,17 @@ def encoder(
     return rows
 
 
-def load(path: str, key: str = "target.path") -> tuple[str, Callable[[np.ndarray], object]]:
-    """(name, function) of the user's; see `connect`."""
+def load(
+    path: str, key: str = "target.path", watch: Sequence[str] = ()
+) -> tuple[str, Callable[[np.ndarray], object]]:
+    """(name, function) of the user's; see `connect`. A file is executed once in a process, until it
+    or a file of `watch` changes: a large model would not fit into memory twice."""
     file, _, name = path.rpartition(":")
     # Last, so that no file there takes the place of a library; for good, as functions import too.
     beside = str(_source(file, path, key).parent.absolute())
     if file.endswith(".py") and beside not in sys.path:
         sys.path.append(beside)
-    return name, _load(file, name, path, key)
+    return name, _load(file, name, path, key, digest(path, watch, key))
 
 
 def digest(path: str, watch: Sequence[str] = (), key: str = "target.path") -> str:
@@ -160,7 +164,9 @@ def _source(file: str, path: str, key: str) -> Path:
     return Path(origin)
 
 
-def _load(file: str, name: str, path: str, key: str) -> Callable[[np.ndarray], object]:
+@lru_cache(maxsize=4)
+def _load(file: str, name: str, path: str, key: str, sha256: str) -> Callable[[np.ndarray], object]:
+    del sha256  # another file of this name is executed anew
     try:
         names = (
             runpy.run_path(file) if file.endswith(".py") else vars(importlib.import_module(file))
