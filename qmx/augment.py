@@ -244,6 +244,7 @@ def make_view(
 
     def view(rng: jax.Array, batch: Batch) -> jax.Array:
         image = batch["image"]
+        check_images(image, mean)
         sizes = batch.get(
             "size", jnp.tile(jnp.array(image.shape[1:3], jnp.float32), (len(image), 1))
         )
@@ -270,6 +271,7 @@ def plain_view(
 
     def view(rng: jax.Array, batch: Batch) -> jax.Array:
         del rng
+        check_images(batch["image"], mean)
         images = batch["image"] / 255.0
         if size and images.shape[1:3] != (size, size):
             box = jnp.array([0.0, 0.0, *images.shape[1:3]])
@@ -277,6 +279,16 @@ def plain_view(
         return normalize(images, mean, std)
 
     return view
+
+
+def check_images(images: jax.Array, mean: Sequence[float]) -> None:
+    """Raise ValueError unless images are uint8[B, H, W, C] with a mean for each channel. Floats
+    in 0..1 would be taken for nearly black."""
+    if images.dtype != jnp.uint8 or images.ndim != 4 or images.shape[-1] != len(mean):
+        raise ValueError(
+            f"images are {images.dtype}{list(images.shape)}; a view takes uint8[B, H, W, C] in"
+            f" 0..255, with C = {len(mean)} as mean and std have"
+        )
 
 
 def normalize(x: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -67,8 +68,8 @@ class Checkpoints:
       keep: how many to keep.
     """
 
-    def __init__(self, directory: Path, keep: int = 2):
-        self.directory, self.keep = directory.absolute(), keep
+    def __init__(self, directory: Path | str, keep: int = 2):
+        self.directory, self.keep = Path(directory).absolute(), keep
         self._manager: Any = None
 
     def save(self, ts: TrainState) -> None:
@@ -106,6 +107,10 @@ class Checkpoints:
         A checkpoint that cannot be read, or whose bytes are not those that were written, is named
         in a warning, removed, and the one before it taken. Where the machine could not read it, as
         without memory, the error is raised and nothing is removed.
+
+        Raises:
+          ValueError: a whole checkpoint is of another tree than `like`, as of another network or
+            optimiser; it stays.
         """
         if not self.directory.is_dir():
             return None
@@ -115,7 +120,9 @@ class Checkpoints:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
         as_target = ocp.checkpoint_utils.construct_restore_args(target)
+        wanted = {name: f"{leaf.dtype} {leaf.shape}" for name, leaf in by_path(like).items()}
         for step in sorted(self._open().all_steps(), reverse=True):
+            self._refuse_others(step, wanted)
             try:
                 found = self._open().restore(
                     step,
@@ -136,6 +143,30 @@ class Checkpoints:
             )
             self._open().delete(step)
         return None
+
+    def _refuse_others(self, step: int, wanted: dict[str, str]) -> None:
+        """Raise ValueError if a checkpoint says that its leaves are not the wanted ones, by path
+        ("dtype shape"). What cannot be read says nothing."""
+        import orbax.checkpoint as ocp
+
+        try:
+            meta = self._open().restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))[
+                "meta"
+            ]
+            there = {name: text.rpartition(" ")[0] for name, text in meta["digests"].items()}
+        except Exception:
+            return
+        other = sorted(
+            name for name in there.keys() | wanted.keys() if there.get(name) != wanted.get(name)
+        )
+        if other:
+            name = other[0]
+            raise ValueError(
+                f"checkpoint {self.directory / str(step)} is of another state, in {len(other)}"
+                f" leaves: {name} is {there.get(name, 'absent')} there and"
+                f" {wanted.get(name, 'absent')} here; take another directory, or the network and"
+                " optimiser that it was saved with"
+            )
 
     def newest(self) -> Path | None:
         """The last state that was saved, or is being saved."""
@@ -185,9 +216,16 @@ class Checkpoints:
 
 @cache
 def _hush() -> None:
-    """Keep orbax and tensorstore from a page of output per save or per unwritten array."""
+    """Keep orbax and tensorstore from a page of output per save or per unwritten array; others'
+    lines in the same logs stay."""
+
+    def of_others(record: logging.LogRecord) -> bool:
+        # What these two say goes by the path of a file of theirs, or shows it.
+        said = f"{record.pathname} {record.getMessage()} {record.exc_info}"
+        return record.levelno >= logging.CRITICAL or not re.search("orbax|tensorstore|zarr", said)
+
     for noisy in ("absl", "asyncio"):
-        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+        logging.getLogger(noisy).addFilter(of_others)
     told = sys.unraisablehook
 
     # a failed save closes its event loop, and then other arrays report to it.
@@ -218,12 +256,13 @@ def save_weights(path: Path, tree: PyTree, facts: dict[str, Any] | None = None) 
         umask = os.umask(0)  # which Python tells in no other way
         os.umask(umask)
         part.chmod(0o666 & ~umask)  # safetensors lets nobody else read
+        with open(part, "rb") as file:  # what it was trained from is removed after this
+            os.fsync(file.fileno())
+        part.replace(path)
     except SafetensorError as error:
-        part.unlink(missing_ok=True)
         raise OSError(f"{path} cannot be written: {error}") from None
-    with open(part, "rb") as file:  # what it was trained from is removed after this
-        os.fsync(file.fileno())
-    part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
     return weights_digest(tree)
 
 

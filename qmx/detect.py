@@ -25,7 +25,7 @@ from qmx.data import Dataset, Source, load
 from qmx.detection import ALPHA, DELTA, pixels, watch
 from qmx.encoders import encode, load_encoder
 from qmx.files import Unreadable, read_arrays, read_json, read_sealed, write_json
-from qmx.ledger import Ledger
+from qmx.ledger import Ledger, keys_of
 from qmx.ledger.replay import NotOne, extent, traffic
 from qmx.progress import progress
 from qmx.report import safe
@@ -63,6 +63,7 @@ def detect(
         config = read_json(workdir / "config.json")["data"]
         target = read_sealed(workdir / "target.json")["known_as"]
         keys = read_arrays(workdir / "query" / "keys.npz")
+        inputs = read_json(workdir / "query" / "inputs.json")
         ledger.stat()
     except (Unreadable, KeyError, FileNotFoundError) as error:
         raise ValueError(f"{workdir} has no answers to replay ({error}); run qmx there") from None
@@ -76,8 +77,17 @@ def detect(
     there = [key for key in asked if key in place][:most]
     if not there:
         raise ValueError(f"{ledger} has no questions of an attacker; run qmx there")
+    ids = np.array([place[key] for key in there])
+    names = {name: inputs[name] for name in ("target", "preprocessing")}
+    for start in range(0, len(ids), CHUNK):
+        some = slice(start, start + CHUNK)
+        if keys_of(data.pool.shown(ids[some]), **names) != there[some]:
+            raise ValueError(
+                f"the images of {config['path'] or data.name} are not those, or not in the order,"
+                f" that {workdir} asked about; run qmx there again, with --update"
+            )
     of = _features(data, encoder)
-    rows = _rows(data.pool, np.array([place[key] for key in there]), of)
+    rows = _rows(data.pool, ids, of)
     shown = np.arange(len(keys["report"]))[:: -(-len(keys["report"]) // most) or 1]
     evaluation = keys.get("evaluation", np.arange(len(keys["report"])))[shown]
     known = _rows(data.evaluation, evaluation, of)

@@ -11,12 +11,14 @@ that cannot be read is named and left out.
 import argparse
 import csv
 import io
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from qmx.data.folder import hidden
 from qmx.data.photos import decode, formats, in_threads, shown
 from qmx.encoders import Loaded, encode, load_encoder
 from qmx.files import write_arrays, write_bytes, write_text
@@ -32,12 +34,15 @@ FORMATS = (".npz", ".parquet", ".csv")
 def found(folder: Path) -> list[Path]:
     """Files of a folder that are named as images, without hidden ones; ValueError if there is
     none."""
-    files = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
+    files, seen = list[Path](), set[str]()
+    for place, below, names in os.walk(folder, followlinks=True):
+        # A link may lead to a folder above it.
+        real = os.path.realpath(place)
+        below[:] = [] if real in seen else [name for name in below if not hidden(name)]
+        if real not in seen:
+            files += [Path(place, name) for name in names if not hidden(name)]
+        seen.add(real)
+    files = sorted(path for path in files if path.suffix.lower() in SUFFIXES)
     if not files:
         raise ValueError(f"{folder}: no photo is in it, or below it")
     return files
@@ -82,6 +87,18 @@ def features(encoder: Loaded, files: list[Path]) -> tuple[list[Path], np.ndarray
     return read, np.concatenate(rows)
 
 
+def check_names(files: list[Path], out: Path) -> None:
+    """Raise ValueError for a name that a text file cannot hold."""
+    for path in files:
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{str(path)!r} has a name that is no UTF-8, which {out.suffix} cannot hold; rename"
+                " it, or write .npz"
+            ) from None
+
+
 def write(out: Path, names: list[str], rows: np.ndarray) -> None:
     """Write names and features, whole or not at all."""
     if out.suffix == ".npz":
@@ -119,7 +136,10 @@ def main(argv: list[str] | None = None) -> int:
             )
         if args.out.suffix == ".parquet":
             import pyarrow.parquet  # noqa: F401
-        files, rows = features(load_encoder(args.encoder), found(args.folder))
+        encoder, files = load_encoder(args.encoder), found(args.folder)
+        if args.out.suffix != ".npz":
+            check_names(files, args.out)
+        files, rows = features(encoder, files)
         names = [str(path.relative_to(args.folder)) for path in files]
         write(args.out, names, rows)
     except ModuleNotFoundError as error:

@@ -42,6 +42,8 @@ def save_encoder(
     std: Sequence[float],
     classes: int = 0,
     method: str = "",
+    features: str = "class",
+    standardize: bool = False,
 ) -> None:
     """Write an encoder, or a whole classifier, as a file for `load_encoder`.
 
@@ -54,6 +56,8 @@ def save_encoder(
       mean, std: of each channel in 0..1, by which the images were normalised.
       classes: N of a classifier; 0 for a backbone alone.
       method: how it was trained, for people.
+      features: of a vision transformer, as given to `qmx.models.backbone`.
+      standardize: of the classifier, as given to `qmx.models.classifier`.
 
     Raises:
       ValueError: the network is unknown, the variables are another network's, or mean and std do
@@ -65,6 +69,7 @@ def save_encoder(
             f"images have {shape[2]} channels, mean {len(mean)} and std {len(std)}; give one for"
             " each"
         )
+    more: dict[str, Any] = {"features": features} if features != "class" else {}
     facts = facts_of(
         method=method,
         arch=arch,
@@ -73,6 +78,8 @@ def save_encoder(
         mean=[*map(float, mean)],
         std=[*map(float, std)],
         classes=classes,
+        standardize=standardize,
+        **more,
     )
     check_shapes(encoder, variable_shapes(network_of(facts), shape), "the encoder")
     save_weights(Path(path), encoder, facts)
@@ -162,8 +169,9 @@ def read_facts(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no safetensors file, or is damaged ({error})") from None
     if not isinstance(facts, dict):
         raise ValueError(
-            f"{path} does not say what network it is of; give one that qmx wrote, as"
-            " WORKDIR/pretrain/moco-seed0/encoder.safetensors"
+            f"{path} does not say what network it is of; give one that a run wrote, as"
+            " WORKDIR/pretrain/moco-seed0/encoder.safetensors, or qmx.save_encoder: converted"
+            " weights do not say how their images were normalised"
         )
     return facts
 

@@ -1,7 +1,7 @@
 """Outputs of a network for every image, in batches, on all devices."""
 
 from collections.abc import Iterable
-from functools import cache
+from functools import lru_cache
 
 import jax
 import numpy as np
@@ -10,7 +10,7 @@ from qmx.contract import Network, PyTree, View
 from qmx.sharding import enlarged, everywhere, put_batch, rows_here
 
 
-@cache
+@lru_cache(maxsize=8)
 def _forward(network: Network, view: View):  # one compilation for each network and view
     return jax.jit(
         lambda params, stats, batch: network.apply(
@@ -28,7 +28,11 @@ def predict(
     images: np.ndarray,
     batch_size: int = 256,
 ) -> np.ndarray:
-    """Outputs of a network, one row for each image; uint8[n, H, W, C] -> f32[n, D]."""
+    """Outputs of a network, one row for each image; uint8[n, H, W, C] -> f32[n, D].
+
+    Each pair of a network and a view is compiled once: keep both, rather than make them for each
+    call.
+    """
     batches = (images[ids] for ids in ids_here(len(images), batch_size))
     return predict_batches(network, params, stats, view, batches)[: len(images)]
 

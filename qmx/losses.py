@@ -45,6 +45,16 @@ def negative_cosine(p: jax.Array, z: jax.Array) -> jax.Array:
     return -optax.losses.cosine_similarity(wide(p), wide(z), epsilon=1e-8)
 
 
+def check_scores(target: jax.Array, student: jax.Array) -> None:
+    """Raise ValueError unless both are [B, N]: others would be broadcast, and learned."""
+    if target.shape != student.shape or student.ndim != 2:
+        raise ValueError(
+            f"scores are {list(target.shape)} and the student's {list(student.shape)}; both must be"
+            " [B, N], and of labels the scores are the logarithm of one-hot rows,"
+            " numpy.log(numpy.eye(N)[labels])"
+        )
+
+
 def kl_target_student(
     target: jax.Array,
     student: jax.Array,
@@ -60,7 +70,11 @@ def kl_target_student(
       target: f32[B, N], unnormalised log-probabilities. -inf is a class of probability 0, so
         the logarithm of a one-hot row is a hard label, which no temperature changes.
       student: f32[B, N], finite logits.
+
+    Raises:
+      ValueError: the shapes differ.
     """
+    check_scores(target, student)
     log_q = jax.nn.log_softmax(wide(student) / student_temperature)
     p = jax.nn.softmax(target.astype(log_q.dtype) / target_temperature)
     return optax.losses.kl_divergence(log_q, p) * student_temperature**2
@@ -73,7 +87,11 @@ def soft_cross_entropy(
 
     The KL divergence plus the target's own entropy: the same gradient, and for hard labels (see
     `kl_target_student`) the usual cross-entropy.
+
+    Raises:
+      ValueError: the shapes differ.
     """
+    check_scores(target, student)
     student = wide(student)
     p = jax.nn.softmax(target.astype(student.dtype) / target_temperature)
     return optax.losses.softmax_cross_entropy(student, p)

@@ -17,9 +17,22 @@ def top_k(scores: np.ndarray, classes: np.ndarray, k: int) -> float:
     """
     if np.isnan(scores).any():
         raise ValueError("some scores are NaN, which would rank as anything")
+    check_labels(classes, len(scores), scores.shape[1])
     own = np.take_along_axis(scores, classes[:, None], 1)
     rank = (scores >= own).sum(1)  # counts itself
     return 100.0 * float((rank <= k).mean())
+
+
+def check_labels(labels: np.ndarray, rows: int, classes: int | None = None) -> None:
+    """Raise ValueError unless there is a class, 0..N-1, for each row: NumPy would take -1 for the
+    last one, and one for all."""
+    if np.shape(labels) != (rows,):
+        raise ValueError(f"there are {rows} rows and labels of shape {list(np.shape(labels))}")
+    if rows and (labels.min() < 0 or (classes is not None and labels.max() >= classes)):
+        raise ValueError(
+            f"labels are {labels.min()} to {labels.max()}; classes are counted from 0"
+            + (f" to {classes - 1}" if classes is not None else "")
+        )
 
 
 def compare(
@@ -46,6 +59,11 @@ def compare(
         raise ValueError(
             f"the student's scores are not finite for {int((~np.isfinite(student)).any(1).sum())}"
             " images"
+        )
+    if student.shape != target.shape:
+        raise ValueError(
+            f"the student's scores are {list(student.shape)} and the target's {list(target.shape)};"
+            " they must be of the same images and classes"
         )
     if unanswered := int(np.isnan(target).any(1).sum()):
         raise ValueError(f"the target has no answer to {unanswered} images; leave them out")
@@ -102,6 +120,7 @@ def knn(
     Neighbours by cosine similarity s, each voting with exp(s / temperature). Wu et al. 2018
     (*Instance Discrimination*), section 3.4; the MoCo CIFAR notebook takes k 200.
     """
+    check_labels(bank_labels, len(bank))
     queries, bank = (
         x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (queries, bank)
     )

@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from qmx.contract import PyTree
+from qmx.contract import PyTree, wide
 
 SCHEDULES = ("constant", "cosine", "cosine_by_epoch", "step")
 DECAYS = ("all", "kernels")
 TRUST_COEFFICIENT = 0.001  # of LARS, as the SimSiam reference's linear evaluation has it
 CLIPPED_COEFFICIENT = 0.005  # of LARC, as `main.py` of EMP-SSL's reference has it
 # Vectors of vision transformers that have two axes and more: tokens, a table of them, and biases.
-VECTORS = ("class", "registers", "positions", "qv_bias")
+VECTORS = ("class", "registers", "positions", "qv_bias", "bias", "scale")
 
 Mask = Callable[[PyTree], PyTree]  # params -> True for each leaf that decays
 
@@ -84,9 +84,14 @@ def schedule(
 
 def kernels_only(params: PyTree) -> PyTree:
     """True for kernels: leaves of rank 2 and more, but not a vision transformer's tokens and
-    positions, as in timm and MAE. Biases and the scales of norms are none."""
+    positions, as in timm and MAE. Biases and the scales of norms are none, of whatever rank:
+    equinox's convolutions have biases [C, 1, 1]."""
+
+    def name(path: tuple) -> str:
+        return str(getattr(path[-1], "key", "")).rpartition("/")[2]
+
     return jax.tree_util.tree_map_with_path(
-        lambda path, p: p.ndim > 1 and getattr(path[-1], "key", "") not in VECTORS, params
+        lambda path, p: p.ndim > 1 and name(path) not in VECTORS, params
     )
 
 
@@ -264,7 +269,12 @@ def _by_part(
 class EmaState(NamedTuple):
     """State of `ema`."""
 
-    average: PyTree  # the same tree as the parameters, f32
+    average: PyTree  # the same tree as the parameters; f32 and wider where these are floats
+
+
+def floats(x: jax.Array) -> bool:
+    """True for an array of floating-point numbers."""
+    return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 def ema(decay: float) -> optax.GradientTransformation:
@@ -273,14 +283,21 @@ def ema(decay: float) -> optax.GradientTransformation:
     It is a `GradientTransformation` whose "updates" are the current parameters:
     `average, state = ema(0.999).update(params, state)`. It starts as an exact copy, so it needs no
     bias correction. Decay 0 copies, 1 freezes. `optax.ema` starts from zero and is for gradients.
+    The average of bfloat16 is float32, for small steps would be rounded away, and is given back as
+    bfloat16. Leaves that are no floats, as counters, are taken over.
     Source: He et al. 2020 (MoCo), equation 2, where `decay` is m.
     """
 
     def init(params: PyTree) -> EmaState:
-        return EmaState(jax.tree.map(jnp.copy, params))
+        return EmaState(jax.tree.map(lambda p: jnp.array(wide(p) if floats(p) else p), params))
+
+    def moved(p: jax.Array, average: jax.Array) -> jax.Array:
+        if not floats(p):
+            return p
+        return optax.incremental_update(p.astype(average.dtype), average, 1 - decay)
 
     def update(params: PyTree, state: EmaState, _: PyTree | None = None) -> tuple[PyTree, EmaState]:
-        average = optax.incremental_update(params, state.average, 1 - decay)
-        return average, EmaState(average)
+        average = jax.tree.map(moved, params, state.average)
+        return jax.tree.map(lambda a, p: a.astype(p.dtype), average, params), EmaState(average)
 
     return optax.GradientTransformation(init, update)

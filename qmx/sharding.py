@@ -184,7 +184,13 @@ def mesh() -> Mesh:
 
 
 def put_batch(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Put this process's rows of a batch into the global batch, split over the devices."""
+    """Put this process's rows of a batch into the global batch, split over the devices.
+
+    Raises:
+      ValueError: the rows of all processes do not divide over the devices.
+    """
+    for name, rows in batch.items():
+        check_batch(len(rows) * jax.process_count(), f"{name}: a batch of")
     return _put(batch, NamedSharding(mesh(), PartitionSpec("data")))
 
 

@@ -120,6 +120,9 @@ def fit(
       FloatingPointError: the loss or the gradient is not finite; says at which step. No state after
         it is saved.
       Stopped: `stopped` said so; the state was saved first, if there is a `save`.
+      ValueError: the batches end before.
+
+    The step may donate `ts`, so that it cannot be used again. Nothing is saved at the end.
     """
 
     def report(before: int, count: int, metrics: dict[str, jax.Array]) -> None:
@@ -162,4 +165,8 @@ def fit(
             raise Stopped(f"stopped after step {done} of {steps}")
     if pending is not None:
         report(*pending)
+    if done < steps:
+        raise ValueError(
+            f"the batches ended after step {done} of {steps}; they must go round the images again"
+        )
     return ts

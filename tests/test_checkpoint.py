@@ -192,10 +192,27 @@ def test_killed_while_saving(start, tmp_path):
 
 
 def test_another_networks_checkpoint(tmp_path):
-    """A state of other shapes is not forced into this one."""
-    saved(tmp_path / "c", 3)
-    other = state(0)._replace(params={**state(0).params, "head": {"bias": jnp.zeros(7)}})
-    assert Checkpoints(tmp_path / "c").restore(put_state(other)) is None
+    """A state of other shapes, types or leaves is not forced into this one, and stays: whoever
+    changed his network finds it again."""
+    saved(tmp_path / "c", 2, 3)
+    bias = state(0).params["head"]["bias"]
+    for head in ({"bias": jnp.zeros(7)}, {"bias": bias.astype(jnp.bfloat16)}, {"offset": bias}):
+        other = put_state(state(0)._replace(params={**state(0).params, "head": head}))
+        with Checkpoints(str(tmp_path / "c")) as checkpoints:
+            with pytest.raises(ValueError, match="c/3 is of another state, .*params/head/bias is"):
+                checkpoints.restore(other)
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        assert_same(checkpoints.restore(state(0)), state(3))
+
+
+def test_logs_of_others(tmp_path, caplog):
+    """What orbax and tensorstore say is kept back, and nothing else."""
+    saved(tmp_path / "c", 1)
+    caplog.set_level("INFO", "absl")
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).error("mine")
+    logging.getLogger("asyncio").error("Task exception: tensorstore failed")
+    assert [record.message for record in caplog.records] == ["mine", "mine"]
 
 
 def test_weights(tmp_path):

@@ -475,6 +475,22 @@ def test_no_answers_to_replay(audited, command, tmp_path, capsys, left_out):
     assert read_json(there / "detection.json")["traffic"] == {"queries": 160, "left_out": 0}
 
 
+def test_a_pool_in_another_order(audited, command, tmp_path, capsys):
+    """Numbers of images mean other images then: it is refused, and no result written."""
+    workdir, _ = audited
+    root = workdir.parent
+    there = tmp_path / "w"
+    shutil.copytree(workdir, there, ignore=shutil.ignore_patterns("detection.json"))
+    whole = (root / "pool.npz").read_bytes()
+    try:
+        np.savez(root / "pool.npz", image=POOL[0][::-1], label=POOL[1][::-1])
+        assert detect.main([str(there)]) == 2
+        assert "not in the order" in capsys.readouterr().err
+        assert not (there / "detection.json").exists()
+    finally:
+        (root / "pool.npz").write_bytes(whole)
+
+
 def test_the_alpha_that_is_named(audited, capsys):
     workdir, _ = audited
     assert detect.main([str(workdir), "--alpha=0.001"]) == 2

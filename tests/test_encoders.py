@@ -1,6 +1,7 @@
 """Files of encoders, targets and students that say how they are used."""
 
 import csv
+import os
 import shutil
 import stat
 import subprocess
@@ -16,7 +17,7 @@ from PIL import Image
 import qmx
 from qmx import models
 from qmx.checkpoint import save_weights
-from qmx.embed import main
+from qmx.embed import found, main
 from qmx.stages.pretrain import Pretrained
 
 FACTS = {
@@ -169,6 +170,42 @@ def test_embed(file, tmp_path, capsys):
     read = pq.read_table(tmp_path / "f.parquet")
     assert read["name"].to_pylist() == names
     np.testing.assert_array_equal(np.array(read["features"].to_pylist(), np.float32), rows)
+
+
+def test_embed_follows_links(file, tmp_path, capsys):
+    """Class folders that are links have photos too; a link to a folder above ends nothing. A name
+    that no text holds is told before anything is computed."""
+    photos(tmp_path / "real")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/cat").symlink_to(tmp_path / "real")
+    (tmp_path / "real/again").symlink_to(tmp_path / "real")
+    assert [path.name for path in found(tmp_path / "photos")][:3] == ["0.JPEG", "2.JPEG", "4.JPEG"]
+    assert len(found(tmp_path / "photos")) == 5
+    name = os.fsdecode(b"caf\xe9.jpg")
+    (tmp_path / "real" / name).write_bytes((tmp_path / "real/0.JPEG").read_bytes())
+    for out, status in (("g.csv", 2), ("g.parquet", 2), ("g.npz", 0)):
+        assert main([str(file[0]), str(tmp_path / "photos"), str(tmp_path / out)]) == status
+    said = capsys.readouterr().err
+    assert said.count("or write .npz") == 2
+
+
+def test_save_encoder_of_a_vit(tmp_path):
+    """The features that it was trained on are those that are read."""
+    net = models.backbone("vit_s16", features="mean")
+    x = jnp.zeros((1, 32, 32, 3))
+    shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), x))
+    rng = np.random.default_rng(0)
+    encoder = qmx.Encoder(
+        *jax.tree.map(lambda s: 0.1 * rng.normal(size=s.shape).astype(s.dtype), shapes)
+    )
+    keys = {"shape": (32, 32, 3), "mean": (0.5,) * 3, "std": (0.5,) * 3, "features": "mean"}
+    qmx.save_encoder(tmp_path / "v.safetensors", "vit_s16", encoder, **keys)
+    images = rng.integers(0, 256, (2, 32, 32, 3), np.uint8)
+    view = qmx.augment.plain_view(keys["mean"], keys["std"])
+    before = qmx.predict(net, *encoder, view, images)
+    np.testing.assert_array_equal(
+        qmx.encode(qmx.load_encoder(tmp_path / "v.safetensors"), images), before
+    )
 
 
 def test_embed_mistakes(file, tmp_path, capsys):

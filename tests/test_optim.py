@@ -278,6 +278,17 @@ def test_kernels_only():
     }
 
 
+def test_biases_of_other_libraries():
+    """Equinox's have axes of length 1, flax's attention one for each head."""
+    params = {"conv/bias": jnp.zeros((4, 1, 1)), "conv/weight": jnp.zeros((4, 3, 3, 3))}
+    params["query"] = {"bias": jnp.zeros((2, 4)), "kernel": jnp.zeros((8, 2, 4))}
+    assert kernels_only(params) == {
+        "conv/bias": False,
+        "conv/weight": True,
+        "query": {"bias": False, "kernel": True},
+    }
+
+
 @pytest.mark.parametrize("on", ["all", "kernels"])
 @pytest.mark.parametrize("parts", [False, True])
 def test_decay_reaches_what_it_should(on, parts):
@@ -453,6 +464,21 @@ def test_the_average_starts_as_a_copy_in_buffers_of_its_own():
         leaf.delete()  # what a donation does
     jax.tree.map(np.testing.assert_array_equal, state.average, kept)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.average)} == {jnp.dtype(jnp.float32)}
+
+
+def test_the_average_of_other_numbers():
+    """Of bfloat16 it moves, also where a step is less than its last digit, and counters and flags
+    are taken over; no type changes."""
+    params = {"w": jnp.ones(3, jnp.bfloat16), "count": jnp.int32(0), "on": jnp.bool_(False)}
+    moving = ema(0.999)
+    state = moving.init(params)
+    now = {"w": jnp.full(3, 1.5, jnp.bfloat16), "count": jnp.int32(7), "on": jnp.bool_(True)}
+    for _ in range(1000):
+        average, state = moving.update(now, state)
+    assert jax.tree.map(lambda x: x.dtype, average) == jax.tree.map(lambda x: x.dtype, params)
+    assert (int(average["count"]), bool(average["on"])) == (7, True)
+    np.testing.assert_allclose(state.average["w"], 1.5 - 0.5 * 0.999**1000, rtol=1e-4)
+    assert average["w"][0] > 1.3
 
 
 # Distillation losses

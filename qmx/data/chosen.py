@@ -15,7 +15,8 @@ def read_names(path: str) -> list[str]:
       ValueError: no such file, or it is not text.
     """
     try:
-        text = Path(path).read_text(errors="surrogateescape")
+        # As bytes, for a name may hold what a text ends lines with.
+        text = Path(path).read_bytes().decode("utf-8-sig", "surrogateescape")
     except OSError as error:
         raise ValueError(
             f"data.leave_out {path}: {error.strerror or error}; give a text file with the name of"
@@ -25,7 +26,7 @@ def read_names(path: str) -> list[str]:
         raise ValueError(
             f"data.leave_out {path} is not text; give a file with the name of a photo on each line"
         )
-    return [line for line in text.splitlines() if line.strip()]
+    return [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
 
 
 def leave_out(path: str, *sides: Photos) -> list[tuple[np.ndarray, list[str]]]:

@@ -7,6 +7,7 @@ prints the names of the evaluation photos that are in the pool, for data.leave_o
 
 import argparse
 import hashlib
+import io
 import os
 import shlex
 import sys
@@ -103,6 +104,8 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         print(f"qmx.data.copies: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names that are no UTF-8
     for i, _ in pairs:
         print(evaluation.title(i))
     return 0

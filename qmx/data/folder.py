@@ -18,6 +18,8 @@ from qmx.progress import say
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # Of systems and editors, beside all whose names begin with a dot.
 HIDDEN = ("__MACOSX", "Thumbs.db", "desktop.ini")
+# Photos as well, which are not read: as torchvision, by their names.
+UNREAD = (".jfif", ".jpe", ".gif", ".jp2", ".avif", ".heic", ".heif", ".jxl")
 LISTING_THREADS = 16  # a listing mostly waits, above all on network file systems
 
 
@@ -35,10 +37,13 @@ def hidden(name: str) -> bool:
     return name.startswith(".") or name in HIDDEN
 
 
-def walk(path: str, prefix: str, skipped: list[str]) -> Iterator[tuple[str, list[tuple[str, int]]]]:
+def walk(
+    path: str, prefix: str, skipped: list[str], unread: list[str]
+) -> Iterator[tuple[str, list[tuple[str, int]]]]:
     """Yield (folder, [(photo, bytes), ...]) for a folder and all below; names get `prefix`.
 
-    The names of hidden files and folders are added to `skipped`.
+    The names of hidden files and folders are added to `skipped`, those of photos of other formats
+    to `unread`.
     """
     files = []
     with os.scandir(path) as entries:
@@ -46,9 +51,11 @@ def walk(path: str, prefix: str, skipped: list[str]) -> Iterator[tuple[str, list
             if hidden(entry.name):
                 skipped.append(f"{prefix}/{entry.name}")
             elif entry.is_dir():
-                yield from walk(entry.path, f"{prefix}/{entry.name}", skipped)
+                yield from walk(entry.path, f"{prefix}/{entry.name}", skipped, unread)
             elif entry.name.lower().endswith(EXTENSIONS):
                 files.append((f"{prefix}/{entry.name}", size_of(entry)))
+            elif entry.name.lower().endswith(UNREAD):
+                unread.append(f"{prefix}/{entry.name}")
     yield prefix, files
 
 
@@ -81,6 +88,7 @@ def listing(path: str) -> tuple[Photos, np.ndarray]:
         skipped = [name for name, _ in everything if hidden(name)]
         inside = [entry for entry in everything if not hidden(entry[0])]
         classes = tuple(name for name, is_folder in inside if is_folder)
+        unread = [name for name, _ in inside if name.lower().endswith(UNREAD)]
         loose = [name for name, _ in inside if name.lower().endswith(EXTENSIONS)]
         if not classes and not loose:
             raise ValueError(
@@ -90,7 +98,8 @@ def listing(path: str) -> tuple[Photos, np.ndarray]:
         with ThreadPoolExecutor(LISTING_THREADS) as threads:
             folders = list(
                 threads.map(
-                    lambda name: sorted(walk(os.path.join(path, name), name, skipped)), classes
+                    lambda name: sorted(walk(os.path.join(path, name), name, skipped, unread)),
+                    classes,
                 )
             )
     except OSError as error:
@@ -113,6 +122,11 @@ def listing(path: str) -> tuple[Photos, np.ndarray]:
         say(
             f"{path}: {len(skipped)} hidden files and folders are skipped:"
             f" {first_few(sorted(skipped))}"
+        )
+    if unread:
+        say(
+            f"{path}: {len(unread)} photos are not used, for their names end with none of"
+            f" {' '.join(EXTENSIONS)}: {first_few(sorted(unread))}; convert them"
         )
     names = tuple(name for of_class in files for name, _ in of_class)
     sizes = np.array([size for of_class in files for _, size in of_class], np.int64)

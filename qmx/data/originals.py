@@ -35,8 +35,13 @@ def originals(folder: str) -> tuple[Arrays, Arrays]:
     """
     root = Path(folder)
     if any((root / f"{IDX[0][0]}{end}").is_file() for end in ("", ".gz")):
-        pool, evaluation = ((idx(root, images), idx(root, labels)) for images, labels in IDX)
-        return (pool[0][..., None], pool[1]), (evaluation[0][..., None], evaluation[1])
+        pool, evaluation = (pair(root, *names) for names in IDX)
+        if pool[0].shape[1:] != evaluation[0].shape[1:]:
+            raise ValueError(
+                f"{folder}: training images are {list(pool[0].shape[1:3])} pixels and test images"
+                f" {list(evaluation[0].shape[1:3])}; fetch both again"
+            )
+        return pool, evaluation
     if (root / BATCHES[0][0]).is_file():
         training, test = (
             np.concatenate([rows(root / name) for name in names]) for names in BATCHES
@@ -47,6 +52,17 @@ def originals(folder: str) -> tuple[Arrays, Arrays]:
         " (CIFAR-10, binary version); give a folder with those, or data.path=POOL.npz and"
         " data.eval_path=EVALUATION.npz"
     )
+
+
+def pair(root: Path, images: str, labels: str) -> Arrays:
+    """The images of an idx file, and their labels of another."""
+    pixels, classes = idx(root, images), idx(root, labels)
+    if pixels.ndim != 3 or classes.shape != (len(pixels),) or not pixels.size:
+        raise ValueError(
+            f"{root / images} holds {list(pixels.shape)} and {labels} {list(classes.shape)}; they"
+            " must be [n, H, W] and [n]; fetch both again"
+        )
+    return pixels[..., None], classes
 
 
 def idx(root: Path, name: str) -> np.ndarray:

@@ -17,6 +17,7 @@ from PIL import Image
 from qmx.data.sources import Files, Photos, Source
 
 EXIF_ORIENTATION = 0x0112
+LONGEST = 32  # sides of a photo: more of it is cut off before it is resized; ours
 MEMORY = 1 << 30  # bytes of canvases that are kept: 21,845 photos at 128 pixels
 # Not EPS, for which Pillow starts Ghostscript: images may come from strangers.
 FORMATS = (
@@ -114,10 +115,16 @@ def shown(image: Image.Image, resize: int, crop: int) -> np.ndarray:
     """The centre of a photo, uint8[crop, crop, 3], by torchvision's Resize and CenterCrop.
 
     The short side becomes `resize`, the other int(resize * long / short), by Pillow's antialiased
-    bilinear filter. A result smaller than the crop is padded with zeros. Source:
+    bilinear filter. A result smaller than the crop is padded with zeros. Of a photo more than 32
+    times as long as wide its middle is resized: the whole would take gigabytes. Source:
     torchvision 0.29, `transforms.functional` (`_compute_resized_output_size`, `center_crop`).
     """
     width, height = image.size
+    if max(width, height) > LONGEST * min(width, height):  # of which the rest is never seen
+        half = LONGEST * min(width, height) / 2
+        left, upper = (round(max(side / 2 - half, 0)) for side in (width, height))
+        image = image.crop((left, upper, width - left, height - upper))
+        width, height = image.size
     other = int(resize * max(width, height) / min(width, height))
     size = (resize, other) if width <= height else (other, resize)
     pixels = np.asarray(

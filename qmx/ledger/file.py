@@ -158,7 +158,7 @@ def opened(path: Path) -> File:
         _patiently(lambda: db.executescript(SCHEMA + REFUSED.format("")))
         check_tables(db)
     except sqlite3.DatabaseError as error:
-        raise ValueError(_unusable(path, error)) from None
+        raise ValueError(unusable(path, error)) from None
     return File(path, db)
 
 
@@ -173,7 +173,7 @@ def looked_into(path: Path) -> File:
         db = read_only(path)
         check_tables(db)
     except sqlite3.OperationalError as error:
-        raise ValueError(_unusable(path, error)) from None
+        raise ValueError(unusable(path, error)) from None
     except sqlite3.DatabaseError as error:
         raise Damaged(path, error) from None
     return File(path, db)
@@ -197,7 +197,19 @@ def check_tables(db: sqlite3.Connection) -> None:
         db.execute(f"SELECT {columns} FROM {table} LIMIT 0")
 
 
-def _unusable(path: Path, error: sqlite3.Error) -> str:
+def is_out_of_reach(error: sqlite3.Error) -> bool:
+    """True for an error of the place and not of the file: a log beside a ledger is read by files
+    that SQLite makes there."""
+    return "unable to open" in str(error) or "readonly" in str(error)
+
+
+def unusable(path: Path, error: sqlite3.Error) -> str:
+    """A line on a file that SQLite cannot use as a ledger."""
+    if is_out_of_reach(error):
+        return (
+            f"{path} cannot be read where it is ({error}); copy it, and {path.name}-wal if it is"
+            " there, to a directory that you may write"
+        )
     return (
         f"{path} cannot be used as a ledger: {error}; if it was one, python -m qmx.ledger verify"
         f" {path} recovers the answers that are whole"

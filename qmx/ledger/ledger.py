@@ -252,6 +252,12 @@ class Ledger:
             self.dtype,
         )
 
+    def differing(self, images: list[bytes], scores: np.ndarray, access: str) -> int:
+        """Number of images, by their `pixel_digests`, that have an answer of just this level, and
+        another one than in f32[n, N], beyond what float16 rounds."""
+        keys = keys_of_digests(images, self.target, self.preprocessing)
+        return stored.differing(self._file, keys, scores, access)
+
     def unanswered(self, images: np.ndarray, access: str = "logits") -> list[int]:
         """The rows of uint8[n, H, W, C] that `ask` would send, in its order."""
         keys = self.keys(images)
@@ -288,13 +294,6 @@ class Ledger:
 
     def _request(self, purpose: str, *, views: int, retry: int) -> int:
         """Record a new request, and return its number."""
-        return self._file.insert(
-            "requests",
-            {
-                "target": self.target,
-                "preprocessing": self.preprocessing,
-                "purpose": purpose,
-                "views": views,
-                "retry": retry,
-            },
-        )
+        what = {"purpose": purpose, "views": views, "retry": retry}
+        whose = {"target": self.target, "preprocessing": self.preprocessing}
+        return self._file.insert("requests", {**whose, **what})

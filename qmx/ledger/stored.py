@@ -100,6 +100,21 @@ def read(
     return np.array(access), unpacked(scores, dtypes)
 
 
+def differing(file: File, keys: list[bytes], scores: np.ndarray, access: str) -> int:
+    """Number of keys that have an answer of just this level, and another one than in f32[n, N],
+    beyond what float16 rounds."""
+    known = find(file, keys)
+    rows = [i for i, key in enumerate(keys) if key in known and known[key].access == access]
+    found = 0
+    for start in range(0, len(rows), FEW):
+        some = rows[start : start + FEW]
+        own, now = [keys[i] for i in some], scores[some]
+        had = read(file, [known[key].row for key in own], own, scores.shape[1])[1]
+        slack = 2e-3 * np.maximum(np.abs(now).max(1, keepdims=True), 1e-3)
+        found += int((np.abs(had - now) > slack).any(1).sum())
+    return found
+
+
 def keep(
     file: File,
     request: int,

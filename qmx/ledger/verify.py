@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from qmx.ledger.access import ACCESS
 from qmx.ledger.accounts import PURPOSES, RECORDED
 from qmx.ledger.content import is_whole, keys_of_digests
-from qmx.ledger.file import REFUSED, SCHEMA, check_tables, read_only
+from qmx.ledger.file import REFUSED, SCHEMA, check_tables, is_out_of_reach, read_only, unusable
 from qmx.ledger.log import passed_over
 from qmx.ledger.pages import records
 
@@ -56,6 +56,8 @@ def problems(
             try:
                 check_tables(db)
             except sqlite3.OperationalError as error:
+                if is_out_of_reach(error):
+                    raise ValueError(unusable(path, error)) from None
                 # The tables may lie behind the damage, or be called something else by it.
                 if path.with_name(path.name + "-wal").exists() or _has_answers(path):
                     return [*lines, f"SQLite: {error}"]

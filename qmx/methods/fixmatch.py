@@ -156,6 +156,10 @@ def make(
             for name, rows in batch.items()
             if name.startswith("pool_")
         }
+        if "image" not in pool:
+            raise ValueError(
+                f"the batch has {', '.join(batch)}; it needs pool_image too, images of the pool"
+            )
         asked, ratio = len(batch["image"]), len(pool["image"]) // len(batch["image"])
         if not ratio or len(pool["image"]) % asked:
             raise ValueError(

@@ -59,7 +59,8 @@ def make(
       net: f32[B, S, S, C] -> f32[B, F].
       head: f32[B, F] -> f32[B, D].
       view: called twice on the batch, with keys of their own.
-      queue_size: K, a multiple of the batch. A queue larger than the data set has false negatives.
+      queue_size: K, a multiple of the batch; all batches are of one size. A queue larger than the
+        data set has false negatives.
       temperature: T of the loss.
       decay: m, the momentum encoder's share of itself.
 
@@ -69,18 +70,14 @@ def make(
       (mean over D of the std of unit queries; near 1/sqrt(D), 0 where it collapsed).
 
     Raises:
-      ValueError: at `init`, when K is not a multiple of the batch.
+      ValueError: when K is not a multiple of the batch.
     """
     encode = chain(backbone=net, head=head)
     average = ema(decay)
 
     def init(rng: jax.Array, batch: Batch) -> tuple[PyTree, MocoState]:
         x = view_shape(view, batch)
-        if queue_size % len(x):
-            raise ValueError(
-                f"queue_size {queue_size} is not a multiple of batch_size {len(x)}; "
-                f"{max(queue_size // len(x), 1) * len(x)} is"
-            )
+        refuse_batch(queue_size, len(x))
         net_key, queue_key = jax.random.split(rng)
         params, stats = encode.init(net_key, x)
         features = jax.eval_shape(lambda: encode.apply(params, stats, x, False)[0])
@@ -101,6 +98,7 @@ def make(
         x_key = view(key_key, batch)[shuffle]
         k, key_stats = encode.apply(key_params, state.key_stats, x_key, True, network_key(rng, 1))
         k = jax.lax.stop_gradient(_unit(k)[jnp.argsort(shuffle)])
+        refuse_batch(queue_size, len(k))  # as of a last batch that is smaller
 
         losses, logits = info_nce(q, k, state.queue, temperature)
         queue = jax.lax.dynamic_update_slice_in_dim(state.queue, k, state.pointer, 0)
@@ -125,6 +123,15 @@ def make(
         return Encoder(params, state.stats)
 
     return Method(init, loss, encoder, start, network)
+
+
+def refuse_batch(queue_size: int, size: int) -> None:
+    """Raise ValueError if a queue is no multiple of a batch."""
+    if queue_size % size:
+        raise ValueError(
+            f"queue_size {queue_size} is not a multiple of batch_size {size}; "
+            f"{max(queue_size // size, 1) * size} is"
+        )
 
 
 def _unit(x: jax.Array) -> jax.Array:

@@ -46,10 +46,17 @@ def from_linen(module: nn.Module) -> Network:
 
     Args:
       module: called as `module(x, train)`; it may keep "batch_stats", and draw from "dropout".
+
+    Raises:
+      ValueError: at `init`, a module that keeps anything else.
     """
 
     def init(rng: jax.Array, x: jax.Array) -> tuple[PyTree, PyTree]:
         variables = module.init({"params": rng, "dropout": jax.random.fold_in(rng, 1)}, x, True)
+        if others := sorted(set(variables) - {"params", "batch_stats"}):
+            raise ValueError(
+                f"the module keeps {others[0]!r}; only params and batch_stats are kept"
+            )
         return variables.get("params", {}), variables.get("batch_stats", {})
 
     def apply(

@@ -126,12 +126,18 @@ def array(torch: Any, value: Any, what: str) -> np.ndarray:
 
 
 def refuse_programs(path: Path) -> None:
-    """Raise ValueError, with the cure, for zips that torch writes and that are not weights."""
+    """Raise ValueError, with the cure, for zips that torch writes and that are not weights, or that
+    are damaged inside: torch looks at no sum."""
     try:
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
+            names, damaged = archive.namelist(), archive.testzip()
     except (zipfile.BadZipFile, OSError, ValueError):
         return  # torch.load names the damage
+    if damaged:
+        raise ValueError(
+            f"{path} is damaged: {damaged} in it is not what was written; download it again, or"
+            " save it with its sums (torch.serialization.set_crc32_options)"
+        )
     where = repr(str(path))
     if any("/code/" in name or name.endswith("/constants.pkl") for name in names):
         raise ValueError(

@@ -164,6 +164,21 @@ def loader(variables: Encoder) -> str:
     return f"net = {made}(num_classes={classes}); net.load_state_dict(...)"
 
 
+def write(tensors: dict[str, np.ndarray], part: Path) -> None:
+    """Write tensors by name in the format that the name before ".part" ends with; OSError if they
+    cannot be written."""
+    if part.stem.endswith(".pth"):
+        torch = import_torch(part)
+        try:
+            torch.save({name: torch.from_numpy(value) for name, value in tensors.items()}, part)
+        except RuntimeError as error:  # of a disk without room
+            raise OSError(f"{part.with_suffix('')} cannot be written: {error}") from None
+        return
+    from safetensors.numpy import save
+
+    part.write_bytes(save(tensors))  # whose own file nobody else could read
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status, 2 for a mistake."""
     parser = argparse.ArgumentParser(
@@ -180,27 +195,25 @@ def main(argv: list[str] | None = None) -> int:
         "--anyway", action="store_true", help="also a network that no class of torchvision loads"
     )
     args = parser.parse_args(argv)
+    part = args.out.with_name(args.out.name + ".part")
     try:
         if not args.out.parent.is_dir() or args.out.suffix not in (".safetensors", ".pth"):
             raise ValueError(
                 f"cannot write {args.out}; give a name that ends with .safetensors or .pth in a"
                 " directory that exists"
             )
+        if args.out.is_dir() or (args.out.exists() and args.out.samefile(args.weights)):
+            raise ValueError(f"{args.out} is there and is no file to write; give another name")
         variables = unflatten(read_safetensors(args.weights))
         tensors = to_torch(*variables)
         how = "for a class of your own" if args.anyway else loader(variables)
-        part = args.out.with_name(args.out.name + ".part")
-        if args.out.suffix == ".pth":
-            torch = import_torch(args.out)
-            torch.save({name: torch.from_numpy(value) for name, value in tensors.items()}, part)
-        else:
-            from safetensors.numpy import save_file
-
-            save_file(tensors, part)
+        write(tensors, part)
         part.replace(args.out)
     except (ValueError, OSError) as error:
         print("to_torch:", *str(error).split(), file=sys.stderr)
         return 2
+    finally:
+        part.unlink(missing_ok=True)
     print(f"wrote {len(tensors)} tensors to {args.out}: {how}")
     return 0
 

@@ -44,6 +44,11 @@ def propagate(
       f32[n, N], probabilities: the answers for `ids`, the propagated scores for the others, uniform
       for images that nothing reached.
     """
+    if len(ids) != len(probabilities) or not probabilities.min() >= 0:
+        raise ValueError(
+            f"there are {len(ids)} ids and answers {list(probabilities.shape)} from"
+            f" {probabilities.min():g} on; give a row of probabilities for each"
+        )
     graph = graph_of(features, neighbours, power)
     return spread(graph, ids, probabilities, alpha, temperature)
 

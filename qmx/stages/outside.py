@@ -96,7 +96,7 @@ def inputs_of(keys: Any) -> dict:
         return {"file": file_digest(keys.path)}
     if keys.kind == "onnx":
         tensors = {key: keys[key] for key in ("input", "output")}
-        return {"file": file_digest(keys.path), **tensors, **shown}
+        return {"file": onnx_file.digest(keys.path), **tensors, **shown}
     return {**{key: keys[key] for key in ("url", "model", "version", "input", "output")}, **shown}
 
 

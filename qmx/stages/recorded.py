@@ -1,6 +1,7 @@
 """Targets that are a table of recorded answers: into the ledger with them, and no question
 beyond."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,22 +50,46 @@ def _refuse(images: np.ndarray) -> np.ndarray:
 
 
 def enter(ledger: Ledger, path: Path) -> None:
-    """The table's answers into the ledger, where they count for nothing until they are used."""
+    """The table's answers into the ledger, where they count for nothing until they are used.
+
+    Raises:
+      ValueError: the ledger has other answers of this target to some of the images.
+    """
     table = load(path)
     digests = [row.tobytes() for row in table.image]
-    if not ledger.count_missing_keys(keys_of_digests(digests, ledger.target, ledger.preprocessing)):
+    keys = keys_of_digests(digests, ledger.target, ledger.preprocessing)
+    if changed := _changed(ledger, table, digests):
+        raise ValueError(
+            f"{path} answers {changed} images otherwise than it did when {ledger.path} got its"
+            f" answers; --update=new-target takes those of the table"
+        )
+    if not ledger.count_missing_keys(keys):
         return
     with progress(f"recorded answers of {path.name}", len(digests), unit="answers") as shown:
         for start in range(0, len(digests), CHUNK):
-            _enter_some(ledger, table, digests, slice(start, start + CHUNK))
+            for level, found, scores in _by_level(table, digests, slice(start, start + CHUNK)):
+                ledger.record(found, scores, level)
             shown.update(min(start + CHUNK, len(digests)))
 
 
-def _enter_some(ledger: Ledger, table: Recorded, digests: list[bytes], some: slice) -> None:
+def _changed(ledger: Ledger, table: Recorded, digests: list[bytes]) -> int:
+    """Number of images to which the ledger has another answer than the table."""
+    changed = 0
+    for start in range(0, len(digests), CHUNK):
+        some = slice(start, start + CHUNK)
+        for level, found, scores in _by_level(table, digests, some):
+            changed += ledger.differing(found, scores.astype(np.float32), level)
+    return changed
+
+
+def _by_level(
+    table: Recorded, digests: list[bytes], some: slice
+) -> Iterator[tuple[str, list[bytes], np.ndarray]]:
+    """(level, digests, scores) of some rows of a table."""
     found, scores, access = digests[some], table.scores[some], table.access[some]
     for level in np.unique(access):
         places = np.flatnonzero(access == level)
-        ledger.record([found[place] for place in places], scores[places], str(level))
+        yield str(level), [found[place] for place in places], scores[places]
 
 
 def refuse_missing(config: Any, data: Dataset, ids: np.ndarray) -> None:

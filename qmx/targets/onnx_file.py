@@ -2,16 +2,21 @@
 
 import ast
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from qmx.checkpoint import file_digest
 from qmx.ledger.access import received
 from qmx.targets.query import Outside, filled_up
 from qmx.targets.shown import UNCHANGED, Shown, prepare, resolved
 from qmx.targets.shown import name as name_of
 
+# The entry of a tensor whose values are in another file (TensorProto.external_data, onnx.proto):
+# a key, and the length of the file's name that follows.
+LOCATION = re.compile(rb"\x0a\x08location\x12([\x01-\x7f])")
 # Types of an input that images can be shown as: ONNX's name, NumPy's.
 NAMES = ("names", "class_names", "classes", "labels")  # keys of metadata that hold class names
 INPUTS = {"tensor(uint8)": "uint8", "tensor(float16)": "float16", "tensor(float)": "float32"}
@@ -45,8 +50,8 @@ def connect(
 ) -> Outside:
     """A query function around the model of a file.
 
-    The digest is of the file, the input's and the output's name. Weights in files beside it go
-    unnoticed. A model that takes a fixed number of images gets them so, the last ones filled up.
+    The digest is of the file, of those that hold its weights, and of the input's and the output's
+    name. A model that takes a fixed number of images gets them so, the last ones filled up.
 
     Args:
       path: of the .onnx file.
@@ -87,8 +92,20 @@ def connect(
         return received(np.concatenate(parts)[:count], count, classes, access)
 
     named = f"\0{tensor.name}\0{answer.name}".encode()
-    digest = hashlib.sha256(Path(path).read_bytes() + named).hexdigest()
-    return Outside(query, Path(path).name, digest, name_of(seen))
+    return Outside(query, Path(path).name, digest(path, named), name_of(seen))
+
+
+def digest(path: str, more: bytes = b"") -> str:
+    """SHA-256 of a file with what `more` says, and of the files that hold its weights, if they are
+    not in it: PyTorch writes MODEL.onnx.data beside MODEL.onnx."""
+    content = Path(path).read_bytes()
+    result = hashlib.sha256(content + more)
+    names = {content[m.end() : m.end() + m[1][0]] for m in LOCATION.finditer(content)}
+    for name in sorted(names):
+        outside = Path(path).parent / name.decode(errors="surrogateescape")
+        if outside.is_file():
+            result.update(file_digest(outside).encode())
+    return result.hexdigest()
 
 
 def class_names(path: str) -> list[list[str]]:

@@ -65,7 +65,14 @@ def network_query(
       view: makes the network's input from {"image": uint8[B, H, W, C]}; its key is fixed.
       batch_size: the network is compiled for it; smaller batches are padded.
       precision: of products and convolutions, one of `PRECISIONS`.
+
+    Raises:
+      ValueError: an unknown precision.
     """
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"precision {precision!r} is unknown; choose among {', '.join(PRECISIONS)}"
+        )
 
     def query(images: np.ndarray) -> np.ndarray:
         with jax.default_matmul_precision(PRECISIONS[precision][1]):

@@ -157,6 +157,19 @@ def test_unreadable_photos_are_named_on_both_sides_and_the_cure_works(folders, t
     assert load("folder", *folders, **SIZES, leave_out=str(names)).pool.size == 10
 
 
+def test_names_that_hold_what_ends_lines(folders, tmp_path):
+    """As a name in another encoding does; and a list that an editor saved with its mark."""
+    pool, _ = folders
+    for name in ("a\x85b.jpg", "c\u2028d.jpg"):
+        Path(f"{pool}/n1/{name}").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="2 of 20 photos cannot be read"):
+        open_photos(load("folder", *folders, **SIZES), tmp_path / "w")
+    names = tmp_path / "w" / "unreadable.txt"
+    names.write_bytes(b"\xef\xbb\xbf" + names.read_bytes().replace(b"\n", b"\r\n"))
+    less = load("folder", *folders, **SIZES, leave_out=str(names))
+    assert opened(less, tmp_path / "w") == [] and less.pool.size == 12
+
+
 def test_a_side_that_loses_nothing_keeps_its_digest(folders, tmp_path, monkeypatch):
     pool, evaluation = folders
     whole = load("folder", *folders, **SIZES)

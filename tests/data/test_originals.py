@@ -40,6 +40,24 @@ def test_mnist(sets, tmp_path, packed):
     assert data.shape == (28, 28, 1)
 
 
+@pytest.mark.parametrize(
+    "place, change, said",
+    [
+        (1, lambda pair: (pair[0][:, :20], pair[1]), r"training images are \[28, 28\]"),
+        (0, lambda pair: (pair[0], pair[1][:-1]), r"holds \[7, 28, 28\] and train-labels"),
+        (0, lambda pair: (pair[0][:0], pair[1][:0]), r"holds \[0, 28, 28\]"),
+        (0, lambda pair: (pair[0][..., None].repeat(3, 3), pair[1]), r"holds \[7, 28, 28, 3\]"),
+    ],
+)
+def test_files_that_do_not_fit(sets, tmp_path, place, change, said):
+    sets[place] = change(sets[place])
+    for names, values in zip(IDX, sets, strict=True):
+        for name, value in zip(names, values, strict=True):
+            write_idx(tmp_path / name, np.ascontiguousarray(value), packed=False)
+    with pytest.raises(ValueError, match=said):
+        originals(str(tmp_path))
+
+
 def test_cifar10(tmp_path):
     """Planes become pixels; the five batches follow each other."""
     rng = np.random.default_rng(0)

@@ -6,6 +6,7 @@ import os
 import struct
 import threading
 import time
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -261,6 +262,21 @@ def test_what_is_shown_is_torchvisions_resize_and_crop(size, resize, crop, resiz
     np.testing.assert_array_equal(got, np.asarray(want.crop((left, top, left + crop, top + crop))))
 
 
+def test_a_photo_that_is_long_and_thin():
+    """Its middle is shown, in memory for that; up to 32 times as long as wide, all is as
+    torchvision has it."""
+    image = photo(40, 3)
+    row = np.asarray(image)[:, 18:22].mean()
+    tracemalloc.start()
+    long = Image.new("RGB", (1, 9000), (10, 20, 30))
+    long.paste((200, 100, 50), (0, 4400, 1, 4600))
+    got = shown(long, 256, 224)
+    assert tracemalloc.get_traced_memory()[1] < 100e6
+    tracemalloc.stop()
+    np.testing.assert_array_equal(got[112], np.tile((200, 100, 50), (224, 1)))
+    assert shown(image, 8, 8).mean() == pytest.approx(row, abs=30)
+
+
 def test_the_canvas_is_the_whole_photo():
     image = photo(50, 30)
     pixels, size = canvas(image, 32)
@@ -494,6 +510,15 @@ def test_one_folder_cannot_be_both(folders):
         (pool, Path(pool).parent / "link"),
     ):
         refused("are one folder, or one is inside the other", *paths)
+
+
+def test_photos_of_other_formats_are_counted(folders, capsys):
+    """What browsers and phones save, and torchvision's ImageFolder does not read."""
+    for name in ("n01/a.jfif", "n01/deep/b.HEIC", "n02/c.gif"):
+        tree(folders[0], {name: WHOLE})
+    capsys.readouterr()
+    assert load("folder", *folders).pool.size
+    assert "3 photos are not used, for their names end with none of .jpg" in capsys.readouterr().err
 
 
 def test_hidden_files_and_folders_are_skipped_and_counted(folders, capsys):

@@ -35,6 +35,18 @@ def refused(path, *words):
     return text
 
 
+def test_a_hole_in_a_file(state, tmp_path):
+    """As a download leaves it that took the room before the bytes came: torch reads zeros."""
+    path = tmp_path / "net.pth"
+    torch.save(state, path)
+    data = bytearray(path.read_bytes())
+    where = data.index(state["layer3.0.conv2.weight"].numpy().tobytes())
+    data[where : where + 4096] = bytes(4096)
+    path.write_bytes(data)
+    assert torch.load(path, weights_only=True)["layer3.0.conv2.weight"].flatten()[0] == 0
+    refused(path, "is damaged", "download it again")
+
+
 ODD = {
     "float8": (lambda x: x.to(torch.float8_e4m3fn), "of type float8_e4m3fn"),
     "float8 scaled": (lambda x: x.to(torch.float8_e5m2), "of type float8_e5m2"),

@@ -35,6 +35,21 @@ def test_loader():
             loader(variables(arch, 10, channels))
 
 
+def test_what_is_there_stays(tmp_path, capsys, on_small_disk):
+    """Neither its own input nor a directory is written to, nothing half-written is left, and the
+    file is everybody's to read."""
+    path = tmp_path / "a.safetensors"
+    save_weights(path, variables("resnet8_narrow"), {"arch": "resnet8_narrow"})
+    before = path.read_bytes()
+    (tmp_path / "b.pth").mkdir()
+    for out in (path, tmp_path / "b.pth"):
+        assert main([str(path), str(out), "--anyway"]) == 2
+        assert "give another name" in capsys.readouterr().err and path.read_bytes() == before
+    assert main([str(path), str(tmp_path / "c.safetensors"), "--anyway"]) == 0
+    assert (tmp_path / "c.safetensors").stat().st_mode & 0o777 == path.stat().st_mode & 0o777
+    assert sorted(p.name for p in tmp_path.glob("*.part")) == []
+
+
 def test_refused_unless_asked(tmp_path, capsys):
     """Nothing is written; with --anyway it is."""
     save_weights(tmp_path / "a.safetensors", variables("resnet8_narrow"))

@@ -52,6 +52,24 @@ def test_a_level_that_the_numbers_are_not(tmp_path, access, row, said):
         load(tmp_path / "t.npz")
 
 
+def test_a_table_that_was_corrected(tmp_path):
+    """Its answers do not stand behind those of before without a word; more of them may come."""
+    save(tmp_path / "t.npz", TABLE)
+    identity = {"target": "owner's", "preprocessing": "as-is"}
+    with Ledger(tmp_path / "l.sqlite", **identity) as ledger:
+        enter(ledger, tmp_path / "t.npz")
+        enter(ledger, tmp_path / "t.npz")
+        scores = TABLE.scores.copy()
+        scores[3] += 1
+        save(tmp_path / "other.npz", TABLE._replace(scores=scores))
+        with pytest.raises(ValueError, match="answers 1 images otherwise .*--update=new-target"):
+            enter(ledger, tmp_path / "other.npz")
+        halves = TABLE._replace(scores=TABLE.scores.astype(np.float16))
+        save(tmp_path / "half.npz", halves)
+        enter(ledger, tmp_path / "half.npz")
+        np.testing.assert_array_equal(ledger.read_keys(ledger.keys(images(3))), TABLE.scores[3:4])
+
+
 def test_recorded_answers_count_when_they_are_used(tmp_path):
     """Nothing before, nothing asked then, the budget holds, and evaluation images stay outside of
     it."""

@@ -45,6 +45,21 @@ def connect(path, **keys):
     return onnx_file.connect(path, shape=(8, 8, 1), classes=10, **keys)
 
 
+def test_weights_in_a_file_beside_it(tmp_path):
+    """PyTorch writes them so: other weights are another model, though the .onnx is the same."""
+    path = model(tmp_path / "a.onnx", ["n", 8, 8, 1], TensorProto.UINT8)
+    alone = connect(path).sha256
+    keys = {"save_as_external_data": True, "location": "a.onnx.data", "size_threshold": 0}
+    onnx.save(onnx.load(path), path, **keys)
+    one, scores = connect(path), connect(path).query(IMAGES)
+    before = (tmp_path / "a.onnx").read_bytes()
+    (tmp_path / "a.onnx.data").write_bytes((2 * WEIGHTS).tobytes())
+    two = connect(path)
+    assert (tmp_path / "a.onnx").read_bytes() == before
+    np.testing.assert_allclose(two.query(IMAGES), 2 * scores, rtol=1e-5)
+    assert len({alone, one.sha256, two.sha256}) == 3
+
+
 def test_scores(tmp_path):
     """Whatever the model takes: the scores of the same map in NumPy; its type and axes are read
     from the file."""
