@@ -16,6 +16,7 @@ from qmx.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from qmx import augment, losses, models, optim, selection
+    from qmx.checkpoint import Checkpoints
     from qmx.contract import Batch, Encoder, Method, Network, View, chain
     from qmx.encoders import encode, load_encoder, save_encoder
     from qmx.inference import predict
@@ -59,6 +60,7 @@ MODULES = {
 PLACES = {
     **dict.fromkeys(("encode", "load_encoder", "save_encoder"), "qmx.encoders"),
     **dict.fromkeys(("Batch", "Encoder", "Method", "Network", "View", "chain"), "qmx.contract"),
+    "Checkpoints": "qmx.checkpoint",
     "predict": "qmx.inference",
     **dict.fromkeys(("BudgetSpent", "Ledger", "Unavailable"), "qmx.ledger"),
     **dict.fromkeys(("compare", "knn"), "qmx.metrics"),
@@ -72,6 +74,7 @@ PLACES = {
 __all__ = [
     "Batch",
     "BudgetSpent",
+    "Checkpoints",
     "Encoder",
     "Ledger",
     "Method",

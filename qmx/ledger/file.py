@@ -205,7 +205,7 @@ def is_out_of_reach(error: sqlite3.Error) -> bool:
 
 def unusable(path: Path, error: sqlite3.Error) -> str:
     """A line on a file that SQLite cannot use as a ledger."""
-    if is_out_of_reach(error):
+    if path.is_file() and is_out_of_reach(error):
         return (
             f"{path} cannot be read where it is ({error}); copy it, and {path.name}-wal if it is"
             " there, to a directory that you may write"
