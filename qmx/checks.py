@@ -249,12 +249,6 @@ def _target_problems(keys: Any) -> Iterator[str]:
             f"target.path {keys.path} is read by target.kind=torch, onnx, callable and recorded"
             " alone; set one of them, or leave the path out"
         )
-    of_a_server = ("url", "model", "version", "token_env", "headers_env", "ca_file")
-    if keys.kind != "served" and (strange := [key for key in of_a_server if keys[key]]):
-        yield (
-            f"target.{strange[0]} {keys[strange[0]]} is read by target.kind=served alone, and it is"
-            f" {keys.kind}; set --config.target.kind=served, or leave the key out"
-        )
     if keys.kind == "callable" and not keys.path:
         yield "target.kind=callable needs the function: --config.target.path=FILE.py:function"
     if keys.kind == "onnx" and not keys.path:
@@ -276,6 +270,12 @@ def _target_problems(keys: Any) -> Iterator[str]:
         check_address(keys.url or "http://localhost", keys.token_env, keys.headers_env)
     except ValueError as error:
         yield str(error)
+    of_a_server = ("url", "model", "version", "token_env", "headers_env", "ca_file")
+    if keys.kind != "served" and (strange := [key for key in of_a_server if keys[key]]):
+        yield (
+            f"target.{strange[0]} is read by target.kind=served alone, and it is {keys.kind}; set"
+            " --config.target.kind=served, or leave the key out"
+        )
     if len(keys.expect) not in (0, 2):
         yield f"target.expect {keys.expect} must be a top-1 and a top-5 accuracy in per cent, or ()"
 

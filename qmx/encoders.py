@@ -169,9 +169,9 @@ def read_facts(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no safetensors file, or is damaged ({error})") from None
     if not isinstance(facts, dict):
         raise ValueError(
-            f"{path} does not say what network it is of; give one that a run wrote, as"
-            " WORKDIR/pretrain/moco-seed0/encoder.safetensors, or qmx.save_encoder: converted"
-            " weights do not say how their images were normalised"
+            f"{path} does not say what network it is of; give one that qmx wrote, as"
+            " WORKDIR/pretrain/moco-seed0/encoder.safetensors (of converted weights,"
+            " qmx.save_encoder does)"
         )
     return facts
 

@@ -133,9 +133,9 @@ def test_tables_of_answers(tmp_path):
 
 
 def test_workdirs_of_others(tmp_path):
-    """Another --workdir, or --update."""
+    """--update, or another --workdir."""
     claim(tmp_path / "w", {"a": 1}, update=False)
-    cures = "take another --workdir, or give --update"
+    cures = "give --update to keep .*, or take another --workdir, which asks"
     advice(cures, claim, tmp_path / "w", {"a": 2}, False, error=Mismatch)
     claim(tmp_path / "other", {"a": 2}, update=False)
     claim(tmp_path / "w", {"a": 2}, update=True)
@@ -333,6 +333,8 @@ def table_of(path, data, pool, evaluation, level="logits"):
     )
     digests = np.frombuffer(digests, np.uint8).reshape(-1, 32)
     scores = np.eye(10, dtype=np.float32)[np.arange(len(digests)) % 10]
+    if level == "logits":
+        scores *= 5
     path.unlink(missing_ok=True)
     save(path, Recorded(digests, scores, np.array([level] * len(digests)), "owner's", "as-is"))
 

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from numbered import images
 from PIL import Image
 from safetensors.numpy import save_file
+from scipy.special import softmax
 from test_advice import advice
 from test_advice_config import checked
 from test_data import load
@@ -460,7 +461,9 @@ def test_tables_of_other_answers(tmp_path):
         assert table.load(path).target == name
     levels = told("choose among (.*)", access=np.array(["all"] * 3))[1].split(", ")
     for level in levels:
-        saved(access=np.array([level] * 3))
+        rows = {"probs": softmax(good.scores, 1), "label": np.eye(good.scores.shape[1])[:3]}
+        scores = rows.get(level, good.scores).astype(np.float32)
+        saved(access=np.array([level] * 3), scores=scores)
         assert table.load(path).access[0] == level
     told(r"SHA-256 digests, uint8\[n, 32\]", image=good.image.astype(int))
     told(r"must be float32 or float16 \[3, N\]", scores=good.scores.astype(int))

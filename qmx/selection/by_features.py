@@ -236,6 +236,8 @@ def _radius(rows: np.ndarray, clusters: np.ndarray) -> float:
     return max(float(np.nextafter(quantile, np.float32(2))), -1.0)
 
 
+# A smaller budget's choice begins a larger one's, which therefore serves all.
+NESTED = ("maxherding",)
 BY_FEATURES: dict[str, Choice] = {
     "balanced": balanced,
     "kcenter": kcenter,

@@ -61,7 +61,7 @@ class Features(NamedTuple):
 
     def read(self, patches: float = 0.0) -> np.ndarray:
         """Unit rows, f32[n, D]; with features of patches of this weight beside them, if any."""
-        return _rows(self.path, self.patches, patches)
+        return read_rows(self.path, self.patches, patches)
 
     def propagate(self, ids: np.ndarray, probabilities: np.ndarray, keys: Any) -> np.ndarray:
         """Answers f32[m, N] for some images, spread over all: `qmx.selection.propagate.propagate`
@@ -88,7 +88,7 @@ def _graph(
     path: Path, sha256: str, patches: Path | None, weight: float, neighbours: int, power: float
 ) -> Any:
     del sha256  # other features of the same name have another graph
-    return graph_of(_rows(path, patches, weight), neighbours, power)
+    return graph_of(read_rows(path, patches, weight), neighbours, power)
 
 
 def mirrored(run: Run) -> dict[str, bool]:
@@ -132,7 +132,8 @@ def _mapped(path: Path) -> np.ndarray:
     return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
-def _rows(path: Path, patches: Path | None, weight: float) -> np.ndarray:
+def read_rows(path: Path, patches: Path | None, weight: float) -> np.ndarray:
+    """`Features.read` of a file of features."""
     rows = np.asarray(_mapped(path))
     if patches and weight:
         return beside(rows, _mapped(patches), weight)

@@ -1,6 +1,7 @@
 """Selection: the images of the pool that the target is asked about."""
 
 import zlib
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,11 +12,11 @@ from qmx.files import read_arrays, write_arrays
 from qmx.grid import Cell, cells, teacher
 from qmx.progress import say
 from qmx.selection.by_answers import BY_ANSWERS
-from qmx.selection.by_features import BY_FEATURES
+from qmx.selection.by_features import BY_FEATURES, NESTED
 from qmx.selection.select import NEED_FEATURES
 from qmx.selection.select import select as in_order
 from qmx.sharding import first, from_first
-from qmx.stages.features import Features, choice_inputs, shown_at
+from qmx.stages.features import Features, choice_inputs, read_rows, shown_at
 from qmx.stages.rounds import in_rounds, inputs_of
 from qmx.stages.run import Run, needed
 from qmx.stages.target import Target
@@ -77,15 +78,41 @@ def _choose(run: Run, cell: Cell, features: Any, target: Any) -> np.ndarray:
     if not chosen_by_features(cell, pool.size):
         return np.arange(budget)  # all of them: there is nothing to choose
     features = needed(features)
-    rows = features.read(run.config.selection.patches)
-    way = BY_FEATURES[cell.select]
     say(
-        f"{cell.select} chooses {budget} of {len(rows)} images by the features of"
+        f"{cell.select} chooses {budget} of {pool.size} images by the features of"
         f" {features.encoder.init} seed {cell.seed}"
     )
-    rng = np.random.default_rng(cell.seed)
+    largest = budget
+    if cell.select in NESTED:
+        largest = max(
+            one.queries
+            for one in cells(run.config, pool.size)
+            if (one.start, one.select) == (cell.start, cell.select)
+            and chosen_by_features(one, pool.size)
+        )
+    made_of = features.path, features.encoder.sha256, features.patches
+    weight, classes = run.config.selection.patches, run.data.classes
     # In one process: another machine's sums may round another way, and choose others.
-    return from_first(lambda: way(rows, budget, rng, run.data.classes))
+    return from_first(
+        lambda: _chosen(*made_of, weight, cell.select, largest, cell.seed, classes)[:budget]
+    )
+
+
+@lru_cache(maxsize=1)
+def _chosen(
+    path: Path,
+    sha256: str,
+    patches: Path | None,
+    weight: float,
+    way: str,
+    budget: int,
+    seed: int,
+    classes: int,
+) -> np.ndarray:
+    """A choice by features, i64[budget], which may serve smaller budgets too."""
+    del sha256  # other features of the same name
+    rows = read_rows(path, patches, weight)
+    return BY_FEATURES[way](rows, budget, np.random.default_rng(seed), classes)
 
 
 def chosen_by_features(cell: Cell, size: int) -> bool:
