@@ -150,8 +150,9 @@ def laptop(config: ConfigDict) -> None:
         if name.endswith("many"):
             keys.epochs = 10.0
     # The best of 48 by the labels of 12,000 images of the pool (one encoder): 44.1 % of the others
-    # are told by 50 labels, 56.1 by 500; without patches 42 and 52.
-    config.selection.patches = 0.5
+    # are told by 50 labels, 56.1 by 500; without patches 42 and 52. Mirror images' patches tell 1.8
+    # more by 500 (benchmarks/README.md).
+    config.selection.update(patches=0.5, mirrored=True)
     config.propagation.update(neighbours=30, alpha=0.9, patches=0.5, head_power=0.5)
     config.monitor.knn_k = 20
 

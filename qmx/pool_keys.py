@@ -10,6 +10,8 @@ def choosing() -> ConfigDict:
         dict(
             # weight of features of patches beside the encoder's, as propagation.patches
             patches=0.0,
+            # features of patches, propagation's too, are those of an image and its mirror image
+            mirrored=False,
         )
     )
 

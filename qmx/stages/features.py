@@ -92,9 +92,8 @@ def _graph(
 
 
 def mirrored(run: Run) -> dict[str, bool]:
-    """{"mirrored": True} if patches of mirror images are looked at too: where encoders learn that
-    both show the same."""
-    return {"mirrored": True} if run.config.strong_view.flip_p else {}
+    """{"mirrored": True} if patches of mirror images are looked at too."""
+    return {"mirrored": True} if run.config.selection.mirrored else {}
 
 
 def choice_inputs(run: Run) -> dict:

@@ -7,6 +7,7 @@ import pytest
 from qmx.selection import by_features
 from qmx.selection.by_features import (
     BY_FEATURES,
+    NESTED,
     _radius,
     balanced,
     k_means,
@@ -16,6 +17,7 @@ from qmx.selection.by_features import (
     typiclust,
     unit,
 )
+from qmx.stages.select import _chosen
 
 
 def blobs(count=4, size=30, spread=0.05, seed=0, dimension=8):
@@ -193,3 +195,14 @@ def test_typiclust_takes_large_clusters_first(monkeypatch):
         assert number == best, (number, best, taken)
         taken[number] += 1
     assert sizes[clusters[ids[:4]]].tolist() == [40, 31, 20, 12]
+
+
+@pytest.mark.parametrize("way", NESTED)
+def test_one_choice_serves_smaller_budgets(way, tmp_path):
+    """It is made once for the largest budget: a smaller one's begins it."""
+    features, _ = blobs(spread=0.3)
+    np.save(tmp_path / "features.npy", features)
+    made_of = tmp_path / "features.npy", "a digest", None, 0.0, way
+    whole, half = (_chosen(*made_of, budget, 3, 4) for budget in (60, 30))
+    np.testing.assert_array_equal(whole[:30], half)
+    assert len({*whole.tolist()}) == 60
