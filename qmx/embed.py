@@ -38,7 +38,14 @@ def found(folder: Path) -> list[Path]:
     for place, below, names in os.walk(folder, followlinks=True):
         # A link may lead to a folder above it.
         real = os.path.realpath(place)
-        below[:] = [] if real in seen else [name for name in below if not hidden(name)]
+        below[:] = (
+            []
+            if real in seen
+            else sorted(
+                (name for name in below if not hidden(name)),
+                key=lambda name: (os.path.islink(os.path.join(place, name)), name),  # noqa: B023
+            )
+        )
         if real not in seen:
             files += [Path(place, name) for name in names if not hidden(name)]
         seen.add(real)

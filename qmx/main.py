@@ -253,6 +253,7 @@ def start(arguments: Arguments) -> str:
     from qmx.checks import check_trainers, check_values, validate
     from qmx.progress import say
     from qmx.stages.query import check_budget
+    from qmx.targets import function
     from qmx.workdir import claim, locked
 
     config, workdir, stage = arguments.config, arguments.workdir, arguments.stage
@@ -263,6 +264,7 @@ def start(arguments: Arguments) -> str:
     if "float64" in (config.student.dtype, config.target.precision):
         jax.config.update("jax_enable_x64", True)
     check_values(config)
+    function.forget()  # what an earlier call of this process loaded
     sharding.connect(arguments.coordinator, arguments.processes, arguments.process)
     images = data.load(**config.data)
     config = arguments.derive(config, images.pool.size, jax.default_backend())

@@ -18,7 +18,7 @@ Each stage leaves an artefact in the workdir and is skipped when the same inputs
                                   far, after a student
     config.json lock              what it was made with, and who works in it
     target.json account.json trial.json   by what name the ledger knows the target, its calls so
-                                  far, and whether its first answers were well
+                                  far, and whether its first answers were good
     photos/                       the photos that were found good
 
 Each has inputs.json, result.json and SHA256SUMS, which is written last.
@@ -31,7 +31,7 @@ from typing import Any
 
 from qmx.data import Dataset, named, open_photos, opened
 from qmx.data.named import with_names
-from qmx.files import SUMS
+from qmx.files import SUMS, Unreadable
 from qmx.grid import HEADS, Cell, cells, encoders, frozen, teacher
 from qmx.progress import counted, progress, say
 from qmx.sharding import from_first
@@ -49,6 +49,7 @@ from qmx.stages.report import report
 from qmx.stages.run import Run, handed_on, needed
 from qmx.stages.select import chosen_by_features, chosen_up_front, select
 from qmx.stages.target import converted as converted_target
+from qmx.stages.target import end_new
 from qmx.stages.target import target as target_stage
 from qmx.stages.trial import trial
 from qmx.stages.zero import check as check_zero
@@ -134,6 +135,8 @@ def run(
     }
     chosen = {cell: handed_on(call, select, cell, feature.get(cell.start), target) for cell in grid}
     answers = handed_on(call, query, target, chosen.values())  # the last that sees the target
+    if only == "query":
+        end_new(call)
     unasked = handed_on(call, zero, answers)
     pairs = [encoder[start] for start in starts], [looks[start] for start in starts]
     rows: dict[Cell, dict | NotDone] = {}
@@ -162,6 +165,8 @@ def run(
     said_done(call)
     if only not in ("all", "report"):
         return f"stage {only} is done; --stage=report shows where things stand"
+    if only == "all":
+        end_new(call)
     return report(call, target, *pairs, chosen, answers, [rows[cell] for cell in grid], unasked)
 
 
@@ -220,7 +225,10 @@ def free_keys(config: Any) -> tuple[str, ...]:
 def checked(workdir: Path, config: dict, free: tuple[str, ...], stage: str) -> bool:
     """True if an earlier call checked the same: one with this config that looked at the target, if
     this one will."""
-    same = (workdir / "config.json").exists() and not changed_keys(workdir, config, free)
+    try:
+        same = not changed_keys(workdir, config, free)
+    except Unreadable:
+        return False
     return same and (stage == "pretrain" or (workdir / "target").exists())
 
 

@@ -1,13 +1,17 @@
 """What was paid is not paid again, and nothing is paid or trained in vain."""
 
+import json
 import sys
 import time
 
+import jsonschema
 import numpy as np
 import pytest
+from conftest import ROOT
 from test_workdir import FUNCTION, asked, last, small
 
 from qmx.targets import function
+from qmx.train import Stopped
 
 __all__ = ["small"]  # a fixture
 
@@ -28,17 +32,46 @@ def ask(small, *more):
     return status, err
 
 
+def known_as(tmp_path):
+    return json.loads((tmp_path / "w/target.json").read_text())["known_as"]
+
+
 def test_a_new_target_of_the_same_digest(small, tmp_path):
     """Weights outside the function's file change nothing that is seen: the user says that it is
-    another model, and all is asked; the same command again, which was killed perhaps, goes on."""
+    another model, and all is asked, once, however often the call is begun anew; then the next one
+    means another model."""
+    new = "--update=new-target"
     assert ask(small)[0] == 0
-    paid = asked(tmp_path)
+    paid, name = asked(tmp_path), known_as(tmp_path)
     assert paid
     assert ask(small)[0] == 0 and asked(tmp_path) == paid
-    assert small("--stage=target", "--update=new-target")[0] == 0
-    assert ask(small, "--update=new-target")[0] == 0 and asked(tmp_path) == 2 * paid
+    assert small("--stage=target", new)[0] == 0 and known_as(tmp_path) == f"{name}#2"
+    assert ask(small, new)[0] == 0 and asked(tmp_path) == 2 * paid
+    small("--stage=distill", new)
+    assert known_as(tmp_path) == f"{name}#2"
     assert ask(small)[0] == 0 and asked(tmp_path) == 2 * paid, "it is this one from now on"
-    assert ask(small, "--update=new-target")[0] == 0 and asked(tmp_path) == 3 * paid
+    assert ask(small, new)[0] == 0 and asked(tmp_path) == 3 * paid
+    (tmp_path / "w/target.json").write_text("damaged")
+    assert ask(small)[0] == 0 and asked(tmp_path) == 3 * paid
+    assert known_as(tmp_path) == f"{name}#3", "whose answers are the last"
+
+
+@pytest.mark.slow
+def test_a_new_target_is_paid_once(small, tmp_path, monkeypatch):
+    """A whole run that is stopped after it asked, and begun again by the same words, as a scheduler
+    does, asks nothing more; its report keeps to the schema."""
+    assert small()[0] == 0
+    paid = asked(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("qmx.pipeline.distill", lambda *_: (_ for _ in ()).throw(Stopped("stopped")))
+        for _ in range(2):
+            assert small("--update=new-target")[0] == 75 and asked(tmp_path) == 2 * paid
+    assert small("--update=new-target")[0] == 0 and asked(tmp_path) == 2 * paid
+    jsonschema.validate(
+        json.loads((tmp_path / "w/results.json").read_text()),
+        json.loads((ROOT / "qmx/report/results.schema.json").read_text()),
+    )
+    assert small("--update=new-target")[0] == 0 and asked(tmp_path) == 3 * paid
 
 
 def test_a_verdict_is_kept(small, tmp_path, monkeypatch):
@@ -55,6 +88,9 @@ def test_a_verdict_is_kept(small, tmp_path, monkeypatch):
         said.append((last(err), asked(tmp_path)))
     assert said[0] == said[1] and said[0][1] == 5
     assert "--update=new-target" in last(err)
+    assert small("--update=new-target")[0] == 2 and asked(tmp_path) == 10
+    status, _, err = small("--update=new-target")
+    assert status == 2 and asked(tmp_path) == 15, "a verdict ends no name for ever"
 
 
 def test_a_trial_that_was_not_passed_is_done_again(small, tmp_path, monkeypatch):
@@ -129,7 +165,6 @@ def test_a_function_is_loaded_once(small, tmp_path):
     counted = "open(__file__ + '.loads', 'a').write('x')\n"
     (tmp_path / "own.py").write_text(FUNCTION + counted)
     assert small("--stage=target")[0] == 0
-    assert small("--stage=select")[0] == 0 and small("--stage=query")[0] == 0
     assert (tmp_path / "own.py.loads").read_text() == "x"
     (tmp_path / "own.py").write_text(FUNCTION + counted + "# another\n")
     function.load(f"{tmp_path}/own.py:f")
@@ -149,3 +184,22 @@ def test_modules_beside_a_function(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert function.load("beside_own:f")[1] is np.zeros_like
     sys.modules.pop("beside_own")
+
+
+def test_budgets_of_nothing_chosen_up_front(small, tmp_path):
+    """Nothing is known of what features will choose: more than the budget is told later."""
+    assert ask(small, "--config.budget=80")[0] == 0
+    words = ("--config.selects=('class_balanced',)", "--update", "--config.budget=80")
+    assert ask(small, *words)[0] == 0
+    words = ("--config.selects=('maxherding',)", "--update", "--config.budget=45", *MOCO)
+    status, _, err = small("--stage=select", *words)
+    assert "Traceback" not in err and status == 2, err
+
+
+def test_a_damaged_config(small, tmp_path):
+    """It is written anew, as the stages know what they were made with."""
+    assert ask(small)[0] == 0
+    paid = asked(tmp_path)
+    (tmp_path / "w/config.json").write_text("{")
+    status, err = ask(small)
+    assert status == 0 and asked(tmp_path) == paid, err

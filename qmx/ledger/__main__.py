@@ -135,11 +135,13 @@ def _classes(path: Path, size: object, dtype: object) -> int:
 
 
 def forget(path: Path, target: str) -> int:
-    """Forget the refused images of the targets whose digest or name begins with `target`."""
+    """Forget the refused images of the target of this digest or name, or of those that begin so."""
     looked_into(path).close()  # another program's database gets no tables of ours
     with opened(path) as file:
         names = [name for (name,) in file.run("SELECT DISTINCT target FROM requests")]
-        number = sum(refused.forget(file, name) for name in names if str(name).startswith(target))
+        chosen = [name for name in names if str(name).startswith(target)]
+        chosen = [name for name in chosen if name == target] or chosen
+        number = sum(refused.forget(file, name) for name in chosen)
     print(f"{number} images without an answer will be asked about again")
     return WHOLE
 

@@ -130,9 +130,15 @@ def received(answer: np.ndarray, rows: int, classes: int, access: str) -> np.nda
             f" sum of a row is {off:.4g} away from 1; set target.access=logits if they are logits"
         )
     if access == "logits" and answer.shape[1] > 1 and _are_probabilities(finite):
+        if off > 0.05:
+            raise ValueError(
+                "the target's answers are probabilities without the small ones, for a row sums to"
+                f" {finite.sum(1).min():.2g}; share the rest among the other classes and set"
+                " target.access=probs, or answer with the class and set target.access=label"
+            )
         raise ValueError(
-            "the target's answers are probabilities, for they are positive and each row sums to 1,"
-            " or less where small ones are cut off; set target.access=probs"
+            "the target's answers are probabilities, for they are positive and each row sums to 1;"
+            " set target.access=probs"
         )
     return scores
 
@@ -145,7 +151,8 @@ def _are_probabilities(scores: np.ndarray) -> bool:
     if scores.min() < 0 or scores.max() > 1.001 or sums.max() > 1.05:
         return False
     cut_off = len(scores) >= 10 and np.median(sums) >= 0.5
-    return bool(off < 1e-3 or (off < 0.05 and scores.shape[1] > 2) or cut_off)
+    # Of few numbers logits of a small network may be so by chance.
+    return bool(off < 1e-3 or (off < 0.05 and scores.size >= 20) or cut_off)
 
 
 def as_logits(scores: np.ndarray, access: str) -> np.ndarray:

@@ -156,6 +156,7 @@ def from_ledger(path: Path, target: str | None = None) -> tuple[Recorded, int]:
         if not all(isinstance(text, str) for name in names for text in name):
             raise Damaged(path, "the name of a target or a preprocessing is not a text")
         chosen = [name for name in names if name[0].startswith(target or "")]
+        chosen = [name for name in chosen if name[0] == target] or chosen
         if len(chosen) != 1:
             what = f"{path} has {len(chosen)} targets with answers" + (
                 f" that begin with {target!r}" if target else ""

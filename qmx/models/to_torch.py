@@ -213,7 +213,8 @@ def main(argv: list[str] | None = None) -> int:
         print("to_torch:", *str(error).split(), file=sys.stderr)
         return 2
     finally:
-        part.unlink(missing_ok=True)
+        if part.is_file():
+            part.unlink()
     print(f"wrote {len(tensors)} tensors to {args.out}: {how}")
     return 0
 

@@ -137,8 +137,8 @@ def inverse(results: dict, measure: str, share: float) -> dict[str, Any]:
         return row | {"why": reason if most else "no student has learned"}
     if is_bound:
         smallest = results["pool"]["budgets"][0]["queries"]
-        which = "the smallest budget" + " whose students learned" * (found > smallest)
-        return row | {"why": f"{found:g} queries, {which}, reach it already"}
+        which = "the smallest budget" + " of an attack whose students learned" * (found > smallest)
+        return row | {"why": f"{math.ceil(found):,} queries, {which}, reach it already"}
     principals = results["config"]["audit"]["principals"]
     return row | {
         "queries": found,
@@ -149,8 +149,8 @@ def inverse(results: dict, measure: str, share: float) -> dict[str, Any]:
 
 def fewest_of_any_seed(results: dict, measure: str, share: float) -> tuple[float | None, bool]:
     """(the fewest queries by which some seed of some attack reaches a share, None if none does;
-    True if fewer may do, as some attack reaches it at its smallest budget, whose number is then the
-    one that is told)."""
+    True if fewer may do, as some attack reaches it at the smallest budget whose students learned,
+    which is then the number that is told)."""
     lows = [
         ("low" not in row["bounds"], row["low"])
         for column in attacks(results["config"])

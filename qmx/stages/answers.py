@@ -193,7 +193,11 @@ def afford(run: Run, target: Target, source: Source, ids: np.ndarray) -> None:
     `Ledger.ask` looks at the budget too, but only chunk by chunk, and in the first process alone.
     """
     budget = run.config.budget
-    if budget is None or in_ledger(run, target.identity, Ledger.spent) + len(ids) <= budget:
+    if (
+        budget is None
+        or not len(ids)
+        or in_ledger(run, target.identity, Ledger.spent) + len(ids) <= budget
+    ):
         return  # the images need not be read
     digests = {
         digest for images in read_together(source.shown, ids) for digest in pixel_digests(images)

@@ -147,7 +147,7 @@ def check(config: Any, init: str, data: Dataset) -> None:
     """Raise ValueError, with the key, unless an encoder of this kind can be used with `data`."""
     keys = config.pretrain[init]
     if keys.kind == "callable":
-        function.load(keys.path, f"pretrain.{init}.path")
+        function.load(keys.path, f"pretrain.{init}.path", keys.watch)
         sha256(config, init)
     elif keys.kind == "table":
         read_features(Path(keys.path))
@@ -195,7 +195,7 @@ def rows_of(run: Run, encoder: Any, source: Source, name: str) -> Rows:
     """(ids, progress) -> features of these images of a source by an encoder of any kind."""
     keys, said, key = run.config.pretrain[encoder.init], encoder.facts, encoder.init
     if said["kind"] == "callable":
-        made = function.encoder(keys.path, key=f"pretrain.{key}.path")
+        made = function.encoder(keys.path, key=f"pretrain.{key}.path", watch=keys.watch)
 
         return lambda ids, shown: told_by(run, made, source, ids, name, shown)
     if said["kind"] == "table":

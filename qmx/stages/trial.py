@@ -7,7 +7,7 @@ from functools import cache, partial
 import numpy as np
 
 from qmx.encoders import read_facts
-from qmx.files import Unreadable, read_sealed, write_sealed
+from qmx.files import write_sealed
 from qmx.grid import cells
 from qmx.ledger import Ledger, Refused, Unavailable, keys_of
 from qmx.ledger.again import ask_again
@@ -18,7 +18,7 @@ from qmx.stages.outside import NEW
 from qmx.stages.query import note_calls
 from qmx.stages.run import Run
 from qmx.stages.select import chosen_up_front
-from qmx.stages.target import Target, all_asked, in_ledger, target_query
+from qmx.stages.target import VERDICTS, Target, all_asked, in_ledger, target_query, verdict
 from qmx.targets.query import Query
 from qmx.workdir import NotDone
 
@@ -26,7 +26,6 @@ FEW = 3  # images of a trial
 # Images of a run from which on two more calls are nothing: that many ask two images again, to see
 # that an answer is always the same.
 MANY = 500
-VERDICT = "trial.json"
 ORDER = "the target does not answer in the order of the images"
 SAME = 0.01  # of the range of an answer's scores, by which another one may differ: float16 does
 
@@ -36,7 +35,7 @@ def trial(run: Run, target: Target | NotDone) -> Run:
 
     They go the whole way into the ledger: an answer of the wrong shape, level or type is found here
     and not after a day of pretraining. They are asked about anyway, so they cost nothing more. It
-    is for whole runs, and done until it was passed once: "trial.json" has the verdict.
+    is for whole runs, and done until it was passed once: `VERDICTS` has the verdict.
 
     Returns:
       The run; where its images do not say how many classes there are, with the target's number.
@@ -76,20 +75,15 @@ def passed(run: Run, target: Target) -> bool:
       ValueError: it was not, and answers in the ledger may be other images'.
     """
 
-    def read() -> str | None:
-        try:
-            return read_sealed(run.workdir / VERDICT).get(target.sha256)
-        except Unreadable:
-            return None
-
-    if verdict := from_first(read):
-        raise ValueError(verdict)
-    return verdict is not None
+    found = from_first(lambda: verdict(run, target.sha256))
+    if found:
+        raise ValueError(found)
+    return found is not None
 
 
-def write_verdict(run: Run, target: Target, verdict: str) -> None:
+def write_verdict(run: Run, target: Target, found: str) -> None:
     """Write down what a trial found: "" if there is nothing against the target."""
-    from_first(lambda: write_sealed(run.workdir / VERDICT, {target.sha256: verdict}))
+    from_first(lambda: write_sealed(run.workdir / VERDICTS, {target.sha256: found}))
 
 
 def of_classes(run: Run, classes: int) -> Run:

@@ -28,7 +28,8 @@ def zero(run: Run, answers: Answers | NotDone) -> dict[str, Any] | None:
 
     def work(_: Path) -> dict:
         target = report_scores(run, answers, run.config.target.access)
-        told = function.encoder(path, dimension=target.shape[1], key=KEY)
+        watch = run.config.audit.zero_watch
+        told = function.encoder(path, dimension=target.shape[1], key=KEY, watch=watch)
         there, name = answers.evaluation, "zero queries"
         with progress(name, len(there)) as shown:
             scores = told_by(run, told, evaluation, there, name, shown.update)
@@ -50,5 +51,4 @@ def zero(run: Run, answers: Answers | NotDone) -> dict[str, Any] | None:
 def check(config: Any) -> None:
     """Raise ValueError unless the function that the config names is there."""
     if path := config.audit.zero:
-        function.load(path, KEY)
-        function.digest(path, config.audit.zero_watch, KEY)
+        function.load(path, KEY, config.audit.zero_watch)

@@ -75,7 +75,7 @@ def connect(
 
 
 def encoder(
-    path: str, *, dimension: int | None = None, key: str = "path"
+    path: str, *, dimension: int | None = None, key: str = "path", watch: Sequence[str] = ()
 ) -> Callable[[np.ndarray], np.ndarray]:
     """The user's function of an encoder, uint8[b, H, W, C] -> f32[b, D], with its results checked.
 
@@ -83,11 +83,12 @@ def encoder(
       path: as `connect`'s. The file is executed.
       dimension: D, if it is known already.
       key: name of the path in errors.
+      watch: more files that the function is made of.
 
     Raises:
       ValueError: see `connect`; or a result of another shape, or that is not finite.
     """
-    _, function = load(path, key)
+    _, function = load(path, key, watch)
 
     def rows(images: np.ndarray) -> np.ndarray:
         try:
@@ -162,6 +163,11 @@ def _source(file: str, path: str, key: str) -> Path:
             f"{key} {path}: there is no {'file' if file.endswith('.py') else 'module'} {file}"
         )
     return Path(origin)
+
+
+def forget() -> None:
+    """Execute each file anew at its next use, also where no digest tells that it changed."""
+    _load.cache_clear()
 
 
 @lru_cache(maxsize=4)

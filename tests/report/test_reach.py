@@ -56,7 +56,7 @@ def test_the_first_budget_that_counts():
     assert row["bounds"] == ["queries", "low"]
     limit = inverse(found, "fidelity", 0.95)
     assert limit["alone"] is None
-    words = "100 queries, the smallest budget whose students learned, reach it already"
+    words = "100 queries, the smallest budget of an attack whose students learned, reach it already"
     assert limit["why"] == words
     assert answer(found)["text"].startswith("At most 100 queries")
     found = results()
