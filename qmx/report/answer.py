@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from qmx.grid import attacks, budget_keys, percent, propagates
+from qmx.grid import attacks, percent, propagates
 from qmx.report.beyond import beyond_text, first_figure
 from qmx.report.reach import COPY, best, column_of, fewest
 from qmx.report.tables import LEARNED, label
@@ -83,7 +83,7 @@ def _sentence(results: dict, found: dict | None, most: dict | None) -> str:
             f"No copy was found that agrees with your model on {percent(COPY)} of images. The best"
             f" ({label(column_of(most), results)}, {most['queries']} queries,"
             f" {share_of(most['queries'], size)} of the pool) agrees on {most['value']:.1f} %."
-            f"{_marked(results, most['value'])} {LOWER_BOUND}"
+            f"{_marked(results, most['value'])} {LOWER_BOUND.replace('need fewer', 'do better')}"
         )
     if results["rows"]:
         return (
@@ -155,15 +155,18 @@ def next_steps(results: dict) -> list[str]:
         steps += stronger(results)
     if not any(audit[key] for key in ("per_second", "per_day", "per_month")):
         steps.append(
-            "Tell your limits (--config.audit.per_day and --config.audit.principals), to read here"
-            " what the copy takes in hours."
+            "Tell your limits, as in --config.audit.per_day=1000 --config.audit.principals=3, to"
+            " read here what the copy takes in hours."
         )
     tried = attacks(config)
     if len({column.access for column in tried}) == 1 and tried[0].access != "label":
         chosen = any(column.select in BY_ANSWERS for column in tried)
+        # Single columns see what they name: else the strongest would not see labels.
+        also = [words for word in config["also"] for words in (word, f"{word}+label")]
+        single = f" {given('also', *also)}" if also else ""
         steps.append(
             "See what weaker answers would change"
-            f" ({given('accesses', *config['accesses'], 'label')}), which asks"
+            f" ({given('accesses', *config['accesses'], 'label')}{single}), which asks"
             f" {'about other images only where answers choose them' if chosen else 'nothing more'}."
         )
     if len(config["seeds"]) < 3:
@@ -195,6 +198,13 @@ def longer(recipe: str) -> str:
     return f"--config.{part}.min_steps"
 
 
+def more(config: dict, size: int) -> str:
+    """The key of the budgets, with another twice as large as the largest."""
+    if config["queries"]:
+        return given("queries", *config["queries"], min(size, 2 * max(config["queries"])))
+    return given("fractions", *config["fractions"], min(1.0, 2 * max(config["fractions"])))
+
+
 def stronger(results: dict) -> list[str]:
     """Advice where no attack copies the model: larger budgets, an attack that was not tried."""
     config, size = results["config"], results["pool"]["size"]
@@ -203,7 +213,7 @@ def stronger(results: dict) -> list[str]:
     words = f"{init}+typiclust+pool"
     ways = []
     if results["pool"]["budgets"][-1]["queries"] < size:
-        ways.append(f"raise {budget_keys(config)}")
+        ways.append(f"ask more ({more(config, size)})")
     if not any(
         column.init == init and column.select in ("typiclust", "maxherding") and propagates(column)
         for column in tried

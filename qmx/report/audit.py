@@ -121,7 +121,7 @@ def inverse(results: dict, measure: str, share: float) -> dict[str, Any]:
     row |= {"alone": None, "pooled": None, "why": None}
     found, is_bound = fewest_of_any_seed(results, measure, share)
     if full(results, measure) is None:
-        return row | {"why": "the target's accuracy was not measured"}
+        return row | {"why": "no limit is known, for the target's accuracy was not measured"}
     if found is None:
         learned = (
             row
@@ -131,14 +131,15 @@ def inverse(results: dict, measure: str, share: float) -> dict[str, Any]:
         most = max(map(spent, learned), default=0)
         each = most // results["config"]["audit"]["principals"]
         reason = (
-            f"no attack tried reaches it by {most} queries: {each} a month for each stop these"
-            " attacks; a stronger one may need fewer"
+            f"no attack tried reaches it by {most} queries; a limit of {each} a month for each"
+            " account stops these, and a stronger one may need fewer"
         )
-        return row | {"why": reason if most else "no student has learned"}
+        return row | {"why": reason if most else "no limit is known, for no student has learned"}
     if is_bound:
         smallest = results["pool"]["budgets"][0]["queries"]
         which = "the smallest budget" + " of an attack whose students learned" * (found > smallest)
-        return row | {"why": f"{math.ceil(found):,} queries, {which}, reach it already"}
+        why = f"no limit is known, for {math.ceil(found):,} queries, {which}, reach it already"
+        return row | {"why": why}
     principals = results["config"]["audit"]["principals"]
     return row | {
         "queries": found,

@@ -45,7 +45,7 @@ def effort_table(results: dict) -> Table:
                 else not_reached(results),
                 hours(row["hours_alone"]),
                 hours(row["hours_pooled"]),
-                "" if row["money"] is None else f"{row['money']:.4g}",
+                "" if row["money"] is None else f"{row['money']:,.2f}",
             ]
         )
     principals = results["audit"]["limits"]["principals"]
@@ -64,7 +64,7 @@ def limits_note(results: dict) -> str:
     if limits.none:
         return "No limit is stated (audit.per_second, per_day, per_month), so there are no times."
     told = [
-        f"{getattr(limits, key):g} a {key.removeprefix('per_')}"
+        f"{getattr(limits, key):,.10g} a {key.removeprefix('per_')}"
         for key in limits._fields
         if not math.isinf(getattr(limits, key))
     ]
@@ -80,8 +80,12 @@ def hours(number: float | None) -> str:
     if number is None:
         return ""
     if number < 1:
+        if 0 < 60 * number < 0.5:
+            return "less than a minute"
         return f"{60 * number:.0f} minutes" if number else "no time"
-    return f"{number:.3g} hours" if number < 72 else f"{number / 24:.3g} days"
+    if number < 72:
+        return f"{number:.3g} hours"
+    return f"{number / 24:.3g} days" if number < 2400 else f"{number / 24:,.0f} days"
 
 
 def largest_table(results: dict) -> Table | None:
@@ -118,7 +122,7 @@ def unknown_limits(results: dict) -> list[str]:
     """A line for each measure of which no limit can be said, and why."""
     share = percent(results["config"]["audit"]["below"])
     return [
-        f"No limit can be said that keeps a copy below {share} in {row['measure']}: {row['why']}."
+        f"{share} {SAID[row['measure']]}: {row['why']}."
         for row in results["audit"]["largest_limits"]
         if row["why"]
     ]

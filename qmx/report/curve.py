@@ -4,11 +4,14 @@ import io
 import json
 from functools import lru_cache
 from statistics import mean, stdev
+from typing import Any
 
 from qmx.grid import columns, percent
 from qmx.report.reach import COPY
 from qmx.report.seen import seen
 from qmx.report.tables import label, labelled, learned_values, unlearned_values
+
+MARKERS = "osD^vP"
 
 
 def curve(results: dict) -> bytes:
@@ -22,7 +25,7 @@ def _curve(read: str) -> bytes:
     from matplotlib.figure import Figure
 
     results = json.loads(read)
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(10, 4.8), layout="constrained")
     kinds = [("top1", "accuracy"), ("fidelity_top1", "fidelity")]
     kinds = kinds if labelled(results) else kinds[1:]
     panels = figure.subplots(1, len(kinds), squeeze=False, sharey=True)[0]
@@ -40,7 +43,7 @@ def _curve(read: str) -> bytes:
                 [x for x, _ in points],
                 [mean(ys) for _, ys in points],
                 [stdev(ys) if len(ys) > 1 else 0 for _, ys in points],
-                marker="o",
+                marker=MARKERS[place % len(MARKERS)],
                 capsize=3,
                 label=label(column, results),
             )
@@ -53,7 +56,9 @@ def _curve(read: str) -> bytes:
                 results["target"]["top1"], color="grey", linestyle="--", label="the target"
             )
         if metric == "fidelity_top1":
-            panel.axhline(100 * COPY, color="grey", linestyle=":", label=percent(COPY))
+            panel.axhline(
+                100 * COPY, color="grey", linestyle=":", label=f"{percent(COPY)} of images: a copy"
+            )
         panel.set(
             xscale="log",
             xlabel="queries",
@@ -63,7 +68,12 @@ def _curve(read: str) -> bytes:
         panel.set_xticks(budgets, [str(queries) for queries in budgets])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
-    panels[0].legend()
+    entries: dict[str, Any] = {}  # of both panels
+    for panel in panels:
+        for handle, name in zip(*panel.get_legend_handles_labels(), strict=True):
+            entries.setdefault(name, handle)
+    below: Any = "outside lower center"  # a string that matplotlib's types lack with handles
+    figure.legend([*entries.values()], [*entries], loc=below, ncols=3)
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=120)
     return stream.getvalue()

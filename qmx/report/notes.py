@@ -130,7 +130,7 @@ def recipes_note(results: dict) -> str:
         (True, False): "recipe and seeds",
         (False, False): "seeds",
     }[one_recipe, one_choice]
-    note = f"All columns of one row share {shared}"
+    note = f"At each budget all attacks share {shared}"
     if not one_choice:
         note += "; those that do not say how their images were chosen share these too"
     if not one_recipe:

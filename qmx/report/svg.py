@@ -7,7 +7,7 @@ from functools import lru_cache
 from statistics import mean
 from typing import Any
 
-from qmx.grid import Column
+from qmx.grid import Column, percent
 from qmx.report.reach import COPY, MEASURES, full, learned, ranked
 from qmx.report.seen import seen
 from qmx.report.tables import label, labelled, rows_of
@@ -57,7 +57,7 @@ def _draw(results: dict, measure: str, shown: list[Column]) -> str:
             panel.text(
                 0.01,
                 COPY * whole,
-                "95 %",
+                percent(COPY) if measure == "fidelity" else f"{COPY * whole:.1f} %",
                 color=MUTED,
                 va="bottom",
                 transform=panel.get_yaxis_transform(),
@@ -147,5 +147,5 @@ def _inlined(svg: str) -> str:
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, f"var(--{variable})")
     # matplotlib's own fonts are not the reader's.
-    svg = re.sub(r"font: (\d+)px '[^;\"]*", r"font: \1px system-ui, sans-serif", svg)
+    svg = re.sub(r'font-family: [^;"]*', "font-family: system-ui, sans-serif", svg)
     return svg.replace("<svg ", '<svg aria-hidden="true" ', 1)

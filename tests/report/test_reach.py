@@ -57,7 +57,7 @@ def test_the_first_budget_that_counts():
     limit = inverse(found, "fidelity", 0.95)
     assert limit["alone"] is None
     words = "100 queries, the smallest budget of an attack whose students learned, reach it already"
-    assert limit["why"] == words
+    assert limit["why"] == f"no limit is known, for {words}"
     assert answer(found)["text"].startswith("At most 100 queries")
     found = results()
     row = reach_of(found, columns(found["config"])[1], "fidelity", 0.95)
