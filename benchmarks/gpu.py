@@ -1,4 +1,4 @@
-"""All that is to be known of a GPU, in one command for a card that is lent for minutes.
+"""All that is to be known of a GPU, in one command that ends within the minutes given.
 
     python benchmarks/gpu.py --minutes=12 --parts machine steps trace --out=runs/gpu
     python benchmarks/gpu.py --minutes=14 --parts cifar story --out=runs/gpu \\

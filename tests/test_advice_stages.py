@@ -45,6 +45,7 @@ from qmx.detection import mmd
 from qmx.encoders import read_features, save_features
 from qmx.files import write_json
 from qmx.frozen_keys import add_encoder
+from qmx.grid import columns
 from qmx.layer_rates import by_layer
 from qmx.ledger import Ledger, pixel_digests, table
 from qmx.ledger.replay import traffic
@@ -377,6 +378,12 @@ def test_what_to_do_next(use):
     step, keys = step_of(found, "See what weaker answers .* asks nothing more")
     made = taken(found, *keys)
     assert made.accesses == ("logits", "label")
+    single = results({**small, "also": ("moco+typiclust",)})
+    made = taken(single, *step_of(single, "See what weaker answers")[1])
+    seen = {(column.select, column.access) for column in columns(made)}
+    assert {("typiclust", "logits"), ("typiclust", "label")} <= seen, (
+        "the strongest sees labels too"
+    )
     weaker = results({**small, "accesses": ("label",)})
     assert not [step for step in next_steps(weaker) if "weaker" in step], "there are none"
     by_answers = results({**small, "also": ("moco+margin",)})
@@ -392,13 +399,14 @@ def test_what_to_do_next(use):
         row["recipe"] = "head" if use == "head" else "distill"
     longer = re.findall(r"--config\.([\w.]+)", step_of(failed, "Train the students longer")[0])
     assert longer and all(key in dict(leaves(base())) for key in longer)
-    step, keys = step_of(failed, "Raise --config.queries, or try a stronger attack")
-    assert taken(failed, *keys).also == ("moco+typiclust+pool",)
-    taken(failed, '--config.queries="(10, 100, 1000, 1400)"')
+    failed["pool"]["size"] = 1437
+    step, keys = step_of(failed, "Ask more .*, or try a stronger attack")
+    told = taken(failed, *keys)
+    assert told.also == ("moco+typiclust+pool",) and told.queries == (10, 100, 1000, 1437)
     failed["pool"]["budgets"][-1]["queries"] = failed["pool"]["size"]
     assert step_of(failed, "Try a stronger attack")
     failed["config"]["also"] = ["moco+typiclust+pool"]
-    assert not [step for step in next_steps(failed) if "stronger" in step or "Raise" in step]
+    assert not [step for step in next_steps(failed) if "stronger" in step or "Ask more" in step]
 
 
 def test_compared_as_the_report_says(tmp_path, monkeypatch, capsys):

@@ -98,7 +98,7 @@ def test_artefacts(finished):
         "report.html",
     ):
         assert (finished / path).stat().st_size > 0, path
-    assert matplotlib.image.imread(finished / "curve.png").shape[:2] == (504, 1200)
+    assert matplotlib.image.imread(finished / "curve.png").shape[:2] == (576, 1200)
     assert not list(finished.rglob("*.part")) and not list(finished.rglob("checkpoints"))
     lines = [
         json.loads(line)
