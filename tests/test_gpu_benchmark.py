@@ -89,7 +89,7 @@ def table_of(out, part):
 
 @pytest.mark.slow
 def test_bare_box(hurried, tmp_path):
-    """Without the packages that a lent box lacks: the first three parts whole, the others skipped
+    """Without the packages that some machines lack: the first three parts whole, the others skipped
     by name."""
     (tmp_path / "sitecustomize.py").write_text(BLOCK)
     began, out = time.monotonic(), tmp_path / "out"

@@ -162,7 +162,12 @@ def next_steps(results: dict) -> list[str]:
     if len({column.access for column in tried}) == 1 and tried[0].access != "label":
         chosen = any(column.select in BY_ANSWERS for column in tried)
         # Single columns see what they name: else the strongest would not see labels.
-        also = [words for word in config["also"] for words in (word, f"{word}+label")]
+        named = {*config["accesses"]}  # by a word that says what it sees
+        also = [
+            words
+            for word in config["also"]
+            for words in ([word] if named & {*word.split("+")} else [word, f"{word}+label"])
+        ]
         single = f" {given('also', *also)}" if also else ""
         steps.append(
             "See what weaker answers would change"

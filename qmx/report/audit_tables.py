@@ -183,12 +183,17 @@ def seeds_table(results: dict) -> Table | None:
 
 
 def standards_table(results: dict) -> Table:
-    """Ids with their versions."""
+    """Ids with their versions, and whether this report has anything for them."""
+
+    def has(fields: list[str]) -> str:
+        there = [results["audit"].get(field) or results.get(field) for field in fields]
+        return "yes" if any(there) else "not measured"
+
     rows = [
-        [f"{one['standard']} {one['version']}", one["id"], one["title"]]
+        [f"{one['standard']} {one['version']}", one["id"], one["title"], has(one["fields"])]
         for one in results["audit"]["standards"]
     ]
-    return Table("Standards", ["standard", "id", "of"], rows)
+    return Table("Standards", ["standard", "id", "of", "in this report"], rows)
 
 
 def scope(results: dict) -> list[tuple[str, str]]:

@@ -19,7 +19,7 @@ from qmx.files import write_json
 from qmx.report import compare, files, safe
 from qmx.report.answer import answer, next_steps
 from qmx.report.audit import audit
-from qmx.report.audit_tables import rounded_down
+from qmx.report.audit_tables import rounded_down, standards_table
 from qmx.report.curve import curve
 from qmx.report.limits import largest_limits
 from qmx.report.notes import account_notes, pool_notes
@@ -227,6 +227,16 @@ def test_what_did_not_learn_does_no_harm():
     for row in strong["rows"]:
         row["undertrained"] = row["use"] == "pool"
     assert pool_notes(strong) == []
+
+
+def test_standards_say_what_is_there():
+    """Nothing counts as done that was not measured."""
+    found = results()
+    told = {row[1]: row[3] for row in standards_table(found).rows}
+    assert told["v1.0-C11.3.1"] == told["v1.0-C11.3.3"] == "not measured"
+    assert told["AML.T0024.002"] == told["v1.0-C11.2.2"] == "yes"
+    found["audit"]["detection"] = {"anything": 1}
+    assert {row[1]: row[3] for row in standards_table(found).rows}["v1.0-C11.3.1"] == "yes"
 
 
 def test_bounds_between_two_reports():
