@@ -35,7 +35,7 @@ def test_loader():
             loader(variables(arch, 10, channels))
 
 
-def test_what_is_there_stays(tmp_path, capsys, on_small_disk):
+def test_what_is_there_stays(tmp_path, capsys):
     """Neither its own input nor a directory is written to, nothing half-written is left, and the
     file is everybody's to read."""
     path = tmp_path / "a.safetensors"
