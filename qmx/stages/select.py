@@ -98,7 +98,7 @@ def _choose(run: Run, cell: Cell, features: Any, target: Any) -> np.ndarray:
     )
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=64)  # the budgets come one after the other, each with all seeds
 def _chosen(
     path: Path,
     sha256: str,
