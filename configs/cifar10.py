@@ -144,11 +144,9 @@ def laptop(config: ConfigDict) -> None:
     # Statistics of whole images tell 1.0 to 1.7 more than those of crops.
     inits = ("rotation", "moco", "simsiam", "fastsiam", "emp_ssl", "features")
     del config.recipes.scratch, config.recipes.tune
-    config.recipes.update(on_two_cores(inits, above=0.005, epochs=5.0))
-    for name, keys in config.recipes.items():
+    config.recipes.update(on_two_cores(inits, above=0.005, epochs=(5.0, 10.0)))
+    for keys in config.recipes.values():
         keys.whole_statistics = True
-        if name.endswith("many"):
-            keys.epochs = 10.0
     # The best of 48 by the labels of 12,000 images of the pool (one encoder): 44.1 % of the others
     # are told by 50 labels, 56.1 by 500; without patches 42 and 52. Mirror images' patches tell 1.8
     # more by 500 (benchmarks/README.md).

@@ -62,8 +62,6 @@ def get_config(words: str = "laptop") -> ConfigDict:
     )
     # 250 images and fewer, and 1,000, of whose propagated answers once through the pool is too
     # little to learn.
-    config.recipes.update(on_two_cores(("moco",), above=0.01))
-    for name in ("scratch_many", "tune_many"):
-        config.recipes[name].epochs = 4.0
+    config.recipes.update(on_two_cores(("moco",), above=0.01, epochs=(1.0, 4.0)))
     config.monitor.knn_k = 20
     return config

@@ -16,6 +16,8 @@ from qmx.contract import Batch, View
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# Of a view's random numbers, each by a key of its own.
+DRAWS = ("crop", "jitter_p", "factors", "hue", "order", "grey_p", "blur_p", "sigma", "flip_p")
 
 
 def crop_box(
@@ -191,23 +193,7 @@ def make_view(
     radius = int(-(-4 * blur_sigma[1] // 1))  # four standard deviations
 
     def one(rng: jax.Array, image: jax.Array, original: jax.Array) -> jax.Array:
-        keys = dict(
-            zip(
-                (
-                    "crop",
-                    "jitter_p",
-                    "factors",
-                    "hue",
-                    "order",
-                    "grey_p",
-                    "blur_p",
-                    "sigma",
-                    "flip_p",
-                ),
-                jax.random.split(rng, 9),
-                strict=True,
-            )
-        )
+        keys = dict(zip(DRAWS, jax.random.split(rng, len(DRAWS)), strict=True))
 
         def happens(name: str, p: float) -> jax.Array:
             return jax.random.bernoulli(keys[name], jnp.float32(p))

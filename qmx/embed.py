@@ -38,17 +38,14 @@ def found(folder: Path) -> list[Path]:
     for place, below, names in os.walk(folder, followlinks=True):
         # A link may lead to a folder above it.
         real = os.path.realpath(place)
-        below[:] = (
-            []
-            if real in seen
-            else sorted(
-                (name for name in below if not hidden(name)),
-                key=lambda name: (os.path.islink(os.path.join(place, name)), name),  # noqa: B023
-            )
-        )
-        if real not in seen:
-            files += [Path(place, name) for name in names if not hidden(name)]
+        if real in seen:
+            below.clear()
+            continue
         seen.add(real)
+        files += [Path(place, name) for name in names if not hidden(name)]
+        links = {name for name in below if Path(place, name).is_symlink()}
+        shown_ones = {name for name in below if not hidden(name)}
+        below[:] = [*sorted(shown_ones - links), *sorted(shown_ones & links)]
     files = sorted(path for path in files if path.suffix.lower() in SUFFIXES)
     if not files:
         raise ValueError(f"{folder}: no photo is in it, or below it")

@@ -272,27 +272,24 @@ class EmaState(NamedTuple):
     average: PyTree  # the same tree as the parameters; f32 and wider where these are floats
 
 
-def floats(x: jax.Array) -> bool:
-    """True for an array of floating-point numbers."""
-    return jnp.issubdtype(x.dtype, jnp.inexact)
-
-
 def ema(decay: float) -> optax.GradientTransformation:
     """Exponential moving average of parameters: average <- decay * average + (1 - decay) * params.
 
     It is a `GradientTransformation` whose "updates" are the current parameters:
     `average, state = ema(0.999).update(params, state)`. It starts as an exact copy, so it needs no
     bias correction. Decay 0 copies, 1 freezes. `optax.ema` starts from zero and is for gradients.
-    The average of bfloat16 is float32, for small steps would be rounded away, and is given back as
-    bfloat16. Leaves that are no floats, as counters, are taken over.
+    That of bfloat16 is kept in float32, which loses no small step. Counters are taken over.
     Source: He et al. 2020 (MoCo), equation 2, where `decay` is m.
     """
 
+    def is_float(p: jax.Array) -> bool:
+        return jnp.issubdtype(p.dtype, jnp.inexact)
+
     def init(params: PyTree) -> EmaState:
-        return EmaState(jax.tree.map(lambda p: jnp.array(wide(p) if floats(p) else p), params))
+        return EmaState(jax.tree.map(lambda p: jnp.array(wide(p) if is_float(p) else p), params))
 
     def moved(p: jax.Array, average: jax.Array) -> jax.Array:
-        if not floats(p):
+        if not is_float(p):
             return p
         return optax.incremental_update(p.astype(average.dtype), average, 1 - decay)
 

@@ -49,8 +49,8 @@ from qmx.stages.report import report
 from qmx.stages.run import Run, handed_on, needed
 from qmx.stages.select import chosen_by_features, chosen_up_front, select
 from qmx.stages.target import converted as converted_target
-from qmx.stages.target import end_new
 from qmx.stages.target import target as target_stage
+from qmx.stages.target_name import end_new
 from qmx.stages.trial import trial
 from qmx.stages.zero import check as check_zero
 from qmx.stages.zero import zero

@@ -71,22 +71,22 @@ def recipe(
 
 
 def on_two_cores(
-    inits: tuple[str, ...], above: float, epochs: float = 1.0
+    inits: tuple[str, ...], above: float, epochs: tuple[float, float] = (1.0, 1.0)
 ) -> dict[str, ConfigDict]:
     """Recipes by name, of students that begin with nothing and of those that begin with one of
     `inits`: 600 steps of 64 images, and 1,200 above a share of the pool.
 
     All students of a budget take as many steps, whatever they start from. Those of the pool see it
-    at least `epochs` times. Steps and rates are ours, chosen on Fashion-MNIST by images of
-    the pool (benchmarks/README.md, "Real images on two cores").
+    at least `epochs` times, up to that share and above it. Steps and rates are ours, chosen on
+    Fashion-MNIST by images of the pool (benchmarks/README.md, "Real images on two cores").
     """
     made = {}
-    for name, steps, share in (
-        ("few", 600, dict(up_to=above)),
-        ("many", 1200, dict(above=above)),
+    for name, steps, passes, share in (
+        ("few", 600, epochs[0], dict(up_to=above)),
+        ("many", 1200, epochs[1], dict(above=above)),
     ):
         keys: dict[str, Any] = dict(
-            epochs=epochs, min_steps=steps, batch_size=64, schedule="cosine", **share
+            epochs=passes, min_steps=steps, batch_size=64, schedule="cosine", **share
         )
         made[f"scratch_{name}"] = recipe(
             ("none",), learning_rate=0.05, head_learning_rate=0.05, **keys

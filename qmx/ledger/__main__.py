@@ -29,7 +29,7 @@ from qmx.files import write_text
 from qmx.ledger import refused
 from qmx.ledger import table as recorded
 from qmx.ledger.accounts import account
-from qmx.ledger.content import count_classes
+from qmx.ledger.content import count_classes, named
 from qmx.ledger.file import Damaged, looked_into, opened
 from qmx.ledger.replay import lines, traffic
 from qmx.ledger.verify import problems, recover
@@ -139,9 +139,8 @@ def forget(path: Path, target: str) -> int:
     looked_into(path).close()  # another program's database gets no tables of ours
     with opened(path) as file:
         names = [name for (name,) in file.run("SELECT DISTINCT target FROM requests")]
-        chosen = [name for name in names if str(name).startswith(target)]
-        chosen = [name for name in chosen if name == target] or chosen
-        number = sum(refused.forget(file, name) for name in chosen)
+        meant = named([*map(str, names)], target)
+        number = sum(refused.forget(file, name) for name in names if str(name) in meant)
     print(f"{number} images without an answer will be asked about again")
     return WHOLE
 

@@ -68,6 +68,13 @@ def count_classes(size: object, dtype: object) -> int | None:
     return None if rest else classes
 
 
+def named(targets: list[str], beginning: str) -> list[str]:
+    """The targets that a user's word names: the one that is called so, else those that begin so."""
+    return [name for name in targets if name == beginning] or [
+        name for name in targets if name.startswith(beginning)
+    ]
+
+
 def checked(answer: np.ndarray, rows: int, classes: int | None) -> np.ndarray:
     """The query's answer as f32[rows, classes]; a row that is not finite stays so.
 

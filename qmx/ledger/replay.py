@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qmx.ledger.accounts import MANY, RECORDED
+from qmx.ledger.content import named
 from qmx.ledger.file import Damaged, File, looked_into
 
 
@@ -116,8 +117,7 @@ def _target(file: File, beginning: str) -> str:
     ]
     if not all(isinstance(name, str) for name in names):
         raise Damaged(file.path, "the name of a target is not a text")
-    chosen = [name for name in names if name.startswith(beginning)]
-    chosen = [name for name in chosen if name == beginning] or chosen
+    chosen = named(names, beginning)
     if len(chosen) != 1:
         raise NotOne(
             f"{file.path} has {len(chosen)} targets that begin with {beginning!r}; give"

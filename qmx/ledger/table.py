@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qmx.ledger.access import ACCESS, received
-from qmx.ledger.content import count_classes, is_whole, keys_of_digests, unpacked
+from qmx.ledger.content import count_classes, is_whole, keys_of_digests, named, unpacked
 from qmx.ledger.file import Damaged, File, looked_into
 
 COLUMNS = ("image", "scores", "access", "target", "preprocessing")
@@ -155,8 +155,8 @@ def from_ledger(path: Path, target: str | None = None) -> tuple[Recorded, int]:
         )
         if not all(isinstance(text, str) for name in names for text in name):
             raise Damaged(path, "the name of a target or a preprocessing is not a text")
-        chosen = [name for name in names if name[0].startswith(target or "")]
-        chosen = [name for name in chosen if name[0] == target] or chosen
+        meant = named([name for name, _ in names], target or "")
+        chosen = [name for name in names if name[0] in meant]
         if len(chosen) != 1:
             what = f"{path} has {len(chosen)} targets with answers" + (
                 f" that begin with {target!r}" if target else ""

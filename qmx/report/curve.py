@@ -9,7 +9,7 @@ from typing import Any
 from qmx.grid import columns, percent
 from qmx.report.reach import COPY
 from qmx.report.seen import seen
-from qmx.report.tables import label, labelled, learned_values, unlearned_values
+from qmx.report.tables import label, labelled, values
 
 MARKERS = "osD^vP"
 
@@ -35,7 +35,7 @@ def _curve(read: str) -> bytes:
         for place, column in enumerate(shown):
             aside = 1.03 ** (place - len(shown) / 2)  # so that the bars do not hide each other
             points = [
-                (queries * aside, learned_values(results, column, queries, metric))
+                (queries * aside, values(results, column, queries, metric, True))
                 for queries in budgets
             ]
             points = [(x, ys) for x, ys in points if ys]
@@ -48,7 +48,7 @@ def _curve(read: str) -> bytes:
                 label=label(column, results),
             )
             for queries in budgets:
-                weak = unlearned_values(results, column, queries, metric)
+                weak = values(results, column, queries, metric, False)
                 colour = line[0].get_color()
                 panel.plot([queries * aside] * len(weak), weak, "x", color=colour)
         if metric == "top1" and results["target"]["top1"] is not None:

@@ -3,7 +3,7 @@
 from statistics import mean
 
 from qmx.grid import HEADS, attacks, columns, teacher
-from qmx.report.tables import budget_label, label, labelled, learned_values, spent
+from qmx.report.tables import budget_label, label, labelled, spent, values
 
 METRIC = "fidelity_top1"  # by which columns are compared
 
@@ -89,9 +89,7 @@ def pool_notes(results: dict) -> list[str]:
             continue
         lost = []
         for queries in (budget["queries"] for budget in results["pool"]["budgets"]):
-            ours, others = (
-                learned_values(results, one, queries, METRIC) for one in (column, plain)
-            )
+            ours, others = (values(results, one, queries, METRIC, True) for one in (column, plain))
             if ours and others and mean(ours) < mean(others):
                 lost.append(str(queries))
         if lost:

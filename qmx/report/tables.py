@@ -57,22 +57,16 @@ def rows_of(results: dict, column: Column, queries: int) -> list[dict]:
     ]
 
 
-def values(results: dict, column: Column, queries: int, metric: str) -> list[float]:
+def values(
+    results: dict, column: Column, queries: int, metric: str, learned: bool | None = None
+) -> list[float]:
     """Values of a metric in one cell, one for each seed that was run; none of an accuracy that is
-    unknown."""
-    return [row[metric] for row in rows_of(results, column, queries) if row[metric] is not None]
-
-
-def learned_values(results: dict, column: Column, queries: int, metric: str) -> list[float]:
-    """`values` of the students that learned what they were given."""
-    rows = [row for row in rows_of(results, column, queries) if not row["undertrained"]]
-    return [row[metric] for row in rows if row[metric] is not None]
-
-
-def unlearned_values(results: dict, column: Column, queries: int, metric: str) -> list[float]:
-    """`values` of the others."""
-    rows = [row for row in rows_of(results, column, queries) if row["undertrained"]]
-    return [row[metric] for row in rows if row[metric] is not None]
+    unknown. `learned` takes the students that learned what they were given alone, or the others."""
+    return [
+        row[metric]
+        for row in rows_of(results, column, queries)
+        if row[metric] is not None and learned in (None, not row["undertrained"])
+    ]
 
 
 def complete(results: dict, column: Column) -> bool:

@@ -224,9 +224,8 @@ def _to_neighbours(
 
 def _radius(rows: np.ndarray, clusters: np.ndarray) -> float:
     """The least similarity at which 95 % of the balls hold rows of one cluster only."""
-    stranger = np.empty(
-        len(rows), np.float32
-    )  # similarity to the most similar row of another cluster
+    # Similarity to the most similar row of another cluster.
+    stranger = np.empty(len(rows), np.float32)
     for start in range(0, len(rows), CHUNK):
         similarity = rows[start : start + CHUNK] @ rows.T
         similarity[clusters[start : start + CHUNK, None] == clusters] = -np.inf

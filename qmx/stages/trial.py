@@ -18,7 +18,8 @@ from qmx.stages.outside import NEW
 from qmx.stages.query import note_calls
 from qmx.stages.run import Run
 from qmx.stages.select import chosen_up_front
-from qmx.stages.target import VERDICTS, Target, all_asked, in_ledger, target_query, verdict
+from qmx.stages.target import Target, in_ledger, target_query
+from qmx.stages.target_name import VERDICTS, all_asked, verdict
 from qmx.targets.query import Query
 from qmx.workdir import NotDone
 
